@@ -1,0 +1,1 @@
+"""The model runner that both services share: loading, packed attention, caches, forward passes. Knows no gRPC."""

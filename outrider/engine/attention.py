@@ -1,0 +1,101 @@
+"""Attention over packed sequences: the new tokens of all sequences lie in one row, each sequence has its own cache.
+
+transformers calls a registered attention function in every layer and passes extra keyword arguments of the model's
+forward through to it; `packed` arrives that way. There is no padding, so sequences of different lengths cannot disturb each other.
+
+Shapes: T new tokens in the batch, n of one sequence, L tokens it had in its cache, Hq query heads, H key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from outrider.engine.kv_cache import SequenceCache
+
+ATTENTION_NAME = "outrider_packed"
+
+
+@dataclass
+class PackedBatch:
+    """Which slice of the packed row belongs to which cache.
+
+    `masks` holds what every layer of a pass would compute again: one mask per (sequence, window).
+    """
+
+    segments: list[tuple[slice, SequenceCache]]
+    masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    layers_seen: set[int] = field(default_factory=set)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    packed: PackedBatch | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attend in every sequence of the batch; the signature is transformers' own.
+
+    Args:
+        query: `[1, Hq, T, D]`.
+        key, value: `[1, H, T, D]`.
+
+    Returns:
+        `[1, T, Hq, D]`, and no attention weights.
+    """
+    if packed is None:
+        raise TypeError(f"{type(module).__name__} does not pass keyword arguments through to the attention function")
+    if s_aux is not None:
+        raise TypeError(f"{type(module).__name__} uses attention sinks, which packed attention does not handle")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    packed.layers_seen.add(layer)
+    outputs = []
+    for index, (where, cache) in enumerate(packed.segments):
+        keys, values = cache.write(layer, key[0, :, where], value[0, :, where])
+        num_new, num_keys = where.stop - where.start, keys.shape[1]
+        if (index, sliding_window) not in packed.masks:
+            packed.masks[index, sliding_window] = causal_mask(num_new, num_keys, sliding_window, key.device)
+        mask = packed.masks[index, sliding_window]
+        outputs.append(_attend(query[:, :, where], keys[None], values[None], mask, scaling, softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def causal_mask(num_new: int, num_keys: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return which of `num_keys` positions each of the last `num_new` may see, `[num_new, num_keys] bool`; None for all."""
+    if num_new == 1 and (sliding_window is None or num_keys <= sliding_window):
+        return None
+    queries = torch.arange(num_keys - num_new, num_keys, device=device)[:, None]
+    keys = torch.arange(num_keys, device=device)[None]
+    visible = keys <= queries
+    return visible if sliding_window is None else visible & (keys > queries - sliding_window)
+
+
+def _attend(query, keys, values, mask, scaling, softcap) -> torch.Tensor:
+    """Return `[1, Hq, n, D]` for `query` `[1, Hq, n, D]` and `keys`, `values` `[1, H, L + n, D]`."""
+    if softcap is None:
+        grouped = query.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    keys, values = (tensor.repeat_interleave(query.shape[1] // keys.shape[1], dim=1) for tensor in (keys, values))
+    scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    precise = scores if scores.dtype == torch.float64 else scores.float()
+    return precise.softmax(-1).to(query.dtype) @ values
+
+
+def register() -> None:
+    """Make the attention function known to transformers under `ATTENTION_NAME`; calling it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)

@@ -1,0 +1,63 @@
+"""The KV cache of one sequence, addressed by absolute position.
+
+Invariant: entries at positions below `length` belong to the sequence's tokens at those positions; what lies beyond is garbage that
+the next write overwrites. So rolling back is setting a length, and costs nothing.
+
+Shapes: H key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_GROWTH = 256  # positions; memory comes in steps of this many
+
+
+class SequenceCache:
+    """Keys and values of every layer for the first `length` tokens of one sequence."""
+
+    def __init__(self) -> None:
+        self._length = 0
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Number of tokens whose entries every layer holds."""
+        return self._length
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        assert 0 <= length <= self._length
+        self._length = length
+
+    def clear(self) -> None:
+        """Forget everything and give the memory back."""
+        self._length = 0
+        self._layers.clear()
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new entries of one layer behind the cached ones, `[H, num_new, D]` each.
+
+        Returns:
+            Keys and values of all positions so far, `[H, length + num_new, D]`: views of the cache.
+        """
+        end = self._length + keys.shape[1]
+        held = self._layers.get(layer)
+        if held is None or held[0].shape[1] < end:
+            held = (self._grown(held and held[0], keys, end), self._grown(held and held[1], values, end))
+            self._layers[layer] = held
+        held[0][:, self._length : end] = keys
+        held[1][:, self._length : end] = values
+        return held[0][:, :end], held[1][:, :end]
+
+    def advance(self, num_new: int) -> None:
+        """Count the entries that a finished forward pass has written in every layer."""
+        self._length += num_new
+
+    def _grown(self, held: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
+        """Return a larger buffer with the cached entries; half as much again, so that growing stays linear."""
+        capacity = -(-max(end, self._length * 3 // 2) // _GROWTH) * _GROWTH
+        buffer = new.new_empty((new.shape[0], capacity, new.shape[2]))
+        if held is not None:
+            buffer[:, : self._length] = held[:, : self._length]
+        return buffer

@@ -1,0 +1,124 @@
+"""From logits to probabilities, to supports, to tokens. Pure functions on torch tensors; all randomness is an argument.
+
+Shapes: N rows, V vocabulary size, S largest support in the batch. Rows keep float64 when the logits have it and are float32 otherwise;
+sums that decide a draw are always float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from outrider.warping import Warping
+
+SUPPORT_MASS = 1 - 1e-3
+
+
+def probability_rows(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
+    """Return the distribution `[N, V]` that each row of `logits` `[N, V]` stands for under its warping.
+
+    Temperature 0 gives a one-hot row. Filters follow transformers: top-k, then top-p of what is left, then min-p.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if all(warping.is_greedy for warping in warpings):
+        return _one_hot(logits)
+    temperatures = logits.new_tensor([warping.temperature or 1.0 for warping in warpings])
+    scores = logits / temperatures[:, None]
+    if any(warping.has_filters for warping in warpings):
+        scores = scores.masked_fill(~_kept_by_filters(scores, warpings), -torch.inf)
+    probs = scores.softmax(-1)
+    greedy = torch.tensor([warping.is_greedy for warping in warpings], device=logits.device)
+    return torch.where(greedy[:, None], _one_hot(logits), probs) if greedy.any() else probs
+
+
+def _one_hot(logits: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+
+
+def _kept_by_filters(scores: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
+    """Return a mask `[N, V]` of the tokens that the filters leave."""
+    vocab_size = scores.shape[-1]
+    top_k = scores.new_tensor([warping.top_k or vocab_size for warping in warpings])
+    top_p = scores.new_tensor([warping.top_p or 1.0 for warping in warpings])
+    min_p = scores.new_tensor([warping.min_p for warping in warpings])
+    descending, order = scores.sort(-1, descending=True, stable=True)
+    kept = torch.arange(vocab_size, device=scores.device) < top_k[:, None]
+    probs = descending.masked_fill(~kept, -torch.inf).softmax(-1)
+    mass_before = probs.cumsum(-1) - probs
+    kept &= (mass_before < top_p[:, None]) | (top_p[:, None] >= 1)
+    kept &= probs >= min_p[:, None] * probs[:, :1]
+    return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """One drafted token a row, with the support it was drawn from."""
+
+    token_ids: list[int]  # [N]
+    support_ids: list[torch.Tensor]  # N of [num_support] int64, ascending
+    support_probs: list[torch.Tensor]  # N of [num_support] float32, positive
+    token_probs: list[float]  # [N]
+
+
+def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], uniforms: Sequence[float]) -> Drafts:
+    """Truncate each row of `probs` `[N, V]` to its support and draw a token from what is left.
+
+    The support is the smallest set of likeliest tokens that holds `SUPPORT_MASS`, at most the row's `max_supports`. The token is
+    drawn from the float32 weights that are returned, divided by their sum, so that the receiver knows the law to the letter.
+    """
+    num_kept = min(max(max_supports), probs.shape[-1])
+    likeliest, ids = probs.topk(num_kept, dim=-1)
+    mass_before = likeliest.double().cumsum(-1) - likeliest
+    limits = torch.tensor(max_supports, device=probs.device)[:, None]
+    kept = (mass_before < SUPPORT_MASS) & (likeliest.float() > 0)
+    kept &= torch.arange(num_kept, device=probs.device) < limits
+    ids, order = ids.masked_fill(~kept, probs.shape[-1]).sort(-1)
+    weights = likeliest.float().masked_fill(~kept, 0.0).gather(-1, order)
+    indices = inverse_cdf(weights, uniforms)
+    sizes = kept.sum(-1).tolist()
+    rows = range(len(sizes))
+    sums = weights.double().sum(-1)
+    token_probs = (weights.gather(-1, indices[:, None])[:, 0] / sums).tolist()
+    ids_on_host, weights_on_host = ids.cpu(), weights.cpu()
+    return Drafts(
+        token_ids=ids.gather(-1, indices[:, None])[:, 0].tolist(),
+        support_ids=[ids_on_host[row, : sizes[row]] for row in rows],
+        support_probs=[weights_on_host[row, : sizes[row]] for row in rows],
+        token_probs=token_probs,
+    )
+
+
+def inverse_cdf(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
+    """Return one index a row `[N] int64`, drawn in proportion to `weights` `[N, S]`; 0 where a row's weights are all 0."""
+    cumulative = weights.double().cumsum(-1)
+    points = cumulative.new_tensor(uniforms) * cumulative[:, -1]
+    indices = torch.searchsorted(cumulative, points[:, None], right=True)[:, 0]
+    return torch.where(cumulative[:, -1] > 0, indices.clamp(max=weights.shape[-1] - 1), 0)
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """The target's distribution on each proposal's support, and one draw from outside it."""
+
+    support_probs: list[torch.Tensor]  # N of [num_support] float32
+    outside_masses: list[float]  # [N]
+    outside_token_ids: list[int]  # [N]
+
+
+def read_target_rows(probs: torch.Tensor, supports: Sequence[torch.Tensor], uniforms: Sequence[float]) -> TargetRows:
+    """Read `probs` `[N, V]` on `supports` (N of `[num_support] int64`) and draw a token outside each with its uniform.
+
+    The mass outside is summed, not subtracted from 1, so that a small one keeps its precision.
+    """
+    num_rows, sizes = probs.shape[0], [len(support) for support in supports]
+    flat_ids = torch.cat(list(supports)).to(probs.device)
+    flat_rows = torch.repeat_interleave(torch.arange(num_rows), torch.tensor(sizes)).to(probs.device)
+    on_support = probs[flat_rows, flat_ids].float().cpu()
+    outside = probs.double().index_put((flat_rows, flat_ids), probs.new_zeros((), dtype=torch.float64))
+    return TargetRows(
+        support_probs=list(on_support.split(sizes)),
+        outside_masses=outside.sum(-1).tolist(),
+        outside_token_ids=inverse_cdf(outside, uniforms).tolist(),
+    )
