@@ -28,7 +28,6 @@ class PackedBatch:
 
     segments: list[tuple[slice, SequenceCache]]
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
-    layers_seen: set[int] = field(default_factory=set)
 
 
 def packed_attention(
@@ -59,7 +58,6 @@ def packed_attention(
     if s_aux is not None:
         raise TypeError(f"{type(module).__name__} uses attention sinks, which packed attention does not handle")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    packed.layers_seen.add(layer)
     outputs = []
     for index, (where, cache) in enumerate(packed.segments):
         keys, values = cache.write(layer, key[0, :, where], value[0, :, where])

@@ -25,6 +25,11 @@ class SequenceCache:
         """Number of tokens whose entries every layer holds."""
         return self._length
 
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that have written entries."""
+        return len(self._layers)
+
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
         assert 0 <= length <= self._length

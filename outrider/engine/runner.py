@@ -29,7 +29,6 @@ class ModelRunner:
     def __init__(self, model: torch.nn.Module):
         self._model = model
         self.device: torch.device = next(model.parameters()).device
-        self.last_batch: PackedBatch | None = None
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
@@ -44,13 +43,12 @@ class ModelRunner:
             positions.extend(range(feed.cache.length, feed.cache.length + num_new))
             row_indices.extend(range(first + num_new - feed.num_rows, first + num_new))
             segments.append((slice(first, first + num_new), feed.cache))
-        self.last_batch = PackedBatch(segments)
         logits = self._model(
             input_ids=self._row(token_ids),
             position_ids=self._row(positions),
             use_cache=False,
             logits_to_keep=torch.tensor(row_indices, dtype=torch.long, device=self.device),
-            packed=self.last_batch,
+            packed=PackedBatch(segments),
         ).logits[0]
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))

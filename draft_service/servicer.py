@@ -1,0 +1,149 @@
+"""DraftService: decodes messages, hands them to the drafter, encodes what it drafts. The contract is in draft.proto."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from draft_service.drafter import GREEDY, Drafted, Drafter, DraftOptions, Session
+from outrider import wire
+from outrider.errors import InvalidArgumentError, ServiceError
+from outrider.options import ServiceOptions
+from outrider.server import answers_errors, answers_unary_errors
+from outrider.service import ModelHost
+from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc
+
+SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
+
+
+class _EndOfStream:
+    """Put into a session's outbox when the client has ended its side."""
+
+
+class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
+    """One draft model, many sessions."""
+
+    def __init__(self, options: ServiceOptions):
+        self._options = options
+        self._host = ModelHost(options, Drafter)
+
+    def load(self) -> None:
+        self._host.load()
+
+    def close(self) -> None:
+        self._host.close()
+
+    @answers_unary_errors
+    async def GetModelInfo(self, request, context) -> draft_pb2.DraftServiceGetModelInfoResponse:
+        return draft_pb2.DraftServiceGetModelInfoResponse(model=self._host.model_info(), stats=await self._host.stats())
+
+    @answers_errors
+    async def Propose(self, requests, context) -> AsyncIterator[draft_pb2.ProposeResponse]:
+        drafter = self._host.worker
+        with self._host.admit():
+            opening = await anext(requests, None)
+            if opening is None:
+                return
+            if opening.WhichOneof("kind") != "open":
+                raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
+            outbox: asyncio.Queue = asyncio.Queue()
+            session = self._open(drafter, opening.open, outbox)
+            commits = asyncio.ensure_future(self._read_commits(drafter, session, requests, outbox))
+            try:
+                async for response in _responses(outbox):
+                    yield response
+            finally:
+                drafter.close(session)
+                commits.cancel()
+
+    def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: asyncio.Queue) -> Session:
+        loop = asyncio.get_running_loop()
+        options = self._draft_options(message)
+        if message.committed.start_position:
+            raise InvalidArgumentError("open.committed.start_position is not 0: a session opens at position 0")
+        token_ids = wire.unpack_ids(message.committed.token_ids, "open.committed.token_ids", self._host.vocab_size)
+
+        def emit(item: Drafted | ServiceError) -> None:
+            loop.call_soon_threadsafe(outbox.put_nowait, item)
+
+        return drafter.open(options, token_ids.tolist(), message.window, emit)
+
+    def _draft_options(self, message: draft_pb2.OpenProposals) -> DraftOptions:
+        limit = self._options.max_support
+        if message.max_support > limit:
+            raise InvalidArgumentError(f"open.max_support is {message.max_support}: this service sends at most {limit}")
+        if not 0 <= message.min_draft_prob <= 1:
+            raise InvalidArgumentError(f"open.min_draft_prob is {message.min_draft_prob}: give a number from 0 to 1")
+        warping = wire.warping_from_proto(message.sampling)
+        return DraftOptions(
+            warping=GREEDY if message.greedy or self._options.greedy else warping,
+            seed=message.seed,
+            vocab_size=min(message.vocab_size or self._host.vocab_size, self._host.vocab_size),
+            max_support=message.max_support or limit,
+            min_draft_prob=message.min_draft_prob,
+        )
+
+    async def _read_commits(self, drafter: Drafter, session: Session, requests, outbox: asyncio.Queue) -> None:
+        """Pass commits on as they come; an error goes through the outbox, so that the stream ends with it."""
+        try:
+            async for request in requests:
+                if request.WhichOneof("kind") != "commit":
+                    raise InvalidArgumentError("kind is not `commit`: only the first message of a stream opens a session")
+                commit = request.commit
+                token_ids = wire.unpack_ids(commit.span.token_ids, "commit.span.token_ids", self._host.vocab_size)
+                drafter.commit(
+                    session,
+                    commit.commit_index,
+                    commit.span.start_position,
+                    token_ids.tolist(),
+                    commit.span.prefix_digest,
+                    commit.window,
+                )
+            outbox.put_nowait(_EndOfStream())
+        except ServiceError as error:
+            outbox.put_nowait(error)
+
+
+async def _responses(outbox: asyncio.Queue) -> AsyncIterator[draft_pb2.ProposeResponse]:
+    """Yield what is drafted; tokens that are ready together and belong together share a message."""
+    while True:
+        items = [await outbox.get()]
+        while not outbox.empty():
+            items.append(outbox.get_nowait())
+        ready: list[Drafted] = []
+        for item in items:
+            if isinstance(item, Drafted) and (not ready or _follows(ready[-1], item)):
+                ready.append(item)
+                continue
+            if ready:
+                yield _response(ready)
+            if isinstance(item, _EndOfStream):
+                return
+            if isinstance(item, ServiceError):
+                raise item
+            ready = [item]
+        if ready:
+            yield _response(ready)
+
+
+def _follows(earlier: Drafted, later: Drafted) -> bool:
+    return later.commit_index == earlier.commit_index and later.position == earlier.position + 1
+
+
+def _response(drafted: list[Drafted]) -> draft_pb2.ProposeResponse:
+    last = drafted[-1]
+    return draft_pb2.ProposeResponse(
+        commit_index=last.commit_index,
+        start_position=drafted[0].position,
+        proposals=[
+            draft_pb2.Proposal(
+                token_id=token.token_id,
+                support_ids=wire.pack_ids(token.support_ids),
+                support_probs=wire.pack_probs(token.support_probs),
+            )
+            for token in drafted
+        ],
+        stopped=last.stopped,
+        cache=common_pb2.CacheState(num_cached_tokens=last.num_cached_tokens, digest=last.cache_digest),
+        timing=common_pb2.Timing(queue_ms=last.queue_ms, forward_ms=last.forward_ms, batch_size=last.batch_size),
+    )

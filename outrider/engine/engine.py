@@ -1,0 +1,184 @@
+"""Batches of tokens from many sequences, under a token budget and a cap on cached tokens.
+
+A *demand* says: feed this sequence up to here and give me the rows of its last positions. Every pass shares its token budget fairly
+among the demands, so a long prompt is fed in chunks and cannot stall the others. When cache memory runs out, caches that nobody needs
+now are dropped, least recently used first; their tokens are kept and fed again when they are needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+
+from outrider.engine.kv_cache import SequenceCache
+from outrider.engine.runner import Feed, ModelRunner
+from outrider.tokens import TokenLog
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The tokens of one session, and the cache, which holds some prefix of them."""
+
+    tokens: TokenLog = field(default_factory=TokenLog)
+    cache: SequenceCache = field(default_factory=SequenceCache)
+    last_used: int = 0  # number of the pass
+    num_evicted: int = 0  # tokens that the last eviction dropped
+
+    def rewrite(self, start_position: int, token_ids: SequenceOf[int]) -> None:
+        """Make the tokens what they were before `start_position`, followed by `token_ids`; keep the cache where they agree."""
+        unchanged = self.tokens.rewrite(start_position, token_ids)
+        self.cache.truncate(min(self.cache.length, unchanged))
+
+
+@dataclass(eq=False)
+class Demand:
+    """Feed `sequence` up to position `end` and return the rows of the last `num_rows` positions before it.
+
+    Demands that arrived earlier come first where not all can be served.
+    """
+
+    sequence: Sequence
+    end: int
+    num_rows: int
+    arrival: int
+    rows: list[torch.Tensor] = field(default_factory=list)  # of [rows in one chunk, V]
+    started_at: float | None = None  # seconds, time.monotonic, when the first pass began
+    ended_at: float = 0.0
+    batch_size: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens still to be fed."""
+        return self.end - self.sequence.cache.length
+
+    def num_rows_in(self, num_tokens: int) -> int:
+        """Return how many rows the next `num_tokens` tokens yield that have not been read yet."""
+        num_read = sum(len(rows) for rows in self.rows)
+        first_wanted = self.end - self.num_rows + num_read
+        return max(0, self.sequence.cache.length + num_tokens - first_wanted)
+
+
+@dataclass
+class EngineStats:
+    """Counters since the start."""
+
+    num_forward_passes: int = 0
+    num_tokens_fed: int = 0
+    num_rows: int = 0
+    num_passes_by_batch_size: Counter[int] = field(default_factory=Counter)
+    num_evictions: int = 0
+    num_tokens_recomputed: int = 0
+    forward_seconds: float = 0.0
+
+
+class Engine:
+    """Owns the runner and all caches. Used by one thread."""
+
+    def __init__(self, runner: ModelRunner, max_cached_tokens: int, max_batch_tokens: int, keep_caches: bool = True):
+        """With `keep_caches` off every demand is computed from its first token: an ablation, not a way to save memory."""
+        self.runner, self.stats = runner, EngineStats()
+        self._max_cached_tokens, self._max_batch_tokens = max_cached_tokens, max_batch_tokens
+        self._keep_caches = keep_caches
+        self._sequences: set[Sequence] = set()
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return sum(sequence.cache.length for sequence in self._sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        self._sequences.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Free the sequence's cache."""
+        self._sequences.discard(sequence)
+        sequence.cache.clear()
+
+    def run_pass(self, demands: SequenceOf[Demand]) -> list[Demand]:
+        """Run one forward pass for `demands` (at least one) and return those that it finished.
+
+        The others keep what they got; call again with them.
+        """
+        shares = self._shares(sorted(demands, key=lambda demand: demand.arrival))
+        started_at = time.monotonic()
+        feeds = [self._feed(demand, num_tokens) for demand, num_tokens in shares]
+        logits = self.runner.forward(feeds)
+        self._count(feeds, time.monotonic() - started_at)
+        ended_at = time.monotonic()
+        for (demand, _), rows in zip(shares, logits.split([feed.num_rows for feed in feeds]), strict=True):
+            if len(rows):
+                demand.rows.append(rows)
+            demand.started_at = demand.started_at or started_at
+            demand.ended_at, demand.batch_size = ended_at, len(shares)
+            demand.sequence.last_used = self.stats.num_forward_passes
+        finished = [demand for demand, _ in shares if demand.num_left == 0]
+        if not self._keep_caches:
+            for demand in finished:
+                demand.sequence.cache.clear()
+        return finished
+
+    def _feed(self, demand: Demand, num_tokens: int) -> Feed:
+        sequence, start = demand.sequence, demand.sequence.cache.length
+        self.stats.num_tokens_recomputed += max(0, min(sequence.num_evicted, start + num_tokens) - start)
+        return Feed(sequence.cache, sequence.tokens[start : start + num_tokens], demand.num_rows_in(num_tokens))
+
+    def _count(self, feeds: list[Feed], seconds: float) -> None:
+        self.stats.num_forward_passes += 1
+        self.stats.num_tokens_fed += sum(len(feed.token_ids) for feed in feeds)
+        self.stats.num_rows += sum(feed.num_rows for feed in feeds)
+        self.stats.num_passes_by_batch_size[len(feeds)] += 1
+        self.stats.forward_seconds += seconds
+
+    def _shares(self, demands: list[Demand]) -> list[tuple[Demand, int]]:
+        """Return how many tokens of each demand the next pass feeds; the earliest demand always gets some."""
+        demands = demands[: self._max_batch_tokens]
+        wanted = fair_shares([demand.num_left for demand in demands], self._max_batch_tokens)
+        waiting, shares = demands[:], []
+        for demand, num_tokens in zip(demands, wanted, strict=True):
+            waiting.remove(demand)
+            num_tokens = min(num_tokens, self._make_room(num_tokens, waiting, [taken for taken, _ in shares] + [demand], shares))
+            if num_tokens:
+                shares.append((demand, num_tokens))
+        return shares
+
+    def _make_room(self, num_tokens: int, waiting, protected, shares) -> int:
+        """Drop caches until `num_tokens` more fit; return how many fit.
+
+        Idle caches go first, the least recently used of them before the others; then those of demands that wait behind this
+        one, the latest first. An earlier demand is never set back by a later one, so each is served in the end.
+        """
+        reserved = sum(taken for _, taken in shares)
+        free = self._max_cached_tokens - self.num_cached_tokens - reserved
+        if free >= num_tokens:
+            return num_tokens
+        later = [demand.sequence for demand in waiting]
+        in_use = {demand.sequence for demand in protected} | set(later)
+        idle = sorted(self._sequences - in_use, key=lambda sequence: sequence.last_used)
+        for victim in [*idle, *reversed(later)]:
+            if victim.cache.length:
+                free += victim.cache.length
+                self._evict(victim)
+            if free >= num_tokens:
+                return num_tokens
+        return max(0, free)
+
+    def _evict(self, sequence: Sequence) -> None:
+        sequence.num_evicted = sequence.cache.length
+        sequence.cache.clear()
+        self.stats.num_evictions += 1
+
+
+def fair_shares(wanted: SequenceOf[int], budget: int) -> list[int]:
+    """Divide `budget` max-min fairly: whoever wants less than an equal share gets all it wants, the rest is divided again.
+
+    With at most `budget` wishes, every wish gets at least 1.
+    """
+    shares = [0] * len(wanted)
+    left = budget
+    for num_served, index in enumerate(sorted(range(len(wanted)), key=lambda index: wanted[index])):
+        shares[index] = min(wanted[index], left // (len(wanted) - num_served))
+        left -= shares[index]
+    return shares

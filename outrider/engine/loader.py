@@ -1,0 +1,236 @@
+"""Loads a causal language model and its tokenizer with transformers, and refuses what the engine cannot run exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from outrider.engine import attention
+from outrider.engine.kv_cache import SequenceCache
+from outrider.engine.runner import Feed, ModelRunner
+
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_NAMES = ("target", "draft")
+FINGERPRINT_BLOCK = 1024
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+log = logging.getLogger(__name__)
+
+
+class ModelRefusedError(Exception):
+    """The model cannot be loaded, or not be run exactly; the message says why in one sentence."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to load and where to."""
+
+    model: str  # hub id, directory, .gguf file, or builtin:target / builtin:draft
+    revision: str | None = None
+    dtype: str = "auto"  # a key of DTYPES; auto is float32 on a CPU and the checkpoint's own elsewhere
+    device: str = "auto"  # auto is CUDA where there is one
+    trust_remote_code: bool = False
+    quantization: str | None = None  # bnb-4bit or bnb-8bit
+    device_map: str | None = None  # auto: accelerate spreads the model
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a client needs to turn text into ids and back."""
+
+    tokenizer_json: bytes
+    chat_template: str
+    special_tokens: dict[str, str]
+    pieces: dict[int, str]
+
+    def block_digests(self) -> list[int]:
+        """Return a digest of each `FINGERPRINT_BLOCK` ids; common.proto has the definition."""
+        digests = []
+        for first in range(0, max(self.pieces, default=-1) + 1, FINGERPRINT_BLOCK):
+            digest = hashlib.sha256()
+            for token_id in range(first, first + FINGERPRINT_BLOCK):
+                if token_id in self.pieces:
+                    digest.update(f"{token_id}\0{self.pieces[token_id]}\0".encode())
+            digests.append(int.from_bytes(digest.digest()[:8], "little"))
+        return digests
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that has passed the checks, with what its users need to know of it."""
+
+    options: ModelOptions
+    runner: ModelRunner
+    tokenizer: TokenizerFiles | None
+    architecture: str
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+
+
+def load(options: ModelOptions) -> LoadedModel:
+    """Load the model and its tokenizer and check that packed attention gives what the model's own attention gives.
+
+    Raises:
+        ModelRefusedError: nothing of that name, no causal language model, or one that packed attention cannot run.
+    """
+    source = _Source.of(options)
+    device = _device(options.device)
+    model = _load_model(options, source, device)
+    runner = check_packed_attention(model)
+    config = model.config.get_text_config()
+    return LoadedModel(
+        options=options,
+        runner=runner,
+        tokenizer=_load_tokenizer(options, source),
+        architecture=model.config.model_type,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        context_length=config.max_position_embeddings,
+        eos_token_ids=_eos_token_ids(model),
+        device=str(runner.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where transformers finds the files."""
+
+    path: str
+    gguf_file: str | None = None
+
+    @classmethod
+    def of(cls, options: ModelOptions) -> _Source:
+        if options.model.startswith(BUILTIN_PREFIX):
+            name = options.model.removeprefix(BUILTIN_PREFIX)
+            if name not in BUILTIN_NAMES:
+                raise ModelRefusedError(f"there is no {options.model}: the embedded models are builtin:target and builtin:draft")
+            return cls(str(files("outrider").joinpath("models", name)))
+        if options.model.endswith(".gguf"):
+            path = Path(options.model)
+            if not path.is_file():
+                raise ModelRefusedError(f"there is no file {options.model}")
+            return cls(str(path.parent), path.name)
+        return cls(options.model)
+
+    def arguments(self, options: ModelOptions) -> dict:
+        arguments = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
+        return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ModelRefusedError(f"device {name!r} is not known to torch: give cpu, cuda or cuda:N") from error
+
+
+def _load_model(options: ModelOptions, source: _Source, device: torch.device) -> torch.nn.Module:
+    arguments = source.arguments(options)
+    arguments["dtype"] = _dtype(options, device)
+    if options.quantization:
+        arguments["quantization_config"] = _quantization(options.quantization)
+    placed_by_accelerate = options.device_map or options.quantization
+    if placed_by_accelerate:
+        arguments["device_map"] = options.device_map or {"": str(device)}
+    try:
+        config = None if source.gguf_file else AutoConfig.from_pretrained(source.path, **arguments)
+        if config is not None and getattr(config, "is_encoder_decoder", False):
+            raise ModelRefusedError(f"{options.model} ({config.model_type}) is an encoder-decoder: give a decoder-only model")
+        model = AutoModelForCausalLM.from_pretrained(source.path, **arguments)
+        return (model if placed_by_accelerate else model.to(device)).eval()
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelRefusedError(f"{options.model} cannot be loaded: {error}") from error
+
+
+def _dtype(options: ModelOptions, device: torch.device):
+    if options.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if options.dtype not in DTYPES:
+        raise ModelRefusedError(f"dtype {options.dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[options.dtype]
+
+
+def _quantization(name: str) -> transformers.BitsAndBytesConfig:
+    if name == "bnb-8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+@torch.inference_mode()
+def check_packed_attention(model: torch.nn.Module) -> ModelRunner:
+    """Switch the model to packed attention and compare a short text with its own attention.
+
+    Raises:
+        ModelRefusedError: it does not follow transformers' attention interface, or the results differ.
+    """
+    attention.register()
+    name = type(model).__name__
+    token_ids = [index * 7919 % model.config.get_text_config().vocab_size for index in range(12)]
+    device = next(model.parameters()).device
+    expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
+    _refuse_unless_switched(model, name)
+    runner, cache = ModelRunner(model), SequenceCache()
+    try:
+        runner.forward([Feed(cache, token_ids[:7], 1)])
+        cache.truncate(5)
+        actual = runner.forward([Feed(cache, token_ids[5:], len(token_ids) - 5)])
+    except (TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise ModelRefusedError(f"{name} cannot be run with packed attention: {error}") from error
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if cache.num_layers != num_layers:
+        raise ModelRefusedError(f"{name} calls the attention interface in {cache.num_layers} of its {num_layers} layers only")
+    distance = (actual.float().softmax(-1) - expected[5:].float().softmax(-1)).abs().sum(-1).max().item() / 2
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    if not distance < tolerance:
+        raise ModelRefusedError(f"{name} differs from its own attention under packed attention (total variation {distance:.2g})")
+    return runner
+
+
+def _refuse_unless_switched(model: torch.nn.Module, name: str) -> None:
+    reason = f"{name} does not follow transformers' attention interface, which packed batches need; its family cannot be served"
+    try:
+        model.set_attn_implementation(attention.ATTENTION_NAME)
+    except ValueError as error:
+        raise ModelRefusedError(reason) from error
+    if model.config._attn_implementation != attention.ATTENTION_NAME:
+        raise ModelRefusedError(reason)
+
+
+def _load_tokenizer(options: ModelOptions, source: _Source) -> TokenizerFiles | None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments(options))
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        log.warning("no tokenizer for %s (%s): clients must send token ids", options.model, error)
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        log.warning("the tokenizer of %s has no tokenizer.json form: clients must send token ids", options.model)
+        return None
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return TokenizerFiles(
+        tokenizer_json=backend.to_str().encode(),
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "",
+        special_tokens=json.loads(json.dumps(special)),
+        pieces={token_id: piece for piece, token_id in backend.get_vocab(with_added_tokens=True).items()},
+    )
+
+
+def _eos_token_ids(model: torch.nn.Module) -> tuple[int, ...]:
+    for config in (getattr(model, "generation_config", None), model.config):
+        token_ids = getattr(config, "eos_token_id", None)
+        if token_ids is not None:
+            return tuple(token_ids) if isinstance(token_ids, list | tuple) else (token_ids,)
+    return ()

@@ -1,0 +1,70 @@
+"""The click options that both services share, and the value they make."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import click
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What an operator sets. `outrider.engine.loader.ModelOptions` documents the fields about the model."""
+
+    model: str
+    listen: str = "127.0.0.1:0"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    quantization: str | None = None
+    trust_remote_code: bool = False
+    threads: int = 0
+    max_sessions: int = 64
+    max_cached_tokens: int = 0
+    max_batch_tokens: int = 512
+    max_support: int = 256
+    max_proposals: int = 64
+    kv_cache: bool = True
+    grace: float = 30.0
+    greedy: bool = False
+    announce: Callable[[int], None] | None = field(default=None, compare=False)
+
+
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def service_options(default_model: str, default_port: int) -> Callable:
+    """Return a decorator that adds the shared options to a command and hands it one ServiceOptions."""
+    options = (
+        click.option("--model", default=default_model, help="Hub id, local directory, .gguf file, or builtin:target / builtin:draft."),
+        click.option("--listen", default=f"127.0.0.1:{default_port}", metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one."),
+        click.option("--revision", help="Revision of the model on the hub."),
+        click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="auto", help="Type of the weights; auto is float32 on a CPU and the checkpoint's own elsewhere."),
+        click.option("--device", default="auto", help="cpu, cuda or cuda:N; auto is CUDA where there is one."),
+        click.option("--device-map", type=click.Choice(["auto"]), help="Let accelerate spread the model over devices (extra: quantization)."),
+        click.option("--quantization", type=click.Choice(["bnb-4bit", "bnb-8bit"]), help="Quantise with bitsandbytes while loading (extra: quantization)."),
+        click.option("--trust-remote-code", is_flag=True, help="Run the model code that the checkpoint brings."),
+        click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads of the model; 0 takes all cores. Pin it where services share a machine."),
+        click.option("--max-sessions", type=click.IntRange(1), default=64, help="Sessions at once; more are refused with RESOURCE_EXHAUSTED."),
+        click.option("--max-cached-tokens", type=click.IntRange(0), default=0, help="Tokens in all KV caches together; 0 is sixteen times the context."),
+        click.option("--max-batch-tokens", type=click.IntRange(1), default=512, help="Tokens fed in one forward pass; longer prompts are fed in chunks."),
+        click.option("--max-support", type=click.IntRange(1), default=256, help="Most tokens in the support of one proposal."),
+        click.option("--max-proposals", type=click.IntRange(1), default=64, help="Most proposals in one round."),
+        click.option("--kv-cache/--no-kv-cache", default=True, help="Without: recompute everything in each pass, an ablation."),
+        click.option("--grace", type=click.FloatRange(0), default=30.0, metavar="SECONDS", help="Time for running sessions to end on SIGTERM."),
+    )  # fmt: skip
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def with_options(**values) -> None:
+            names = ServiceOptions.__dataclass_fields__.keys()
+            command(ServiceOptions(**{name: value for name, value in values.items() if name in names}))
+
+        for option in reversed(options):
+            with_options = option(with_options)
+        return with_options
+
+    return decorate

@@ -1,0 +1,211 @@
+"""What both model services are beside their RPCs: a loaded model, an engine, admission, and their description."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+import click
+import torch
+
+from outrider import __version__
+from outrider.engine.engine import Demand, Engine, Sequence
+from outrider.engine.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
+from outrider.engine.thread import ModelThread
+from outrider.errors import ResourceExhaustedError, UnavailableError
+from outrider.options import ServiceOptions
+from outrider.server import Server, run_until_signal
+from outrider.v1 import common_pb2
+
+log = logging.getLogger(__name__)
+
+RETRY_DELAY_S = 1.0
+DEFAULT_CONTEXTS_CACHED = 16
+WARM_UP_SIZES = (1, 8, 1)
+
+
+class Worker(Protocol):
+    """What a host drives: a scheduler or a drafter."""
+
+    thread: ModelThread
+
+
+WorkerT = TypeVar("WorkerT", bound=Worker)
+
+
+class ModelHost(Generic[WorkerT]):
+    """Loads the model once, then knows who may come in and what to tell about it."""
+
+    def __init__(self, options: ServiceOptions, make_worker: Callable[[Engine, int], WorkerT]):
+        """`make_worker` gets the engine and the context length that the service offers."""
+        self._options, self._make_worker = options, make_worker
+        self._model: LoadedModel | None = None
+        self._engine: Engine | None = None
+        self._worker: WorkerT | None = None
+        self._num_sessions = self._num_opened = self._num_refused = 0
+
+    def load(self) -> None:
+        """Load the model and warm it up.
+
+        Raises:
+            ModelRefusedError: the message says why.
+        """
+        options = self._options
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        model = load(
+            ModelOptions(
+                model=options.model,
+                revision=options.revision,
+                dtype=options.dtype,
+                device=options.device,
+                trust_remote_code=options.trust_remote_code,
+                quantization=options.quantization,
+                device_map=options.device_map,
+            )
+        )
+        self._max_cached_tokens = options.max_cached_tokens or DEFAULT_CONTEXTS_CACHED * model.context_length
+        self._context_length = min(model.context_length, self._max_cached_tokens)
+        engine = Engine(model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
+        _warm_up(engine)
+        self._model, self._engine = model, Engine(
+            model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache
+        )
+        worker = self._make_worker(self._engine, self._context_length)
+        worker.thread.start()
+        self._worker = worker
+
+    def close(self) -> None:
+        """Stop the model thread; the model stays loaded."""
+        if self._worker:
+            self._worker.thread.stop()
+
+    @property
+    def worker(self) -> WorkerT:
+        """The scheduler or drafter; raises UnavailableError while the model is loading."""
+        if self._worker is None:
+            raise UnavailableError(f"{self._options.model} is still loading: come again when health says SERVING")
+        return self._worker
+
+    @property
+    def vocab_size(self) -> int:
+        return self._loaded.vocab_size
+
+    @property
+    def tokenizer(self) -> TokenizerFiles | None:
+        return self._loaded.tokenizer
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        if self._model is None:
+            raise UnavailableError(f"{self._options.model} is still loading: come again when health says SERVING")
+        return self._model
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Count a session while it lasts.
+
+        Raises:
+            ResourceExhaustedError: as many as the limit are open.
+        """
+        limit = self._options.max_sessions
+        if self._num_sessions >= limit:
+            self._num_refused += 1
+            raise ResourceExhaustedError(f"all {limit} sessions are taken: come again later, or raise --max-sessions", RETRY_DELAY_S)
+        self._num_sessions += 1
+        self._num_opened += 1
+        try:
+            yield
+        finally:
+            self._num_sessions -= 1
+
+    def model_info(self) -> common_pb2.ModelInfo:
+        """Return the description; raises UnavailableError while the model is loading."""
+        model, options = self._loaded, self._options
+        return common_pb2.ModelInfo(
+            model_id=options.model,
+            revision=options.revision or "",
+            architecture=model.architecture,
+            vocab_size=model.vocab_size,
+            context_length=self._context_length,
+            eos_token_ids=model.eos_token_ids,
+            tokenizer=_fingerprint(model.tokenizer) if model.tokenizer else None,
+            device=model.device,
+            dtype=model.dtype,
+            limits=common_pb2.ServiceLimits(
+                max_sessions=options.max_sessions,
+                max_cached_tokens=self._max_cached_tokens,
+                max_batch_tokens=options.max_batch_tokens,
+                max_support=options.max_support,
+                max_proposals=options.max_proposals,
+            ),
+            service_version=__version__,
+        )
+
+    async def stats(self) -> common_pb2.ServiceStats:
+        """Return the counters, the engine's read between two of its passes."""
+        stats = await asyncio.wrap_future(self.worker.thread.ask(self._engine_stats))
+        stats.num_sessions = self._num_sessions
+        stats.num_sessions_opened = self._num_opened
+        stats.num_sessions_refused = self._num_refused
+        return stats
+
+    def _engine_stats(self) -> common_pb2.ServiceStats:
+        assert self._engine is not None
+        stats = self._engine.stats
+        largest = max(stats.num_passes_by_batch_size, default=0)
+        return common_pb2.ServiceStats(
+            num_forward_passes=stats.num_forward_passes,
+            num_tokens_fed=stats.num_tokens_fed,
+            num_rows=stats.num_rows,
+            num_passes_by_batch_size=[stats.num_passes_by_batch_size[size] for size in range(1, largest + 1)],
+            num_evictions=stats.num_evictions,
+            num_tokens_recomputed=stats.num_tokens_recomputed,
+            num_cached_tokens=self._engine.num_cached_tokens,
+            forward_seconds=stats.forward_seconds,
+        )
+
+
+def _warm_up(engine: Engine) -> None:
+    """Run a few small passes, so that the first session does not pay for what torch sets up on first use."""
+    sequence = Sequence()
+    engine.add(sequence)
+    for size in WARM_UP_SIZES:
+        sequence.tokens.extend([0] * size)
+        engine.run_pass([Demand(sequence, len(sequence.tokens), 1, 0)])
+    engine.remove(sequence)
+
+
+def _fingerprint(tokenizer: TokenizerFiles) -> common_pb2.TokenizerFingerprint:
+    return common_pb2.TokenizerFingerprint(num_pieces=len(tokenizer.pieces), block_digests=tokenizer.block_digests())
+
+
+def serve(options: ServiceOptions, service_name: str, servicer, register: Callable) -> None:
+    """Run one service until SIGTERM or SIGINT.
+
+    Raises:
+        click.ClickException: the address cannot be bound, or the model is refused.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    host = options.listen.rpartition(":")[0]
+
+    def announce(port: int) -> None:
+        click.echo(f"{service_name} serves {options.model} on {host}:{port}")
+
+    async def run() -> None:
+        server = Server(service_name, servicer, register, options.listen)
+        log.info("listening on %s:%d, loading %s", host, server.port, options.model)
+        await run_until_signal(server, options.grace, announce)
+
+    try:
+        asyncio.run(run())
+    except ModelRefusedError as error:
+        raise click.ClickException(str(error)) from error
+    except RuntimeError as error:
+        if "bind" not in str(error):
+            raise
+        raise click.ClickException(f"cannot listen on {options.listen}: the address is taken or not this machine's") from error

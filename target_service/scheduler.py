@@ -1,0 +1,228 @@
+"""Continuous batching of rounds: the next pass takes whatever has arrived while the present one ran. Knows no gRPC.
+
+A round becomes a demand on the engine: feed the pending token and all proposals but the last, return one row for each.
+
+Shapes: K proposals of one round, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from outrider.engine.engine import Demand, Engine
+from outrider.engine.engine import Sequence as EngineSequence
+from outrider.engine.thread import ModelThread
+from outrider.errors import InternalError, InvalidArgumentError, ServiceError
+from outrider.probs import TargetRows, probability_rows, read_target_rows
+from outrider.rng import AddressedUniforms, Purpose
+from outrider.warping import Warping
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Committed tokens at absolute positions; TokenSpan in common.proto."""
+
+    start_position: int
+    token_ids: Sequence[int]
+    prefix_digest: int
+
+    @property
+    def end(self) -> int:
+        return self.start_position + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a client wants verified."""
+
+    committed: Span
+    proposed_ids: Sequence[int]  # [K]
+    supports: Sequence[torch.Tensor]  # K of [num_support] int64, ascending
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The rows of a round, and what it took."""
+
+    rows: TargetRows
+    num_cached_tokens: int
+    cache_digest: int
+    queue_ms: float
+    forward_ms: float
+    batch_size: int
+
+
+@dataclass(eq=False)
+class Session:
+    """One client stream. Everything but the two settings belongs to the model thread."""
+
+    warping: Warping
+    outside_uniforms: AddressedUniforms
+    sequence: EngineSequence = field(default_factory=EngineSequence)
+    is_open: bool = True
+
+
+@dataclass(eq=False)
+class _Job:
+    """A demand, and whom to tell; a prefill has no round and tells nobody."""
+
+    session: Session
+    demand: Demand
+    arrived_at: float
+    round: Round | None = None
+    reply: Future[Verdict] | None = None
+
+
+class Scheduler:
+    """Owns the engine's thread and the jobs on it."""
+
+    def __init__(self, engine: Engine, context_length: int):
+        self._engine, self._context_length = engine, context_length
+        self.thread = ModelThread("target-model", self._step)
+        self._jobs: list[_Job] = []
+        self._arrivals = itertools.count()
+
+    def open(self, warping: Warping, seed: int, committed: Span) -> Session:
+        """Return a new session whose committed tokens are processed at once, all but the pending last one.
+
+        Raises:
+            InvalidArgumentError: there are no tokens, or more than the context holds.
+        """
+        if not 1 <= len(committed.token_ids) <= self._context_length:
+            raise InvalidArgumentError(
+                f"committed.token_ids holds {len(committed.token_ids)} tokens: give 1 to {self._context_length}"
+            )
+        session = Session(warping, AddressedUniforms(seed, Purpose.OUTSIDE))
+        session.sequence.tokens.extend(committed.token_ids)
+        self.thread.post(lambda: self._begin(session))
+        return session
+
+    def submit(self, session: Session, work: Round) -> Future[Verdict]:
+        """Queue a round; one at a time for each session. The future fails with a ServiceError."""
+        reply: Future[Verdict] = Future()
+        arrived_at = time.monotonic()
+        self.thread.post(lambda: self._enqueue(session, work, arrived_at, reply))
+        return reply
+
+    def close(self, session: Session) -> None:
+        """Drop the session's work and free its cache before the next forward pass."""
+        self.thread.post(lambda: self._end(session))
+
+    def _begin(self, session: Session) -> None:
+        self._engine.add(session.sequence)
+        num_prefill = len(session.sequence.tokens) - 1
+        if num_prefill:
+            self._jobs.append(_Job(session, self._demand(session, num_prefill, num_rows=0), time.monotonic()))
+
+    def _demand(self, session: Session, end: int, num_rows: int) -> Demand:
+        return Demand(session.sequence, end, num_rows, next(self._arrivals))
+
+    def _enqueue(self, session: Session, work: Round, arrived_at: float, reply: Future[Verdict]) -> None:
+        if not session.is_open:
+            reply.cancel()
+            return
+        try:
+            demand = self._apply(session, work)
+        except ServiceError as error:
+            reply.set_exception(error)
+            return
+        self._jobs = [job for job in self._jobs if job.session is not session]  # the round includes its prefill
+        self._jobs.append(_Job(session, demand, arrived_at, work, reply))
+
+    def _apply(self, session: Session, work: Round) -> Demand:
+        """Bring the sequence to the round's tokens and return the demand for its rows."""
+        span, num_rows = work.committed, max(1, len(work.proposed_ids))
+        session.sequence.tokens.check_span(span.start_position, span.prefix_digest)
+        if span.end < 1:
+            raise InvalidArgumentError("committed leaves no token: a round needs a pending token before its proposals")
+        if span.end + len(work.proposed_ids) > self._context_length:
+            raise InvalidArgumentError(
+                f"the proposals end at position {span.end + len(work.proposed_ids)}: the context has {self._context_length}"
+            )
+        session.sequence.rewrite(span.start_position, [*span.token_ids, *work.proposed_ids[:-1]])
+        cache = session.sequence.cache
+        cache.truncate(min(cache.length, span.end - 1))  # the pending token is fed, again if need be, for its row
+        return self._demand(session, len(session.sequence.tokens), num_rows)
+
+    def _end(self, session: Session) -> None:
+        session.is_open = False
+        self._jobs = [job for job in self._jobs if job.session is not session]
+        self._engine.remove(session.sequence)
+
+    def _step(self) -> bool:
+        if self._jobs:
+            try:
+                finished = set(self._engine.run_pass([job.demand for job in self._jobs]))
+            except Exception:
+                log.exception("a forward pass failed; its sessions are told")
+                self._fail_all()
+                return False
+            done = [job for job in self._jobs if job.demand in finished]
+            self._jobs = [job for job in self._jobs if job.demand not in finished]
+            self._answer([job for job in done if job.round is not None])
+        return bool(self._jobs)
+
+    def _fail_all(self) -> None:
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.session.sequence.cache.clear()
+            if job.reply:
+                job.reply.set_exception(InternalError("the forward pass failed; the service's log says how"))
+
+    def _answer(self, jobs: list[_Job]) -> None:
+        """Read the rows of all finished rounds together; a row with NaN or infinity fails its own round alone."""
+        healthy = []
+        for job in jobs:
+            logits = torch.cat(job.demand.rows)
+            if torch.isnan(logits).any() or torch.isposinf(logits).any():
+                job.session.sequence.cache.clear()
+                job.reply.set_exception(InternalError("the model returned NaN or infinity for this session"))
+            else:
+                healthy.append((job, logits))
+        if not healthy:
+            return
+        rows_by_job = _read_rows(healthy)
+        for (job, _), rows in zip(healthy, rows_by_job, strict=True):
+            sequence, demand = job.session.sequence, job.demand
+            job.reply.set_result(
+                Verdict(
+                    rows=rows,
+                    num_cached_tokens=sequence.cache.length,
+                    cache_digest=sequence.tokens.digest(sequence.cache.length),
+                    queue_ms=(demand.started_at - job.arrived_at) * 1000,
+                    forward_ms=(demand.ended_at - demand.started_at) * 1000,
+                    batch_size=demand.batch_size,
+                )
+            )
+
+
+def _read_rows(jobs: list[tuple[_Job, torch.Tensor]]) -> list[TargetRows]:
+    """Return each job's rows, read from one batch of logits."""
+    sizes = [len(logits) for _, logits in jobs]
+    warpings, supports, uniforms = [], [], []
+    no_support = torch.empty(0, dtype=torch.long)
+    for (job, _), size in zip(jobs, sizes, strict=True):
+        assert job.round is not None
+        first = job.round.committed.end
+        warpings += [job.session.warping] * size
+        supports += job.round.supports or [no_support]
+        uniforms += [job.session.outside_uniforms.at(first + offset) for offset in range(size)]
+    probs = probability_rows(torch.cat([logits for _, logits in jobs]), warpings)
+    rows = read_target_rows(probs, supports, uniforms)
+    parts, start = [], 0
+    for size in sizes:
+        where = slice(start, start + size)
+        parts.append(
+            TargetRows(rows.support_probs[where], rows.outside_masses[where], rows.outside_token_ids[where])
+        )
+        start += size
+    return parts

@@ -1,0 +1,113 @@
+"""TargetService: decodes messages, hands them to the scheduler, encodes its answers. The contract is in target.proto."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import torch
+
+from outrider import wire
+from outrider.errors import InvalidArgumentError, NotFoundError
+from outrider.options import ServiceOptions
+from outrider.server import answers_errors, answers_unary_errors
+from outrider.service import ModelHost
+from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
+from target_service.scheduler import Round, Scheduler, Span, Verdict
+
+SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
+TOKENIZER_PART_BYTES = 1024 * 1024
+
+
+class TargetServicer(target_pb2_grpc.TargetServiceServicer):
+    """One target model, many sessions."""
+
+    def __init__(self, options: ServiceOptions):
+        self._options = options
+        self._host = ModelHost(options, Scheduler)
+
+    def load(self) -> None:
+        self._host.load()
+
+    def close(self) -> None:
+        self._host.close()
+
+    @answers_unary_errors
+    async def GetModelInfo(self, request, context) -> target_pb2.TargetServiceGetModelInfoResponse:
+        return target_pb2.TargetServiceGetModelInfoResponse(model=self._host.model_info(), stats=await self._host.stats())
+
+    @answers_errors
+    async def GetTokenizer(self, request, context) -> AsyncIterator[target_pb2.GetTokenizerResponse]:
+        tokenizer = self._host.tokenizer
+        if tokenizer is None:
+            raise NotFoundError("the target model came without a tokenizer: send token ids")
+        yield target_pb2.GetTokenizerResponse(
+            chat_template=tokenizer.chat_template, special_tokens_json=json.dumps(tokenizer.special_tokens)
+        )
+        for start in range(0, len(tokenizer.tokenizer_json), TOKENIZER_PART_BYTES):
+            part = tokenizer.tokenizer_json[start : start + TOKENIZER_PART_BYTES]
+            yield target_pb2.GetTokenizerResponse(tokenizer_json=part)
+
+    @answers_errors
+    async def Verify(self, requests, context) -> AsyncIterator[target_pb2.VerifyResponse]:
+        scheduler = self._host.worker
+        with self._host.admit():
+            opening = await anext(requests, None)
+            if opening is None:
+                return
+            if opening.WhichOneof("kind") != "open":
+                raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
+            session = scheduler.open(
+                wire.warping_from_proto(opening.open.sampling),
+                opening.open.seed,
+                self._span(opening.open.committed, "open.committed"),
+            )
+            try:
+                async for request in requests:
+                    if request.WhichOneof("kind") != "round":
+                        raise InvalidArgumentError("kind is not `round`: only the first message of a stream opens a session")
+                    verdict = await asyncio.wrap_future(scheduler.submit(session, self._round(request.round)))
+                    yield _response(request.round.round_index, verdict)
+            finally:
+                scheduler.close(session)
+
+    def _span(self, span: common_pb2.TokenSpan, field: str) -> Span:
+        token_ids = wire.unpack_ids(span.token_ids, f"{field}.token_ids", self._host.vocab_size).tolist()
+        if field.startswith("open") and span.start_position:
+            raise InvalidArgumentError(f"{field}.start_position is {span.start_position}: a session opens at position 0")
+        return Span(span.start_position, token_ids, span.prefix_digest)
+
+    def _round(self, message: target_pb2.Round) -> Round:
+        limit = self._options.max_proposals
+        if len(message.proposals) > limit:
+            raise InvalidArgumentError(f"proposals has {len(message.proposals)} elements: this service takes at most {limit}")
+        vocab_size = self._host.vocab_size
+        proposed_ids, supports = [], []
+        for index, proposal in enumerate(message.proposals):
+            field = f"proposals[{index}]"
+            proposed_ids.append(wire.check_token_id(proposal.token_id, f"{field}.token_id", vocab_size))
+            support = wire.unpack_support(proposal.support_ids, f"{field}.support_ids", vocab_size)
+            if len(support) == 0:
+                raise InvalidArgumentError(f"{field}.support_ids is empty: send the ids that the proposal was drawn from")
+            supports.append(torch.from_numpy(support))
+        return Round(self._span(message.committed, "round.committed"), proposed_ids, supports)
+
+
+def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
+    rows = verdict.rows
+    return target_pb2.VerifyResponse(
+        round_index=round_index,
+        rows=[
+            target_pb2.TargetRow(
+                support_probs=wire.pack_probs(probs.numpy()), outside_mass=mass, outside_token_id=token_id
+            )
+            for probs, mass, token_id in zip(
+                rows.support_probs, rows.outside_masses, rows.outside_token_ids, strict=True
+            )
+        ],
+        cache=common_pb2.CacheState(num_cached_tokens=verdict.num_cached_tokens, digest=verdict.cache_digest),
+        timing=common_pb2.Timing(
+            queue_ms=verdict.queue_ms, forward_ms=verdict.forward_ms, batch_size=verdict.batch_size
+        ),
+    )
