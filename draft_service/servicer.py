@@ -59,6 +59,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: asyncio.Queue) -> Session:
         loop = asyncio.get_running_loop()
         options = self._draft_options(message)
+        if message.HasField("tokenizer") and message.tokenizer != self._host.model_info().tokenizer:
+            raise InvalidArgumentError("open.tokenizer differs from the draft model's: serve a draft of the target's family")
         if message.committed.start_position:
             raise InvalidArgumentError("open.committed.start_position is not 0: a session opens at position 0")
         token_ids = wire.unpack_ids(message.committed.token_ids, "open.committed.token_ids", self._host.vocab_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import click
 
@@ -30,7 +30,6 @@ class ServiceOptions:
     kv_cache: bool = True
     grace: float = 30.0
     greedy: bool = False
-    announce: Callable[[int], None] | None = field(default=None, compare=False)
 
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16", "float64")

@@ -1,0 +1,112 @@
+"""Acceptance sampling on sparse rows: which proposals are kept, and what replaces the first that is not. Pure functions.
+
+Notation inside formulas: p is the target, q the draft (Leviathan et al. 2023, arXiv 2211.17192). Shapes: S support, K proposals.
+
+The target tells its probabilities on the support of q, the mass m outside it, and one token y drawn from p outside it. That is enough:
+q is zero outside its support, so the residual norm(max(0, p − q)) has the weight max(0, p(x) − q(x)) on each x of the
+support, and m outside, where it is p itself, of which y is a draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class InvalidProposalError(Exception):
+    """A proposal cannot have been drawn from the distribution that came with it."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One drafted token and the distribution it was drawn from."""
+
+    token_id: int
+    support_ids: np.ndarray  # [S] int64, ascending
+    draft_probs: np.ndarray  # [S] float64, sums to 1: q on its support
+    index: int  # of token_id in the support
+
+    @classmethod
+    def from_weights(cls, token_id: int, support_ids: np.ndarray, weights: np.ndarray) -> Proposal:
+        """Normalise the weights `[S]` that travelled.
+
+        Raises:
+            InvalidProposalError: the token is not in the support, or its weight is not positive.
+        """
+        index = int(np.searchsorted(support_ids, token_id))
+        if len(weights) != len(support_ids) or index == len(support_ids) or support_ids[index] != token_id:
+            raise InvalidProposalError(f"token {token_id} is not in the support of its own proposal")
+        if not weights[index] > 0:
+            raise InvalidProposalError(f"token {token_id} has no probability in its own proposal")
+        return cls(token_id, support_ids, weights / weights.sum(), index)
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """The target's distribution at one position, seen through a support."""
+
+    probs: np.ndarray  # [S] float64: p on the support
+    outside_mass: float  # m
+    outside_token_id: int  # y
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a round yields: the first `num_accepted` tokens were proposed, a further one is the target's own."""
+
+    token_ids: list[int]
+    num_accepted: int
+
+
+def acceptance_prob(proposal: Proposal, row: TargetRow) -> float:
+    """Return min(1, p(x) / q(x)) for the proposed token x.
+
+    Source: Leviathan et al. 2023, Algorithm 1.
+    """
+    return min(1.0, row.probs[proposal.index] / proposal.draft_probs[proposal.index])
+
+
+def residual_weights(proposal: Proposal, row: TargetRow) -> np.ndarray:
+    """Return weights `[S + 1]` in proportion to norm(max(0, p − q)): one for each id of the support, the last for y."""
+    weights = np.empty(len(proposal.support_ids) + 1)
+    np.maximum(row.probs - proposal.draft_probs, 0.0, out=weights[:-1])
+    weights[-1] = row.outside_mass
+    return weights
+
+
+def draw_recovered(proposal: Proposal, row: TargetRow, uniform: float) -> int | None:
+    """Return a token from the residual distribution; None when it is empty, which only rounding can bring about."""
+    cumulative = residual_weights(proposal, row).cumsum()
+    if not cumulative[-1] > 0:
+        return None
+    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return row.outside_token_id if index >= len(proposal.support_ids) else int(proposal.support_ids[index])
+
+
+def decide(
+    proposals: Sequence[Proposal],
+    rows: Sequence[TargetRow],
+    accept_uniforms: Sequence[float],
+    residual_uniforms: Sequence[float],
+) -> Decision:
+    """Accept proposals up to the first rejection, and replace that one.
+
+    With no proposals there is one row with an empty support, and its y, a plain draw from the target, is the result.
+
+    Args:
+        proposals: K consecutive ones.
+        rows: the target's row for each; one alone when K is 0.
+        accept_uniforms, residual_uniforms: K each, addressed by position.
+    """
+    if not proposals:
+        return Decision([rows[0].outside_token_id], num_accepted=0)
+    token_ids: list[int] = []
+    for proposal, row, accept, residual in zip(proposals, rows, accept_uniforms, residual_uniforms, strict=True):
+        if accept >= acceptance_prob(proposal, row):
+            recovered = draw_recovered(proposal, row, residual)
+            if recovered is not None:
+                return Decision([*token_ids, recovered], num_accepted=len(token_ids))
+        token_ids.append(proposal.token_id)
+    return Decision(token_ids, num_accepted=len(token_ids))

@@ -1,0 +1,126 @@
+"""What the blocking and the asyncio client share: settings, channels' options, and how a call becomes a conversation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from client.conversation import Broken, Conversation, Link, Patience
+from client.errors import IncompatiblePairError, InvalidRequestError, ServiceFailedError, ServiceUnavailableError
+from client.generation import Generation
+from client.pair import find_mismatch
+from client.params import SamplingParams, SpeculationParams
+from client.text import TargetTokenizer, TextStream, prompt_to_ids
+from outrider.v1 import common_pb2
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+
+@dataclass(frozen=True)
+class ConnectionSettings:
+    """Whom a client talks to and how long it waits."""
+
+    target: str  # HOST:PORT
+    draft: str | None = None
+    connect_s: float = 10.0  # for the target's description, at first use
+    describe_draft_s: float = 1.0  # for the draft's; text goes on without a draft that takes longer
+    patience: Patience = field(default_factory=Patience)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of the target once per client."""
+
+    info: common_pb2.ModelInfo
+    tokenizer: TargetTokenizer | None
+
+
+def begin_conversation(
+    settings: ConnectionSettings,
+    target: Target,
+    prompt: str | Sequence[int],
+    sampling: SamplingParams | None,
+    speculation: dict[str, Any],
+    timeout: float | None,
+) -> Conversation:
+    """Check a caller's arguments against the target and return the conversation.
+
+    Raises:
+        InvalidRequestError: an argument is wrong; the message names it.
+    """
+    sampling, params = sampling or SamplingParams(), SpeculationParams(**speculation)
+    if params.uses_draft and settings.draft is None:
+        raise InvalidRequestError(f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'")
+    prompt_ids = prompt_to_ids(prompt, target.tokenizer, target.info.vocab_size)
+    room = target.info.context_length - len(prompt_ids)
+    if room < 1:
+        raise InvalidRequestError(f"prompt has {len(prompt_ids)} tokens: the target's context has {target.info.context_length}")
+    max_new_tokens, seed = min(sampling.max_new_tokens, room), sampling.seed_or_new()
+    generation = Generation(
+        prompt_ids, sampling.warping, seed, params, len(prompt_ids) + max_new_tokens, target.info
+    )
+    eos_token_ids = () if sampling.ignore_eos else target.info.eos_token_ids
+    text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    return Conversation(generation, text, params, seed, settings.patience, time.monotonic, deadline)
+
+
+def check_pair(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> None:
+    """Raise IncompatiblePairError when the two do not share a tokenizer."""
+    mismatch = find_mismatch(draft, target)
+    if mismatch:
+        raise IncompatiblePairError(mismatch)
+
+
+def broken(link: Link, error: grpc.RpcError) -> Broken:
+    """Return the event that an RPC's error stands for; clients branch on codes, never on text."""
+    return Broken(link, error.code(), error.details() or "", retry_delay_s(error))  # type: ignore[attr-defined]
+
+
+def retry_delay_s(error: Any) -> float | None:
+    """Return the seconds of the error's google.rpc.RetryInfo, or None."""
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, AttributeError):
+        return None
+    for detail in status.details if status else ():
+        if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            info = error_details_pb2.RetryInfo()
+            detail.Unpack(info)
+            return info.retry_delay.ToMilliseconds() / 1000
+    return None
+
+
+class Retrying:
+    """When to ask again for a description that did not come."""
+
+    def __init__(self, what: str, address: str, seconds: float):
+        self._what, self._address, self._until = what, address, time.monotonic() + seconds
+
+    def pause_after(self, error: Any) -> float:
+        """Return how long to pause; raises when the error is final or the time is over."""
+        if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise ServiceFailedError(f"{self._what} at {self._address} failed ({error.code().name}): {error.details()}") from error
+        if time.monotonic() >= self._until:
+            raise ServiceUnavailableError(f"no {self._what} at {self._address}: {error.details()}") from error
+        return 0.1
+
+    @property
+    def left_s(self) -> float:
+        return max(0.05, self._until - time.monotonic())

@@ -1,0 +1,374 @@
+"""The conversation of one generation with the two services, as a generator: it yields effects and chunks, and is sent events.
+
+It holds every decision about order, waiting, retries and failures, and no sockets, threads or clocks of its own: `client.sync` and
+`client.aio` carry its effects out with blocking and with asyncio gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import grpc
+
+from client.errors import (
+    CacheMismatchError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    OutriderError,
+    ServiceFailedError,
+    ServiceUnavailableError,
+)
+from client.generation import Generation
+from client.params import SpeculationParams
+from client.results import Chunk, GenerationResult, Segment
+from client.text import TextStream
+
+
+class Link(Enum):
+    """The two streams of a generation."""
+
+    DRAFT = "draft"
+    TARGET = "target"
+
+
+@dataclass(frozen=True)
+class Open:
+    """Effect: open a new stream on a link, dropping the one before, and send its first message."""
+
+    link: Link
+    message: Any
+
+
+@dataclass(frozen=True)
+class Send:
+    """Effect: send a message on a link's stream; a broken stream reports itself by an event."""
+
+    link: Link
+    message: Any
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Effect: answer with the next event, or None when `timeout_s` passes first."""
+
+    timeout_s: float | None
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Effect: answer with the draft's ModelInfo if it can be had at once, else None. Raises IncompatiblePairError."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """Event: a response came."""
+
+    link: Link
+    message: Any
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Event: a stream ended; `code` is OK when the service ended it without an error."""
+
+    link: Link
+    code: grpc.StatusCode
+    details: str
+    retry_delay_s: float | None = None
+
+
+Event = Received | Broken
+Effect = Open | Send | Wait | Describe
+Steps = Generator[Effect | Chunk, Any, Any]
+
+REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.UNIMPLEMENTED)
+RETRIED = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.CANCELLED,  # not by us: a server that shuts down cancels what its grace time did not let end
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.OK,
+)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a conversation waits for whom, in seconds."""
+
+    draft_wait_s: float = 2.0  # for proposals, before a round goes without
+    retry_s: float = 30.0  # for the target, since it last answered
+    first_backoff_s: float = 0.1
+    longest_backoff_s: float = 5.0
+
+    def backoff(self, num_failures: int) -> float:
+        return min(self.longest_backoff_s, self.first_backoff_s * 2.0 ** min(num_failures - 1, 16))
+
+
+class Conversation:
+    """Runs one generation; `run` is the generator."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        text: TextStream,
+        speculation: SpeculationParams,
+        seed: int,
+        patience: Patience,
+        clock: Callable[[], float],
+        deadline: float | None = None,
+    ):
+        """`deadline` is a point in the time of `clock`."""
+        self._generation, self._text, self._speculation = generation, text, speculation
+        self._seed, self._patience, self._clock, self._deadline = seed, patience, clock, deadline
+        self._stats, self._draft = generation.stats, generation.draft
+        self._draft_is_open = False
+        self._draft_failures = 0
+        self._draft_retry_at = 0.0
+        self._response: Any = None
+        self._failure: Broken | None = None
+        self._started_at = 0.0
+        self._away_s = 0.0  # seconds that the caller kept a chunk
+
+    def run(self) -> Steps:
+        """Yield effects and chunks until the text ends; return the GenerationResult.
+
+        Raises:
+            OutriderError: as `client.errors` says, with the partial result.
+        """
+        self._started_at = self._clock()
+        try:
+            if self._speculation.method == "draft":
+                yield from self._draft_alone()
+            else:
+                yield from self._rounds()
+        except OutriderError as error:
+            error.partial = self._result()
+            raise
+        return self._result()
+
+    def _result(self) -> GenerationResult:
+        self._stats.total_s = self._clock() - self._started_at - self._away_s
+        return GenerationResult(
+            text=self._text.text,
+            token_ids=list(self._text.token_ids),
+            finish_reason=self._text.finish_reason,
+            seed=self._seed,
+            prompt_token_ids=self._generation.tokens[: self._generation.num_prompt],
+            stats=self._stats,
+        )
+
+    # Rounds with the target.
+
+    def _rounds(self) -> Steps:
+        yield from self._open(Link.TARGET, self._generation.open_target())
+        while self._text.finish_reason is None:
+            num_proposals = yield from self._gather_proposals()
+            request = self._generation.begin_round(num_proposals)
+            decision = yield from self._verify(request)
+            taken = self._text.take(decision.token_ids)
+            self._generation.commit_round(decision, taken.num_taken)
+            if self._draft_is_open and taken.finish_reason is None:
+                yield from self._tell_draft()
+            segments = [Segment(text, index < decision.num_accepted) for index, text in enumerate(taken.texts)]
+            yield from self._hand_over(Chunk(decision.token_ids[: taken.num_taken], segments))
+
+    def _verify(self, request: Any) -> Steps:
+        """Have a round verified, opening new sessions as often as patience allows; return its decision."""
+        last_answer_at, num_failures = self._clock(), 0
+        while True:
+            failure = yield from self._ask_target(request)
+            if failure is None:
+                try:
+                    return self._generation.decide_round(self._response)
+                except CacheMismatchError:
+                    self._stats.num_cache_mismatches += 1
+                    failure = Broken(Link.TARGET, grpc.StatusCode.FAILED_PRECONDITION, "the target's cache differs")
+            num_failures += 1
+            pause = self._pause_after(failure, num_failures, last_answer_at)
+            yield from self._sleep(pause)
+            self._stats.num_target_retries += 1
+            yield from self._open(Link.TARGET, self._generation.open_target())
+            request = self._generation.round_request()
+
+    def _ask_target(self, request: Any) -> Steps:
+        """Send a round and wait for its answer; return the failure, or None when `_response` holds the answer."""
+        started_at = self._clock()
+        self._response = None
+        if self._failure is None:
+            yield from self._send(Link.TARGET, request)
+        while self._response is None and self._failure is None:
+            yield from self._wait(None)
+        failure, self._failure = self._failure, None
+        self._stats.target_wait_s += self._clock() - started_at
+        if self._response is not None:
+            self._stats.target_queue_s += self._response.timing.queue_ms / 1000
+            self._stats.target_forward_s += self._response.timing.forward_ms / 1000
+            return None
+        return failure
+
+    def _pause_after(self, failure: Broken, num_failures: int, last_answer_at: float) -> float:
+        """Return how long to pause before the next try, or raise when there is to be none."""
+        if failure.code in REFUSALS:
+            raise InvalidRequestError(f"the target refused the request: {failure.details}")
+        if failure.code == grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise DeadlineExceededError("the timeout passed before the text ended")
+        if failure.code not in RETRIED:
+            raise ServiceFailedError(f"the target failed ({failure.code.name}): {failure.details}")
+        pause = failure.retry_delay_s or self._patience.backoff(num_failures)
+        if failure.code == grpc.StatusCode.FAILED_PRECONDITION and num_failures == 1:
+            pause = 0.0
+        if self._clock() + pause - last_answer_at > self._patience.retry_s:
+            raise ServiceUnavailableError(
+                f"the target did not answer for {self._patience.retry_s:g} s ({failure.code.name}): {failure.details}"
+            )
+        return pause
+
+    def _sleep(self, seconds: float) -> Steps:
+        """Let time pass, taking what the draft sends meanwhile."""
+        until = self._clock() + seconds
+        while self._clock() < until:
+            yield from self._wait(until - self._clock())
+        self._failure = None
+
+    # Proposals from the draft.
+
+    def _gather_proposals(self) -> Steps:
+        """Wait for the proposals of the next round and return how many it shall have."""
+        if not self._speculation.uses_draft:
+            return 0
+        yield from self._reopen_draft()
+        waited_from = self._clock()
+        while (yield from self._poll()):
+            pass
+        wanted = self._draft.num_wanted(self._speculation.num_speculative_tokens)
+        while self._is_worth_waiting(wanted):
+            left = waited_from + self._patience.draft_wait_s - self._clock()
+            if left <= 0:
+                self._draft.is_on_trial = True
+                self._stats.num_draft_failures += 1
+                break
+            yield from self._wait(left)
+        self._stats.draft_wait_s += self._clock() - waited_from
+        return min(wanted, len(self._draft.proposals))
+
+    def _is_worth_waiting(self, wanted: int) -> bool:
+        draft = self._draft
+        if not self._draft_is_open or draft.is_on_trial or self._failure is not None:
+            return False
+        return len(draft.proposals) < wanted and not (draft.has_stopped and draft.proposals)
+
+    def _tell_draft(self) -> Steps:
+        if self._draft.can_follow:
+            yield from self._send(Link.DRAFT, self._draft.commit())
+
+    def _reopen_draft(self) -> Steps:
+        """Open the draft's stream when it is not, and it is time for another try."""
+        if self._draft_is_open or self._clock() < self._draft_retry_at:
+            return
+        self._draft.info = yield Describe()
+        if self._draft.info is None:
+            self._count_draft_failure(None)
+        elif self._draft.can_follow:
+            self._draft.is_on_trial = self._draft_failures > 0
+            self._draft_is_open = True
+            yield from self._open(Link.DRAFT, self._draft.open())
+
+    def _count_draft_failure(self, retry_delay_s: float | None) -> None:
+        self._draft_is_open = False
+        self._draft_failures += 1
+        self._stats.num_draft_failures += 1
+        self._draft_retry_at = self._clock() + (retry_delay_s or self._patience.backoff(self._draft_failures))
+
+    # The draft alone.
+
+    def _draft_alone(self) -> Steps:
+        first_failure_at: float | None = None
+        while self._text.finish_reason is None:
+            yield from self._reopen_draft()
+            if self._draft.info is not None and not self._draft.can_follow:
+                self._text.end_at_limit()
+                return
+            started_at = self._clock()
+            while self._draft_is_open and not self._draft.proposals:
+                yield from self._wait(None)
+            self._stats.draft_wait_s += self._clock() - started_at
+            if not self._draft_is_open:
+                first_failure_at = first_failure_at or self._clock()
+                if self._clock() - first_failure_at > self._patience.retry_s:
+                    raise ServiceUnavailableError(f"the draft did not answer for {self._patience.retry_s:g} s")
+                yield from self._sleep(max(0.0, self._draft_retry_at - self._clock()))
+                continue
+            first_failure_at = None
+            token_ids = [proposal.token_id for proposal in self._draft.proposals]
+            taken = self._text.take(token_ids)
+            self._generation.commit_drafts(taken.num_taken)
+            yield from self._hand_over(
+                Chunk(token_ids[: taken.num_taken], [Segment(text, True) for text in taken.texts])
+            )
+
+    # Effects.
+
+    def _open(self, link: Link, message: Any) -> Steps:
+        self._stats.num_bytes_sent += message.ByteSize()
+        yield Open(link, message)
+
+    def _send(self, link: Link, message: Any) -> Steps:
+        self._stats.num_bytes_sent += message.ByteSize()
+        yield Send(link, message)
+
+    def _hand_over(self, chunk: Chunk) -> Steps:
+        handed_at = self._clock()
+        if not self._stats.first_token_s:
+            self._stats.first_token_s = handed_at - self._started_at
+        yield chunk
+        self._away_s += self._clock() - handed_at
+
+    def _poll(self) -> Steps:
+        """Take an event that is there already; return whether there was one."""
+        event = yield Wait(0.0)
+        self._take(event)
+        return event is not None
+
+    def _wait(self, timeout_s: float | None) -> Steps:
+        """Take the next event, or let the time pass.
+
+        Raises:
+            DeadlineExceededError: the deadline came first.
+        """
+        if self._deadline is not None:
+            left = self._deadline - self._clock()
+            if left <= 0:
+                raise DeadlineExceededError("the timeout passed before the text ended")
+            timeout_s = left if timeout_s is None else min(left, timeout_s)
+        self._take((yield Wait(timeout_s)))
+
+    def _take(self, event: Event | None) -> None:
+        if event is None:
+            return
+        if isinstance(event, Received):
+            self._stats.num_bytes_received += event.message.ByteSize()
+        if event.link is Link.TARGET:
+            if isinstance(event, Broken):
+                self._failure = event
+            else:
+                self._response = event.message
+        else:
+            self._take_draft_event(event)
+
+    def _take_draft_event(self, event: Event) -> None:
+        if isinstance(event, Broken):
+            if event.code in REFUSALS:
+                raise InvalidRequestError(f"the draft refused the request: {event.details}")
+            self._count_draft_failure(event.retry_delay_s)
+            return
+        try:
+            self._draft.on_response(event.message)
+            self._draft_failures = 0
+        except CacheMismatchError:
+            self._stats.num_cache_mismatches += 1
+            self._draft.proposals = []
+            self._count_draft_failure(None)

@@ -1,0 +1,155 @@
+"""What the draft service has proposed to one generation, and what it has been told. Knows no sockets.
+
+`t` is the first undecided position, the number of committed tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from client.acceptance import InvalidProposalError, Proposal
+from client.errors import ServiceFailedError
+from outrider import wire
+from outrider.errors import InvalidArgumentError
+from outrider.v1 import common_pb2, draft_pb2
+
+if TYPE_CHECKING:
+    from client.generation import Generation
+
+
+class DraftLink:
+    """What the draft service has proposed and been told.
+
+    Responses come in order, and each names the last commit that was applied. So the client can tell what the draft did: it
+    truncates at a commit exactly if the commit contradicts what it had drafted by then, and everything it drafted before
+    has arrived here before anything that it drafts afterwards.
+    """
+
+    def __init__(self, generation: Generation):
+        self._generation = generation
+        self.proposals: list[Proposal] = []  # at t, t + 1, …
+        self.has_stopped = False  # nothing more comes until the next commit
+        self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
+        self.is_on_trial = False  # opened again after a failure; nobody waits for it until it has proposed
+        self._commit_index = 0
+        self._valid_from = 0  # proposals drafted under earlier commits are void
+        self._told = 0  # committed tokens that the draft knows
+        self._recent: deque[tuple[int, int]] = deque(maxlen=256)  # (commit index, its first position)
+
+    def open(self) -> draft_pb2.ProposeRequest:
+        """Return the message that opens a session with all committed tokens; what was proposed before is void."""
+        generation, speculation = self._generation, self._generation.speculation
+        assert self.info is not None
+        self.proposals, self.has_stopped = [], False
+        self._commit_index = self._valid_from = 0
+        self._recent.clear()
+        self._told = len(generation.tokens)
+        target = generation.target_info
+        return draft_pb2.ProposeRequest(
+            open=draft_pb2.OpenProposals(
+                sampling=wire.warping_to_proto(generation.warping),
+                seed=generation.seed,
+                committed=generation.span_from(0),
+                window=self._window(),
+                vocab_size=min(self.info.vocab_size, target.vocab_size),
+                greedy=speculation.greedy_draft,
+                max_support=speculation.max_support,
+                min_draft_prob=speculation.min_draft_prob,
+                tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
+            )
+        )
+
+    @property
+    def can_follow(self) -> bool:
+        """Whether the draft can go on from the committed tokens: they fit its context and its vocabulary."""
+        if self.info is None:
+            return False
+        tokens = self._generation.tokens
+        return len(tokens) < self.info.context_length and max(tokens[self._told :], default=0) < self.info.vocab_size
+
+    def commit(self) -> draft_pb2.ProposeRequest:
+        """Return the message that tells the draft what has been committed since the last."""
+        span = self._generation.span_from(self._told)
+        self._told = len(self._generation.tokens)
+        return draft_pb2.ProposeRequest(
+            commit=draft_pb2.Commit(commit_index=self._commit_index, span=span, window=self._window())
+        )
+
+    def on_committed(self, start: int, token_ids: Sequence[int]) -> None:
+        """Drop the proposals that a commit decides, and all of them when it contradicts one."""
+        self._commit_index += 1
+        self._recent.append((self._commit_index, start))
+        self.has_stopped = False
+        for token_id, proposal in zip(token_ids, self.proposals, strict=False):
+            if proposal.token_id != token_id:
+                self._void()
+                return
+        del self.proposals[: len(token_ids)]
+
+    def on_response(self, response: draft_pb2.ProposeResponse) -> None:
+        """Take the proposals of a response that stand on what is committed.
+
+        Raises:
+            CacheMismatchError: the draft's cache is not that of these tokens.
+            ServiceFailedError: the response breaks the protocol.
+        """
+        if response.commit_index < self._valid_from:
+            return
+        for offset, message in enumerate(response.proposals):
+            position = response.start_position + offset
+            if not self._take(position, message):
+                return
+        self.is_on_trial = False
+        if response.commit_index == self._commit_index:
+            self.has_stopped = response.stopped
+        if response.start_position + len(response.proposals) > len(self._generation.tokens):
+            self._generation.check_cache(response.cache, [proposal.token_id for proposal in self.proposals])
+
+    def num_wanted(self, num_speculative_tokens: int) -> int:
+        """Return how many proposals the next round should have: 0 where the draft cannot follow."""
+        if self.info is None or not self.can_follow:
+            return 0
+        most = self.info.context_length - len(self._generation.tokens)
+        limit = self._generation.target_info.limits.max_proposals or num_speculative_tokens
+        return min(num_speculative_tokens, self._generation.num_left, most, limit, self._generation.speculation.num_ahead)
+
+    def _take(self, position: int, message: draft_pb2.Proposal) -> bool:
+        """Take one proposal; return False when it, and all behind it, turns out to be void."""
+        tokens = self._generation.tokens
+        if position < len(tokens):
+            if tokens[position : position + 1] == [message.token_id]:
+                return True
+            self._void(position)
+            return False
+        if position != len(tokens) + len(self.proposals):
+            raise ServiceFailedError(f"the draft proposed for position {position}, out of order")
+        self.proposals.append(_proposal_from_proto(message, self._generation.target_info.vocab_size))
+        return True
+
+    def _void(self, position: int | None = None) -> None:
+        """Drop all proposals, and those still to come that were drafted before the commit that contradicted them."""
+        self.proposals = []
+        self._valid_from = self._commit_index
+        if position is not None:
+            self._valid_from = max(index for index, start in self._recent if start <= position)
+
+    def _window(self) -> int:
+        generation = self._generation
+        assert self.info is not None
+        if generation.speculation.method == "draft":
+            ahead = generation.num_left
+        else:
+            ahead = generation.speculation.num_ahead
+        end = min(len(generation.tokens) + ahead, generation.max_length, self.info.context_length)
+        return max(end, len(generation.tokens))
+
+
+def _proposal_from_proto(message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
+    try:
+        support_ids = wire.unpack_support(message.support_ids, "support_ids", vocab_size)
+        weights = wire.unpack_probs(message.support_probs, "support_probs")
+        return Proposal.from_weights(message.token_id, support_ids, weights)
+    except (InvalidArgumentError, InvalidProposalError) as error:
+        raise ServiceFailedError(f"the draft sent a proposal that is none: {error}") from error

@@ -1,0 +1,54 @@
+"""Whether a draft and a target belong together, and in words where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from outrider.v1 import common_pb2
+
+_BLOCK = 1024  # ids under one digest; TokenizerFingerprint in common.proto
+
+
+@dataclass(frozen=True)
+class PairInfo:
+    """What the two services say of themselves, as protobuf messages of outrider.v1."""
+
+    target: common_pb2.ModelInfo
+    target_stats: common_pb2.ServiceStats
+    draft: common_pb2.ModelInfo | None  # None: no draft was named, or it does not answer
+    draft_stats: common_pb2.ServiceStats | None
+
+    @property
+    def mismatch(self) -> str | None:
+        """Why the two cannot work together; None when they can, or there is no draft."""
+        return None if self.draft is None else find_mismatch(self.draft, self.target)
+
+
+def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> str | None:
+    """Return a sentence on how the tokenizers differ, or None when they are the same.
+
+    Padded rows at the end of an embedding are no difference. Models without tokenizers match when their vocabularies are
+    of one size.
+    """
+    names = f"draft {draft.model_id} and target {target.model_id}"
+    if not draft.HasField("tokenizer") or not target.HasField("tokenizer"):
+        if draft.HasField("tokenizer") == target.HasField("tokenizer") and draft.vocab_size == target.vocab_size:
+            return None
+        return f"{names} cannot be compared: one came without a tokenizer, or their vocabularies differ in size"
+    ours, theirs = draft.tokenizer, target.tokenizer
+    if ours == theirs:
+        return None
+    differing = _first_difference(ours.block_digests, theirs.block_digests)
+    sizes = f"{ours.num_pieces} and {theirs.num_pieces} pieces"
+    return (
+        f"{names} have different tokenizers: {sizes}, first differing between ids {differing * _BLOCK} and "
+        f"{(differing + 1) * _BLOCK - 1}; use a draft of the target's own family"
+    )
+
+
+def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    for index, (left, right) in enumerate(zip(ours, theirs, strict=False)):
+        if left != right:
+            return index
+    return min(len(ours), len(theirs))

@@ -1,0 +1,93 @@
+"""What a caller asks for, checked where it is said."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from client.errors import InvalidRequestError
+from outrider.errors import InvalidArgumentError
+from outrider.warping import Warping
+
+Method = Literal["speculative", "autoregressive", "draft"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How text is drawn and where it ends.
+
+    Raises:
+        InvalidRequestError: a value is out of range; the message names the field.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0  # 1 keeps all
+    min_p: float = 0.0  # 0 keeps all
+    seed: int | None = None  # 64 bits; None draws one
+    max_new_tokens: int = 128
+    stop: Sequence[str] = ()  # text ends before the first of these
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InvalidRequestError("stop holds an empty string or no string: give non-empty strings")
+        if self.max_new_tokens < 1:
+            raise InvalidRequestError(f"max_new_tokens is {self.max_new_tokens}: give 1 or more")
+        if self.seed is not None and not 0 <= self.seed < 1 << 64:
+            raise InvalidRequestError(f"seed is {self.seed}: give a number from 0 to 2^64 - 1")
+        _ = self.warping
+
+    @property
+    def warping(self) -> Warping:
+        try:
+            return Warping(self.temperature, self.top_k, self.top_p, self.min_p)
+        except InvalidArgumentError as error:
+            raise InvalidRequestError(str(error)) from error
+
+    def seed_or_new(self) -> int:
+        """Return the seed, or a fresh one from the system."""
+        return secrets.randbits(64) if self.seed is None else self.seed
+
+
+@dataclass(frozen=True)
+class SpeculationParams:
+    """How the pair works on one generation. Nothing here changes the law of the text.
+
+    Raises:
+        InvalidRequestError: a value is out of range; the message names the field.
+    """
+
+    method: Method = "speculative"
+    num_speculative_tokens: int = 5  # K: most proposals in a round; 0 is the method autoregressive
+    overlap: bool = True  # the draft goes on while the target verifies
+    window: int | None = None  # positions the draft may be ahead of the committed text; None: 2 K with overlap, else K
+    max_support: int = 0  # 0: the draft service's own limit
+    min_draft_prob: float = 0.0
+    greedy_draft: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InvalidRequestError(f"method is {self.method!r}: give one of {', '.join(METHODS)}")
+        if self.num_speculative_tokens < 0:
+            raise InvalidRequestError(f"num_speculative_tokens is {self.num_speculative_tokens}: give 0 or more")
+        if self.window is not None and self.window < 1:
+            raise InvalidRequestError(f"window is {self.window}: give 1 or more")
+        if not 0 <= self.min_draft_prob <= 1:
+            raise InvalidRequestError(f"min_draft_prob is {self.min_draft_prob}: give a number from 0 to 1")
+
+    @property
+    def uses_draft(self) -> bool:
+        return self.method == "draft" or (self.method == "speculative" and self.num_speculative_tokens > 0)
+
+    @property
+    def num_ahead(self) -> int:
+        """How far beyond the committed text the draft may go."""
+        if self.window is not None:
+            return self.window
+        return self.num_speculative_tokens * (2 if self.overlap else 1)

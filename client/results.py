@@ -1,0 +1,97 @@
+"""What a generation yields: chunks as it goes, a result at its end, and the numbers behind both."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Text that one token released."""
+
+    text: str
+    is_drafted: bool  # an accepted proposal; otherwise the target's own token
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one round committed."""
+
+    token_ids: list[int]
+    segments: list[Segment]
+
+    @property
+    def text(self) -> str:
+        return "".join(segment.text for segment in self.segments)
+
+
+@dataclass
+class GenerationStats:
+    """Counters and seconds of one generation, counted after the text was cut at its end."""
+
+    num_generated_tokens: int = 0
+    num_rounds: int = 0
+    num_draft_tokens: int = 0  # proposals that were verified
+    num_accepted_tokens: int = 0
+    num_draft_tokens_per_position: list[int] = field(default_factory=list)  # by index in the round
+    num_accepted_tokens_per_position: list[int] = field(default_factory=list)
+    total_s: float = 0.0  # without the time the caller spent between chunks
+    first_token_s: float = 0.0
+    draft_wait_s: float = 0.0
+    target_wait_s: float = 0.0  # holds the queue, the forward passes and the wire
+    target_queue_s: float = 0.0
+    target_forward_s: float = 0.0
+    num_bytes_sent: int = 0
+    num_bytes_received: int = 0
+    num_rounds_without_draft: int = 0  # of a speculative generation
+    num_draft_failures: int = 0
+    num_target_retries: int = 0
+    num_cache_mismatches: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens; 0 when nothing was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Committed tokens per round; 0 when there was none."""
+        return self.num_generated_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """Share of the proposals at each index of a round that were accepted."""
+        pairs = zip(self.num_accepted_tokens_per_position, self.num_draft_tokens_per_position, strict=True)
+        return [accepted / drafted for accepted, drafted in pairs]
+
+    @property
+    def client_s(self) -> float:
+        """Seconds that were neither waiting for drafts nor for the target."""
+        return self.total_s - self.draft_wait_s - self.target_wait_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_generated_tokens / self.total_s if self.total_s else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every counter and every derived figure, for JSON."""
+        derived = ("acceptance_rate", "mean_acceptance_length", "acceptance_per_position", "client_s", "tokens_per_s")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A finished generation, or what there was when an error ended it."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None  # None: an error ended it
+    seed: int
+    prompt_token_ids: list[int]
+    stats: GenerationStats
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"stats": self.stats.as_dict()}
