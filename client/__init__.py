@@ -1,5 +1,6 @@
 """Speculative decoding across two machines: the client library. Imports no torch."""
 
+from client.aio import AsyncGenerationStream, AsyncSpeculativeClient
 from client.conversation import Patience
 from client.errors import (
     DeadlineExceededError,
@@ -15,6 +16,8 @@ from client.results import Chunk, GenerationResult, GenerationStats, Segment
 from client.sync import GenerationStream, SpeculativeClient
 
 __all__ = [
+    "AsyncGenerationStream",
+    "AsyncSpeculativeClient",
     "Chunk",
     "DeadlineExceededError",
     "GenerationResult",

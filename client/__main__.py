@@ -1,1 +1,29 @@
-def main(): pass
+"""The command line `outrider`, also `python -m client`."""
+
+from __future__ import annotations
+
+import click
+
+from client.commands.bench import bench
+from client.commands.chat import chat
+from client.commands.demo import demo
+from client.commands.generate import generate
+from client.commands.info import info
+from outrider import __version__
+
+
+@click.group(context_settings={"auto_envvar_prefix": "OUTRIDER", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="outrider")
+def main() -> None:
+    """Speculative decoding across two machines.
+
+    Every option is also an environment variable: OUTRIDER_, the command and the option, such as
+    OUTRIDER_GENERATE_TEMPERATURE. The services' addresses are OUTRIDER_DRAFT and OUTRIDER_TARGET for all commands.
+    """
+
+
+for command in (demo, generate, chat, info, bench):
+    main.add_command(command)
+
+if __name__ == "__main__":
+    main(prog_name="outrider")

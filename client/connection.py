@@ -17,7 +17,7 @@ from client.generation import Generation
 from client.pair import find_mismatch
 from client.params import SamplingParams, SpeculationParams
 from client.text import TargetTokenizer, TextStream, prompt_to_ids
-from outrider.v1 import common_pb2
+from outrider.v1 import common_pb2, target_pb2
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
@@ -66,19 +66,30 @@ def begin_conversation(
     """
     sampling, params = sampling or SamplingParams(), SpeculationParams(**speculation)
     if params.uses_draft and settings.draft is None:
-        raise InvalidRequestError(f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'")
+        raise InvalidRequestError(
+            f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
+        )
     prompt_ids = prompt_to_ids(prompt, target.tokenizer, target.info.vocab_size)
     room = target.info.context_length - len(prompt_ids)
     if room < 1:
-        raise InvalidRequestError(f"prompt has {len(prompt_ids)} tokens: the target's context has {target.info.context_length}")
+        raise InvalidRequestError(
+            f"prompt has {len(prompt_ids)} tokens: the target's context has {target.info.context_length}"
+        )
     max_new_tokens, seed = min(sampling.max_new_tokens, room), sampling.seed_or_new()
-    generation = Generation(
-        prompt_ids, sampling.warping, seed, params, len(prompt_ids) + max_new_tokens, target.info
-    )
+    generation = Generation(prompt_ids, sampling.warping, seed, params, len(prompt_ids) + max_new_tokens, target.info)
     eos_token_ids = () if sampling.ignore_eos else target.info.eos_token_ids
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
     deadline = None if timeout is None else time.monotonic() + timeout
     return Conversation(generation, text, params, seed, settings.patience, time.monotonic, deadline)
+
+
+def tokenizer_from_parts(parts: Sequence[target_pb2.GetTokenizerResponse]) -> TargetTokenizer:
+    """Return the tokenizer that GetTokenizer sent in parts."""
+    return TargetTokenizer.from_parts(
+        b"".join(part.tokenizer_json for part in parts),
+        "".join(part.chat_template for part in parts),
+        parts[0].special_tokens_json,
+    )
 
 
 def check_pair(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> None:
@@ -116,7 +127,9 @@ class Retrying:
     def pause_after(self, error: Any) -> float:
         """Return how long to pause; raises when the error is final or the time is over."""
         if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise ServiceFailedError(f"{self._what} at {self._address} failed ({error.code().name}): {error.details()}") from error
+            raise ServiceFailedError(
+                f"{self._what} at {self._address} failed ({error.code().name}): {error.details()}"
+            ) from error
         if time.monotonic() >= self._until:
             raise ServiceUnavailableError(f"no {self._what} at {self._address}: {error.details()}") from error
         return 0.1

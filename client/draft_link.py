@@ -113,7 +113,9 @@ class DraftLink:
             return 0
         most = self.info.context_length - len(self._generation.tokens)
         limit = self._generation.target_info.limits.max_proposals or num_speculative_tokens
-        return min(num_speculative_tokens, self._generation.num_left, most, limit, self._generation.speculation.num_ahead)
+        return min(
+            num_speculative_tokens, self._generation.num_left, most, limit, self._generation.speculation.num_ahead
+        )
 
     def _take(self, position: int, message: draft_pb2.Proposal) -> bool:
         """Take one proposal; return False when it, and all behind it, turns out to be void."""

@@ -1,11 +1,11 @@
 """What the client raises.
 
-    OutriderError                  base; `partial` holds what had been generated, or None
-    ├── InvalidRequestError        an argument is wrong, or a service refused a field; also a ValueError
-    ├── IncompatiblePairError      draft and target have different tokenizers
-    ├── ServiceUnavailableError    the target did not answer within the retry time
-    ├── DeadlineExceededError      the call's own timeout passed; also a TimeoutError
-    └── ServiceFailedError         a service failed on this request, or broke the protocol
+OutriderError                  base; `partial` holds what had been generated, or None
+├── InvalidRequestError        an argument is wrong, or a service refused a field; also a ValueError
+├── IncompatiblePairError      draft and target have different tokenizers
+├── ServiceUnavailableError    the target did not answer within the retry time
+├── DeadlineExceededError      the call's own timeout passed; also a TimeoutError
+└── ServiceFailedError         a service failed on this request, or broke the protocol
 """
 
 from __future__ import annotations

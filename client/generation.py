@@ -80,7 +80,9 @@ class Generation:
                 round_index=self._round_index,
                 committed=self.span_from(self._target_told),
                 proposals=[
-                    target_pb2.ProposedToken(token_id=proposal.token_id, support_ids=wire.pack_ids(proposal.support_ids))
+                    target_pb2.ProposedToken(
+                        token_id=proposal.token_id, support_ids=wire.pack_ids(proposal.support_ids)
+                    )
                     for proposal in self._in_round
                 ],
             )

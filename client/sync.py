@@ -19,6 +19,7 @@ from client.connection import (
     begin_conversation,
     broken,
     check_pair,
+    tokenizer_from_parts,
 )
 from client.conversation import Broken, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
 from client.errors import OutriderError
@@ -35,7 +36,9 @@ class SpeculativeClient:
     One client serves many generations at once, each from a thread of its own. Use it as a context manager, or close it.
     """
 
-    def __init__(self, target: str, draft: str | None = None, *, patience: Patience | None = None, connect_timeout: float = 10.0):
+    def __init__(
+        self, target: str, draft: str | None = None, *, patience: Patience | None = None, connect_timeout: float = 10.0
+    ):
         """Addresses are HOST:PORT. Nothing is sent before the first use.
 
         Args:
@@ -55,7 +58,9 @@ class SpeculativeClient:
     def __enter__(self) -> SpeculativeClient:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -65,7 +70,12 @@ class SpeculativeClient:
             self._draft_channel.close()
 
     def generate(
-        self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, *, timeout: float | None = None, **speculation: Any
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **speculation: Any,
     ) -> GenerationResult:
         """Return the finished text.
 
@@ -84,7 +94,12 @@ class SpeculativeClient:
         return stream.result
 
     def stream(
-        self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, *, timeout: float | None = None, **speculation: Any
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **speculation: Any,
     ) -> GenerationStream:
         """Return an iterator over the text's chunks, whose `result` is there when it has ended; arguments as for generate."""
         target = self._described_target()
@@ -97,7 +112,8 @@ class SpeculativeClient:
         Raises:
             ServiceUnavailableError: the target does not answer.
         """
-        target = self._ask_target(lambda left: self._target_stub.GetModelInfo(target_pb2.TargetServiceGetModelInfoRequest(), timeout=left))
+        request = target_pb2.TargetServiceGetModelInfoRequest()
+        target = self._ask_target(lambda left_s: self._target_stub.GetModelInfo(request, timeout=left_s))
         draft = self._describe_draft()
         return PairInfo(target.model, target.stats, draft.model if draft else None, draft.stats if draft else None)
 
@@ -114,14 +130,11 @@ class SpeculativeClient:
             return self._target
 
     def _fetch_tokenizer(self) -> TargetTokenizer:
-        parts = self._ask_target(lambda left: list(self._target_stub.GetTokenizer(target_pb2.GetTokenizerRequest(), timeout=left)))
-        return TargetTokenizer.from_parts(
-            b"".join(part.tokenizer_json for part in parts),
-            "".join(part.chat_template for part in parts),
-            parts[0].special_tokens_json,
-        )
+        request = target_pb2.GetTokenizerRequest()
+        ask = lambda left_s: list(self._target_stub.GetTokenizer(request, timeout=left_s))  # noqa: E731
+        return tokenizer_from_parts(self._ask_target(ask))
 
-    def _ask_target(self, ask) -> Any:
+    def _ask_target(self, ask: Any) -> Any:
         retrying = Retrying("target service", self._settings.target, self._settings.connect_s)
         while True:
             try:
@@ -132,10 +145,9 @@ class SpeculativeClient:
     def _describe_draft(self) -> draft_pb2.DraftServiceGetModelInfoResponse | None:
         if self._draft_stub is None:
             return None
+        request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.describe_draft_s
         try:
-            return self._draft_stub.GetModelInfo(
-                draft_pb2.DraftServiceGetModelInfoRequest(), timeout=self._settings.describe_draft_s
-            )
+            return self._draft_stub.GetModelInfo(request, timeout=timeout)
         except grpc.RpcError:
             return None
 

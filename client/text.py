@@ -41,7 +41,9 @@ class TargetTokenizer:
             InvalidRequestError: the model has no chat template, or jinja2 is not installed.
         """
         if not self.chat_template:
-            raise InvalidRequestError("the target model has no chat template: use generate, or an instruction-tuned model")
+            raise InvalidRequestError(
+                "the target model has no chat template: use generate, or an instruction-tuned model"
+            )
         try:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
@@ -78,7 +80,9 @@ class TextStream:
         if stop and tokenizer is None:
             raise InvalidRequestError("stop needs a tokenizer, and the target model came without one")
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(ids=list(prompt_ids[-_CONTEXT_IDS:]), skip_special_tokens=True) if tokenizer else None
+        self._decoder = (
+            DecodeStream(ids=list(prompt_ids[-_CONTEXT_IDS:]), skip_special_tokens=True) if tokenizer else None
+        )
         self._num_left = max_new_tokens
         self._stop, self._eos_token_ids = tuple(stop), frozenset(eos_token_ids)
         self._released = ""
@@ -166,7 +170,9 @@ def prompt_to_ids(prompt: str | Sequence[int], tokenizer: TargetTokenizer | None
     """
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise InvalidRequestError("prompt is text, but the target model came without a tokenizer: give a list of token ids")
+            raise InvalidRequestError(
+                "prompt is text, but the target model came without a tokenizer: give a list of token ids"
+            )
         token_ids = tokenizer.encode(prompt)
     else:
         token_ids = [_checked_id(token_id, vocab_size) for token_id in prompt]

@@ -1,0 +1,268 @@
+"""The asyncio client: carries a conversation's effects out with grpc.aio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from client.connection import (
+    CHANNEL_OPTIONS,
+    ConnectionSettings,
+    Retrying,
+    Target,
+    begin_conversation,
+    broken,
+    check_pair,
+    tokenizer_from_parts,
+)
+from client.conversation import Broken, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
+from client.errors import OutriderError
+from client.pair import PairInfo
+from client.params import SamplingParams
+from client.results import Chunk, GenerationResult
+from client.text import TargetTokenizer
+from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+
+
+class AsyncSpeculativeClient:
+    """Generates text with a draft service and a target service, from one event loop.
+
+    One client serves many generations at once, each in a task of its own. Use it as an async context manager, or close it.
+    gRPC wants one event loop per process: do not use clients on two loops.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        draft: str | None = None,
+        *,
+        patience: Patience | None = None,
+        connect_timeout: float = 10.0,
+    ):
+        """Arguments as for SpeculativeClient. Nothing is sent before the first use."""
+        self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
+        self._target_channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._draft_channel = grpc.aio.insecure_channel(draft, options=CHANNEL_OPTIONS) if draft else None
+        self._target_stub = target_pb2_grpc.TargetServiceStub(self._target_channel)
+        self._draft_stub = draft_pb2_grpc.DraftServiceStub(self._draft_channel) if draft else None
+        self._target: Target | None = None
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> AsyncSpeculativeClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections; generations that are running end with an error."""
+        await self._target_channel.close()
+        if self._draft_channel:
+            await self._draft_channel.close()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **speculation: Any,
+    ) -> GenerationResult:
+        """Return the finished text; arguments and errors as for SpeculativeClient.generate."""
+        stream = await self.stream(prompt, sampling, timeout=timeout, **speculation)
+        async for _ in stream:
+            pass
+        return stream.result
+
+    async def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **speculation: Any,
+    ) -> AsyncGenerationStream:
+        """Return an async iterator over the text's chunks, whose `result` is there when it has ended."""
+        target = await self._described_target()
+        conversation = begin_conversation(self._settings, target, prompt, sampling, speculation, timeout)
+        return AsyncGenerationStream(conversation, _Transport(self, target.info, timeout))
+
+    async def info(self) -> PairInfo:
+        """Return what both services say of themselves now; errors as for SpeculativeClient.info."""
+        request = target_pb2.TargetServiceGetModelInfoRequest()
+        target = await self._ask_target(lambda left_s: self._target_stub.GetModelInfo(request, timeout=left_s))
+        draft = await self._describe_draft()
+        return PairInfo(target.model, target.stats, draft.model if draft else None, draft.stats if draft else None)
+
+    async def tokenizer(self) -> TargetTokenizer | None:
+        """Return the target's tokenizer, or None when it has none."""
+        return (await self._described_target()).tokenizer
+
+    async def _described_target(self) -> Target:
+        async with self._lock:
+            if self._target is None:
+                info = (await self.info()).target
+                self._target = Target(info, await self._fetch_tokenizer() if info.HasField("tokenizer") else None)
+            return self._target
+
+    async def _fetch_tokenizer(self) -> TargetTokenizer:
+        async def ask(left_s: float) -> list[target_pb2.GetTokenizerResponse]:
+            return [
+                part async for part in self._target_stub.GetTokenizer(target_pb2.GetTokenizerRequest(), timeout=left_s)
+            ]
+
+        return tokenizer_from_parts(await self._ask_target(ask))
+
+    async def _ask_target(self, ask: Any) -> Any:
+        retrying = Retrying("target service", self._settings.target, self._settings.connect_s)
+        while True:
+            try:
+                return await ask(retrying.left_s)
+            except grpc.RpcError as error:
+                await asyncio.sleep(retrying.pause_after(error))
+
+    async def _describe_draft(self) -> draft_pb2.DraftServiceGetModelInfoResponse | None:
+        if self._draft_stub is None:
+            return None
+        request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.describe_draft_s
+        try:
+            return await self._draft_stub.GetModelInfo(request, timeout=timeout)
+        except grpc.RpcError:
+            return None
+
+
+class AsyncGenerationStream(AsyncIterator[Chunk]):
+    """The chunks of one generation. When stopping early, await `aclose`, so that the services stop working on it."""
+
+    def __init__(self, conversation: Conversation, transport: _Transport):
+        self._chunks = self._run(conversation, transport)
+        self._result: GenerationResult | None = None
+
+    def __aiter__(self) -> AsyncGenerationStream:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        return await anext(self._chunks)
+
+    async def aclose(self) -> None:
+        """End the generation."""
+        await self._chunks.aclose()
+
+    @property
+    def result(self) -> GenerationResult:
+        """The finished generation; raises RuntimeError before the last chunk has been taken."""
+        if self._result is None:
+            raise RuntimeError("the generation has not finished: take all chunks first")
+        return self._result
+
+    async def _run(self, conversation: Conversation, transport: _Transport):
+        steps, answer = conversation.run(), None
+        try:
+            while True:
+                effect = steps.send(answer)
+                if isinstance(effect, Chunk):
+                    yield effect
+                    answer = None
+                    continue
+                try:
+                    answer = await transport.perform(effect)
+                except OutriderError as error:
+                    steps.throw(error)
+        except StopIteration as stop:
+            self._result = stop.value
+        finally:
+            transport.close()
+
+
+class _Stream:
+    """One bidirectional call and the task that reads it."""
+
+    def __init__(self, link: Link, call: Any, events: asyncio.Queue):
+        self._link, self._call, self._events = link, call, events
+        self._reader = asyncio.ensure_future(self._read())
+
+    async def send(self, message: Any) -> None:
+        """Write a message; a broken stream is what the reader reports."""
+        try:
+            await self._call.write(message)
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            pass
+
+    def close(self) -> None:
+        self._reader.cancel()
+        self._call.cancel()
+
+    async def _read(self) -> None:
+        try:
+            async for message in self._call:
+                self._events.put_nowait((self, Received(self._link, message)))
+            self._events.put_nowait((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
+        except grpc.RpcError as error:
+            self._events.put_nowait((self, broken(self._link, error)))
+
+
+class _Transport:
+    """Carries out the effects of one conversation."""
+
+    def __init__(self, client: AsyncSpeculativeClient, target_info: common_pb2.ModelInfo, timeout: float | None):
+        self._client, self._target_info, self._timeout = client, target_info, timeout
+        self._streams: dict[Link, _Stream] = {}
+        self._events: asyncio.Queue[tuple[_Stream, Event]] = asyncio.Queue()
+
+    async def perform(self, effect: Any) -> Any:
+        match effect:
+            case Open(link, message):
+                self._close(link)
+                self._streams[link] = _Stream(link, self._method(link)(timeout=self._timeout), self._events)
+                await self._streams[link].send(message)
+            case Send(link, message):
+                await self._streams[link].send(message)
+            case Wait(timeout_s):
+                return await self._next_event(timeout_s)
+            case Describe():
+                return await self._describe()
+        return None
+
+    def close(self) -> None:
+        for link in list(self._streams):
+            self._close(link)
+
+    def _method(self, link: Link) -> Any:
+        client = self._client
+        return client._target_stub.Verify if link is Link.TARGET else client._draft_stub.Propose  # type: ignore[union-attr]
+
+    def _close(self, link: Link) -> None:
+        stream = self._streams.pop(link, None)
+        if stream:
+            stream.close()
+
+    async def _next_event(self, timeout_s: float | None) -> Event | None:
+        """Return the next event of a stream that is still ours."""
+        loop = asyncio.get_running_loop()
+        until = None if timeout_s is None else loop.time() + timeout_s
+        while True:
+            try:
+                stream, event = self._events.get_nowait()
+            except asyncio.QueueEmpty:
+                left = None if until is None else until - loop.time()
+                if left is not None and left <= 0:
+                    return None
+                try:
+                    stream, event = await asyncio.wait_for(self._events.get(), left)
+                except asyncio.TimeoutError:  # noqa: UP041 - another class than TimeoutError on Python 3.10
+                    return None
+            if stream in self._streams.values():
+                return event
+
+    async def _describe(self) -> common_pb2.ModelInfo | None:
+        description = await self._client._describe_draft()
+        if description is None:
+            return None
+        check_pair(description.model, self._target_info)
+        return description.model

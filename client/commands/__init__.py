@@ -1,0 +1,1 @@
+"""The commands of `outrider`. Results go to standard output, progress and complaints to standard error."""

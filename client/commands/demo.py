@@ -1,0 +1,97 @@
+"""`outrider demo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from client.bench.grid import Settings, make_grid
+from client.bench.summary import Row, speed_table, summarise
+from client.commands.bench import NumberList, measure
+from client.commands.generate import write
+from client.commands.local_pair import local_pair
+from client.commands.options import DRAFTED_STYLE, TARGET_STYLE, as_json, err, out, print_json, shows_errors
+from client.params import SamplingParams
+from client.results import GenerationResult
+from client.sync import SpeculativeClient
+
+PROMPT = "Once upon a time, there was a little girl named Lily. She loved to"
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--prompt", default=PROMPT)
+@click.option(
+    "--temperature",
+    type=NumberList(float),
+    default="0,1",
+    help="Values of the temperature; at 0 both texts must be the same.",
+)
+@click.option("-k", "--num-speculative-tokens", type=click.IntRange(1), default=4, help="K: most proposals in a round.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=160)
+@click.option("--seed", type=int, default=1)
+@click.option(
+    "--repetitions", type=click.IntRange(1), default=3, help="Measurements of each, after the text has been shown."
+)
+@click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each service.")
+@click.option("--draft-model", default="builtin:draft")
+@click.option("--target-model", default="builtin:target")
+@as_json
+@shows_errors
+def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) -> None:  # fmt: skip
+    """See the embedded pair write a story, with the target alone beside it.
+
+    Starts both services on free loopback ports, shows the text as it comes, measures both methods alternately, and
+    shuts everything down.
+    """
+    with err.status("starting the draft service and the target service"):
+        context = local_pair(values["draft_model"], values["target_model"], values["threads"])
+        pair = context.__enter__()
+    try:
+        with SpeculativeClient(pair.target, pair.draft) as client:
+            texts = [_show(client, prompt, value, values, quiet=as_json) for value in temperature]
+            rows = _measure(client, prompt, temperature, values)
+    finally:
+        context.__exit__(None, None, None)
+    if as_json:
+        print_json({"texts": texts, "summary": [row.as_dict() for row in rows]})
+        return
+    out.print()
+    out.print(
+        speed_table(rows, f"{values['target_model']} with {values['draft_model']}, {values['threads']} thread each")
+    )
+
+
+def _show(
+    client: SpeculativeClient, prompt: str, temperature: float, values: dict[str, Any], quiet: bool
+) -> dict[str, Any]:
+    """Write the text with the target alone and with the pair; return both."""
+    sampling = SamplingParams(temperature=temperature, seed=values["seed"], max_new_tokens=values["max_new_tokens"])
+    length = values["num_speculative_tokens"]
+    if quiet:
+        alone = client.generate(prompt, sampling, method="autoregressive")
+        together = client.generate(prompt, sampling, num_speculative_tokens=length)
+    else:
+        out.rule(f"target alone, temperature {temperature:g}", align="left")
+        alone = write(client, prompt, sampling, False, method="autoregressive")
+        out.rule(
+            f"the pair, temperature {temperature:g}: [{DRAFTED_STYLE}]accepted from the draft[/], [{TARGET_STYLE}]the target's own[/]",
+            align="left",
+        )
+        together = write(client, prompt, sampling, True, num_speculative_tokens=length)
+        if temperature == 0:
+            _compare(alone, together)
+    return {"temperature": temperature, "autoregressive": alone.as_dict(), "speculative": together.as_dict()}
+
+
+def _compare(alone: GenerationResult, together: GenerationResult) -> None:
+    if alone.token_ids == together.token_ids:
+        out.print("At temperature 0 the two texts are the same, token for token.", style="italic")
+    else:
+        out.print("The two texts differ: two tokens were equally likely up to rounding.", style="bold red")
+
+
+def _measure(client: SpeculativeClient, prompt: str, temperatures: list[float], values: dict[str, Any]) -> list[Row]:
+    grid = make_grid(("autoregressive", "speculative"), temperatures, [values["num_speculative_tokens"]])
+    settings = Settings(max_new_tokens=values["max_new_tokens"], repetitions=values["repetitions"], seed=values["seed"])
+    return summarise(measure(client, [prompt], grid, settings))
