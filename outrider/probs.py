@@ -43,7 +43,7 @@ def _kept_by_filters(scores: torch.Tensor, warpings: Sequence[Warping]) -> torch
     top_k = scores.new_tensor([warping.top_k or vocab_size for warping in warpings])
     top_p = scores.new_tensor([warping.top_p or 1.0 for warping in warpings])
     min_p = scores.new_tensor([warping.min_p for warping in warpings])
-    descending, order = scores.sort(-1, descending=True, stable=True)
+    descending, order = scores.sort(dim=-1, descending=True, stable=True)
     kept = torch.arange(vocab_size, device=scores.device) < top_k[:, None]
     probs = descending.masked_fill(~kept, -torch.inf).softmax(-1)
     mass_before = probs.cumsum(-1) - probs
