@@ -1,9 +1,9 @@
 """Small random-weight models of every family that must work, saved as transformers saves real ones.
 
 Weights are drawn twelve times wider than transformers draws them, and the head is free of the embedding. So logits
-have a standard deviation of about 2, and what a model says depends on its whole context: with near-uniform rows, or rows
-that hang on the last token alone, broken rules and broken caches go unnoticed. Two seeds of one family share a fifth of
-their mass, a model and its `disagreeing_copy` between half and three quarters.
+have a standard deviation of about 2, and what a model says depends on its whole context: with near-uniform rows, or
+rows that hang on the last token alone, broken rules and broken caches go unnoticed. Two seeds of one family share a
+fifth of their mass, a model and its `disagreeing_copy` between half and three quarters.
 """
 
 from __future__ import annotations

@@ -1,0 +1,102 @@
+"""A caller's settings are checked where they are said, and each refusal names the field."""
+
+from __future__ import annotations
+
+import pytest
+
+from client.errors import InvalidRequestError
+from client.params import SamplingParams, SpeculationParams
+from outrider.warping import Warping
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("top_p", float("nan")),
+        ("min_p", -0.5),
+        ("max_new_tokens", 0),
+        ("seed", -1),
+        ("seed", 1 << 64),
+        ("stop", ("",)),
+        ("stop", ("end", 3)),
+    ],
+)
+def test_a_sampling_setting_out_of_range_is_refused_by_its_name(field, value):
+    with pytest.raises(InvalidRequestError, match=f"^{field} "):
+        SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", "oracle"),
+        ("num_speculative_tokens", -1),
+        ("window", 0),
+        ("min_draft_prob", 1.1),
+        ("min_draft_prob", float("nan")),
+    ],
+)
+def test_a_speculation_setting_out_of_range_is_refused_by_its_name(field, value):
+    with pytest.raises(InvalidRequestError, match=f"^{field} "):
+        SpeculationParams(**{field: value})
+
+
+def test_refusals_are_value_errors_too():
+    with pytest.raises(ValueError, match="top_p"):
+        SamplingParams(top_p=2.0)
+
+
+def test_defaults_draw_plainly():
+    params = SamplingParams()
+    assert params.warping == Warping(1.0, 0, 1.0, 0.0)
+    assert (params.max_new_tokens, params.stop, params.ignore_eos) == (128, (), False)
+
+
+def test_one_stop_string_is_a_list_of_one():
+    assert SamplingParams(stop="end").stop == ("end",)
+
+
+def test_the_whole_range_of_seeds_is_taken():
+    assert SamplingParams(seed=0).seed_or_new() == 0
+    assert SamplingParams(seed=(1 << 64) - 1).seed_or_new() == (1 << 64) - 1
+
+
+def test_without_a_seed_each_generation_gets_its_own():
+    """Two of 64 random bits are equal with chance 5e-20."""
+    params = SamplingParams()
+    seeds = {params.seed_or_new(), params.seed_or_new()}
+    assert len(seeds) == 2
+    assert all(0 <= seed < 1 << 64 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_ahead"),
+    [
+        ({"num_speculative_tokens": 5}, 10),
+        ({"num_speculative_tokens": 5, "overlap": False}, 5),
+        ({"num_speculative_tokens": 5, "window": 3}, 3),
+        ({"num_speculative_tokens": 5, "window": 7, "overlap": False}, 7),
+    ],
+    ids=["overlap", "no_overlap", "window", "window_wins"],
+)
+def test_how_far_ahead_the_draft_may_go(settings, num_ahead):
+    assert SpeculationParams(**settings).num_ahead == num_ahead
+
+
+@pytest.mark.parametrize(
+    ("settings", "uses_draft"),
+    [
+        ({}, True),
+        ({"num_speculative_tokens": 0}, False),
+        ({"method": "autoregressive"}, False),
+        ({"method": "draft"}, True),
+    ],
+    ids=["speculative", "k_0", "autoregressive", "draft"],
+)
+def test_which_methods_need_a_draft(settings, uses_draft):
+    assert SpeculationParams(**settings).uses_draft is uses_draft

@@ -1,0 +1,215 @@
+"""Logits become the distributions that transformers' own warpers make, and draws follow them.
+
+Shapes: N rows, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from outrider.probs import SUPPORT_MASS, draw_drafts, inverse_cdf, probability_rows, read_target_rows
+from outrider.rng import Purpose, uniforms
+from outrider.warping import Warping
+
+VOCAB_SIZE = 50
+TOLERANCE = 1e-14  # a softmax of 50 values near 1 in float64 loses a few units in the last place, 2^-53 = 1.1e-16 each
+GRID = [
+    Warping(temperature, top_k, top_p, min_p)
+    for temperature in (0.3, 1.0, 1.7)
+    for top_k in (0, 1, 7, VOCAB_SIZE, 10 * VOCAB_SIZE)
+    for top_p in (1.0, 0.9, 0.35, 1e-6)
+    for min_p in (0.0, 0.04, 0.5, 1.0)
+]
+
+
+def logits_of(num_rows: int, seed: int, std: float = 2.0, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
+    """Return `[N, V] float64`; a standard deviation of 2 puts about a third of the mass on the likeliest token."""
+    return std * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def transformers_probs(logits: torch.Tensor, warping: Warping) -> torch.Tensor:
+    """Return `[N, V]` as transformers' `generate` makes them, its warpers in its order."""
+    warpers: list = [TemperatureLogitsWarper(warping.temperature)]
+    warpers += [TopKLogitsWarper(warping.top_k)] if warping.top_k else []
+    warpers += [TopPLogitsWarper(warping.top_p)] if warping.top_p < 1 else []
+    warpers += [MinPLogitsWarper(warping.min_p)] if warping.min_p else []
+    for warper in warpers:
+        logits = warper(None, logits)
+    return logits.softmax(-1)
+
+
+@pytest.mark.parametrize("std", [0.1, 2.0, 10.0], ids=["flat", "usual", "sharp"])
+def test_rows_are_those_of_transformers_for_every_combination_of_filters(std):
+    logits = logits_of(8, seed=1, std=std)
+    for warping in GRID:
+        actual = probability_rows(logits, [warping] * len(logits))
+        assert (actual - transformers_probs(logits, warping)).abs().max() < TOLERANCE, warping
+
+
+def test_a_mixed_batch_gives_each_row_what_it_gets_alone():
+    warpings = [*GRID, Warping(0.0), Warping(0.0, top_k=3)]
+    logits = logits_of(len(warpings), seed=2)
+    together = probability_rows(logits, warpings)
+    for row, warping, probs in zip(logits, warpings, together, strict=True):
+        assert torch.equal(probs, probability_rows(row[None], [warping])[0]), warping
+
+
+def test_a_batch_of_plain_rows_is_a_softmax():
+    logits = logits_of(4, seed=3)
+    assert torch.equal(probability_rows(logits, [Warping()] * 4), logits.softmax(-1))
+
+
+def test_temperature_0_is_one_hot_at_the_lowest_of_the_likeliest():
+    logits = torch.tensor([[1.0, 3.0, 3.0, -2.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert probability_rows(logits, [Warping(0.0)] * 2).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+
+
+def test_the_likeliest_token_survives_every_filter():
+    logits = logits_of(8, seed=4)
+    warping = Warping(1.0, top_k=1, top_p=1e-9, min_p=1.0)
+    assert torch.equal(probability_rows(logits, [warping] * 8), probability_rows(logits, [Warping(0.0)] * 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rows_are_float32_where_logits_are_not_wider(dtype):
+    logits = logits_of(3, seed=5).to(dtype)
+    probs = probability_rows(logits, [Warping(0.5, top_k=5)] * 3)
+    assert probs.dtype == torch.float32
+    assert torch.equal(probs, probability_rows(logits.float(), [Warping(0.5, top_k=5)] * 3))
+
+
+@given(weights=st.lists(st.integers(0, 3), min_size=1, max_size=8).filter(any), point=st.floats(0, 1, exclude_max=True))
+def test_inverse_cdf_gives_each_index_an_interval_as_long_as_its_share(weights, point):
+    """The index drawn is the one whose interval [mass before it, mass up to it) holds the point."""
+    index = int(inverse_cdf(torch.tensor([weights], dtype=torch.float64), [point])[0])
+    total = sum(weights)
+    assert weights[index] > 0
+    assert sum(weights[:index]) <= point * total < sum(weights[: index + 1])
+
+
+@pytest.mark.parametrize("point", [0.0, 1 - 2**-53], ids=["least", "greatest"])
+def test_the_ends_of_the_unit_interval_draw_tokens_with_weight(point):
+    weights = torch.tensor([[0.0, 0.3, 0.0, 0.4, 0.0], [0.0, 0.0, 1e-30, 0.0, 0.0]], dtype=torch.float64)
+    expected = [1, 2] if point == 0 else [3, 2]
+    assert inverse_cdf(weights, [point, point]).tolist() == expected
+
+
+def test_a_row_without_weight_draws_index_0():
+    assert inverse_cdf(torch.zeros(1, 4), [0.7]).tolist() == [0]
+
+
+class TestDrafts:
+    """The support is the smallest set of likeliest tokens that holds SUPPORT_MASS, cut at the row's own limit."""
+
+    PROBS = probability_rows(logits_of(64, seed=6, std=3.0), [Warping()] * 64)
+
+    def drafts(self, max_support: int):
+        return draw_drafts(self.PROBS, [max_support] * 64, uniforms(7, np.arange(64), Purpose.DRAFT).tolist())
+
+    @pytest.mark.parametrize("max_support", [1, 3, VOCAB_SIZE, 10 * VOCAB_SIZE])
+    def test_supports_are_the_smallest_that_hold_the_mass(self, max_support):
+        for row, ids in zip(self.PROBS, self.drafts(max_support).support_ids, strict=True):
+            mass = row[ids].sum()
+            rest = row.clone().index_fill_(0, ids, 0.0)
+            assert mass >= SUPPORT_MASS or len(ids) == max_support
+            assert mass - row[ids].min() < SUPPORT_MASS
+            assert row[ids].min() >= rest.max()
+            assert len(ids) <= max_support
+
+    def test_some_support_is_cut_by_the_mass_and_some_by_the_limit(self):
+        """Else the test above proves less than it says."""
+        sizes = {len(ids) for ids in self.drafts(30).support_ids}
+        assert 30 in sizes
+        assert min(sizes) < 30
+
+    def test_ids_ascend_and_weights_are_the_rows_own_in_float32(self):
+        drafts = self.drafts(20)
+        for row, ids, weights in zip(self.PROBS, drafts.support_ids, drafts.support_probs, strict=True):
+            assert torch.equal(ids, ids.unique(sorted=True))
+            assert torch.equal(weights, row[ids].float())
+
+    def test_the_token_is_drawn_from_the_weights_that_are_sent(self):
+        """Inverse transform of the addressed uniform on the normalised weights, as a receiver would compute it."""
+        points = uniforms(7, np.arange(64), Purpose.DRAFT)
+        drafts = self.drafts(20)
+        rows = zip(drafts.token_ids, drafts.support_ids, drafts.support_probs, drafts.token_probs, points, strict=True)
+        for token_id, ids, weights, token_prob, point in rows:
+            cumulative = weights.double().numpy().cumsum()
+            index = int(np.searchsorted(cumulative, point * cumulative[-1], side="right"))
+            assert token_id == ids[index]
+            assert token_prob == pytest.approx(weights[index].item() / cumulative[-1], rel=1e-12)
+
+    def test_a_mixed_batch_gives_each_row_what_it_gets_alone(self):
+        limits = [1 + row % 9 for row in range(64)]
+        points = uniforms(8, np.arange(64), Purpose.DRAFT).tolist()
+        together = draw_drafts(self.PROBS, limits, points)
+        for row in range(64):
+            alone = draw_drafts(self.PROBS[row : row + 1], limits[row : row + 1], points[row : row + 1])
+            assert alone.token_ids[0] == together.token_ids[row]
+            assert torch.equal(alone.support_ids[0], together.support_ids[row])
+            assert torch.equal(alone.support_probs[0], together.support_probs[row])
+
+    def test_a_greedy_row_has_a_support_of_one(self):
+        drafts = draw_drafts(
+            probability_rows(logits_of(4, seed=9), [Warping(0.0)] * 4), [256] * 4, [0.0, 0.3, 0.6, 0.999]
+        )
+        assert [ids.tolist() for ids in drafts.support_ids] == [[token_id] for token_id in drafts.token_ids]
+        assert [weights.tolist() for weights in drafts.support_probs] == [[1.0]] * 4
+        assert drafts.token_ids == logits_of(4, seed=9).argmax(-1).tolist()
+
+    def test_tokens_without_probability_are_in_no_support(self):
+        """Masked ids and probabilities that vanish in float32 alike: a support's weights are positive."""
+        logits = torch.tensor([[0.0, -torch.inf, 1.0, -200.0]], dtype=torch.float64)
+        drafts = draw_drafts(probability_rows(logits, [Warping()]), [4], [0.5])
+        assert drafts.support_ids[0].tolist() == [0, 2]
+        assert (drafts.support_probs[0] > 0).all()
+
+
+class TestTargetRows:
+    """A row is told by its probabilities on the support, the mass outside, and one draw from outside."""
+
+    PROBS = probability_rows(logits_of(4, seed=10), [Warping()] * 4)
+    SUPPORTS = tuple(torch.tensor(ids, dtype=torch.long) for ids in ([], [3], [0, 7, 49], range(VOCAB_SIZE)))
+
+    def test_probabilities_and_masses_are_the_rows_own(self):
+        rows = read_target_rows(self.PROBS, self.SUPPORTS, [0.5] * 4)
+        for probs, support, on_support, mass in zip(
+            self.PROBS, self.SUPPORTS, rows.support_probs, rows.outside_masses, strict=True
+        ):
+            assert torch.equal(on_support, probs[support].float())
+            assert mass == pytest.approx(1 - probs[support].sum().item(), abs=1e-14)
+
+    def test_a_full_support_leaves_exactly_nothing_outside(self):
+        assert read_target_rows(self.PROBS, self.SUPPORTS, [0.5] * 4).outside_masses[3] == 0.0
+
+    def test_a_small_mass_outside_keeps_its_precision(self):
+        """1 - p(S) would give 0 or 1.1e-16 where the mass is e^-40 = 4.2e-18."""
+        probs = probability_rows(torch.tensor([[0.0, -40.0, 0.0]], dtype=torch.float64), [Warping()])
+        mass = read_target_rows(probs, [torch.tensor([0, 2])], [0.5]).outside_masses[0]
+        assert mass == pytest.approx(np.exp(-40) / 2, rel=1e-12)
+
+    def test_outside_tokens_follow_the_row_without_its_support(self):
+        """A grid of points draws each outside token in proportion to its probability, to one point."""
+        num_points = 20_000
+        points = ((np.arange(num_points) + 0.5) / num_points).tolist()
+        probs, support = self.PROBS[:1], self.SUPPORTS[2]
+        drawn = read_target_rows(probs.expand(num_points, -1), [support] * num_points, points).outside_token_ids
+        outside = probs[0].clone().index_fill_(0, support, 0.0)
+        expected = (outside / outside.sum()).numpy()
+        shares = np.bincount(drawn, minlength=VOCAB_SIZE) / num_points
+        assert np.abs(shares - expected).max() <= 1 / num_points + 1e-12
+        assert shares[support.numpy()].max() == 0
+
+    def test_a_mixed_batch_gives_each_row_what_it_gets_alone(self):
+        points = [0.1, 0.4, 0.7, 0.9]
+        together = read_target_rows(self.PROBS, self.SUPPORTS, points)
+        for row in range(4):
+            alone = read_target_rows(self.PROBS[row : row + 1], self.SUPPORTS[row : row + 1], points[row : row + 1])
+            assert torch.equal(alone.support_probs[0], together.support_probs[row])
+            assert alone.outside_masses[0] == together.outside_masses[row]
+            assert alone.outside_token_ids[0] == together.outside_token_ids[row]
