@@ -18,7 +18,7 @@ import torch
 
 from outrider.engine.engine import Demand, Engine
 from outrider.engine.engine import Sequence as EngineSequence
-from outrider.engine.thread import ModelThread
+from outrider.engine.thread import ModelThread, new_reply
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError
 from outrider.probs import TargetRows, probability_rows, read_target_rows
 from outrider.rng import AddressedUniforms, Purpose
@@ -108,7 +108,7 @@ class Scheduler:
 
     def submit(self, session: Session, work: Round) -> Future[Verdict]:
         """Queue a round; one at a time for each session. The future fails with a ServiceError."""
-        reply: Future[Verdict] = Future()
+        reply: Future[Verdict] = new_reply()
         arrived_at = time.monotonic()
         self.thread.post(lambda: self._enqueue(session, work, arrived_at, reply))
         return reply
@@ -128,7 +128,6 @@ class Scheduler:
 
     def _enqueue(self, session: Session, work: Round, arrived_at: float, reply: Future[Verdict]) -> None:
         if not session.is_open:
-            reply.cancel()
             return
         try:
             demand = self._apply(session, work)

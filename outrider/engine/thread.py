@@ -14,6 +14,17 @@ Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
 
+def new_reply() -> Future:
+    """Return a future that whoever waits for it cannot cancel.
+
+    A client may go away while its forward pass runs. Were its future cancelled by then, answering it would raise on the
+    model thread; as it is, the answer is dropped.
+    """
+    reply: Future = Future()
+    reply.set_running_or_notify_cancel()
+    return reply
+
+
 class ModelThread:
     """Runs posted calls and, while there is work, steps."""
 
@@ -32,7 +43,7 @@ class ModelThread:
 
     def ask(self, question: Callable[[], Answer]) -> Future[Answer]:
         """Have `question` answered on the thread, before the next step."""
-        reply: Future[Answer] = Future()
+        reply: Future[Answer] = new_reply()
         self.post(lambda: reply.set_result(question()))
         return reply
 
