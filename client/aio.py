@@ -130,7 +130,7 @@ class AsyncSpeculativeClient:
     async def _describe_draft(self) -> draft_pb2.DraftServiceGetModelInfoResponse | None:
         if self._draft_stub is None:
             return None
-        request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.describe_draft_s
+        request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.patience.describe_draft_s
         try:
             return await self._draft_stub.GetModelInfo(request, timeout=timeout)
         except grpc.RpcError:

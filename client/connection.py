@@ -39,7 +39,6 @@ class ConnectionSettings:
     target: str  # HOST:PORT
     draft: str | None = None
     connect_s: float = 10.0  # for the target's description, at first use
-    describe_draft_s: float = 1.0  # for the draft's; text goes on without a draft that takes longer
     patience: Patience = field(default_factory=Patience)
 
 

@@ -100,6 +100,7 @@ class Patience:
     """How long a conversation waits for whom, in seconds."""
 
     draft_wait_s: float = 2.0  # for proposals, before a round goes without
+    describe_draft_s: float = 1.0  # for the draft's description, before rounds go without for a while
     retry_s: float = 30.0  # for the target, since it last answered
     first_backoff_s: float = 0.1
     longest_backoff_s: float = 5.0
