@@ -14,6 +14,7 @@ from client.errors import InvalidRequestError
 from client.results import FinishReason
 
 _CONTEXT_IDS = 8  # prompt tokens that the decoder sees, so that spaces at the border come out right
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,8 @@ class TextStream:
         if stop and tokenizer is None:
             raise InvalidRequestError("stop needs a tokenizer, and the target model came without one")
         self._tokenizer = tokenizer
-        self._decoder = (
-            DecodeStream(ids=list(prompt_ids[-_CONTEXT_IDS:]), skip_special_tokens=True) if tokenizer else None
-        )
+        self._context_ids = _context_ids(prompt_ids, tokenizer) if tokenizer else []
+        self._decoder = DecodeStream(ids=list(self._context_ids), skip_special_tokens=True) if tokenizer else None
         self._num_left = max_new_tokens
         self._stop, self._eos_token_ids = tuple(stop), frozenset(eos_token_ids)
         self._released = ""
@@ -117,7 +117,7 @@ class TextStream:
         self._token_ids.append(token_id)
         self._num_left -= 1
         if token_id in self._eos_token_ids:
-            return self._finish("stop")
+            return self._finish("stop", self._token_ids[:-1])
         if self._decoder and self._tokenizer:
             self._held += self._decoder.step(self._tokenizer.tokenizer, token_id) or ""
         found = _earliest(self._held, self._stop)
@@ -126,15 +126,16 @@ class TextStream:
             self.finish_reason = "stop"
             return self._release(len(self._held))
         if self._num_left == 0:
-            return self._finish("length")
+            return self._finish("length", self._token_ids)
         return self._release(len(self._held) - _longest_overlap(self._held, self._stop))
 
-    def _finish(self, reason: FinishReason) -> str:
+    def _finish(self, reason: FinishReason, shown_ids: Sequence[int]) -> str:
         """End the text and release what was held, with what is left of an unfinished character."""
         self.finish_reason = reason
         if self._tokenizer:
-            whole = self._tokenizer.decode(self._token_ids)
-            so_far = self._released + self._held
+            context = self._tokenizer.decode(self._context_ids)
+            whole = self._tokenizer.decode([*self._context_ids, *shown_ids])
+            so_far = context + self._released + self._held
             if whole.startswith(so_far):
                 self._held += whole[len(so_far) :]
         return self._release(len(self._held))
@@ -143,6 +144,15 @@ class TextStream:
         text, self._held = self._held[:length], self._held[length:]
         self._released += text
         return text
+
+
+def _context_ids(prompt_ids: Sequence[int], tokenizer: TargetTokenizer) -> list[int]:
+    """Return the end of the prompt that the decoder may see; none of it when a character is unfinished there.
+
+    The decoder would take that character, and all before it, for text that has not been shown yet.
+    """
+    token_ids = list(prompt_ids[-_CONTEXT_IDS:])
+    return [] if tokenizer.decode(token_ids).endswith(_UNFINISHED) else token_ids
 
 
 def _earliest(text: str, stop: Sequence[str]) -> int | None:
