@@ -1,0 +1,283 @@
+"""Where a text ends and what of it is shown: end-of-sequence ids, stop strings, lengths, and characters of several
+tokens.
+
+The tokenizer has one piece for each byte, so that every character beyond ASCII spans tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from client.errors import InvalidRequestError
+from client.text import Taken, TargetTokenizer, TextStream, prompt_to_ids
+from tests.tiny_models import byte_tokenizer
+
+BYTES = TargetTokenizer(byte_tokenizer().backend_tokenizer, "", {})
+BOS_ID, EOS_ID = 0, 1
+NUM_IDS = 258
+PROMPT_IDS = BYTES.encode("Once")
+EURO, E_ACUTE = BYTES.encode("€"), BYTES.encode("é")  # three bytes, two bytes
+IDS = st.lists(st.integers(0, NUM_IDS - 1), max_size=24)
+
+
+def piece_tokenizer(*pieces: str) -> TargetTokenizer:
+    """Return a tokenizer whose ids are the given pieces, words beginning with a space as sentencepiece writes it."""
+    tokenizer = Tokenizer(
+        models.WordLevel({piece: token_id for token_id, piece in enumerate(pieces)}, unk_token=pieces[0])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return TargetTokenizer(tokenizer, "", {})
+
+
+def stream(text_or_ids: str | list[int], max_new_tokens: int = 100, **ends) -> tuple[TextStream, Taken]:
+    """Return a stream that was given all tokens at once, as a round gives them."""
+    token_ids = BYTES.encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
+    text = TextStream(BYTES, PROMPT_IDS, max_new_tokens, **ends)
+    return text, text.take(token_ids)
+
+
+def test_a_text_without_an_end_goes_on():
+    text, taken = stream("upon a time")
+    assert taken == Taken(11, list("upon a time"), None)
+    assert text.text == "upon a time"
+    assert text.token_ids == BYTES.encode("upon a time")
+
+
+class TestEndOfSequence:
+    def test_inside_a_run_it_ends_the_text_and_drops_what_follows(self):
+        text, taken = stream([*BYTES.encode("ab"), EOS_ID, *BYTES.encode("cd")], eos_token_ids=[EOS_ID])
+        assert taken == Taken(3, ["a", "b", ""], "stop")
+        assert text.text == "ab"
+        assert text.token_ids == [*BYTES.encode("ab"), EOS_ID]
+
+    def test_at_the_start_of_a_run_it_leaves_an_empty_text(self):
+        text, taken = stream([EOS_ID], eos_token_ids=[EOS_ID])
+        assert taken == Taken(1, [""], "stop")
+        assert text.text == ""
+
+    def test_any_of_several_ids_ends_the_text(self):
+        assert stream([EOS_ID, BOS_ID], eos_token_ids=[BOS_ID, EOS_ID])[1].num_taken == 1
+        assert stream([BOS_ID, EOS_ID], eos_token_ids=[BOS_ID, EOS_ID])[1].num_taken == 1
+
+    def test_ignored_it_is_a_token_like_others(self):
+        text, taken = stream([*BYTES.encode("ab"), EOS_ID, *BYTES.encode("cd")])
+        assert taken.num_taken == 5
+        assert taken.finish_reason is None
+        assert text.text == "abcd"
+
+    def test_an_ordinary_piece_that_ends_the_text_is_not_shown(self):
+        """Some models end with a piece that their tokenizer does not call special."""
+        text, taken = stream("ab.", eos_token_ids=BYTES.encode("."))
+        assert taken == Taken(3, ["a", "b", ""], "stop")
+        assert text.text == "ab"
+
+    def test_what_was_held_back_for_a_stop_string_is_shown(self):
+        text, taken = stream([*BYTES.encode("a<"), EOS_ID], stop=["<end>"], eos_token_ids=[EOS_ID])
+        assert taken == Taken(3, ["a", "", "<"], "stop")
+        assert text.text == "a<"
+
+
+class TestStopString:
+    def test_across_tokens_it_is_found_and_never_shown(self):
+        text, taken = stream("one<end>two", stop=["<end>"])
+        assert taken == Taken(8, ["o", "n", "e", "", "", "", "", ""], "stop")
+        assert text.text == "one"
+        assert text.token_ids == BYTES.encode("one<end>")
+
+    def test_across_rounds_it_is_found_and_never_shown(self):
+        text = TextStream(BYTES, PROMPT_IDS, 100, stop=["<end>"])
+        assert text.take(BYTES.encode("one<e")) == Taken(5, ["o", "n", "e", "", ""], None)
+        assert text.text == "one"
+        assert text.take(BYTES.encode("nd>two")) == Taken(3, ["", "", ""], "stop")
+        assert text.text == "one"
+
+    def test_inside_one_token_the_text_before_it_is_shown(self):
+        tokenizer = piece_tokenizer("?", "▁the", "▁end.And")
+        text = TextStream(tokenizer, [1], 100, stop=["."])
+        assert text.take([1, 2]) == Taken(2, [" the", " end"], "stop")
+
+    def test_a_beginning_that_turns_out_to_be_none_is_shown_late(self):
+        text, taken = stream("a<en!b", stop=["<end>"])
+        assert taken == Taken(6, ["a", "", "", "", "<en!", "b"], None)
+        assert text.text == "a<en!b"
+
+    def test_a_beginning_inside_a_failed_beginning_is_not_missed(self):
+        """ "aab" in "aaab": the first a is no part of it, the second begins it."""
+        text, taken = stream("aaab", stop=["aab"])
+        assert taken == Taken(4, ["", "", "a", ""], "stop")
+        assert text.text == "a"
+
+    def test_the_earliest_of_several_wins(self):
+        tokenizer = piece_tokenizer("?", "▁one;two.three")
+        text = TextStream(tokenizer, [], 100, stop=[".", ";", "three"])
+        text.take([1])
+        assert text.text == "one"
+
+    def test_the_longest_beginning_of_several_is_held(self):
+        text, taken = stream("x12", stop=["12345", "2z"])
+        assert taken.texts == ["x", "", ""]
+        assert text.take(BYTES.encode("z")).finish_reason == "stop"
+        assert text.text == "x1"
+
+    def test_of_characters_with_several_tokens(self):
+        text, taken = stream("1€é2", stop=["€é"])
+        assert taken == Taken(6, ["1", "", "", "", "", ""], "stop")
+        assert text.text == "1"
+
+    def test_in_the_prompt_it_is_no_end(self):
+        """The prompt ends in "<en": only what is generated counts."""
+        text = TextStream(BYTES, BYTES.encode("<en"), 100, stop=["<end>"])
+        assert text.take(BYTES.encode("d>")) == Taken(2, ["d", ">"], None)
+
+    def test_held_back_at_the_greatest_length_it_is_shown(self):
+        text, taken = stream("ab<end>", max_new_tokens=4, stop=["<end>"])
+        assert taken == Taken(4, ["a", "b", "", "<e"], "length")
+        assert text.text == "ab<e"
+
+    def test_with_the_last_token_allowed_it_is_a_stop(self):
+        assert stream("ab.", max_new_tokens=3, stop=["."])[1].finish_reason == "stop"
+
+    def test_needs_a_tokenizer(self):
+        with pytest.raises(InvalidRequestError, match="stop needs a tokenizer"):
+            TextStream(None, [5], 10, stop=["."])
+
+
+class TestLength:
+    def test_inside_a_run_it_drops_what_follows(self):
+        text, taken = stream("abcdef", max_new_tokens=4)
+        assert taken == Taken(4, ["a", "b", "c", "d"], "length")
+        assert text.token_ids == BYTES.encode("abcd")
+
+    def test_at_the_end_of_a_run_it_ends_the_text(self):
+        assert stream("abcd", max_new_tokens=4)[1].finish_reason == "length"
+
+    def test_end_of_sequence_as_the_last_token_allowed_is_a_stop(self):
+        assert (
+            stream([*BYTES.encode("abc"), EOS_ID], max_new_tokens=4, eos_token_ids=[EOS_ID])[1].finish_reason == "stop"
+        )
+
+    def test_after_the_end_nothing_is_taken(self):
+        text, _ = stream("abcd", max_new_tokens=2)
+        assert text.take(BYTES.encode("ef")) == Taken(0, [], "length")
+        assert text.text == "ab"
+
+    def test_without_a_tokenizer_tokens_are_counted_and_there_is_no_text(self):
+        text = TextStream(None, [5], 3, eos_token_ids=[7])
+        assert text.take([1, 2, 3, 4]) == Taken(3, ["", "", ""], "length")
+        assert TextStream(None, [5], 3, eos_token_ids=[2]).take([1, 2, 3]) == Taken(2, ["", ""], "stop")
+
+
+class TestCharacters:
+    def test_of_several_tokens_are_shown_with_their_last(self):
+        assert stream([*EURO, *E_ACUTE])[1].texts == ["", "", "€", "", "é"]
+
+    def test_across_rounds_are_shown_with_their_last_token(self):
+        text = TextStream(BYTES, PROMPT_IDS, 100)
+        assert text.take(EURO[:2]).texts == ["", ""]
+        assert text.take(EURO[2:]).texts == ["€"]
+
+    @pytest.mark.parametrize("num_left", [1, 2], ids=["one_missing", "two_missing"])
+    def test_unfinished_at_the_greatest_length_show_a_replacement(self, num_left):
+        ids = [*BYTES.encode("a"), *EURO[: 3 - num_left]]
+        text, taken = stream(ids, max_new_tokens=len(ids))
+        assert text.text == "a�" == BYTES.decode(ids)
+        assert taken.texts[-1] == "�"
+
+    def test_unfinished_before_the_end_of_sequence_show_a_replacement(self):
+        text, _ = stream([*BYTES.encode("a"), EURO[0], EOS_ID], eos_token_ids=[EOS_ID])
+        assert text.text == "a�"
+
+    def test_unfinished_where_another_begins_show_a_replacement(self):
+        text, taken = stream([EURO[0], *BYTES.encode("b")])
+        assert taken.texts == ["", "�b"]
+        assert text.text == "�b"
+
+    def test_that_the_prompt_left_unfinished_do_not_bring_the_prompt_into_the_text(self):
+        text = TextStream(BYTES, [*BYTES.encode("Once"), E_ACUTE[0]], 3)
+        text.take([E_ACUTE[1], *BYTES.encode("ab")])
+        assert text.text == "�ab"
+
+
+class TestSpaces:
+    """A piece that begins a word is shown with its space inside a text, and without where a text begins."""
+
+    TOKENIZER = piece_tokenizer("?", "▁once", "▁upon", "▁time")
+
+    def test_after_a_prompt_the_first_word_has_its_space(self):
+        text = TextStream(self.TOKENIZER, [1], 2)
+        assert text.take([2, 3]).texts == [" upon", " time"]
+
+    def test_without_a_prompt_it_has_none(self):
+        text = TextStream(self.TOKENIZER, [], 2)
+        assert text.take([1, 2]).texts == ["once", " upon"]
+
+
+@given(token_ids=IDS, prompt_ids=IDS, cuts=st.lists(st.integers(1, 5), min_size=24, max_size=24))
+@example(token_ids=EURO, prompt_ids=[E_ACUTE[1]], cuts=[1] * 24)
+@example(token_ids=E_ACUTE[1:], prompt_ids=E_ACUTE[:1], cuts=[1] * 24)
+def test_text_is_what_the_tokenizer_makes_of_the_tokens(token_ids, prompt_ids, cuts):
+    """Any bytes, characters or not, in runs of any length, after any prompt: the shown pieces are the decoded whole."""
+    text = TextStream(BYTES, prompt_ids, max(1, len(token_ids)))
+    shown, start = "", 0
+    for length in cuts:
+        shown += "".join(text.take(token_ids[start : start + length]).texts)
+        start += length
+    assert shown == text.text == BYTES.decode(token_ids)
+    assert text.token_ids == token_ids
+
+
+LETTERS = st.text("ab€", max_size=16)
+
+
+@given(whole=LETTERS, stop=st.lists(st.text("ab€", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_a_stop_string_cuts_where_it_is_first_complete(whole, stop):
+    """The text ends with the first token after which it holds a stop string, and is cut before the first of these."""
+    text, taken = stream(whole, stop=stop) if whole else (TextStream(BYTES, PROMPT_IDS, 100, stop), Taken(0, [], None))
+    for length in range(len(whole) + 1):
+        found = [start for start in (whole[:length].find(string) for string in stop) if start >= 0]
+        if found:
+            assert taken.finish_reason == "stop"
+            assert text.text == whole[: min(found)]
+            assert text.token_ids == BYTES.encode(whole[:length])
+            return
+    assert taken.finish_reason is None
+    held = whole[len(text.text) :]
+    assert whole == text.text + held
+    assert held == "" or any(string.startswith(held) for string in stop)
+
+
+def test_every_way_to_split_a_run_gives_the_same_text():
+    token_ids = BYTES.encode("a€<e<end>b")
+    for first, second in itertools.combinations(range(len(token_ids) + 1), 2):
+        text = TextStream(BYTES, PROMPT_IDS, 100, stop=["<end>"])
+        for run in (token_ids[:first], token_ids[first:second], token_ids[second:]):
+            text.take(run)
+        assert (text.text, text.finish_reason) == ("a€<e", "stop")
+
+
+class TestPrompt:
+    def test_text_is_encoded(self):
+        assert prompt_to_ids("Once", BYTES, NUM_IDS) == PROMPT_IDS
+
+    def test_ids_are_taken_as_they_are(self):
+        assert prompt_to_ids([0, 257], BYTES, NUM_IDS) == [0, 257]
+
+    @pytest.mark.parametrize("prompt", ["", []], ids=["text", "ids"])
+    def test_that_is_empty_is_refused(self, prompt):
+        with pytest.raises(InvalidRequestError, match="prompt is empty"):
+            prompt_to_ids(prompt, BYTES, NUM_IDS)
+
+    @pytest.mark.parametrize("token_id", [-1, 258, 1 << 40])
+    def test_with_an_id_outside_the_vocabulary_is_refused(self, token_id):
+        with pytest.raises(InvalidRequestError, match=f"prompt holds id {token_id}"):
+            prompt_to_ids([5, token_id], BYTES, NUM_IDS)
+
+    def test_of_text_needs_a_tokenizer(self):
+        with pytest.raises(InvalidRequestError, match="give a list of token ids"):
+            prompt_to_ids("Once", None, NUM_IDS)
