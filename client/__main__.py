@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# gRPC's own log would write over progress bars. The variable is read when grpc is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 import click
 
 from client.commands.bench import bench

@@ -1,10 +1,13 @@
-"""Acceptance sampling on sparse rows: which proposals are kept, and what replaces the first that is not. Pure functions.
+"""Acceptance sampling on sparse rows: which proposals are kept, and what replaces the first that is not.
 
-Notation inside formulas: p is the target, q the draft (Leviathan et al. 2023, arXiv 2211.17192). Shapes: S support, K proposals.
+Pure functions.
 
-The target tells its probabilities on the support of q, the mass m outside it, and one token y drawn from p outside it. That is enough:
-q is zero outside its support, so the residual norm(max(0, p − q)) has the weight max(0, p(x) − q(x)) on each x of the
-support, and m outside, where it is p itself, of which y is a draw.
+Notation inside formulas: p is the target, q the draft (Leviathan et al. 2023, arXiv 2211.17192). Shapes: S support, K
+proposals.
+
+The target tells its probabilities on the support of q, the mass m outside it, and one token y drawn from p outside
+it. That is enough: q is zero outside its support, so the residual norm(max(0, p − q)) has the weight max(0, p(x) −
+q(x)) on each x of the support, and m outside, where it is p itself, of which y is a draw.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -31,8 +32,8 @@ from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, targe
 class AsyncSpeculativeClient:
     """Generates text with a draft service and a target service, from one event loop.
 
-    One client serves many generations at once, each in a task of its own. Use it as an async context manager, or close it.
-    gRPC wants one event loop per process: do not use clients on two loops.
+    One client serves many generations at once, each in a task of its own. Use it as an async context manager, or
+    close it. gRPC wants one event loop per process: do not use clients on two loops.
     """
 
     def __init__(
@@ -189,10 +190,8 @@ class _Stream:
 
     async def send(self, message: Any) -> None:
         """Write a message; a broken stream is what the reader reports."""
-        try:
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             await self._call.write(message)
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            pass
 
     def close(self) -> None:
         self._reader.cancel()
@@ -255,7 +254,7 @@ class _Transport:
                     return None
                 try:
                     stream, event = await asyncio.wait_for(self._events.get(), left)
-                except asyncio.TimeoutError:  # noqa: UP041 - another class than TimeoutError on Python 3.10
+                except asyncio.TimeoutError:  # another class than TimeoutError on Python 3.10
                     return None
             if stream in self._streams.values():
                 return event

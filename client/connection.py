@@ -1,4 +1,4 @@
-"""What the blocking and the asyncio client share: settings, channels' options, and how a call becomes a conversation."""
+"""What the blocking and the asyncio client share: settings, channel options, and how a call becomes a conversation."""
 
 from __future__ import annotations
 

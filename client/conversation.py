@@ -1,7 +1,9 @@
-"""The conversation of one generation with the two services, as a generator: it yields effects and chunks, and is sent events.
+"""The conversation of one generation with the two services, as a generator.
 
-It holds every decision about order, waiting, retries and failures, and no sockets, threads or clocks of its own: `client.sync` and
-`client.aio` carry its effects out with blocking and with asyncio gRPC.
+It yields effects and chunks, and is sent events.
+
+It holds every decision about order, waiting, retries and failures, and no sockets, threads or clocks of its own:
+`client.sync` and `client.aio` carry its effects out with blocking and with asyncio gRPC.
 """
 
 from __future__ import annotations

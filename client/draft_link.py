@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class DraftLink:
     """What the draft service has proposed and been told.
 
-    Responses come in order, and each names the last commit that was applied. So the client can tell what the draft did: it
-    truncates at a commit exactly if the commit contradicts what it had drafted by then, and everything it drafted before
-    has arrived here before anything that it drafts afterwards.
+    Responses come in order, and each names the last commit that was applied. So the client can tell what the draft
+    did: it truncates at a commit exactly if the commit contradicts what it had drafted by then, and everything it
+    drafted before has arrived here before anything that it drafts afterwards.
     """
 
     def __init__(self, generation: Generation):
@@ -140,10 +140,8 @@ class DraftLink:
     def _window(self) -> int:
         generation = self._generation
         assert self.info is not None
-        if generation.speculation.method == "draft":
-            ahead = generation.num_left
-        else:
-            ahead = generation.speculation.num_ahead
+        speculation = generation.speculation
+        ahead = generation.num_left if speculation.method == "draft" else speculation.num_ahead
         end = min(len(generation.tokens) + ahead, generation.max_length, self.info.context_length)
         return max(end, len(generation.tokens))
 

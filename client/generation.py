@@ -1,8 +1,8 @@
 """The state of one generation: what is committed, what is proposed, what each service has been told. Knows no sockets.
 
-The client owns the truth. Committed tokens live here alone; a service holds a cache of some prefix of them, and every message
-names absolute positions, so that reopening a stream is the same as continuing it. The last committed token is always pending: it
-is in neither cache until the round after it.
+The client owns the truth. Committed tokens live here alone; a service holds a cache of some prefix of them, and every
+message names absolute positions, so that reopening a stream is the same as continuing it. The last committed token is
+always pending: it is in neither cache until the round after it.
 
 `t` is the first undecided position, the number of committed tokens. K is the number of proposals of a round.
 """

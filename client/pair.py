@@ -28,8 +28,8 @@ class PairInfo:
 def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> str | None:
     """Return a sentence on how the tokenizers differ, or None when they are the same.
 
-    Padded rows at the end of an embedding are no difference. Models without tokenizers match when their vocabularies are
-    of one size.
+    Padded rows at the end of an embedding are no difference. Models without tokenizers match when their vocabularies
+    are of one size.
     """
     names = f"draft {draft.model_id} and target {target.model_id}"
     if not draft.HasField("tokenizer") or not target.HasField("tokenizer"):

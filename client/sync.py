@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +33,8 @@ from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, targe
 class SpeculativeClient:
     """Generates text with a draft service and a target service.
 
-    One client serves many generations at once, each from a thread of its own. Use it as a context manager, or close it.
+    One client serves many generations at once, each from a thread of its own. Use it as a context manager, or close
+    it.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class SpeculativeClient:
         timeout: float | None = None,
         **speculation: Any,
     ) -> GenerationStream:
-        """Return an iterator over the text's chunks, whose `result` is there when it has ended; arguments as for generate."""
+        """Return an iterator over the chunks, whose `result` is there when it has ended; arguments as for generate."""
         target = self._described_target()
         conversation = begin_conversation(self._settings, target, prompt, sampling, speculation, timeout)
         return GenerationStream(conversation, _Transport(self, target.info, timeout))
@@ -153,7 +154,10 @@ class SpeculativeClient:
 
 
 class GenerationStream(Iterator[Chunk]):
-    """The chunks of one generation. Stopping early is allowed: close it, or let it go, and the services stop working on it."""
+    """The chunks of one generation.
+
+    Stopping early is allowed: close it, or let it go, and the services stop working on it.
+    """
 
     def __init__(self, conversation: Conversation, transport: _Transport):
         self._chunks = self._run(conversation, transport)
@@ -176,7 +180,7 @@ class GenerationStream(Iterator[Chunk]):
             raise RuntimeError("the generation has not finished: take all chunks first")
         return self._result
 
-    def _run(self, conversation: Conversation, transport: _Transport) -> Iterator[Chunk]:
+    def _run(self, conversation: Conversation, transport: _Transport) -> Generator[Chunk, None, None]:
         steps, answer = conversation.run(), None
         try:
             while True:

@@ -1,4 +1,6 @@
-"""Free-running drafting: every session whose sequence is shorter than its window gets one more token a pass. Knows no gRPC.
+"""Free-running drafting: every session whose sequence is shorter than its window gets one more token a pass.
+
+Knows no gRPC.
 
 Shapes: N sessions in a pass, V vocabulary size.
 """
@@ -94,14 +96,18 @@ class Drafter:
             InvalidArgumentError: there are no tokens, or more than the context holds, or the window is out of range.
         """
         if not 1 <= len(token_ids) <= self._context_length:
-            raise InvalidArgumentError(f"committed.token_ids holds {len(token_ids)} tokens: give 1 to {self._context_length}")
+            raise InvalidArgumentError(
+                f"committed.token_ids holds {len(token_ids)} tokens: give 1 to {self._context_length}"
+            )
         self._check_window(window, len(token_ids))
         session = Session(options, emit, next(self._arrivals), window)
         session.sequence.tokens.extend(token_ids)
         self.thread.post(lambda: self._begin(session))
         return session
 
-    def commit(self, session: Session, commit_index: int, start_position: int, token_ids, prefix_digest: int, window: int) -> None:
+    def commit(
+        self, session: Session, commit_index: int, start_position: int, token_ids, prefix_digest: int, window: int
+    ) -> None:
         """Apply a commit before the next pass; an error that only the session's state shows is emitted."""
         self._check_window(window, start_position + len(token_ids))
         self.thread.post(lambda: self._commit(session, commit_index, start_position, token_ids, prefix_digest, window))
@@ -113,7 +119,7 @@ class Drafter:
     def _check_window(self, window: int, num_committed: int) -> None:
         if not num_committed <= window <= self._context_length:
             raise InvalidArgumentError(
-                f"window is {window}: give a position from {num_committed} (the end of the commit) to {self._context_length}"
+                f"window is {window}: give a position from {num_committed}, the commit's end, to {self._context_length}"
             )
 
     def _begin(self, session: Session) -> None:
@@ -126,7 +132,9 @@ class Drafter:
         tokens = session.sequence.tokens
         try:
             if commit_index != session.commit_index + 1:
-                raise FailedPreconditionError(f"commit_index is {commit_index} after {session.commit_index}: open a new session")
+                raise FailedPreconditionError(
+                    f"commit_index is {commit_index} after {session.commit_index}: open a new session"
+                )
             tokens.check_span(start_position, prefix_digest)
         except ServiceError as error:
             self._fail(session, error)
@@ -190,7 +198,8 @@ class Drafter:
     def _append(self, session: Session, drafts, index: int) -> None:
         """Take the drafted token into the sequence and send it."""
         demand, sequence = session.demand, session.sequence
-        assert demand is not None and demand.started_at is not None
+        assert demand is not None
+        assert demand.started_at is not None
         session.demand = None
         position = len(sequence.tokens)
         sequence.tokens.extend([drafts.token_ids[index]])

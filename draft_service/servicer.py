@@ -60,7 +60,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         loop = asyncio.get_running_loop()
         options = self._draft_options(message)
         if message.HasField("tokenizer") and message.tokenizer != self._host.model_info().tokenizer:
-            raise InvalidArgumentError("open.tokenizer differs from the draft model's: serve a draft of the target's family")
+            raise InvalidArgumentError(
+                "open.tokenizer differs from the draft model's: serve a draft of the target's family"
+            )
         if message.committed.start_position:
             raise InvalidArgumentError("open.committed.start_position is not 0: a session opens at position 0")
         token_ids = wire.unpack_ids(message.committed.token_ids, "open.committed.token_ids", self._host.vocab_size)
@@ -90,7 +92,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         try:
             async for request in requests:
                 if request.WhichOneof("kind") != "commit":
-                    raise InvalidArgumentError("kind is not `commit`: only the first message of a stream opens a session")
+                    raise InvalidArgumentError(
+                        "kind is not `commit`: only the first message of a stream opens a session"
+                    )
                 commit = request.commit
                 token_ids = wire.unpack_ids(commit.span.token_ids, "commit.span.token_ids", self._host.vocab_size)
                 drafter.commit(

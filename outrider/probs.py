@@ -1,7 +1,7 @@
 """From logits to probabilities, to supports, to tokens. Pure functions on torch tensors; all randomness is an argument.
 
-Shapes: N rows, V vocabulary size, S largest support in the batch. Rows keep float64 when the logits have it and are float32 otherwise;
-sums that decide a draw are always float64.
+Shapes: N rows, V vocabulary size, S largest support in the batch. Rows keep float64 when the logits have it and are
+float32 otherwise; sums that decide a draw are always float64.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class Drafts:
 def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], uniforms: Sequence[float]) -> Drafts:
     """Truncate each row of `probs` `[N, V]` to its support and draw a token from what is left.
 
-    The support is the smallest set of likeliest tokens that holds `SUPPORT_MASS`, at most the row's `max_supports`. The token is
-    drawn from the float32 weights that are returned, divided by their sum, so that the receiver knows the law to the letter.
+    The support is the smallest set of likeliest tokens that holds `SUPPORT_MASS`, at most the row's `max_supports`.
+    The token is drawn from the float32 weights that are returned, divided by their sum, so that the receiver knows
+    the law to the letter.
     """
     num_kept = min(max(max_supports), probs.shape[-1])
     likeliest, ids = probs.topk(num_kept, dim=-1)
@@ -91,7 +92,7 @@ def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], uniforms: Sequ
 
 
 def inverse_cdf(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Return one index a row `[N] int64`, drawn in proportion to `weights` `[N, S]`; 0 where a row's weights are all 0."""
+    """Return one index a row `[N] int64`, drawn in proportion to `weights` `[N, S]`; 0 where all weights are 0."""
     cumulative = weights.double().cumsum(-1)
     points = cumulative.new_tensor(uniforms) * cumulative[:, -1]
     indices = torch.searchsorted(cumulative, points[:, None], right=True)[:, 0]

@@ -1,8 +1,8 @@
 """Addressed uniforms: every random number is a function of (seed, position, purpose).
 
 Nothing is streamed, so a token depends on the seed, its prefix and the models only, and not on how many numbers were
-drawn before it. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed
-by the seed; the counter is (position, 0, purpose, 0).
+drawn before it. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+2011), keyed by the seed; the counter is (position, 0, purpose, 0).
 
 Shapes: N addresses.
 """
@@ -30,7 +30,7 @@ class Purpose(IntEnum):
 
 
 def philox4x32(counters: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Return the generator's words `[N, 4] uint64` (each below 2^32) for `counters` `[N, 4]` and one key of two 32-bit words."""
+    """Return words `[N, 4] uint64`, each below 2^32, for `counters` `[N, 4]` and one key of two 32-bit words."""
     words = [np.asarray(counters, dtype=np.uint64)[:, column] for column in range(4)]
     keys = list(key)
     for _ in range(_NUM_ROUNDS):

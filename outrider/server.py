@@ -64,7 +64,7 @@ class ModelServicer(Protocol):
 
 
 def answers_errors(handler: Callable) -> Callable:
-    """Wrap a streaming handler so that a ServiceError becomes its status and anything else INTERNAL without its text."""
+    """Wrap a streaming handler: a ServiceError becomes its status, anything else INTERNAL without its text."""
 
     @functools.wraps(handler)
     async def wrapped(self, request, context) -> AsyncIterator:
@@ -116,8 +116,8 @@ def retry_metadata(code: grpc.StatusCode, message: str, retry_delay_s: float) ->
 class Server:
     """A gRPC server with one model service beside health and reflection.
 
-    Health says SERVING for `""` as soon as the process listens, and for the service's full name when its model is loaded and
-    warm, until a shutdown begins.
+    Health says SERVING for `""` as soon as the process listens, and for the service's full name when its model is
+    loaded and warm, until a shutdown begins.
     """
 
     def __init__(self, service_name: str, servicer: ModelServicer, register: Callable, listen: str):

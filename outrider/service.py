@@ -13,7 +13,7 @@ import click
 import torch
 
 from outrider import __version__
-from outrider.engine.engine import Demand, Engine, Sequence
+from outrider.engine.engine import Demand, Engine, EngineStats, Sequence
 from outrider.engine.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.thread import ModelThread
 from outrider.errors import ResourceExhaustedError, UnavailableError
@@ -70,11 +70,9 @@ class ModelHost(Generic[WorkerT]):
         )
         self._max_cached_tokens = options.max_cached_tokens or DEFAULT_CONTEXTS_CACHED * model.context_length
         self._context_length = min(model.context_length, self._max_cached_tokens)
-        engine = Engine(model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
-        _warm_up(engine)
-        self._model, self._engine = model, Engine(
-            model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache
-        )
+        self._engine = Engine(model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
+        _warm_up(self._engine)
+        self._model = model
         worker = self._make_worker(self._engine, self._context_length)
         worker.thread.start()
         self._worker = worker
@@ -115,7 +113,9 @@ class ModelHost(Generic[WorkerT]):
         limit = self._options.max_sessions
         if self._num_sessions >= limit:
             self._num_refused += 1
-            raise ResourceExhaustedError(f"all {limit} sessions are taken: come again later, or raise --max-sessions", RETRY_DELAY_S)
+            raise ResourceExhaustedError(
+                f"all {limit} sessions are taken: come again later, or raise --max-sessions", RETRY_DELAY_S
+            )
         self._num_sessions += 1
         self._num_opened += 1
         try:
@@ -178,6 +178,7 @@ def _warm_up(engine: Engine) -> None:
         sequence.tokens.extend([0] * size)
         engine.run_pass([Demand(sequence, len(sequence.tokens), 1, 0)])
     engine.remove(sequence)
+    engine.stats = EngineStats()
 
 
 def _fingerprint(tokenizer: TokenizerFiles) -> common_pb2.TokenizerFingerprint:
@@ -208,4 +209,6 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
     except RuntimeError as error:
         if "bind" not in str(error):
             raise
-        raise click.ClickException(f"cannot listen on {options.listen}: the address is taken or not this machine's") from error
+        raise click.ClickException(
+            f"cannot listen on {options.listen}: the address is taken or not this machine's"
+        ) from error

@@ -122,7 +122,8 @@ def batches(tokens: np.ndarray, length: int, tokens_per_batch: int, rng: np.rand
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised (Jordan 2024), scaled to AdamW's size (Liu et al., arXiv 2502.16982).
 
-    torch.optim.Muon does the same in bfloat16 only, which CPUs without bfloat16 units emulate: a quarter of a step's time.
+    torch.optim.Muon does the same in bfloat16 only, which CPUs without bfloat16 units emulate: a quarter of a step's
+    time.
     """
 
     def __init__(self, matrices, lr: float, momentum: float = 0.95, weight_decay: float = 0.05):
@@ -210,7 +211,9 @@ class Training:
             if self.step % 20 == 0:
                 rate = (time.monotonic() - started) / (self.step - first)
                 left = rate * (self.num_steps - self.step) / 60
-                console.print(f"{self.name} {self.step}/{self.num_steps} loss {loss.item():.3f} {rate:.2f} s/step, {left:.0f} min left")
+                console.print(
+                    f"{self.name} {self.step}/{self.num_steps} loss {loss.item():.3f} {rate:.2f} s/step, {left:.0f} min left"
+                )
             if self.step % 200 == 0 or self.step == self.num_steps:
                 self.save()
                 console.print(f"{self.name} {self.step}: {evaluate()}")
@@ -254,7 +257,9 @@ def sequence_length(progress: float) -> int:
     return 256 if progress < 0.5 else 512 if progress < 0.84 else CONTEXT_LENGTH
 
 
-def windows_for(training: Training, sources: list[np.ndarray], tokens_per_batch: int, seed: int) -> Iterator[torch.Tensor]:
+def windows_for(
+    training: Training, sources: list[np.ndarray], tokens_per_batch: int, seed: int
+) -> Iterator[torch.Tensor]:
     """Yield a batch a step, from the sources in turn, with the window length of the training's progress."""
     streams: dict[tuple[int, int], Iterator[torch.Tensor]] = {}
     while True:
@@ -352,10 +357,25 @@ tried, tested and measured on real text without a download.
 
 
 @click.command(help=__doc__.split("\n\n")[0], context_settings={"show_default": True, "auto_envvar_prefix": "TRAIN"})
-@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="One story a line; plain or .gz. Without it: TinyStories from the hub.")
-@click.option("--source", default="Without a note on their origin.", help="Sentence for the model card: where the text comes from and its licence.")
-@click.option("--work-dir", type=click.Path(path_type=Path), default=Path("build/builtin-pair"), help="Checkpoints and intermediate files.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("outrider/models"), help="Where the pair is written.")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="One story a line; plain or .gz. Without it: TinyStories from the hub.",
+)
+@click.option(
+    "--source",
+    default="Without a note on their origin.",
+    help="Sentence for the model card: where the text comes from and its licence.",
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    default=Path("build/builtin-pair"),
+    help="Checkpoints and intermediate files.",
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("outrider/models"), help="Where the pair is written."
+)
 @click.option("--target-steps", default=1800, help="Optimizer steps of the target.")
 @click.option("--draft-steps", default=1200, help="Optimizer steps of the draft.")
 @click.option("--written-tokens", default=1_000_000, help="Tokens that the target writes for the draft.")
@@ -364,7 +384,12 @@ tried, tested and measured on real text without a download.
 @click.option("--draft-learning-rate", default=6e-3)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--threads", default=0, help="CPU threads; 0 leaves torch's choice.")
-@click.option("--compile", "compiled", is_flag=True, help="Compile the target's training step: 15 % faster on a CPU, minutes to start.")
+@click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Compile the target's training step: 15 % faster on a CPU, minutes to start.",
+)
 def main(text, source, work_dir, output, target_steps, draft_steps, written_tokens, tokens_per_batch, target_learning_rate, draft_learning_rate, device, threads, compiled):  # fmt: skip
     if threads:
         torch.set_num_threads(threads)

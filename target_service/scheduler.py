@@ -1,6 +1,7 @@
 """Continuous batching of rounds: the next pass takes whatever has arrived while the present one ran. Knows no gRPC.
 
-A round becomes a demand on the engine: feed the pending token and all proposals but the last, return one row for each.
+A round becomes a demand on the engine: feed the pending token and all proposals but the last, return one row for
+each.
 
 Shapes: K proposals of one round, V vocabulary size.
 """
@@ -73,13 +74,13 @@ class Session:
 
 @dataclass(eq=False)
 class _Job:
-    """A demand, and whom to tell; a prefill has no round and tells nobody."""
+    """A demand, and whom to tell."""
 
     session: Session
     demand: Demand
     arrived_at: float
-    round: Round | None = None
-    reply: Future[Verdict] | None = None
+    round: Round
+    reply: Future[Verdict]
 
 
 class Scheduler:
@@ -88,7 +89,8 @@ class Scheduler:
     def __init__(self, engine: Engine, context_length: int):
         self._engine, self._context_length = engine, context_length
         self.thread = ModelThread("target-model", self._step)
-        self._jobs: list[_Job] = []
+        self._prefills: dict[Session, Demand] = {}
+        self._jobs: dict[Session, _Job] = {}
         self._arrivals = itertools.count()
 
     def open(self, warping: Warping, seed: int, committed: Span) -> Session:
@@ -121,7 +123,7 @@ class Scheduler:
         self._engine.add(session.sequence)
         num_prefill = len(session.sequence.tokens) - 1
         if num_prefill:
-            self._jobs.append(_Job(session, self._demand(session, num_prefill, num_rows=0), time.monotonic()))
+            self._prefills[session] = self._demand(session, num_prefill, num_rows=0)
 
     def _demand(self, session: Session, end: int, num_rows: int) -> Demand:
         return Demand(session.sequence, end, num_rows, next(self._arrivals))
@@ -134,8 +136,8 @@ class Scheduler:
         except ServiceError as error:
             reply.set_exception(error)
             return
-        self._jobs = [job for job in self._jobs if job.session is not session]  # the round includes its prefill
-        self._jobs.append(_Job(session, demand, arrived_at, work, reply))
+        self._prefills.pop(session, None)  # the round includes what is left of it
+        self._jobs[session] = _Job(session, demand, arrived_at, work, reply)
 
     def _apply(self, session: Session, work: Round) -> Demand:
         """Bring the sequence to the round's tokens and return the demand for its rows."""
@@ -144,9 +146,8 @@ class Scheduler:
         if span.end < 1:
             raise InvalidArgumentError("committed leaves no token: a round needs a pending token before its proposals")
         if span.end + len(work.proposed_ids) > self._context_length:
-            raise InvalidArgumentError(
-                f"the proposals end at position {span.end + len(work.proposed_ids)}: the context has {self._context_length}"
-            )
+            end = span.end + len(work.proposed_ids)
+            raise InvalidArgumentError(f"the proposals end at position {end}: the context has {self._context_length}")
         session.sequence.rewrite(span.start_position, [*span.token_ids, *work.proposed_ids[:-1]])
         cache = session.sequence.cache
         cache.truncate(min(cache.length, span.end - 1))  # the pending token is fed, again if need be, for its row
@@ -154,28 +155,35 @@ class Scheduler:
 
     def _end(self, session: Session) -> None:
         session.is_open = False
-        self._jobs = [job for job in self._jobs if job.session is not session]
+        self._prefills.pop(session, None)
+        self._jobs.pop(session, None)
         self._engine.remove(session.sequence)
 
     def _step(self) -> bool:
-        if self._jobs:
-            try:
-                finished = set(self._engine.run_pass([job.demand for job in self._jobs]))
-            except Exception:
-                log.exception("a forward pass failed; its sessions are told")
-                self._fail_all()
-                return False
-            done = [job for job in self._jobs if job.demand in finished]
-            self._jobs = [job for job in self._jobs if job.demand not in finished]
-            self._answer([job for job in done if job.round is not None])
-        return bool(self._jobs)
+        demands = [*self._prefills.values(), *(job.demand for job in self._jobs.values())]
+        if not demands:
+            return False
+        try:
+            finished = set(self._engine.run_pass(demands))
+        except Exception:
+            log.exception("a forward pass failed; its sessions are told")
+            self._fail_all()
+            return False
+        self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
+        done = [job for job in self._jobs.values() if job.demand in finished]
+        for job in done:
+            del self._jobs[job.session]
+        self._answer(done)
+        return bool(self._prefills or self._jobs)
 
     def _fail_all(self) -> None:
-        jobs, self._jobs = self._jobs, []
+        """Fail every round that was waiting; what their caches hold is not to be trusted."""
+        for session in [*self._prefills, *self._jobs]:
+            session.sequence.cache.clear()
+        jobs, self._jobs = list(self._jobs.values()), {}
+        self._prefills.clear()
         for job in jobs:
-            job.session.sequence.cache.clear()
-            if job.reply:
-                job.reply.set_exception(InternalError("the forward pass failed; the service's log says how"))
+            job.reply.set_exception(InternalError("the forward pass failed; the service's log says how"))
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Read the rows of all finished rounds together; a row with NaN or infinity fails its own round alone."""
@@ -192,6 +200,7 @@ class Scheduler:
         rows_by_job = _read_rows(healthy)
         for (job, _), rows in zip(healthy, rows_by_job, strict=True):
             sequence, demand = job.session.sequence, job.demand
+            assert demand.started_at is not None
             job.reply.set_result(
                 Verdict(
                     rows=rows,
@@ -207,10 +216,11 @@ class Scheduler:
 def _read_rows(jobs: list[tuple[_Job, torch.Tensor]]) -> list[TargetRows]:
     """Return each job's rows, read from one batch of logits."""
     sizes = [len(logits) for _, logits in jobs]
-    warpings, supports, uniforms = [], [], []
+    warpings: list[Warping] = []
+    supports: list[torch.Tensor] = []
+    uniforms: list[float] = []
     no_support = torch.empty(0, dtype=torch.long)
     for (job, _), size in zip(jobs, sizes, strict=True):
-        assert job.round is not None
         first = job.round.committed.end
         warpings += [job.session.warping] * size
         supports += job.round.supports or [no_support]
@@ -220,8 +230,6 @@ def _read_rows(jobs: list[tuple[_Job, torch.Tensor]]) -> list[TargetRows]:
     parts, start = [], 0
     for size in sizes:
         where = slice(start, start + size)
-        parts.append(
-            TargetRows(rows.support_probs[where], rows.outside_masses[where], rows.outside_token_ids[where])
-        )
+        parts.append(TargetRows(rows.support_probs[where], rows.outside_masses[where], rows.outside_token_ids[where]))
         start += size
     return parts

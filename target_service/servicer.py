@@ -1,4 +1,4 @@
-"""TargetService: decodes messages, hands them to the scheduler, encodes its answers. The contract is in target.proto."""
+"""TargetService: decodes messages, hands them to the scheduler, encodes answers; target.proto has the contract."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 
     @answers_unary_errors
     async def GetModelInfo(self, request, context) -> target_pb2.TargetServiceGetModelInfoResponse:
-        return target_pb2.TargetServiceGetModelInfoResponse(model=self._host.model_info(), stats=await self._host.stats())
+        return target_pb2.TargetServiceGetModelInfoResponse(
+            model=self._host.model_info(), stats=await self._host.stats()
+        )
 
     @answers_errors
     async def GetTokenizer(self, request, context) -> AsyncIterator[target_pb2.GetTokenizerResponse]:
@@ -66,7 +68,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             try:
                 async for request in requests:
                     if request.WhichOneof("kind") != "round":
-                        raise InvalidArgumentError("kind is not `round`: only the first message of a stream opens a session")
+                        raise InvalidArgumentError(
+                            "kind is not `round`: only the first message of a stream opens a session"
+                        )
                     verdict = await asyncio.wrap_future(scheduler.submit(session, self._round(request.round)))
                     yield _response(request.round.round_index, verdict)
             finally:
@@ -75,13 +79,17 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     def _span(self, span: common_pb2.TokenSpan, field: str) -> Span:
         token_ids = wire.unpack_ids(span.token_ids, f"{field}.token_ids", self._host.vocab_size).tolist()
         if field.startswith("open") and span.start_position:
-            raise InvalidArgumentError(f"{field}.start_position is {span.start_position}: a session opens at position 0")
+            raise InvalidArgumentError(
+                f"{field}.start_position is {span.start_position}: a session opens at position 0"
+            )
         return Span(span.start_position, token_ids, span.prefix_digest)
 
     def _round(self, message: target_pb2.Round) -> Round:
         limit = self._options.max_proposals
         if len(message.proposals) > limit:
-            raise InvalidArgumentError(f"proposals has {len(message.proposals)} elements: this service takes at most {limit}")
+            raise InvalidArgumentError(
+                f"proposals has {len(message.proposals)} elements: this service takes at most {limit}"
+            )
         vocab_size = self._host.vocab_size
         proposed_ids, supports = [], []
         for index, proposal in enumerate(message.proposals):
@@ -89,7 +97,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             proposed_ids.append(wire.check_token_id(proposal.token_id, f"{field}.token_id", vocab_size))
             support = wire.unpack_support(proposal.support_ids, f"{field}.support_ids", vocab_size)
             if len(support) == 0:
-                raise InvalidArgumentError(f"{field}.support_ids is empty: send the ids that the proposal was drawn from")
+                raise InvalidArgumentError(
+                    f"{field}.support_ids is empty: send the ids that the proposal was drawn from"
+                )
             supports.append(torch.from_numpy(support))
         return Round(self._span(message.committed, "round.committed"), proposed_ids, supports)
 

@@ -78,8 +78,8 @@ def run_grid(
 ) -> list[Sample]:
     """Run every cell on every prompt, again and again, and return the samples that count.
 
-    Cells alternate within a prompt, in an order that turns with each repetition, so that drift of the machine's speed falls on all
-    alike. `advance` is called before each generation.
+    Cells alternate within a prompt, in an order that turns with each repetition, so that drift of the machine's speed
+    falls on all alike. `advance` is called before each generation.
     """
     samples = []
     for repetition in range(-settings.warm_up, settings.repetitions):

@@ -13,8 +13,8 @@ from client.errors import InvalidRequestError
 def read_prompts(path: Path | None, limit: int) -> list[str]:
     """Return at most `limit` prompts; 0 takes all.
 
-    A `.jsonl` file has one object a line, with `prompt` or alpaca's `instruction` and `input`; any other file one prompt a line.
-    Without a path, the beginnings of stories that come with the package.
+    A `.jsonl` file has one object a line, with `prompt` or alpaca's `instruction` and `input`; any other file one
+    prompt a line. Without a path, the beginnings of stories that come with the package.
 
     Raises:
         InvalidRequestError: a line is no such object, or there is no prompt at all.

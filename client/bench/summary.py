@@ -104,20 +104,10 @@ TIME_SPLIT: dict[str, Callable] = {
 def speed_table(rows: Sequence[Row], title: str) -> Table:
     """Return the table of rates and speed-ups."""
     table = Table(
-        title=title,
-        caption="± is the standard deviation over repetitions; speed-up is against the target alone in the same run",
+        title=title, caption="± standard deviation over repetitions. Speed-up: over the target alone, in the same run."
     )
-    for name in (
-        "temperature",
-        "method",
-        "K",
-        "tokens/s",
-        "speed-up",
-        "tokens per\ntarget pass",
-        "acceptance",
-        "bytes per\ntoken",
-    ):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    for name in ("T", "method", "K", "tokens/s", "speed-up", "tokens\n/pass", "accept-\nance", "bytes\n/token"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     previous = rows[0].configuration.temperature if rows else 0.0
     for row in rows:
         cell = row.configuration
@@ -140,11 +130,8 @@ def speed_table(rows: Sequence[Row], title: str) -> Table:
 def time_table(rows: Sequence[Row]) -> Table:
     """Return the table of where the time of a token goes."""
     table = Table(title="Milliseconds per token, and where they go")
-    table.add_column("temperature", justify="right")
-    table.add_column("method")
-    table.add_column("K", justify="right")
-    for name in TIME_SPLIT:
-        table.add_column(name, justify="right")
+    for name in ("T", "method", "K", *(name.replace(" ", "\n") for name in TIME_SPLIT)):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         cell = row.configuration
         figures = [f"{row.ms_per_token[name]:.2f}" for name in TIME_SPLIT]

@@ -93,8 +93,9 @@ class MethodList(click.ParamType):
 def bench(draft: str | None, target: str | None, save_result: Path | None, as_json: bool, **values: Any) -> None:  # fmt: skip
     """Measure the pair against the target alone, in one run, alternating.
 
-    Without --draft and --target, both services are started here with the embedded pair. Tokens/s counts committed tokens over wall
-    clock of one sequence at a time; the speed-up in target passes is committed tokens per target pass.
+    Without --draft and --target, both services are started here with the embedded pair. Tokens/s counts committed
+    tokens over wall clock of one sequence at a time; the speed-up in target passes is committed tokens per target
+    pass.
     """
     settings = Settings(**{name: values[name] for name in Settings.__dataclass_fields__})
     grid = make_grid(values["methods"], values["temperature"], values["num_speculative_tokens"])
@@ -121,13 +122,8 @@ def _pair(draft: str | None, target: str | None, values: dict[str, Any]):
     if draft and target:
         yield PairAddresses(draft, target)
         return
-    with err.status("starting both services"):
-        context = local_pair(values["draft_model"], values["target_model"], values["threads"])
-        pair = context.__enter__()
-    try:
+    with local_pair(values["draft_model"], values["target_model"], values["threads"]) as pair:
         yield pair
-    finally:
-        context.__exit__(None, None, None)
 
 
 def _described(client: SpeculativeClient) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from client.bench.summary import Row, speed_table, summarise
 from client.commands.bench import NumberList, measure
 from client.commands.generate import write
 from client.commands.local_pair import local_pair
-from client.commands.options import DRAFTED_STYLE, TARGET_STYLE, as_json, err, out, print_json, shows_errors
+from client.commands.options import DRAFTED_STYLE, TARGET_STYLE, as_json, out, print_json, shows_errors
 from client.params import SamplingParams
 from client.results import GenerationResult
 from client.sync import SpeculativeClient
@@ -44,15 +44,10 @@ def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) ->
     Starts both services on free loopback ports, shows the text as it comes, measures both methods alternately, and
     shuts everything down.
     """
-    with err.status("starting the draft service and the target service"):
-        context = local_pair(values["draft_model"], values["target_model"], values["threads"])
-        pair = context.__enter__()
-    try:
-        with SpeculativeClient(pair.target, pair.draft) as client:
-            texts = [_show(client, prompt, value, values, quiet=as_json) for value in temperature]
-            rows = _measure(client, prompt, temperature, values)
-    finally:
-        context.__exit__(None, None, None)
+    models = values["draft_model"], values["target_model"]
+    with local_pair(*models, values["threads"]) as pair, SpeculativeClient(pair.target, pair.draft) as client:
+        texts = [_show(client, prompt, value, values, quiet=as_json) for value in temperature]
+        rows = _measure(client, prompt, temperature, values)
     if as_json:
         print_json({"texts": texts, "summary": [row.as_dict() for row in rows]})
         return

@@ -12,6 +12,8 @@ from typing import IO
 
 import click
 
+from client.commands.options import err
+
 _STOP_S = 10.0
 
 
@@ -40,9 +42,10 @@ def local_pair(draft_model: str, target_model: str, threads: int) -> Iterator[Pa
     """
     children: list[_Child] = []
     try:
-        for module, model in (("draft_service", draft_model), ("target_service", target_model)):
-            children.append(_start(module, model, threads))
-        draft, target = (_address(child) for child in children)
+        with err.status("starting the draft service and the target service"):
+            for module, model in (("draft_service", draft_model), ("target_service", target_model)):
+                children.append(_start(module, model, threads))
+            draft, target = (_address(child) for child in children)
         yield PairAddresses(draft, target)
     finally:
         for child in children:

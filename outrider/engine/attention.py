@@ -1,9 +1,11 @@
 """Attention over packed sequences: the new tokens of all sequences lie in one row, each sequence has its own cache.
 
 transformers calls a registered attention function in every layer and passes extra keyword arguments of the model's
-forward through to it; `packed` arrives that way. There is no padding, so sequences of different lengths cannot disturb each other.
+forward through to it; `packed` arrives that way. There is no padding, so sequences of different lengths cannot
+disturb each other.
 
-Shapes: T new tokens in the batch, n of one sequence, L tokens it had in its cache, Hq query heads, H key-value heads, D head size.
+Shapes: T new tokens in the batch, n of one sequence, L tokens it had in its cache, Hq query heads, H key-value heads,
+D head size.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def packed_attention(
 
 
 def causal_mask(num_new: int, num_keys: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return which of `num_keys` positions each of the last `num_new` may see, `[num_new, num_keys] bool`; None for all."""
+    """Return which keys each of the last `num_new` positions may see, `[num_new, num_keys] bool`; None for all."""
     if num_new == 1 and (sliding_window is None or num_keys <= sliding_window):
         return None
     queries = torch.arange(num_keys - num_new, num_keys, device=device)[:, None]

@@ -1,8 +1,9 @@
 """Batches of tokens from many sequences, under a token budget and a cap on cached tokens.
 
-A *demand* says: feed this sequence up to here and give me the rows of its last positions. Every pass shares its token budget fairly
-among the demands, so a long prompt is fed in chunks and cannot stall the others. When cache memory runs out, caches that nobody needs
-now are dropped, least recently used first; their tokens are kept and fed again when they are needed.
+A *demand* says: feed this sequence up to here and give me the rows of its last positions. Every pass shares its token
+budget fairly among the demands, so a long prompt is fed in chunks and cannot stall the others. When cache memory runs
+out, caches that nobody needs now are dropped, least recently used first; their tokens are kept and fed again when
+they are needed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Sequence:
     num_evicted: int = 0  # tokens that the last eviction dropped
 
     def rewrite(self, start_position: int, token_ids: SequenceOf[int]) -> None:
-        """Make the tokens what they were before `start_position`, followed by `token_ids`; keep the cache where they agree."""
+        """Make the tokens what they were before `start_position`, then `token_ids`; keep the cache where they agree."""
         unchanged = self.tokens.rewrite(start_position, token_ids)
         self.cache.truncate(min(self.cache.length, unchanged))
 
@@ -79,7 +80,7 @@ class Engine:
     """Owns the runner and all caches. Used by one thread."""
 
     def __init__(self, runner: ModelRunner, max_cached_tokens: int, max_batch_tokens: int, keep_caches: bool = True):
-        """With `keep_caches` off every demand is computed from its first token: an ablation, not a way to save memory."""
+        """With `keep_caches` off every demand is computed from its first token: an ablation, no way to save memory."""
         self.runner, self.stats = runner, EngineStats()
         self._max_cached_tokens, self._max_batch_tokens = max_cached_tokens, max_batch_tokens
         self._keep_caches = keep_caches
@@ -136,34 +137,32 @@ class Engine:
         """Return how many tokens of each demand the next pass feeds; the earliest demand always gets some."""
         demands = demands[: self._max_batch_tokens]
         wanted = fair_shares([demand.num_left for demand in demands], self._max_batch_tokens)
-        waiting, shares = demands[:], []
-        for demand, num_tokens in zip(demands, wanted, strict=True):
-            waiting.remove(demand)
-            num_tokens = min(num_tokens, self._make_room(num_tokens, waiting, [taken for taken, _ in shares] + [demand], shares))
+        shares: list[tuple[Demand, int]] = []
+        num_reserved = 0
+        for index, demand in enumerate(demands):
+            num_tokens = self._make_room(wanted[index], num_reserved, demands, index)
             if num_tokens:
                 shares.append((demand, num_tokens))
+                num_reserved += num_tokens
         return shares
 
-    def _make_room(self, num_tokens: int, waiting, protected, shares) -> int:
-        """Drop caches until `num_tokens` more fit; return how many fit.
+    def _make_room(self, num_tokens: int, num_reserved: int, demands: list[Demand], index: int) -> int:
+        """Drop caches until `num_tokens` more fit for `demands[index]`; return how many of them fit.
 
-        Idle caches go first, the least recently used of them before the others; then those of demands that wait behind this
-        one, the latest first. An earlier demand is never set back by a later one, so each is served in the end.
+        Idle caches go first, the least recently used of them before the others; then those of demands that wait behind
+        this one, the latest first. An earlier demand is never set back by a later one, so each is served in the end.
         """
-        reserved = sum(taken for _, taken in shares)
-        free = self._max_cached_tokens - self.num_cached_tokens - reserved
-        if free >= num_tokens:
-            return num_tokens
-        later = [demand.sequence for demand in waiting]
-        in_use = {demand.sequence for demand in protected} | set(later)
-        idle = sorted(self._sequences - in_use, key=lambda sequence: sequence.last_used)
+        free = self._max_cached_tokens - self.num_cached_tokens - num_reserved
+        in_use = {demand.sequence for demand in demands}
+        idle = sorted(self._sequences - in_use, key=lambda sequence: sequence.last_used) if free < num_tokens else []
+        later = [demand.sequence for demand in demands[index + 1 :]]
         for victim in [*idle, *reversed(later)]:
+            if free >= num_tokens:
+                break
             if victim.cache.length:
                 free += victim.cache.length
                 self._evict(victim)
-            if free >= num_tokens:
-                return num_tokens
-        return max(0, free)
+        return max(0, min(num_tokens, free))
 
     def _evict(self, sequence: Sequence) -> None:
         sequence.num_evicted = sequence.cache.length
@@ -172,7 +171,7 @@ class Engine:
 
 
 def fair_shares(wanted: SequenceOf[int], budget: int) -> list[int]:
-    """Divide `budget` max-min fairly: whoever wants less than an equal share gets all it wants, the rest is divided again.
+    """Divide `budget` max-min fairly: whoever wants less than an equal share gets it all, the rest is divided again.
 
     With at most `budget` wishes, every wish gets at least 1.
     """

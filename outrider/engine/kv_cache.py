@@ -1,7 +1,7 @@
 """The KV cache of one sequence, addressed by absolute position.
 
-Invariant: entries at positions below `length` belong to the sequence's tokens at those positions; what lies beyond is garbage that
-the next write overwrites. So rolling back is setting a length, and costs nothing.
+Invariant: entries at positions below `length` belong to the sequence's tokens at those positions; what lies beyond is
+garbage that the next write overwrites. So rolling back is setting a length, and costs nothing.
 
 Shapes: H key-value heads, D head size.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from outrider.engine import attention
 from outrider.engine.kv_cache import SequenceCache
@@ -114,7 +114,9 @@ class _Source:
         if options.model.startswith(BUILTIN_PREFIX):
             name = options.model.removeprefix(BUILTIN_PREFIX)
             if name not in BUILTIN_NAMES:
-                raise ModelRefusedError(f"there is no {options.model}: the embedded models are builtin:target and builtin:draft")
+                raise ModelRefusedError(
+                    f"there is no {options.model}: the embedded models are builtin:target and builtin:draft"
+                )
             return cls(str(files("outrider").joinpath("models", name)))
         if options.model.endswith(".gguf"):
             path = Path(options.model)
@@ -137,7 +139,7 @@ def _device(name: str) -> torch.device:
         raise ModelRefusedError(f"device {name!r} is not known to torch: give cpu, cuda or cuda:N") from error
 
 
-def _load_model(options: ModelOptions, source: _Source, device: torch.device) -> torch.nn.Module:
+def _load_model(options: ModelOptions, source: _Source, device: torch.device) -> PreTrainedModel:
     arguments = source.arguments(options)
     arguments["dtype"] = _dtype(options, device)
     if options.quantization:
@@ -148,9 +150,11 @@ def _load_model(options: ModelOptions, source: _Source, device: torch.device) ->
     try:
         config = None if source.gguf_file else AutoConfig.from_pretrained(source.path, **arguments)
         if config is not None and getattr(config, "is_encoder_decoder", False):
-            raise ModelRefusedError(f"{options.model} ({config.model_type}) is an encoder-decoder: give a decoder-only model")
+            raise ModelRefusedError(
+                f"{options.model} ({config.model_type}) is an encoder-decoder: give a decoder-only model"
+            )
         model = AutoModelForCausalLM.from_pretrained(source.path, **arguments)
-        return (model if placed_by_accelerate else model.to(device)).eval()
+        return (model if placed_by_accelerate else model.to(device)).eval()  # type: ignore[arg-type]
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelRefusedError(f"{options.model} cannot be loaded: {error}") from error
 
@@ -170,7 +174,7 @@ def _quantization(name: str) -> transformers.BitsAndBytesConfig:
 
 
 @torch.inference_mode()
-def check_packed_attention(model: torch.nn.Module) -> ModelRunner:
+def check_packed_attention(model: PreTrainedModel) -> ModelRunner:
     """Switch the model to packed attention and compare a short text with its own attention.
 
     Raises:
@@ -191,16 +195,20 @@ def check_packed_attention(model: torch.nn.Module) -> ModelRunner:
         raise ModelRefusedError(f"{name} cannot be run with packed attention: {error}") from error
     num_layers = model.config.get_text_config().num_hidden_layers
     if cache.num_layers != num_layers:
-        raise ModelRefusedError(f"{name} calls the attention interface in {cache.num_layers} of its {num_layers} layers only")
+        raise ModelRefusedError(
+            f"{name} calls the attention interface in {cache.num_layers} of its {num_layers} layers only"
+        )
     distance = (actual.float().softmax(-1) - expected[5:].float().softmax(-1)).abs().sum(-1).max().item() / 2
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     if not distance < tolerance:
-        raise ModelRefusedError(f"{name} differs from its own attention under packed attention (total variation {distance:.2g})")
+        raise ModelRefusedError(
+            f"{name} differs from its own attention under packed attention (total variation {distance:.2g})"
+        )
     return runner
 
 
-def _refuse_unless_switched(model: torch.nn.Module, name: str) -> None:
-    reason = f"{name} does not follow transformers' attention interface, which packed batches need; its family cannot be served"
+def _refuse_unless_switched(model: PreTrainedModel, name: str) -> None:
+    reason = f"{name} does not follow transformers' attention interface, so its family cannot be served"
     try:
         model.set_attn_implementation(attention.ATTENTION_NAME)
     except ValueError as error:
@@ -228,7 +236,7 @@ def _load_tokenizer(options: ModelOptions, source: _Source) -> TokenizerFiles | 
     )
 
 
-def _eos_token_ids(model: torch.nn.Module) -> tuple[int, ...]:
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     for config in (getattr(model, "generation_config", None), model.config):
         token_ids = getattr(config, "eos_token_id", None)
         if token_ids is not None:

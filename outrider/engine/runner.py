@@ -36,7 +36,10 @@ class ModelRunner:
 
         When the model raises, no cache has grown.
         """
-        token_ids, positions, row_indices, segments = [], [], [], []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        row_indices: list[int] = []
+        segments: list[tuple[slice, SequenceCache]] = []
         for feed in feeds:
             first, num_new = len(token_ids), len(feed.token_ids)
             token_ids.extend(feed.token_ids)

@@ -59,7 +59,7 @@ class ModelThread:
             has_work = self._step()
 
     def _run_calls(self, wait: bool) -> bool:
-        """Run what was posted, waiting for the first when there is nothing else to do; return False when told to stop."""
+        """Run what was posted, waiting for the first when there is nothing else to do; return False to stop."""
         while wait or not self._calls.empty():
             wait = False
             call = self._calls.get()
