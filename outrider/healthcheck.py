@@ -1,4 +1,4 @@
-"""`python -m outrider.healthcheck`: ask a server for its health. For containers, so it imports no torch and starts fast."""
+"""`python -m outrider.healthcheck`: ask a server for its health. For containers: it imports no torch and starts fast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-CHANNEL_OPTIONS = ()  # no proxy between a server and itself
+CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)  # no proxy between a server and itself
 
 
 class UnhealthyError(Exception):
