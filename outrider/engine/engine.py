@@ -27,12 +27,13 @@ class Sequence:
     tokens: TokenLog = field(default_factory=TokenLog)
     cache: SequenceCache = field(default_factory=SequenceCache)
     last_used: int = 0  # number of the pass
-    num_evicted: int = 0  # tokens that the last eviction dropped
+    num_evicted: int = 0  # leading tokens that evictions dropped and that have not been fed since
 
     def rewrite(self, start_position: int, token_ids: SequenceOf[int]) -> None:
         """Make the tokens what they were before `start_position`, then `token_ids`; keep the cache where they agree."""
         unchanged = self.tokens.rewrite(start_position, token_ids)
         self.cache.truncate(min(self.cache.length, unchanged))
+        self.num_evicted = min(self.num_evicted, unchanged)
 
 
 @dataclass(eq=False)
@@ -124,6 +125,8 @@ class Engine:
     def _feed(self, demand: Demand, num_tokens: int) -> Feed:
         sequence, start = demand.sequence, demand.sequence.cache.length
         self.stats.num_tokens_recomputed += max(0, min(sequence.num_evicted, start + num_tokens) - start)
+        if start + num_tokens >= sequence.num_evicted:
+            sequence.num_evicted = 0
         return Feed(sequence.cache, sequence.tokens[start : start + num_tokens], demand.num_rows_in(num_tokens))
 
     def _count(self, feeds: list[Feed], seconds: float) -> None:
@@ -165,7 +168,7 @@ class Engine:
         return max(0, min(num_tokens, free))
 
     def _evict(self, sequence: Sequence) -> None:
-        sequence.num_evicted = sequence.cache.length
+        sequence.num_evicted = max(sequence.num_evicted, sequence.cache.length)
         sequence.cache.clear()
         self.stats.num_evictions += 1
 
