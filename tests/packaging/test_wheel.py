@@ -1,0 +1,119 @@
+"""What a person gets who installs the client from a built package: no torch, and everything works.
+
+The package is built from a copy of the sources without stubs, by way of the source archive, so that nothing that lies in
+the working tree can help. Needs a package index for the client's dependencies.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("outrider", "draft_service", "target_service", "client")
+FOLDERS = (*PACKAGES, "protos", "scripts", "tests")
+FILES = ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore")
+STUBS = {
+    f"outrider/v1/{name}_pb2{end}" for name in ("common", "draft", "target") for end in (".py", ".pyi", "_grpc.py")
+}
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command without what would let it find the working tree."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the sources as a clone has them."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in FILES:
+        shutil.copy(ROOT / name, folder)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(folder / "outrider" / "v1", ignore_errors=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archives(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return the source archive, and the wheel made from it."""
+    output = tmp_path_factory.mktemp("dist")
+    result = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, cwd=sources)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (source_archive,), (wheel,) = output.glob("*.tar.gz"), output.glob("*.whl")
+    return source_archive, wheel
+
+
+@pytest.fixture(scope="module")
+def environment(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of programs of an environment in which nothing but the wheel was asked for."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
+    result = run(*pip, "-c", ROOT / "constraints.txt", archives[1], cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return python.parent
+
+
+def test_the_wheel_holds_the_stubs_and_every_file_of_the_packages(sources, archives):
+    wanted = {
+        path.relative_to(sources).as_posix()
+        for package in PACKAGES
+        for path in (sources / package).rglob("*")
+        if path.is_file()
+    }
+    assert "client/bench/prompts.txt" in wanted
+    with zipfile.ZipFile(archives[1]) as wheel:
+        held = {name for name in wheel.namelist() if name.startswith(PACKAGES) and ".dist-info/" not in name}
+    assert held == wanted | STUBS | {"outrider/v1/__init__.py"}
+
+
+def test_the_source_archive_holds_the_protos_and_no_stubs(archives):
+    with tarfile.open(archives[0]) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"hatch_build.py", "protos/outrider/v1/target.proto", "outrider/wire.py"} <= held
+    assert [name for name in held if name.startswith("outrider/v1")] == []
+
+
+def test_no_torch_comes_with_the_client(environment):
+    result = run(environment / "python", "-c", "import torch", cwd=environment)
+    assert "No module named 'torch'" in result.stderr
+
+
+def test_client_and_stubs_can_be_imported_from_the_wheel(environment):
+    program = "import client, outrider.v1.draft_pb2_grpc, outrider.v1.target_pb2_grpc; print(client.__file__)"
+    result = run(environment / "python", "-c", program, cwd=environment)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(environment.parent)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("outrider", "--help"),
+        ("outrider", "generate", "--help"),
+        ("outrider", "bench", "--help"),
+        ("outrider", "chat", "--help"),
+        ("outrider", "demo", "--help"),
+        ("outrider", "info", "--help"),
+        ("outrider-draft", "--help"),
+        ("outrider-target", "--help"),
+        ("python", "-m", "outrider.healthcheck", "--help"),
+    ],
+)
+def test_every_command_line_answers_without_torch(environment, command):
+    program, *arguments = command
+    result = run(environment / program, *arguments, cwd=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("Usage: ")
