@@ -227,6 +227,11 @@ def _load_tokenizer(options: ModelOptions, source: _Source) -> TokenizerFiles | 
     if backend is None:
         log.warning("the tokenizer of %s has no tokenizer.json form: clients must send token ids", options.model)
         return None
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if added.issuperset(backend.get_vocab(with_added_tokens=True)):
+        # transformers makes one out of nothing but special pieces where the files of a tokenizer are missing.
+        log.warning("no tokenizer for %s (there are no files of one): clients must send token ids", options.model)
+        return None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return TokenizerFiles(
         tokenizer_json=backend.to_str().encode(),
