@@ -1,7 +1,7 @@
 """What a person gets who installs the client from a built package: no torch, and everything works.
 
-The package is built from a copy of the sources without stubs, by way of the source archive, so that nothing that lies in
-the working tree can help. Needs a package index for the client's dependencies.
+The package is built from a copy of the sources without stubs, by way of the source archive, so that nothing else in the
+working tree can help. Needs a package index for the client's dependencies.
 """
 
 from __future__ import annotations
