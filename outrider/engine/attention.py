@@ -60,6 +60,28 @@ def packed_attention(
     if s_aux is not None:
         raise TypeError(f"{type(module).__name__} uses attention sinks, which packed attention does not handle")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    return attend(layer, query, key, value, packed, scaling, sliding_window, softcap), None
+
+
+def attend(
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: PackedBatch,
+    scaling: float | None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Write keys and values of the new tokens into their caches and attend, sequence by sequence.
+
+    Args:
+        query: `[1, Hq, T, D]`.
+        key, value: `[1, H, T, D]`.
+
+    Returns:
+        `[1, T, Hq, D]`.
+    """
     outputs = []
     for index, (where, cache) in enumerate(packed.segments):
         keys, values = cache.write(layer, key[0, :, where], value[0, :, where])
@@ -67,8 +89,8 @@ def packed_attention(
         if (index, sliding_window) not in packed.masks:
             packed.masks[index, sliding_window] = causal_mask(num_new, num_keys, sliding_window, key.device)
         mask = packed.masks[index, sliding_window]
-        outputs.append(_attend(query[:, :, where], keys[None], values[None], mask, scaling, softcap))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(_attend_one(query[:, :, where], keys[None], values[None], mask, scaling, softcap))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2)
 
 
 def causal_mask(num_new: int, num_keys: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -81,7 +103,7 @@ def causal_mask(num_new: int, num_keys: int, sliding_window: int | None, device:
     return visible if sliding_window is None else visible & (keys > queries - sliding_window)
 
 
-def _attend(query, keys, values, mask, scaling, softcap) -> torch.Tensor:
+def _attend_one(query, keys, values, mask, scaling, softcap) -> torch.Tensor:
     """Return `[1, Hq, n, D]` for `query` `[1, Hq, n, D]` and `keys`, `values` `[1, H, L + n, D]`."""
     if softcap is None:
         grouped = query.shape[1] != keys.shape[1]

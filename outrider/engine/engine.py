@@ -152,8 +152,9 @@ class Engine:
     def _make_room(self, num_tokens: int, num_reserved: int, demands: list[Demand], index: int) -> int:
         """Drop caches until `num_tokens` more fit for `demands[index]`; return how many of them fit.
 
-        Idle caches go first, the least recently used of them before the others; then those of demands that wait behind
-        this one, the latest first. An earlier demand is never set back by a later one, so each is served in the end.
+        Idle caches go first, the least recently used of them before the others; then those of demands that wait
+        behind this one, the latest first. An earlier demand is never set back by a later one, so each is served in
+        the end.
         """
         free = self._max_cached_tokens - self.num_cached_tokens - num_reserved
         in_use = {demand.sequence for demand in demands}

@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from outrider.engine import attention
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.runner import Feed, ModelRunner
+from outrider.engine.llama import LlamaForward
+from outrider.engine.runner import Feed, ForwardPass, ModelRunner, TransformersForward
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_NAMES = ("target", "draft")
 FINGERPRINT_BLOCK = 1024
+_PROBE_LENGTH = 12
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ class LoadedModel:
 
 
 def load(options: ModelOptions) -> LoadedModel:
-    """Load the model and its tokenizer and check that packed attention gives what the model's own attention gives.
+    """Load the model and its tokenizer, and check that packed attention gives what the model's own attention gives.
 
     Raises:
         ModelRefusedError: nothing of that name, no causal language model, or one that packed attention cannot run.
@@ -87,7 +89,7 @@ def load(options: ModelOptions) -> LoadedModel:
     source = _Source.of(options)
     device = _device(options.device)
     model = _load_model(options, source, device)
-    runner = check_packed_attention(model)
+    runner = ModelRunner(choose_forward_pass(model))
     config = model.config.get_text_config()
     return LoadedModel(
         options=options,
@@ -174,37 +176,51 @@ def _quantization(name: str) -> transformers.BitsAndBytesConfig:
 
 
 @torch.inference_mode()
-def check_packed_attention(model: PreTrainedModel) -> ModelRunner:
-    """Switch the model to packed attention and compare a short text with its own attention.
+def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
+    """Switch the model to packed attention, compare a short text with its own, and return the fastest forward pass.
 
     Raises:
         ModelRefusedError: it does not follow transformers' attention interface, or the results differ.
     """
     attention.register()
-    name = type(model).__name__
-    token_ids = [index * 7919 % model.config.get_text_config().vocab_size for index in range(12)]
+    name, config = type(model).__name__, model.config.get_text_config()
+    token_ids = [index * 7919 % config.vocab_size for index in range(_PROBE_LENGTH)]
     device = next(model.parameters()).device
     expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
     _refuse_unless_switched(model, name)
-    runner, cache = ModelRunner(model), SequenceCache()
+    forward_pass = TransformersForward(model)
     try:
-        runner.forward([Feed(cache, token_ids[:7], 1)])
-        cache.truncate(5)
-        actual = runner.forward([Feed(cache, token_ids[5:], len(token_ids) - 5)])
+        distance, num_layers = _distance(forward_pass, token_ids, expected)
     except (TypeError, KeyError, AttributeError, AssertionError) as error:
         raise ModelRefusedError(f"{name} cannot be run with packed attention: {error}") from error
-    num_layers = model.config.get_text_config().num_hidden_layers
-    if cache.num_layers != num_layers:
-        raise ModelRefusedError(
-            f"{name} calls the attention interface in {cache.num_layers} of its {num_layers} layers only"
-        )
-    distance = (actual.float().softmax(-1) - expected[5:].float().softmax(-1)).abs().sum(-1).max().item() / 2
+    if num_layers != config.num_hidden_layers:
+        total = config.num_hidden_layers
+        raise ModelRefusedError(f"{name} calls the attention interface in {num_layers} of its {total} layers only")
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     if not distance < tolerance:
         raise ModelRefusedError(
             f"{name} differs from its own attention under packed attention (total variation {distance:.2g})"
         )
-    return runner
+    if not LlamaForward.can_run(model):
+        return forward_pass
+    fast = LlamaForward(model)
+    if _distance(fast, token_ids, expected)[0] < tolerance:
+        return fast
+    log.warning("%s runs as transformers has it: the faster forward pass does not give its results", name)
+    return forward_pass
+
+
+def _distance(forward_pass: ForwardPass, token_ids: list[int], expected: torch.Tensor) -> tuple[float, int]:
+    """Return the largest total variation to the `expected` logits `[n, V]`, with a rollback on the way, and the layers.
+
+    The layers are those that have written their cache.
+    """
+    runner, cache = ModelRunner(forward_pass), SequenceCache()
+    runner.forward([Feed(cache, token_ids[:7], 1)])
+    cache.truncate(5)
+    actual = runner.forward([Feed(cache, token_ids[5:], len(token_ids) - 5)])
+    differences = (actual.float().softmax(-1) - expected[5:].float().softmax(-1)).abs()
+    return differences.sum(-1).max().item() / 2, cache.num_layers
 
 
 def _refuse_unless_switched(model: PreTrainedModel, name: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,12 +24,42 @@ class Feed:
     num_rows: int
 
 
-class ModelRunner:
-    """Feeds tokens to a causal language model and returns rows of logits."""
+class ForwardPass(Protocol):
+    """One forward pass of a model over a packed row of T new tokens."""
+
+    device: torch.device
+
+    def __call__(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: PackedBatch
+    ) -> torch.Tensor:
+        """Write the caches of `packed` and return the logits `[R, V]` of some rows.
+
+        Args:
+            token_ids, positions: `[T] int64`.
+            rows: `[R] int64`, indices into the packed row.
+        """
+
+
+class TransformersForward:
+    """The forward pass as transformers has it: for every family, and the reference for faster ones."""
 
     def __init__(self, model: torch.nn.Module):
         self._model = model
         self.device: torch.device = next(model.parameters()).device
+
+    def __call__(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: PackedBatch
+    ) -> torch.Tensor:
+        return self._model(
+            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows, packed=packed
+        ).logits[0]
+
+
+class ModelRunner:
+    """Feeds tokens to a causal language model and returns rows of logits."""
+
+    def __init__(self, forward_pass: ForwardPass):
+        self._forward_pass = forward_pass
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
@@ -38,24 +69,24 @@ class ModelRunner:
         """
         token_ids: list[int] = []
         positions: list[int] = []
-        row_indices: list[int] = []
+        rows: list[int] = []
         segments: list[tuple[slice, SequenceCache]] = []
         for feed in feeds:
             first, num_new = len(token_ids), len(feed.token_ids)
             token_ids.extend(feed.token_ids)
             positions.extend(range(feed.cache.length, feed.cache.length + num_new))
-            row_indices.extend(range(first + num_new - feed.num_rows, first + num_new))
+            rows.extend(range(first + num_new - feed.num_rows, first + num_new))
             segments.append((slice(first, first + num_new), feed.cache))
-        logits = self._model(
-            input_ids=self._row(token_ids),
-            position_ids=self._row(positions),
-            use_cache=False,
-            logits_to_keep=torch.tensor(row_indices, dtype=torch.long, device=self.device),
-            packed=PackedBatch(segments),
-        ).logits[0]
+        logits = self._forward_pass(
+            self._indices(token_ids), self._indices(positions), self._indices(rows), PackedBatch(segments)
+        )
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))
         return logits
 
-    def _row(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor([values], dtype=torch.long, device=self.device)
+    @property
+    def device(self) -> torch.device:
+        return self._forward_pass.device
+
+    def _indices(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)

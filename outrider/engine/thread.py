@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 def new_reply() -> Future:
     """Return a future that whoever waits for it cannot cancel.
 
-    A client may go away while its forward pass runs. Were its future cancelled by then, answering it would raise on the
-    model thread; as it is, the answer is dropped.
+    A client may go away while its forward pass runs. Were its future cancelled by then, answering it would raise on
+    the model thread; as it is, the answer is dropped.
     """
     reply: Future = Future()
     reply.set_running_or_notify_cancel()

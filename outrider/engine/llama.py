@@ -1,0 +1,154 @@
+"""A forward pass of our own for the Llama family: transformers spends more time beside the products than in them.
+
+It computes what transformers' Llama, Mistral and Qwen2 models compute, with fewer and larger operations: the three
+projections of attention are one product and so are the two of the feed-forward layer, the norms' weights are folded
+into the products behind them, residuals are added inside the products, and rotary embedding is one complex product,
+for which the rows of the query and key projections are put into another order. The loader compares it with
+transformers before use.
+
+Shapes: T new tokens in the packed row, R rows read, V vocabulary, E hidden size, Hq query heads, H key-value heads, D
+head size, F feed-forward size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from outrider.engine.attention import PackedBatch, attend
+from outrider.engine.products import Product, make_product
+
+FAMILIES = ("llama", "mistral", "qwen2")
+ROPE_TYPES = ("default", "linear", "llama3")  # those whose angles do not depend on the sequence's length
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The products of one layer, with the norms folded in."""
+
+    query_key_value: Product  # E -> (Hq + 2 H) D
+    output: Product  # Hq D -> E
+    gate_up: Product  # E -> 2 F
+    down: Product  # F -> E
+    scaling: float
+    sliding_window: int | None
+
+
+class LlamaForward:
+    """Runs a Llama-family model; holds its own copy of the weights."""
+
+    def __init__(self, model: PreTrainedModel):
+        """`model` must be one that `can_run` accepts; it is read and not changed."""
+        config: Any = model.config
+        decoder: Any = model.model
+        self._num_query_heads = config.num_attention_heads
+        self._num_kv_heads = config.num_key_value_heads
+        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._eps = config.rms_norm_eps
+        self._embedding = decoder.embed_tokens.weight.detach()
+        self.device = self._embedding.device
+        self._layers = [self._layer(layer, config) for layer in decoder.layers]
+        self._head = make_product(_fold(model.get_output_embeddings().weight.detach(), decoder.norm.weight))
+        self._rotary = decoder.rotary_emb
+        self._angles = self._angles_up_to(1024)
+
+    @staticmethod
+    def can_run(model: PreTrainedModel) -> bool:
+        """Return whether the model is of the family, unquantised on one device, and without what is left out here."""
+        config: Any = model.config
+        if config.model_type not in FAMILIES or config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
+            return False
+        weights = list(model.parameters())
+        plain = all(weight.device == weights[0].device and weight.dtype == weights[0].dtype for weight in weights)
+        if not plain or weights[0].dtype not in (torch.float32, torch.float64):  # no complex products in half precision
+            return False
+        rope = config.rope_parameters or {}
+        is_whole = rope.get("partial_rotary_factor", 1.0) == 1.0
+        decoder: Any = model.model
+        has_output_bias = decoder.layers[0].self_attn.o_proj.bias is not None
+        return rope.get("rope_type", "default") in ROPE_TYPES and is_whole and not has_output_bias
+
+    def __call__(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: PackedBatch
+    ) -> torch.Tensor:
+        """See ForwardPass."""
+        angles = self._angles_at(positions)
+        hidden = F.embedding(token_ids, self._embedding)
+        for index, layer in enumerate(self._layers):
+            hidden = self._attention(index, layer, hidden, angles, packed)
+            hidden = self._feed_forward(layer, hidden)
+        return self._head(self._normalised(hidden[rows]))
+
+    def _attention(self, index: int, layer: _Layer, hidden, angles, packed: PackedBatch) -> torch.Tensor:
+        """Return `hidden` `[T, E]` with attention added."""
+        num_tokens, num_rotated = len(hidden), self._num_query_heads + self._num_kv_heads
+        projected = layer.query_key_value(self._normalised(hidden))
+        heads = projected.view(num_tokens, num_rotated + self._num_kv_heads, self._head_dim)
+        pairs = torch.view_as_complex(heads[:, :num_rotated].unflatten(-1, (-1, 2)))
+        rotated = torch.view_as_real(pairs * angles).flatten(-2).transpose(0, 1)[None]
+        query, key = rotated[:, : self._num_query_heads], rotated[:, self._num_query_heads :]
+        value = heads[:, num_rotated:].transpose(0, 1)[None]
+        mixed = attend(index, query, key, value, packed, layer.scaling, layer.sliding_window)
+        return layer.output(mixed.reshape(num_tokens, -1), hidden)
+
+    def _feed_forward(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `hidden` `[T, E]` with the feed-forward layer added."""
+        gate, up = layer.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
+        return layer.down(F.silu(gate).mul_(up), hidden)
+
+    def _normalised(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `hidden` over its root mean square; the norm's weight is in the product that follows."""
+        mean_square = torch.linalg.vecdot(hidden, hidden)[:, None].div_(hidden.shape[-1])
+        return hidden * mean_square.add_(self._eps).rsqrt_()
+
+    def _angles_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return e^(i·angle) `[T, 1, D/2]` of rotary embedding at `positions` `[T]`."""
+        needed = int(positions.max()) + 1
+        if needed > len(self._angles):
+            self._angles = self._angles_up_to(2 * needed)
+        return self._angles[positions][:, None]
+
+    def _angles_up_to(self, length: int) -> torch.Tensor:
+        positions = torch.arange(length, device=self.device)[None]
+        cos, sin = (part[0, :, : self._head_dim // 2] for part in self._rotary(self._embedding, positions))
+        return torch.complex(cos.contiguous(), sin.contiguous())
+
+    def _layer(self, layer: Any, config: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weights = [part.weight.detach() for part in parts]
+        biases = [part.bias.detach() for part in parts if part.bias is not None]
+        window = getattr(attention, "sliding_window", None)
+        if config.model_type == "mistral":  # it reads its configuration instead
+            window = getattr(config, "sliding_window", None)
+        return _Layer(
+            query_key_value=make_product(
+                _fold(self._join(weights), layer.input_layernorm.weight), self._join(biases) if biases else None
+            ),
+            output=make_product(attention.o_proj.weight.detach()),
+            gate_up=make_product(
+                _fold(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), layer.post_attention_layernorm.weight)
+            ),
+            down=make_product(mlp.down_proj.weight.detach()),
+            scaling=attention.scaling,
+            sliding_window=window,
+        )
+
+    def _join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Return query, key and value parts in one, the first two with their rotary halves interleaved."""
+        query, key, value = parts
+        return torch.cat([self._interleaved(query), self._interleaved(key), value])
+
+    def _interleaved(self, part: torch.Tensor) -> torch.Tensor:
+        """Put the rows of each head from (x0 x1 … y0 y1 …), as transformers rotates them, to (x0 y0 x1 y1 …)."""
+        halves = part.view(-1, 2, self._head_dim // 2, *part.shape[1:])
+        return halves.transpose(1, 2).reshape(part.shape)
+
+
+def _fold(weight: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight` `[out, in]` for inputs that the norm's weight `[in]` has not multiplied yet."""
+    return (weight * norm_weight.detach()).contiguous()
