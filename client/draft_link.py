@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,18 +33,17 @@ class DraftLink:
         self.has_stopped = False  # nothing more comes until the next commit
         self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
         self.is_on_trial = False  # opened again after a failure; nobody waits for it until it has proposed
-        self._commit_index = 0
         self._valid_from = 0  # proposals drafted under earlier commits are void
         self._told = 0  # committed tokens that the draft knows
-        self._recent: deque[tuple[int, int]] = deque(maxlen=256)  # (commit index, its first position)
+        self._commit_starts: list[int] = []  # first positions of the commits from 1 on, ascending
 
     def open(self) -> draft_pb2.ProposeRequest:
         """Return the message that opens a session with all committed tokens; what was proposed before is void."""
         generation, speculation = self._generation, self._generation.speculation
         assert self.info is not None
         self.proposals, self.has_stopped = [], False
-        self._commit_index = self._valid_from = 0
-        self._recent.clear()
+        self._valid_from = 0
+        self._commit_starts.clear()
         self._told = len(generation.tokens)
         target = generation.target_info
         return draft_pb2.ProposeRequest(
@@ -60,6 +59,10 @@ class DraftLink:
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
             )
         )
+
+    @property
+    def _commit_index(self) -> int:
+        return len(self._commit_starts)
 
     @property
     def can_follow(self) -> bool:
@@ -79,8 +82,7 @@ class DraftLink:
 
     def on_committed(self, start: int, token_ids: Sequence[int]) -> None:
         """Drop the proposals that a commit decides, and all of them when it contradicts one."""
-        self._commit_index += 1
-        self._recent.append((self._commit_index, start))
+        self._commit_starts.append(start)
         self.has_stopped = False
         for token_id, proposal in zip(token_ids, self.proposals, strict=False):
             if proposal.token_id != token_id:
@@ -133,9 +135,7 @@ class DraftLink:
     def _void(self, position: int | None = None) -> None:
         """Drop all proposals, and those still to come that were drafted before the commit that contradicted them."""
         self.proposals = []
-        self._valid_from = self._commit_index
-        if position is not None:
-            self._valid_from = max(index for index, start in self._recent if start <= position)
+        self._valid_from = self._commit_index if position is None else bisect_right(self._commit_starts, position)
 
     def _window(self) -> int:
         generation = self._generation
