@@ -293,7 +293,9 @@ class Conversation:
         while self._text.finish_reason is None:
             yield from self._reopen_draft()
             if self._draft.info is not None and not self._draft.can_follow:
-                self._text.end_at_limit()
+                held_back = self._text.end_at_limit()
+                if held_back:
+                    yield from self._hand_over(Chunk([], [Segment(held_back, True)]))
                 return
             started_at = self._clock()
             while self._draft_is_open and not self._draft.proposals:

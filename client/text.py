@@ -109,9 +109,9 @@ class TextStream:
             texts.append(self._take_one(token_id))
         return Taken(len(texts), texts, self.finish_reason)
 
-    def end_at_limit(self) -> None:
-        """End the text because nothing more fits, although it is shorter than asked for."""
-        self.finish_reason = "length"
+    def end_at_limit(self) -> str:
+        """End the text because nothing more fits, although it is shorter than asked for; return what was held back."""
+        return self._finish("length", self._token_ids)
 
     def _take_one(self, token_id: int) -> str:
         self._token_ids.append(token_id)
