@@ -55,7 +55,7 @@ class DraftLink:
                 vocab_size=min(self.info.vocab_size, target.vocab_size),
                 greedy=speculation.greedy_draft,
                 max_support=speculation.max_support,
-                min_draft_prob=speculation.min_draft_prob,
+                min_draft_prob=0.0 if speculation.method == "draft" else speculation.min_draft_prob,  # nobody restarts it
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
             )
         )
