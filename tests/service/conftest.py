@@ -1,0 +1,253 @@
+"""Both services with small models, and what a right answer is: computed with transformers and numpy alone.
+
+Shapes: L tokens of a prefix, V vocabulary size, S support, K proposals.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from outrider import wire
+from outrider.engine.runner import ModelRunner
+from outrider.rng import Purpose, uniforms
+from outrider.tokens import TokenLog
+from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from tests import tiny_models
+from tests.servers import DRAFT, TARGET, RawStream, RunningServer, Services, shared_services
+
+PROMPT = [5, 17, 3, 88, 41, 9]
+SEED = 0x9E3779B97F4A7C15
+VOCAB_SIZE, CONTEXT_LENGTH = tiny_models.VOCAB_SIZE, tiny_models.CONTEXT_LENGTH
+FAMILY = (
+    "gpt2"  # float64 throughout; the others keep norms or rotary angles in float32 whatever the type of the weights
+)
+# The services compute in float64 as transformers does, and round to float32 once: half a unit in the last of 24 bits.
+# Twice that leaves room for sums in another order (1e-15).
+FLOAT32_TOLERANCE = 2.0**-23
+SUPPORT_MASS = 1 - 1e-3  # of a draft's support, as the design has it
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that the services serve, and where they are saved."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    target_path: str
+    draft_path: str
+
+
+@pytest.fixture(scope="session")
+def services() -> Iterator[Services]:
+    services = shared_services()
+    yield services
+    services.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    target, draft = (tiny_models.make_model(FAMILY, seed) for seed in (1, 2))
+    return Models(target, draft, tiny_models.save(target, folder / "t"), tiny_models.save(draft, folder / "d"))
+
+
+@pytest.fixture(scope="session")
+def target(services, models) -> RunningServer:
+    return services.start(TARGET, models.target_path)
+
+
+@pytest.fixture(scope="session")
+def draft(services, models) -> RunningServer:
+    return services.start(DRAFT, models.draft_path)
+
+
+@dataclass(frozen=True)
+class HeldUpPass:
+    """A forward pass that has begun when `entered` is set, and ends after `released` is."""
+
+    entered: threading.Event
+    released: threading.Event
+
+
+@pytest.fixture
+def held_up(monkeypatch) -> Iterator[HeldUpPass]:
+    """Hold up every forward pass of every service until it is released."""
+    held, forward = HeldUpPass(threading.Event(), threading.Event()), ModelRunner.forward
+
+    def wait_and_forward(self, feeds):
+        held.entered.set()
+        held.released.wait()
+        return forward(self, feeds)
+
+    monkeypatch.setattr(ModelRunner, "forward", wait_and_forward)
+    yield held
+    held.released.set()
+
+
+# What a right answer is.
+
+
+@torch.no_grad()
+def exact_probs(
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> np.ndarray:
+    """Return the distribution after each prefix of `token_ids`, `[L, V] float64`, by transformers' own code."""
+    prefix = torch.tensor([list(token_ids)])
+    logits = model(prefix).logits[0]
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double().numpy()
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    return warpers(prefix, logits).softmax(-1).numpy()
+
+
+def draw(weights: np.ndarray, position: int, purpose: Purpose, seed: int = SEED) -> int:
+    """Return the index that the addressed uniform of a position draws in proportion to `weights` `[V]`."""
+    cumulative = weights.cumsum()
+    uniform = uniforms(seed, np.array([position]), purpose)[0]
+    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+
+
+def truncated(probs: np.ndarray, max_support: int) -> np.ndarray:
+    """Return `probs` `[V]` on the smallest set that holds SUPPORT_MASS, at most `max_support`; 0 elsewhere."""
+    order = np.argsort(-probs, kind="stable")
+    mass_before = probs[order].cumsum() - probs[order]
+    kept = order[(mass_before < SUPPORT_MASS) & (np.arange(len(probs)) < max_support) & (probs[order] > 0)]
+    result = np.zeros_like(probs)
+    result[kept] = probs[kept]
+    return result
+
+
+def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -> None:
+    """Assert that `rows` are the target's distribution behind `prefix` and each run of proposals, on their supports."""
+    fed = [token_id for token_id, _ in proposals[:-1]]
+    law = exact_probs(model, [*prefix, *fed], **sampling)[len(prefix) - 1 :]
+    supports = [support for _, support in proposals] or [[]]
+    assert len(rows) == len(supports)
+    for offset, (row, probs, support) in enumerate(zip(rows, law, supports, strict=True)):
+        on_support = np.frombuffer(row.support_probs, "<f4")
+        np.testing.assert_allclose(on_support, probs[support], rtol=FLOAT32_TOLERANCE, atol=1e-14)
+        outside = probs.copy()
+        outside[support] = 0
+        assert row.outside_mass == pytest.approx(outside.sum(), rel=FLOAT32_TOLERANCE, abs=1e-14)
+        # Each of the S + 1 float32 values is off by at most half a unit of its own size, and they sum to 1.
+        assert on_support.sum(dtype=np.float64) + row.outside_mass == pytest.approx(1, abs=FLOAT32_TOLERANCE)
+        if row.outside_mass > 0:
+            assert row.outside_token_id == draw(outside, len(prefix) + offset, Purpose.OUTSIDE)
+
+
+def check_proposals(model, proposals, prefix: Sequence[int], max_support: int = 256, vocab_size=VOCAB_SIZE, **sampling):
+    """Assert that `proposals` behind `prefix` are drawn by the design, from the distributions that come with them."""
+    drafted = [proposal.token_id for proposal in proposals]
+    law = exact_probs(model, [*prefix, *drafted[:-1]], **sampling)[len(prefix) - 1 :]
+    law[:, vocab_size:] = 0
+    for offset, (proposal, probs) in enumerate(zip(proposals, law, strict=True)):
+        expected = truncated(probs / probs.sum(), max_support)
+        support = np.frombuffer(proposal.support_ids, "<u4")
+        weights = np.frombuffer(proposal.support_probs, "<f4")
+        assert support.tolist() == np.flatnonzero(expected).tolist()
+        np.testing.assert_allclose(weights, expected[support], rtol=FLOAT32_TOLERANCE)
+        assert proposal.token_id == support[draw(weights.astype(np.float64), len(prefix) + offset, Purpose.DRAFT)]
+
+
+# Messages.
+
+
+def span(token_ids: Sequence[int], start_position: int = 0, before: Sequence[int] = ()) -> common_pb2.TokenSpan:
+    """Return a span; `before` are the tokens that its prefix digest stands for."""
+    return common_pb2.TokenSpan(
+        start_position=start_position,
+        token_ids=wire.pack_ids(token_ids),
+        prefix_digest=TokenLog(before).digest(len(before)),
+    )
+
+
+def open_verification(token_ids: Sequence[int] = PROMPT, **sampling: Any) -> target_pb2.VerifyRequest:
+    return target_pb2.VerifyRequest(
+        open=target_pb2.OpenVerification(
+            sampling=common_pb2.SamplingParams(**({"temperature": 1.0} | sampling)),
+            seed=SEED,
+            committed=span(token_ids),
+        )
+    )
+
+
+def round_of(committed: common_pb2.TokenSpan, proposals=(), round_index: int = 1) -> target_pb2.VerifyRequest:
+    """Return a round; `proposals` are pairs of a token and its support."""
+    return target_pb2.VerifyRequest(
+        round=target_pb2.Round(
+            round_index=round_index,
+            committed=committed,
+            proposals=[
+                target_pb2.ProposedToken(token_id=token_id, support_ids=wire.pack_ids(support))
+                for token_id, support in proposals
+            ],
+        )
+    )
+
+
+def open_proposals(token_ids: Sequence[int] = PROMPT, ahead: int = 4, **fields: Any) -> draft_pb2.ProposeRequest:
+    """Return an open message whose window lets the draft propose `ahead` tokens."""
+    sampling = {name: fields.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in fields}
+    defaults = {
+        "sampling": common_pb2.SamplingParams(**({"temperature": 1.0} | sampling)),
+        "seed": SEED,
+        "committed": span(token_ids),
+        "window": len(token_ids) + ahead,
+    }
+    return draft_pb2.ProposeRequest(open=draft_pb2.OpenProposals(**(defaults | fields)))
+
+
+def commit_of(commit_index: int, committed: common_pb2.TokenSpan, window: int) -> draft_pb2.ProposeRequest:
+    return draft_pb2.ProposeRequest(commit=draft_pb2.Commit(commit_index=commit_index, span=committed, window=window))
+
+
+def receive_proposals(stream: RawStream, number: int) -> tuple[list[draft_pb2.Proposal], draft_pb2.ProposeResponse]:
+    """Return the next `number` proposals, and the response that brought the last; positions are consecutive."""
+    proposals: list[draft_pb2.Proposal] = []
+    position = None
+    while len(proposals) < number:
+        response = stream.receive()
+        assert position in (None, response.start_position)
+        proposals += response.proposals
+        position = response.start_position + len(response.proposals)
+    assert len(proposals) == number
+    return proposals, response
+
+
+# The service carries on.
+
+
+def check_target_serves(target: RunningServer, model: PreTrainedModel) -> None:
+    """Assert that a session of good manners gets the right rows."""
+    proposals = [(7, [2, 7, 30]), (12, [12, 50])]
+    with RawStream(target.stub.Verify, open_verification(), round_of(span(PROMPT), proposals)) as stream:
+        check_rows(model, stream.receive().rows, PROMPT, proposals)
+
+
+def check_draft_serves(draft: RunningServer, model: PreTrainedModel) -> None:
+    """Assert that a session of good manners gets proposals of the right law."""
+    with RawStream(draft.stub.Propose, open_proposals()) as stream:
+        check_proposals(model, receive_proposals(stream, 4)[0], PROMPT)

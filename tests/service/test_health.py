@@ -1,0 +1,118 @@
+"""Health follows the model: not serving while it loads and once a shutdown has begun, serving in between."""
+
+from __future__ import annotations
+
+import threading
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+import outrider.service
+from outrider.engine.loader import ModelRefusedError
+from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream
+from tests.service.conftest import open_proposals, open_verification, round_of, span
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+KINDS = pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
+
+
+def opening_call(kind, server):
+    if kind is TARGET:
+        return RawStream(server.stub.Verify, open_verification(), round_of(span([1, 2])))
+    return RawStream(server.stub.Propose, open_proposals())
+
+
+def health_of(server, service: str) -> int:
+    request = health_pb2.HealthCheckRequest(service=service)
+    return health_pb2_grpc.HealthStub(server.channel).Check(request, timeout=PATIENCE_S, wait_for_ready=True).status
+
+
+@KINDS
+def test_a_service_is_unavailable_until_its_model_is_warm(services, models, monkeypatch, kind):
+    loading, may_load, load = threading.Event(), threading.Event(), outrider.service.load
+
+    def slow_load(options):
+        loading.set()
+        may_load.wait()
+        return load(options)
+
+    monkeypatch.setattr(outrider.service, "load", slow_load)
+    server = services.listen(kind, models.draft_path)
+    starting = threading.Thread(target=server.load)
+    starting.start()
+    loading.wait()
+    assert (health_of(server, ""), health_of(server, kind.name)) == (SERVING, NOT_SERVING)
+    with pytest.raises(grpc.RpcError) as refusal:
+        server.model_info()
+    assert refusal.value.code() == grpc.StatusCode.UNAVAILABLE
+    with opening_call(kind, server) as stream, pytest.raises(grpc.RpcError) as refusal:
+        stream.receive()
+    assert refusal.value.code() == grpc.StatusCode.UNAVAILABLE
+    may_load.set()
+    starting.join()
+    assert health_of(server, kind.name) == SERVING
+    with opening_call(kind, server) as stream:
+        stream.receive()
+    server.stop()
+
+
+@KINDS
+def test_a_shutdown_is_announced_and_lets_running_sessions_end(services, models, kind):
+    server = services.start(kind, models.draft_path)
+    watch = health_pb2_grpc.HealthStub(server.channel).Watch(
+        health_pb2.HealthCheckRequest(service=kind.name), timeout=PATIENCE_S
+    )
+    assert next(watch).status == SERVING
+    with opening_call(kind, server) as stream:
+        stopping = threading.Thread(target=server.stop, args=[PATIENCE_S])
+        stopping.start()
+        assert next(watch).status == NOT_SERVING
+        watch.cancel()
+        stream.receive()
+        assert stopping.is_alive()
+        stream.half_close()
+    stopping.join()
+
+
+def test_a_session_that_outlasts_the_grace_time_is_cut_off(services, models):
+    server = services.start(TARGET, models.target_path)
+    with opening_call(TARGET, server) as stream:
+        stream.receive()
+        server.stop(grace_s=0.2)
+        with pytest.raises(grpc.RpcError) as cut:
+            stream.receive()
+    assert cut.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+def test_a_port_that_is_taken_is_refused_to_a_second_server(services, models):
+    server = services.start(TARGET, models.target_path)
+    with pytest.raises(RuntimeError, match="bind"):
+        services.listen(TARGET, models.target_path, listen=server.address)
+    assert health_of(server, TARGET.name) == SERVING
+    server.stop()
+
+
+def test_a_model_that_is_refused_ends_its_server(services, tmp_path):
+    server = services.listen(TARGET, str(tmp_path))
+    with pytest.raises(ModelRefusedError):
+        server.load()
+    with pytest.raises(grpc.RpcError):
+        server.model_info()
+
+
+@KINDS
+def test_reflection_lists_the_service(target, draft, kind):
+    stub = reflection_pb2_grpc.ServerReflectionStub((target if kind is TARGET else draft).channel)
+    question = reflection_pb2.ServerReflectionRequest(list_services="")
+    (answer,) = stub.ServerReflectionInfo(iter([question]), timeout=PATIENCE_S)
+    assert {kind.name, "grpc.health.v1.Health"} <= {service.name for service in answer.list_services_response.service}
+
+
+def test_health_answers_while_a_forward_pass_runs(target, held_up):
+    with opening_call(TARGET, target) as stream:
+        held_up.entered.wait()
+        assert health_of(target, TARGET.name) == SERVING
+        held_up.released.set()
+        stream.receive()
