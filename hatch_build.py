@@ -8,6 +8,7 @@ from pathlib import Path
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = "outrider/v1"
+DOCSTRING = '"""Messages and stubs of outrider.v1, generated from protos/ by hatch_build.py."""\n'
 
 
 class CustomBuildHook(BuildHookInterface):
@@ -28,7 +29,7 @@ def generate_stubs(root: Path) -> None:
     package = root / PACKAGE
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text('"""Messages and stubs of outrider.v1, generated from protos/ by hatch_build.py."""\n')
+    (package / "__init__.py").write_text(DOCSTRING, encoding="utf-8")
     well_known = Path(grpc_tools.__file__).parent / "_proto"
     sources = sorted(str(path) for path in (root / "protos" / PACKAGE).glob("*.proto"))
     outputs = [f"--{kind}_out={root}" for kind in ("python", "pyi", "grpc_python")]

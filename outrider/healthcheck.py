@@ -1,4 +1,4 @@
-"""`python -m outrider.healthcheck`: ask a server for its health. For containers: it imports no torch and starts fast."""
+"""`python -m outrider.healthcheck`: ask a server for its health. Made for containers, so it imports no torch."""
 
 from __future__ import annotations
 
