@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
-import numpy as np
 import torch
 
 from outrider.engine.engine import Demand, Engine
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread
 from outrider.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ServiceError
-from outrider.probs import draw_drafts, probability_rows
+from outrider.probs import Draft, are_rows_finite, draw_drafts, probability_rows
 from outrider.rng import AddressedUniforms, Purpose
 from outrider.warping import Warping
 
@@ -46,9 +47,7 @@ class Drafted:
 
     commit_index: int
     position: int
-    token_id: int
-    support_ids: np.ndarray  # [S] int64, ascending
-    support_probs: np.ndarray  # [S] float32
+    draft: Draft
     stopped: bool
     num_cached_tokens: int
     cache_digest: int
@@ -173,18 +172,14 @@ class Drafter:
 
     def _draft(self, sessions: list[Session]) -> None:
         """Draw one token for each session whose row is there; a row with NaN or infinity ends its own session alone."""
-        healthy, rows = [], []
-        for session in sessions:
-            assert session.demand is not None
-            row = session.demand.rows[-1]
-            if torch.isnan(row).any() or torch.isposinf(row).any():
-                self._fail(session, InternalError("the model returned NaN or infinity for this session"))
-            else:
-                healthy.append(session)
-                rows.append(row)
-        if not healthy:
+        if not sessions:
             return
-        logits = torch.cat(rows)
+        logits = torch.cat([session.demand.rows[-1] for session in sessions if session.demand])
+        finite = are_rows_finite(logits)
+        for session in compress(sessions, map(operator.not_, finite)):
+            self._fail(session, InternalError("the model returned NaN or infinity for this session"))
+        healthy = list(compress(sessions, finite))
+        logits = logits[torch.tensor(finite, device=logits.device)]
         for row, session in zip(logits, healthy, strict=True):
             row[session.options.vocab_size :] = -torch.inf
         drafts = draw_drafts(
@@ -192,25 +187,23 @@ class Drafter:
             [session.options.max_support for session in healthy],
             [session.uniforms.at(len(session.sequence.tokens)) for session in healthy],
         )
-        for index, session in enumerate(healthy):
-            self._append(session, drafts, index)
+        for session, draft in zip(healthy, drafts, strict=True):
+            self._append(session, draft)
 
-    def _append(self, session: Session, drafts, index: int) -> None:
+    def _append(self, session: Session, draft: Draft) -> None:
         """Take the drafted token into the sequence and send it."""
         demand, sequence = session.demand, session.sequence
         assert demand is not None
         assert demand.started_at is not None
         session.demand = None
         position = len(sequence.tokens)
-        sequence.tokens.extend([drafts.token_ids[index]])
-        session.is_stopped = drafts.token_probs[index] < session.options.min_draft_prob
+        sequence.tokens.extend([draft.token_id])
+        session.is_stopped = draft.token_prob < session.options.min_draft_prob
         session.emit(
             Drafted(
                 commit_index=session.commit_index,
                 position=position,
-                token_id=drafts.token_ids[index],
-                support_ids=drafts.support_ids[index].numpy(),
-                support_probs=drafts.support_probs[index].numpy(),
+                draft=draft,
                 stopped=session.is_stopped,
                 num_cached_tokens=sequence.cache.length,
                 cache_digest=sequence.tokens.digest(sequence.cache.length),

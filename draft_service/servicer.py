@@ -143,11 +143,11 @@ def _response(drafted: list[Drafted]) -> draft_pb2.ProposeResponse:
         start_position=drafted[0].position,
         proposals=[
             draft_pb2.Proposal(
-                token_id=token.token_id,
-                support_ids=wire.pack_ids(token.support_ids),
-                support_probs=wire.pack_probs(token.support_probs),
+                token_id=item.draft.token_id,
+                support_ids=wire.pack_ids(item.draft.support_ids),
+                support_probs=wire.pack_probs(item.draft.support_probs),
             )
-            for token in drafted
+            for item in drafted
         ],
         stopped=last.stopped,
         cache=common_pb2.CacheState(num_cached_tokens=last.num_cached_tokens, digest=last.cache_digest),

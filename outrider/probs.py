@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from outrider.warping import Warping
@@ -53,42 +54,44 @@ def _kept_by_filters(scores: torch.Tensor, warpings: Sequence[Warping]) -> torch
 
 
 @dataclass(frozen=True)
-class Drafts:
-    """One drafted token a row, with the support it was drawn from."""
+class Draft:
+    """A drafted token, with the support it was drawn from."""
 
-    token_ids: list[int]  # [N]
-    support_ids: list[torch.Tensor]  # N of [num_support] int64, ascending
-    support_probs: list[torch.Tensor]  # N of [num_support] float32, positive
-    token_probs: list[float]  # [N]
+    token_id: int
+    support_ids: np.ndarray  # [num_support] int64, ascending
+    support_probs: np.ndarray  # [num_support] float32, positive
+    token_prob: float  # its share of the support's probabilities
 
 
-def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], uniforms: Sequence[float]) -> Drafts:
-    """Truncate each row of `probs` `[N, V]` to its support and draw a token from what is left.
+def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], uniforms: Sequence[float]) -> list[Draft]:
+    """Truncate each row of `probs` `[N, V]` to its support and draw a token from what is left; return N drafts.
 
     The support is the smallest set of likeliest tokens that holds `SUPPORT_MASS`, at most the row's `max_supports`.
     The token is drawn from the float32 weights that are returned, divided by their sum, so that the receiver knows
     the law to the letter.
     """
     num_kept = min(max(max_supports), probs.shape[-1])
-    likeliest, ids = probs.topk(num_kept, dim=-1)
-    mass_before = likeliest.double().cumsum(-1) - likeliest
-    limits = torch.tensor(max_supports, device=probs.device)[:, None]
-    kept = (mass_before < SUPPORT_MASS) & (likeliest.float() > 0)
-    kept &= torch.arange(num_kept, device=probs.device) < limits
-    ids, order = ids.masked_fill(~kept, probs.shape[-1]).sort(-1)
-    weights = likeliest.float().masked_fill(~kept, 0.0).gather(-1, order)
-    indices = inverse_cdf(weights, uniforms)
-    sizes = kept.sum(-1).tolist()
-    rows = range(len(sizes))
-    sums = weights.double().sum(-1)
-    token_probs = (weights.gather(-1, indices[:, None])[:, 0] / sums).tolist()
-    ids_on_host, weights_on_host = ids.cpu(), weights.cpu()
-    return Drafts(
-        token_ids=ids.gather(-1, indices[:, None])[:, 0].tolist(),
-        support_ids=[ids_on_host[row, : sizes[row]] for row in rows],
-        support_probs=[weights_on_host[row, : sizes[row]] for row in rows],
-        token_probs=token_probs,
-    )
+    likeliest, ids = (part.cpu().numpy() for part in probs.topk(num_kept, dim=-1))
+    mass_before = likeliest.cumsum(-1, dtype=np.float64) - likeliest
+    kept = (mass_before < SUPPORT_MASS) & (likeliest.astype(np.float32) > 0)  # a prefix of each row
+    sizes = np.minimum(kept.sum(-1), max_supports)
+    return [
+        _draw_draft(ids[row, :size], likeliest[row, :size], uniform)
+        for row, (size, uniform) in enumerate(zip(sizes, uniforms, strict=True))
+    ]
+
+
+def _draw_draft(ids: np.ndarray, probs: np.ndarray, uniform: float) -> Draft:
+    order = ids.argsort()
+    ids, weights = ids[order], probs[order].astype(np.float32)
+    cumulative = weights.cumsum(dtype=np.float64)
+    index = min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(ids) - 1)
+    return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]))
+
+
+def are_rows_finite(logits: torch.Tensor) -> list[bool]:
+    """Return for each row of `logits` `[N, V]` whether it is a law: no NaN, no +infinity, and not all −infinity."""
+    return logits.amax(-1).isfinite().tolist()
 
 
 def inverse_cdf(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:

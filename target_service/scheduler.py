@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 
@@ -21,7 +23,7 @@ from outrider.engine.engine import Demand, Engine
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread, new_reply
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError
-from outrider.probs import TargetRows, probability_rows, read_target_rows
+from outrider.probs import TargetRows, are_rows_finite, probability_rows, read_target_rows
 from outrider.rng import AddressedUniforms, Purpose
 from outrider.warping import Warping
 
@@ -187,17 +189,13 @@ class Scheduler:
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Read the rows of all finished rounds together; a row with NaN or infinity fails its own round alone."""
-        healthy = []
-        for job in jobs:
-            logits = torch.cat(job.demand.rows)
-            if torch.isnan(logits).any() or torch.isposinf(logits).any():
-                job.session.sequence.cache.clear()
-                job.reply.set_exception(InternalError("the model returned NaN or infinity for this session"))
-            else:
-                healthy.append((job, logits))
-        if not healthy:
-            return
-        rows_by_job = _read_rows(healthy)
+        logits = [torch.cat(job.demand.rows) for job in jobs]
+        finite = [all(are_rows_finite(rows)) for rows in logits]
+        for job in compress(jobs, map(operator.not_, finite)):
+            job.session.sequence.cache.clear()
+            job.reply.set_exception(InternalError("the model returned NaN or infinity for this session"))
+        healthy = list(compress(zip(jobs, logits, strict=True), finite))
+        rows_by_job = _read_rows(healthy) if healthy else []
         for (job, _), rows in zip(healthy, rows_by_job, strict=True):
             sequence, demand = job.session.sequence, job.demand
             assert demand.started_at is not None

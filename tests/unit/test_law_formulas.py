@@ -91,8 +91,8 @@ class Pair:
     def drafts(self, prefix: Prefix) -> list[tuple[float, Proposal]]:
         """Return every proposal that the draft can make, with its probability."""
         probs = probability_rows(DRAFT.logits(prefix), [self.draft_warping])
-        drafts = draw_drafts(probs, [self.max_support], [0.5])
-        ids, weights = drafts.support_ids[0].numpy(), drafts.support_probs[0].double().numpy()
+        [draft] = draw_drafts(probs, [self.max_support], [0.5])
+        ids, weights = draft.support_ids, draft.support_probs.astype(np.float64)
         claimed = self.claimed_probs(ids, weights, probs[0].numpy())
         draft_probs = normalised(weights)
         return [

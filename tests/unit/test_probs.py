@@ -113,7 +113,8 @@ class TestDrafts:
 
     @pytest.mark.parametrize("max_support", [1, 3, VOCAB_SIZE, 10 * VOCAB_SIZE])
     def test_supports_are_the_smallest_that_hold_the_mass(self, max_support):
-        for row, ids in zip(self.PROBS, self.drafts(max_support).support_ids, strict=True):
+        for row, draft in zip(self.PROBS, self.drafts(max_support), strict=True):
+            ids = torch.from_numpy(draft.support_ids)
             mass = row[ids].sum()
             rest = row.clone().index_fill_(0, ids, 0.0)
             assert mass >= SUPPORT_MASS or len(ids) == max_support
@@ -123,51 +124,48 @@ class TestDrafts:
 
     def test_some_support_is_cut_by_the_mass_and_some_by_the_limit(self):
         """Else the test above proves less than it says."""
-        sizes = {len(ids) for ids in self.drafts(30).support_ids}
+        sizes = {len(draft.support_ids) for draft in self.drafts(30)}
         assert 30 in sizes
         assert min(sizes) < 30
 
     def test_ids_ascend_and_weights_are_the_rows_own_in_float32(self):
-        drafts = self.drafts(20)
-        for row, ids, weights in zip(self.PROBS, drafts.support_ids, drafts.support_probs, strict=True):
-            assert torch.equal(ids, ids.unique(sorted=True))
-            assert torch.equal(weights, row[ids].float())
+        for row, draft in zip(self.PROBS, self.drafts(20), strict=True):
+            assert np.array_equal(draft.support_ids, np.unique(draft.support_ids))
+            assert np.array_equal(draft.support_probs, row[draft.support_ids].float().numpy())
 
     def test_the_token_is_drawn_from_the_weights_that_are_sent(self):
         """Inverse transform of the addressed uniform on the normalised weights, as a receiver would compute it."""
         points = uniforms(7, np.arange(64), Purpose.DRAFT)
-        drafts = self.drafts(20)
-        rows = zip(drafts.token_ids, drafts.support_ids, drafts.support_probs, drafts.token_probs, points, strict=True)
-        for token_id, ids, weights, token_prob, point in rows:
-            cumulative = weights.double().numpy().cumsum()
+        for draft, point in zip(self.drafts(20), points, strict=True):
+            cumulative = draft.support_probs.astype(np.float64).cumsum()
             index = int(np.searchsorted(cumulative, point * cumulative[-1], side="right"))
-            assert token_id == ids[index]
-            assert token_prob == pytest.approx(weights[index].item() / cumulative[-1], rel=1e-12)
+            assert draft.token_id == draft.support_ids[index]
+            assert draft.token_prob == pytest.approx(draft.support_probs[index] / cumulative[-1], rel=1e-12)
 
     def test_a_mixed_batch_gives_each_row_what_it_gets_alone(self):
         limits = [1 + row % 9 for row in range(64)]
         points = uniforms(8, np.arange(64), Purpose.DRAFT).tolist()
         together = draw_drafts(self.PROBS, limits, points)
         for row in range(64):
-            alone = draw_drafts(self.PROBS[row : row + 1], limits[row : row + 1], points[row : row + 1])
-            assert alone.token_ids[0] == together.token_ids[row]
-            assert torch.equal(alone.support_ids[0], together.support_ids[row])
-            assert torch.equal(alone.support_probs[0], together.support_probs[row])
+            [alone] = draw_drafts(self.PROBS[row : row + 1], limits[row : row + 1], points[row : row + 1])
+            assert alone.token_id == together[row].token_id
+            assert np.array_equal(alone.support_ids, together[row].support_ids)
+            assert np.array_equal(alone.support_probs, together[row].support_probs)
 
     def test_a_greedy_row_has_a_support_of_one(self):
         drafts = draw_drafts(
             probability_rows(logits_of(4, seed=9), [Warping(0.0)] * 4), [256] * 4, [0.0, 0.3, 0.6, 0.999]
         )
-        assert [ids.tolist() for ids in drafts.support_ids] == [[token_id] for token_id in drafts.token_ids]
-        assert [weights.tolist() for weights in drafts.support_probs] == [[1.0]] * 4
-        assert drafts.token_ids == logits_of(4, seed=9).argmax(-1).tolist()
+        assert [draft.support_ids.tolist() for draft in drafts] == [[draft.token_id] for draft in drafts]
+        assert [draft.support_probs.tolist() for draft in drafts] == [[1.0]] * 4
+        assert [draft.token_id for draft in drafts] == logits_of(4, seed=9).argmax(-1).tolist()
 
     def test_tokens_without_probability_are_in_no_support(self):
         """Masked ids and probabilities that vanish in float32 alike: a support's weights are positive."""
         logits = torch.tensor([[0.0, -torch.inf, 1.0, -200.0]], dtype=torch.float64)
-        drafts = draw_drafts(probability_rows(logits, [Warping()]), [4], [0.5])
-        assert drafts.support_ids[0].tolist() == [0, 2]
-        assert (drafts.support_probs[0] > 0).all()
+        [draft] = draw_drafts(probability_rows(logits, [Warping()]), [4], [0.5])
+        assert draft.support_ids.tolist() == [0, 2]
+        assert (draft.support_probs > 0).all()
 
 
 class TestTargetRows:
