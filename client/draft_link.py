@@ -55,7 +55,7 @@ class DraftLink:
                 vocab_size=min(self.info.vocab_size, target.vocab_size),
                 greedy=speculation.greedy_draft,
                 max_support=speculation.max_support,
-                min_draft_prob=0.0 if speculation.method == "draft" else speculation.min_draft_prob,  # nobody restarts it
+                min_draft_prob=self._min_draft_prob,
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
             )
         )
@@ -136,6 +136,12 @@ class DraftLink:
         """Drop all proposals, and those still to come that were drafted before the commit that contradicted them."""
         self.proposals = []
         self._valid_from = self._commit_index if position is None else bisect_right(self._commit_starts, position)
+
+    @property
+    def _min_draft_prob(self) -> float:
+        """A draft that writes alone must not stop, since only a commit would make it go on."""
+        speculation = self._generation.speculation
+        return 0.0 if speculation.method == "draft" else speculation.min_draft_prob
 
     def _window(self) -> int:
         generation = self._generation
