@@ -365,6 +365,8 @@ class Conversation:
             self._take_draft_event(event)
 
     def _take_draft_event(self, event: Event) -> None:
+        if not self._draft_is_open:
+            return  # of a session that has been given up already
         if isinstance(event, Broken):
             if event.code in REFUSALS:
                 raise InvalidRequestError(f"the draft refused the request: {event.details}")

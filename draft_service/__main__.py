@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from outrider.options import ServiceOptions, service_options
+from outrider.options import ServiceOptions, needs_serve_extra, service_options
 
 
 @click.command(context_settings={"show_default": True, "auto_envvar_prefix": "OUTRIDER_DRAFT"})
@@ -15,10 +15,10 @@ def main(options: ServiceOptions) -> None:
 
     Every option is also an environment variable: OUTRIDER_DRAFT_ and its name, such as OUTRIDER_DRAFT_MODEL.
     """
-    from draft_service.servicer import SERVICE_NAME, DraftServicer
-    from outrider.service import serve
-    from outrider.v1 import draft_pb2_grpc
-
+    with needs_serve_extra():
+        from draft_service.servicer import SERVICE_NAME, DraftServicer
+        from outrider.service import serve
+        from outrider.v1 import draft_pb2_grpc
     serve(options, SERVICE_NAME, DraftServicer(options), draft_pb2_grpc.add_DraftServiceServicer_to_server)
 
 

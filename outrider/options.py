@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import click
@@ -30,6 +31,20 @@ class ServiceOptions:
     kv_cache: bool = True
     grace: float = 30.0
     greedy: bool = False
+
+
+@contextmanager
+def needs_serve_extra() -> Iterator[None]:
+    """Say what to install when a service's own dependencies are missing.
+
+    Raises:
+        click.ClickException: an import in the block failed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed: a service needs the extra `serve` (pip install 'outrider[serve]')"
+        raise click.ClickException(message) from error
 
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16", "float64")

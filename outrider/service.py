@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 import click
-import torch
 
 from outrider import __version__
 from outrider.engine.engine import Demand, Engine, EngineStats, Sequence
@@ -55,8 +54,6 @@ class ModelHost(Generic[WorkerT]):
             ModelRefusedError: the message says why.
         """
         options = self._options
-        if options.threads:
-            torch.set_num_threads(options.threads)
         model = load(
             ModelOptions(
                 model=options.model,
@@ -66,6 +63,7 @@ class ModelHost(Generic[WorkerT]):
                 trust_remote_code=options.trust_remote_code,
                 quantization=options.quantization,
                 device_map=options.device_map,
+                threads=options.threads,
             )
         )
         self._max_cached_tokens = options.max_cached_tokens or DEFAULT_CONTEXTS_CACHED * model.context_length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from outrider.options import ServiceOptions, service_options
+from outrider.options import ServiceOptions, needs_serve_extra, service_options
 
 
 @click.command(context_settings={"show_default": True, "auto_envvar_prefix": "OUTRIDER_TARGET"})
@@ -14,10 +14,10 @@ def main(options: ServiceOptions) -> None:
 
     Every option is also an environment variable: OUTRIDER_TARGET_ and its name, such as OUTRIDER_TARGET_MODEL.
     """
-    from outrider.service import serve
-    from outrider.v1 import target_pb2_grpc
-    from target_service.servicer import SERVICE_NAME, TargetServicer
-
+    with needs_serve_extra():
+        from outrider.service import serve
+        from outrider.v1 import target_pb2_grpc
+        from target_service.servicer import SERVICE_NAME, TargetServicer
     serve(options, SERVICE_NAME, TargetServicer(options), target_pb2_grpc.add_TargetServiceServicer_to_server)
 
 

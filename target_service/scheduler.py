@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import compress
 
+import numpy as np
 import torch
 
 from outrider.engine.engine import Demand, Engine
@@ -49,7 +50,7 @@ class Round:
 
     committed: Span
     proposed_ids: Sequence[int]  # [K]
-    supports: Sequence[torch.Tensor]  # K of [num_support] int64, ascending
+    supports: Sequence[np.ndarray]  # K of [num_support] int64, ascending
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _read_rows(jobs: list[tuple[_Job, torch.Tensor]]) -> list[TargetRows]:
     for (job, _), size in zip(jobs, sizes, strict=True):
         first = job.round.committed.end
         warpings += [job.session.warping] * size
-        supports += job.round.supports or [no_support]
+        supports += [torch.from_numpy(support) for support in job.round.supports] or [no_support]
         uniforms += [job.session.outside_uniforms.at(first + offset) for offset in range(size)]
     probs = probability_rows(torch.cat([logits for _, logits in jobs]), warpings)
     rows = read_target_rows(probs, supports, uniforms)

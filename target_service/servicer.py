@@ -6,8 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 
-import torch
-
 from outrider import wire
 from outrider.errors import InvalidArgumentError, NotFoundError
 from outrider.options import ServiceOptions
@@ -100,7 +98,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                 raise InvalidArgumentError(
                     f"{field}.support_ids is empty: send the ids that the proposal was drawn from"
                 )
-            supports.append(torch.from_numpy(support))
+            supports.append(support)
         return Round(self._span(message.committed, "round.committed"), proposed_ids, supports)
 
 

@@ -42,6 +42,7 @@ class ModelOptions:
     trust_remote_code: bool = False
     quantization: str | None = None  # bnb-4bit or bnb-8bit
     device_map: str | None = None  # auto: accelerate spreads the model
+    threads: int = 0  # of the CPU, for the whole process; 0 leaves torch's choice
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def load(options: ModelOptions) -> LoadedModel:
     Raises:
         ModelRefusedError: nothing of that name, no causal language model, or one that packed attention cannot run.
     """
+    if options.threads:
+        torch.set_num_threads(options.threads)
     source = _Source.of(options)
     device = _device(options.device)
     model = _load_model(options, source, device)
