@@ -1,0 +1,385 @@
+"""Both services as toys inside the test, and a world that carries a conversation's effects out in any order it likes.
+
+The toys keep the protocol to the letter: `ToyTarget` does what target_service.scheduler does, `ToyDraft` what
+draft_service.drafter does. Their models are tables: the logits of a prefix are a row that the prefix's digest picks.
+
+Time stands still but for waits that nothing ends. Messages of one direction of one stream stay in order; everything
+else happens in the order that the world's random numbers say.
+
+Shapes: V vocabulary size, S support.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import grpc
+import numpy as np
+
+from client.acceptance import Proposal, TargetRow, decide
+from client.conversation import Broken, Conversation, Describe, Link, Open, Patience, Received, Send, Wait
+from client.errors import OutriderError
+from client.generation import Generation
+from client.params import SamplingParams, SpeculationParams
+from client.results import Chunk, GenerationResult
+from client.text import TextStream
+from outrider import wire
+from outrider.errors import FailedPreconditionError
+from outrider.rng import AddressedUniforms, Purpose
+from outrider.tokens import TokenLog
+from outrider.v1 import common_pb2, draft_pb2, target_pb2
+
+VOCAB_SIZE = 9
+CONTEXT_LENGTH = 200
+NUM_PREFIX_CLASSES = 512
+_NORMALS = np.random.default_rng(5).normal(size=(2, NUM_PREFIX_CLASSES, VOCAB_SIZE))
+TARGET_LOGITS = 1.5 * _NORMALS[0]  # [classes, V]
+DRAFT_LOGITS = TARGET_LOGITS + 0.8 * _NORMALS[1]  # shares about 0.7 of the mass
+
+
+@dataclass(frozen=True)
+class ToyModel:
+    """Probabilities that are a function of the whole prefix."""
+
+    logits: np.ndarray  # [classes, V]
+    temperature: float = 1.0
+
+    def probs(self, tokens: TokenLog, length: int) -> np.ndarray:
+        """Return the distribution `[V] float64` after the first `length` tokens; temperature 0 is one-hot."""
+        row = self.logits[tokens.digest(length) % NUM_PREFIX_CLASSES]
+        if self.temperature == 0:
+            return (np.arange(VOCAB_SIZE) == row.argmax()).astype(float)
+        weights = np.exp((row - row.max()) / self.temperature)
+        return weights / weights.sum()
+
+
+def draw(weights: np.ndarray, uniform: float) -> int:
+    cumulative = weights.cumsum()
+    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+
+
+def draft_proposal(model: ToyModel, tokens: TokenLog, uniform: float, max_support: int) -> draft_pb2.Proposal:
+    """Return the proposal for the position behind `tokens`."""
+    probs = model.probs(tokens, len(tokens))
+    ids = np.sort(np.argsort(-probs, kind="stable")[: max_support or VOCAB_SIZE])
+    ids = ids[probs[ids] > 0]
+    weights = probs[ids].astype(np.float32)
+    return draft_pb2.Proposal(
+        token_id=ids[draw(weights.astype(np.float64), uniform)],
+        support_ids=wire.pack_ids(ids),
+        support_probs=wire.pack_probs(weights),
+    )
+
+
+def target_row(
+    model: ToyModel, tokens: TokenLog, length: int, support: np.ndarray, uniform: float
+) -> target_pb2.TargetRow:
+    """Return the row after the first `length` tokens on a support `[S]`."""
+    probs = model.probs(tokens, length)
+    outside = probs.copy()
+    outside[support] = 0.0
+    return target_pb2.TargetRow(
+        support_probs=wire.pack_probs(probs[support]),
+        outside_mass=outside.sum(),
+        outside_token_id=draw(outside, uniform) if outside.any() else 0,
+    )
+
+
+def cache_state(tokens: TokenLog, length: int) -> common_pb2.CacheState:
+    return common_pb2.CacheState(num_cached_tokens=length, digest=tokens.digest(length))
+
+
+class ToyTarget:
+    """One session of a target service."""
+
+    def __init__(self, message: target_pb2.VerifyRequest):
+        opening = message.open
+        self._model = ToyModel(TARGET_LOGITS, opening.sampling.temperature)
+        self._outside = AddressedUniforms(opening.seed, Purpose.OUTSIDE)
+        self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE).tolist())
+
+    def answer(self, message: target_pb2.VerifyRequest) -> target_pb2.VerifyResponse:
+        work = message.round
+        span, tokens = work.committed, self._tokens
+        tokens.check_span(span.start_position, span.prefix_digest)
+        committed_ids = wire.unpack_ids(span.token_ids, "ids", VOCAB_SIZE).tolist()
+        proposed_ids = [proposal.token_id for proposal in work.proposals]
+        tokens.rewrite(span.start_position, [*committed_ids, *proposed_ids[:-1]])
+        first = span.start_position + len(committed_ids)
+        supports = [wire.unpack_support(it.support_ids, "ids", VOCAB_SIZE) for it in work.proposals]
+        rows = [
+            target_row(self._model, tokens, position, support, self._outside.at(position))
+            for position, support in enumerate(supports or [np.empty(0, np.int64)], start=first)
+        ]
+        return target_pb2.VerifyResponse(
+            round_index=work.round_index, rows=rows, cache=cache_state(tokens, len(tokens))
+        )
+
+
+class ToyDraft:
+    """One session of a draft service."""
+
+    def __init__(self, message: draft_pb2.ProposeRequest):
+        opening = message.open
+        self._model = ToyModel(DRAFT_LOGITS, 0.0 if opening.greedy else opening.sampling.temperature)
+        self._uniforms = AddressedUniforms(opening.seed, Purpose.DRAFT)
+        self._max_support, self._min_draft_prob = opening.max_support, opening.min_draft_prob
+        self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE).tolist())
+        self._window = opening.window
+        self._commit_index = 0
+        self._is_stopped = False
+
+    @property
+    def wants_token(self) -> bool:
+        return not self._is_stopped and len(self._tokens) < self._window
+
+    def commit(self, message: draft_pb2.ProposeRequest) -> None:
+        commit, tokens = message.commit, self._tokens
+        if commit.commit_index != self._commit_index + 1:
+            raise FailedPreconditionError("commit_index")
+        tokens.check_span(commit.span.start_position, commit.span.prefix_digest)
+        token_ids = wire.unpack_ids(commit.span.token_ids, "ids", VOCAB_SIZE).tolist()
+        assert commit.span.start_position + len(token_ids) <= commit.window, "window out of range"
+        if tokens.num_agreeing(commit.span.start_position, token_ids) < len(token_ids):
+            tokens.rewrite(commit.span.start_position, token_ids)
+        self._commit_index, self._window, self._is_stopped = commit.commit_index, commit.window, False
+
+    def draft(self) -> draft_pb2.ProposeResponse:
+        tokens = self._tokens
+        position = len(tokens)
+        proposal = draft_proposal(self._model, tokens, self._uniforms.at(position), self._max_support)
+        tokens.extend([proposal.token_id])
+        weights = wire.unpack_probs(proposal.support_probs, "probs")
+        ids = wire.unpack_ids(proposal.support_ids, "ids", VOCAB_SIZE)
+        prob = weights[list(ids).index(proposal.token_id)] / weights.sum()
+        self._is_stopped = prob < self._min_draft_prob
+        return draft_pb2.ProposeResponse(
+            commit_index=self._commit_index,
+            start_position=position,
+            proposals=[proposal],
+            stopped=self._is_stopped,
+            cache=cache_state(tokens, position),
+        )
+
+
+@dataclass
+class Stream:
+    """One stream of the conversation with the session behind it, and the messages on their way."""
+
+    link: Link
+    to_service: deque = field(default_factory=deque)
+    to_client: deque = field(default_factory=deque)
+    session: ToyTarget | ToyDraft | None = None
+    is_dead: bool = False
+
+    def end(self, code: grpc.StatusCode, retry_delay_s: float | None = None) -> None:
+        """Break the stream; what was on its way to the client may still arrive."""
+        self.is_dead = True
+        self.to_service.clear()
+        self.to_client.append(Broken(self.link, code, "as the test wants it", retry_delay_s))
+
+
+class World:
+    """Runs a conversation against the toys.
+
+    `on_arrival` is called with each message that reaches a service, and `on_response` with each that is to leave
+    one; both may break the stream, and `on_response` may change the message.
+    """
+
+    def __init__(self, seed: int = 0, draft_speed: float = 1.0, latency: float = 0.3, impatience: float = 0.0):
+        """
+        Args:
+            seed: of the order in which things happen.
+            draft_speed: how eager the draft is, 1 being that of everything else that could happen.
+            latency: the chance that a poll finds nothing although something is on its way.
+            impatience: the chance that a wait for a time runs out although something is on its way.
+        """
+        self._random = Random(seed)
+        self._draft_speed, self._latency, self._impatience = draft_speed, latency, impatience
+        self.now = 1000.0
+        self.streams: dict[Link, Stream] = {}
+        self.num_opened = dict.fromkeys(Link, 0)
+        self.num_timeouts = 0
+        self.draft_info: common_pb2.ModelInfo | None = model_info()
+        self.draft_is_frozen = False
+        self.num_proposals_at: dict[int, int] = {}  # of the rounds that reached the target, by their first position
+        self.on_arrival: Callable[[Stream, Any], None] = lambda stream, message: None
+        self.on_response: Callable[[Stream, Any], None] = lambda stream, message: None
+        self.on_wait: Callable[[], None] = lambda: None
+
+    def run(self, conversation: Conversation) -> tuple[GenerationResult, list[Chunk]]:
+        """Return the result and the chunks; errors come as the conversation raises them."""
+        steps, answer, chunks = conversation.run(), None, []
+        while True:
+            try:
+                effect = steps.send(answer)
+            except StopIteration as stop:
+                return stop.value, chunks
+            answer = None
+            match effect:
+                case Chunk():
+                    chunks.append(effect)
+                case Open(link, message):
+                    self.streams[link] = Stream(link, deque([message]))
+                    self.num_opened[link] += 1
+                case Send(link, message):
+                    if not self.streams[link].is_dead:
+                        self.streams[link].to_service.append(message)
+                case Wait(timeout_s):
+                    answer = self._wait(timeout_s)
+                case Describe():
+                    if isinstance(self.draft_info, OutriderError):
+                        steps.throw(self.draft_info)
+                    answer = self.draft_info
+
+    def _wait(self, timeout_s: float | None) -> Received | Broken | None:
+        """Let things happen until one of them is an event."""
+        self.on_wait()
+        if timeout_s == 0 and self._random.random() < self._latency:
+            return None
+        is_over = bool(timeout_s) and self._random.random() < self._impatience
+        while not is_over:
+            actions = list(self._actions(arrivals_only=timeout_s == 0))
+            if not actions:
+                break
+            weights = [weight for weight, _ in actions]
+            event = self._random.choices(actions, weights)[0][1]()
+            if event is not None:
+                return event
+        assert timeout_s is not None, "deadlock: the conversation waits for what never comes"
+        self.now += timeout_s
+        self.num_timeouts += timeout_s > 0
+        return None
+
+    def _actions(self, arrivals_only: bool) -> Iterator[tuple[float, Callable[[], Any]]]:
+        for stream in self.streams.values():
+            if stream.to_client:
+                yield 1.0, stream.to_client.popleft
+            if arrivals_only or stream.is_dead or (stream.link is Link.DRAFT and self.draft_is_frozen):
+                continue
+            if stream.to_service:
+                weight = self._draft_speed if stream.link is Link.DRAFT else 1.0
+                yield weight, lambda stream=stream: self._arrive(stream)
+            if isinstance(stream.session, ToyDraft) and stream.session.wants_token:
+                yield self._draft_speed, lambda stream=stream: self._respond(stream, stream.session.draft())
+
+    def _arrive(self, stream: Stream) -> None:
+        message = stream.to_service.popleft()
+        if stream.link is Link.TARGET and message.HasField("round"):
+            committed = message.round.committed
+            first = committed.start_position + len(committed.token_ids) // 4
+            self.num_proposals_at[first] = len(message.round.proposals)
+        self.on_arrival(stream, message)
+        if stream.is_dead:
+            return
+        try:
+            if stream.session is None:
+                stream.session = (ToyTarget if stream.link is Link.TARGET else ToyDraft)(message)
+            elif isinstance(stream.session, ToyDraft):
+                stream.session.commit(message)
+            else:
+                self._respond(stream, stream.session.answer(message))
+        except FailedPreconditionError:
+            stream.end(grpc.StatusCode.FAILED_PRECONDITION)
+
+    def _respond(self, stream: Stream, message: Any) -> None:
+        if message is None:
+            return  # a test has taken it away
+        self.on_response(stream, message)
+        if stream.is_dead:
+            return
+        last = stream.to_client[-1].message if stream.to_client else None
+        if stream.link is Link.DRAFT and last is not None and _follows(last, message) and self._random.random() < 0.5:
+            last.proposals.extend(message.proposals)  # tokens that are ready together share a message
+            last.stopped = message.stopped
+            last.cache.CopyFrom(message.cache)
+            return
+        stream.to_client.append(Received(stream.link, message))
+
+
+def _follows(earlier: draft_pb2.ProposeResponse, later: draft_pb2.ProposeResponse) -> bool:
+    is_next = later.start_position == earlier.start_position + len(earlier.proposals)
+    return later.commit_index == earlier.commit_index and is_next
+
+
+def model_info(context_length: int = CONTEXT_LENGTH, vocab_size: int = VOCAB_SIZE) -> common_pb2.ModelInfo:
+    return common_pb2.ModelInfo(model_id="toy", vocab_size=vocab_size, context_length=context_length)
+
+
+PROMPT_IDS = (3, 1, 4)
+
+
+def make_conversation(
+    world: World,
+    prompt_ids: Sequence[int] = PROMPT_IDS,
+    seed: int = 11,
+    temperature: float = 1.0,
+    max_new_tokens: int = 24,
+    eos_token_ids: Sequence[int] = (),
+    patience: Patience | None = None,
+    timeout: float | None = None,
+    context_length: int = CONTEXT_LENGTH,
+    **speculation: Any,
+) -> Conversation:
+    """Return a conversation as client.connection makes it, on the world's clock."""
+    params = SpeculationParams(**speculation)
+    warping = SamplingParams(temperature).warping
+    generation = Generation(
+        prompt_ids, warping, seed, params, len(prompt_ids) + max_new_tokens, model_info(context_length)
+    )
+    text = TextStream(None, prompt_ids, max_new_tokens, (), eos_token_ids)
+    deadline = None if timeout is None else world.now + timeout
+    return Conversation(generation, text, params, seed, patience or Patience(), lambda: world.now, deadline)
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a seed says, token by token, computed without rounds, windows or services."""
+
+    seed: int = 11
+    temperature: float = 1.0
+    max_support: int = 0
+    greedy_draft: bool = False
+
+    def next_token(self, token_ids: Sequence[int]) -> int:
+        """Return the token behind `token_ids` when a proposal is verified there."""
+        tokens = TokenLog(token_ids)
+        draft_model = ToyModel(DRAFT_LOGITS, 0.0 if self.greedy_draft else self.temperature)
+        message = draft_proposal(draft_model, tokens, self._uniform(Purpose.DRAFT, tokens), self.max_support)
+        support = wire.unpack_ids(message.support_ids, "ids", VOCAB_SIZE)
+        weights = wire.unpack_probs(message.support_probs, "probs")
+        proposal = Proposal.from_weights(message.token_id, support, weights)
+        uniforms = (self._uniform(purpose, tokens) for purpose in (Purpose.ACCEPT, Purpose.RESIDUAL))
+        accept, residual = uniforms
+        return decide([proposal], [self._row(tokens, support)], [accept], [residual]).token_ids[0]
+
+    def next_token_alone(self, token_ids: Sequence[int]) -> int:
+        """Return the token behind `token_ids` when nothing was proposed there."""
+        return self._row(TokenLog(token_ids), np.empty(0, np.int64)).outside_token_id
+
+    def text(self, num_tokens: int, prompt_ids: Sequence[int] = PROMPT_IDS, alone: bool = False) -> list[int]:
+        """Return the generated tokens, all of them with proposals or all without."""
+        token_ids = list(prompt_ids)
+        for _ in range(num_tokens):
+            token_ids.append(self.next_token_alone(token_ids) if alone else self.next_token(token_ids))
+        return token_ids[len(prompt_ids) :]
+
+    def check(self, result: GenerationResult, world: World) -> None:
+        """Assert that every token is what this law says, given whether its round had proposals."""
+        token_ids = [*result.prompt_token_ids, *result.token_ids]
+        for position in range(len(result.prompt_token_ids), len(token_ids)):
+            alone = world.num_proposals_at.get(position) == 0
+            expected = self.next_token_alone if alone else self.next_token
+            assert token_ids[position] == expected(token_ids[:position]), f"position {position}, alone: {alone}"
+
+    def _uniform(self, purpose: Purpose, tokens: TokenLog) -> float:
+        return AddressedUniforms(self.seed, purpose).at(len(tokens))
+
+    def _row(self, tokens: TokenLog, support: np.ndarray) -> TargetRow:
+        model = ToyModel(TARGET_LOGITS, self.temperature)
+        row = target_row(model, tokens, len(tokens), support, self._uniform(Purpose.OUTSIDE, tokens))
+        return TargetRow(wire.unpack_probs(row.support_probs, "probs"), row.outside_mass, row.outside_token_id)

@@ -1,0 +1,693 @@
+"""The order of things, failures and waits of one generation, against toy services in this process.
+
+The tokens that a seed means are computed by `Law`, token by token, without rounds. So every test can say to the
+letter what must come out, whatever went wrong on the way.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.conversation import RETRIED, Conversation, Link, Patience
+from client.errors import (
+    DeadlineExceededError,
+    IncompatiblePairError,
+    InvalidRequestError,
+    ServiceFailedError,
+    ServiceUnavailableError,
+)
+from client.results import GenerationResult
+from tests import toy_services as toys
+from tests.toy_services import Law, Stream, World, make_conversation, model_info
+
+NUM_TOKENS = 24
+EVERY_K = (1, 2, 3, 5, 8)
+TEXT = Law().text(NUM_TOKENS)
+TEXT_ALONE = Law().text(NUM_TOKENS, alone=True)
+
+
+def run(world: World | None = None, **settings) -> GenerationResult:
+    world = world or World()
+    return world.run(make_conversation(world, **settings))[0]
+
+
+def fail_requests(
+    world: World, link: Link, failures: dict[int, grpc.StatusCode], after_answer: bool = False, **how
+) -> None:
+    """Break the link's stream at its n-th request, counted from 1 over all streams and without the opening messages.
+
+    Args:
+        failures: by number, the code that the stream ends with.
+        after_answer: the service does its work first, and the answer is lost.
+        how: `retry_delay_s`.
+    """
+    num_requests = 0
+
+    def break_stream(stream: Stream, message) -> None:
+        nonlocal num_requests
+        if stream.link is not link or (not after_answer and message.HasField("open")):
+            return
+        num_requests += 1
+        if num_requests in failures:
+            stream.end(failures[num_requests], **how)
+
+    if after_answer:
+        world.on_response = break_stream
+    else:
+        world.on_arrival = break_stream
+
+
+class TestSeedInvariance:
+    """One seed gives one text, for every order in which messages can come and every way to work."""
+
+    @settings(max_examples=25)
+    @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
+    @given(
+        order=st.integers(0, 2**32),
+        draft_speed=st.sampled_from([0.05, 0.3, 1.0, 10.0]),
+        latency=st.sampled_from([0.0, 0.3, 0.9]),
+        overlap=st.booleans(),
+        min_draft_prob=st.sampled_from([0.0, 0.3]),
+    )
+    def test_under_any_order_of_events(self, num_speculative_tokens, order, draft_speed, latency, **speculation):
+        world = World(order, draft_speed, latency)
+        result = run(world, num_speculative_tokens=num_speculative_tokens, **speculation)
+        assert result.token_ids == TEXT
+        assert world.num_timeouts == result.stats.num_rounds_without_draft == 0
+        assert world.num_opened == {Link.TARGET: 1, Link.DRAFT: 1}
+
+    @pytest.mark.parametrize("window", [1, 2, 4, 7, 16, 100])
+    @pytest.mark.parametrize("num_speculative_tokens", [1, 5])
+    def test_for_every_window(self, window, num_speculative_tokens):
+        for order in range(5):
+            result = run(World(order), num_speculative_tokens=num_speculative_tokens, window=window)
+            assert result.token_ids == TEXT
+
+    @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.5])
+    @pytest.mark.parametrize(
+        "draft", [{}, {"greedy_draft": True}, {"max_support": 3}], ids=["plain", "greedy", "support"]
+    )
+    def test_for_every_way_to_draw(self, temperature, draft):
+        expected = Law(temperature=temperature, **draft).text(NUM_TOKENS)
+        for num_speculative_tokens in EVERY_K:
+            world = World(num_speculative_tokens)
+            settings = {"temperature": temperature, "num_speculative_tokens": num_speculative_tokens}
+            assert run(world, **settings, **draft).token_ids == expected
+
+    def test_another_seed_gives_another_text(self):
+        assert run(seed=12).token_ids == Law(seed=12).text(NUM_TOKENS) != TEXT
+
+    def test_greedy_text_is_that_of_the_target_alone(self):
+        assert run(temperature=0.0).token_ids == Law(temperature=0.0).text(NUM_TOKENS, alone=True)
+
+    @settings(max_examples=25)
+    @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
+    @given(
+        order=st.integers(0, 2**32),
+        impatience=st.sampled_from([0.1, 0.3, 0.7]),
+        draft_speed=st.sampled_from([0.05, 0.3, 1.0, 10.0]),
+        min_draft_prob=st.sampled_from([0.0, 0.3]),
+    )
+    def test_where_the_draft_is_late_each_token_is_what_its_round_makes_it(
+        self, num_speculative_tokens, order, impatience, draft_speed, min_draft_prob
+    ):
+        """A round that the draft misses draws its token alone; proposals in flight then agree with it or do not."""
+        world = World(order, draft_speed, impatience=impatience)
+        result = run(world, num_speculative_tokens=num_speculative_tokens, min_draft_prob=min_draft_prob)
+        Law().check(result, world)
+        assert len(result.token_ids) == NUM_TOKENS
+        assert result.stats.num_rounds_without_draft == list(world.num_proposals_at.values()).count(0)
+
+
+def test_rounds_without_draft_do_occur_when_the_draft_is_late():
+    """Else the test above proves less than it says: rounds of both kinds occur, and tokens that differ by them."""
+    world = World(3, draft_speed=0.3, impatience=0.3)
+    stats = run(world, num_speculative_tokens=3).stats
+    assert 0 < stats.num_rounds_without_draft < stats.num_rounds
+    assert TEXT != TEXT_ALONE
+
+
+class TestMethods:
+    @pytest.mark.parametrize(
+        "settings", [{"method": "autoregressive"}, {"num_speculative_tokens": 0}], ids=["method", "k_0"]
+    )
+    def test_the_target_alone_never_opens_the_draft(self, settings):
+        world = World()
+        result = run(world, **settings)
+        assert result.token_ids == TEXT_ALONE
+        assert world.num_opened == {Link.TARGET: 1, Link.DRAFT: 0}
+        stats = result.stats
+        assert (stats.num_rounds, stats.num_draft_tokens, stats.num_rounds_without_draft) == (NUM_TOKENS, 0, 0)
+        assert stats.mean_acceptance_length == 1.0
+
+    @pytest.mark.parametrize("min_draft_prob", [0.0, 0.9])
+    def test_the_draft_alone_never_opens_the_target(self, min_draft_prob):
+        world = World()
+        result = run(world, method="draft", min_draft_prob=min_draft_prob)
+        uniforms = toys.AddressedUniforms(11, toys.Purpose.DRAFT)
+        tokens = toys.TokenLog(toys.PROMPT_IDS)
+        for position in range(len(tokens), len(tokens) + NUM_TOKENS):
+            model = toys.ToyModel(toys.DRAFT_LOGITS)
+            tokens.extend([toys.draft_proposal(model, tokens, uniforms.at(position), 0).token_id])
+        assert result.token_ids == tokens[len(toys.PROMPT_IDS) :]
+        assert world.num_opened == {Link.TARGET: 0, Link.DRAFT: 1}
+        assert (result.finish_reason, result.stats.num_rounds) == ("length", 0)
+
+    def test_the_draft_alone_comes_back_after_a_broken_stream(self):
+        expected = run(method="draft").token_ids
+        world = World()
+        fail_responses = {2: grpc.StatusCode.UNAVAILABLE, 9: grpc.StatusCode.INTERNAL}
+        fail_requests(world, Link.DRAFT, fail_responses, after_answer=True)
+        assert run(world, method="draft").token_ids == expected
+        assert world.num_opened[Link.DRAFT] == 3
+
+    def test_the_draft_alone_ends_at_its_context(self):
+        world = World()
+        world.draft_info = model_info(context_length=10)
+        result = run(world, method="draft")
+        assert (len(result.token_ids), result.finish_reason) == (7, "length")
+
+    def test_the_draft_alone_gives_up_after_the_retry_time(self):
+        world = World()
+        world.draft_info = None
+        with pytest.raises(ServiceUnavailableError, match="the draft did not answer"):
+            run(world, method="draft", patience=Patience(retry_s=7.0))
+        assert 7.0 <= world.now - 1000 <= 7.0 + Patience().longest_backoff_s
+
+
+class TestChunksAndCounts:
+    @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
+    def test_chunks_are_rounds_and_add_up(self, num_speculative_tokens):
+        world = World(1)
+        result, chunks = world.run(make_conversation(world, num_speculative_tokens=num_speculative_tokens))
+        stats = result.stats
+        assert [token_id for chunk in chunks for token_id in chunk.token_ids] == result.token_ids
+        assert len(chunks) == stats.num_rounds == len(world.num_proposals_at)
+        segments = [segment for chunk in chunks for segment in chunk.segments]
+        assert sum(segment.is_drafted for segment in segments) == stats.num_accepted_tokens
+        assert len(segments) == stats.num_generated_tokens == NUM_TOKENS
+        assert sum(world.num_proposals_at.values()) == stats.num_draft_tokens
+        assert sum(stats.num_draft_tokens_per_position) == stats.num_draft_tokens
+        assert sum(stats.num_accepted_tokens_per_position) == stats.num_accepted_tokens
+        assert stats.mean_acceptance_length == NUM_TOKENS / stats.num_rounds
+        assert stats.acceptance_rate == stats.num_accepted_tokens / stats.num_draft_tokens
+        assert 0 < stats.acceptance_rate < 1
+
+    def test_bytes_are_counted_in_both_directions(self):
+        world = World()
+        num_bytes = dict.fromkeys(Link, 0)
+
+        def count(stream, message):
+            num_bytes[stream.link] += message.ByteSize()
+
+        world.on_response = count
+        result = run(world, method="autoregressive")
+        assert result.stats.num_bytes_received == num_bytes[Link.TARGET]
+        assert result.stats.num_bytes_sent > 0
+
+    @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
+    def test_max_new_tokens_ends_inside_a_run(self, num_speculative_tokens):
+        for max_new_tokens in (1, 2, 7):
+            result = run(num_speculative_tokens=num_speculative_tokens, max_new_tokens=max_new_tokens)
+            assert (result.token_ids, result.finish_reason) == (TEXT[:max_new_tokens], "length")
+
+    @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
+    def test_end_of_sequence_ends_inside_a_run(self, num_speculative_tokens):
+        """Every token of the text is tried as the end; what lies behind it is neither kept nor counted."""
+        for eos_id in set(TEXT):
+            world = World(eos_id, draft_speed=10.0)
+            result, chunks = world.run(
+                make_conversation(world, num_speculative_tokens=num_speculative_tokens, eos_token_ids=[eos_id])
+            )
+            end = TEXT.index(eos_id) + 1
+            assert (result.token_ids, result.finish_reason) == (TEXT[:end], "stop")
+            stats = result.stats
+            assert stats.num_generated_tokens == end
+            assert stats.num_accepted_tokens <= stats.num_draft_tokens
+            assert stats.num_draft_tokens - stats.num_accepted_tokens <= stats.num_rounds * num_speculative_tokens
+            assert sum(len(chunk.token_ids) for chunk in chunks) == end
+
+    def test_proposals_behind_an_accepted_end_are_not_counted(self):
+        """Greedy and one model for both would accept all 8; the end stands at the third."""
+        eos_id = next(token_id for token_id in TEXT if TEXT.index(token_id) >= 2)
+        stats = run(num_speculative_tokens=8, eos_token_ids=[eos_id]).stats
+        assert stats.num_draft_tokens <= stats.num_generated_tokens + stats.num_rounds * 7
+        assert len(stats.num_draft_tokens_per_position) == len(stats.num_accepted_tokens_per_position)
+
+
+class TestTargetFails:
+    """The session is opened anew with all committed tokens, the round sent again, and the text is the same."""
+
+    @pytest.mark.parametrize("code", RETRIED)
+    @pytest.mark.parametrize("after_answer", [False, True], ids=["request_lost", "answer_lost"])
+    @pytest.mark.parametrize("method", ["speculative", "autoregressive"])
+    def test_once_the_text_is_the_same_to_the_letter(self, code, after_answer, method):
+        world = World()
+        fail_requests(world, Link.TARGET, {3: code}, after_answer)
+        result = run(world, method=method)
+        assert result.token_ids == (TEXT_ALONE if method == "autoregressive" else TEXT)
+        assert world.num_opened[Link.TARGET] == 2
+        assert result.stats.num_target_retries == 1
+
+    def test_again_and_again_the_text_is_the_same_to_the_letter(self):
+        world = World()
+        fail_requests(world, Link.TARGET, dict.fromkeys([1, 2, 4, 7, 8, 9], grpc.StatusCode.UNAVAILABLE))
+        result = run(world)
+        assert result.token_ids == TEXT
+        assert result.stats.num_target_retries == 6
+
+    def test_every_new_session_begins_with_all_committed_tokens(self):
+        world = World()
+        opened = []
+
+        def break_stream(stream, message):
+            if stream.link is Link.TARGET and message.HasField("open"):
+                opened.append(len(message.open.committed.token_ids) // 4)
+            elif stream.link is Link.TARGET and len(opened) < 3 and message.round.committed.start_position > 6:
+                stream.end(grpc.StatusCode.UNAVAILABLE)
+
+        world.on_arrival = break_stream
+        assert run(world).token_ids == TEXT
+        assert opened[0] == len(toys.PROMPT_IDS)
+        assert opened[1] == opened[2] > 6
+
+    def test_pauses_double_up_to_the_longest(self):
+        world = World()
+        fail_requests(world, Link.TARGET, dict.fromkeys(range(1, 9), grpc.StatusCode.UNAVAILABLE))
+        times = []
+        keep = world.on_arrival
+        world.on_arrival = lambda stream, message: (
+            times.append(world.now) if stream.link is Link.TARGET and message.HasField("round") else None,
+            keep(stream, message),
+        )
+        run(world, method="autoregressive", patience=Patience(first_backoff_s=0.5, longest_backoff_s=4.0))
+        pauses = [later - earlier for earlier, later in pairwise(times)]
+        assert pauses[:8] == pytest.approx([0.5, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+
+    def test_it_is_asked_again_when_it_says_so(self):
+        world = World()
+        fail_requests(world, Link.TARGET, {2: grpc.StatusCode.RESOURCE_EXHAUSTED}, retry_delay_s=3.0)
+        assert run(world, method="autoregressive").token_ids == TEXT_ALONE
+        assert world.now - 1000 == pytest.approx(3.0)
+
+    def test_a_failed_precondition_is_repaired_at_once(self):
+        world = World()
+        fail_requests(world, Link.TARGET, {2: grpc.StatusCode.FAILED_PRECONDITION})
+        assert run(world, method="autoregressive").token_ids == TEXT_ALONE
+        assert world.now == 1000
+
+    def test_failures_between_rounds_are_noticed(self):
+        """The stream breaks while the conversation waits for the draft."""
+        world = World(draft_speed=0.01)
+
+        def break_target():
+            stream = world.streams.get(Link.TARGET)
+            if stream and not stream.is_dead and world.num_opened[Link.TARGET] < 4 and not stream.to_service:
+                stream.end(grpc.StatusCode.UNAVAILABLE)
+
+        world.on_wait = break_target
+        result = run(world)
+        assert len(result.token_ids) == NUM_TOKENS
+        assert world.num_opened[Link.TARGET] == 4
+        Law().check(result, world)
+
+    def test_beyond_the_retry_time_it_is_unavailable_and_the_partial_text_is_kept(self):
+        world = World()
+        fail_requests(world, Link.TARGET, dict.fromkeys(range(6, 1000), grpc.StatusCode.UNAVAILABLE))
+        with pytest.raises(ServiceUnavailableError, match=r"did not answer for 9 s \(UNAVAILABLE\)") as caught:
+            run(world, patience=Patience(retry_s=9.0))
+        partial = caught.value.partial
+        assert partial is not None
+        assert 5 <= len(partial.token_ids) < NUM_TOKENS
+        assert partial.token_ids == TEXT[: len(partial.token_ids)]
+        assert partial.finish_reason is None
+        assert 9 - Patience().longest_backoff_s <= world.now - 1000 <= 9
+
+    def test_the_retry_time_begins_anew_with_every_answer(self):
+        """Every second request fails: 24 pauses of 1 s exceed the retry time of 2 s, but none follows another."""
+        world = World()
+        fail_requests(world, Link.TARGET, dict.fromkeys(range(1, 49, 2), grpc.StatusCode.UNAVAILABLE))
+        patience = Patience(retry_s=2.0, first_backoff_s=1.0)
+        assert run(world, method="autoregressive", patience=patience).token_ids == TEXT_ALONE
+        assert world.now - 1000 == pytest.approx(24.0)
+
+    @pytest.mark.parametrize(
+        ("code", "error"),
+        [
+            (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError),
+            (grpc.StatusCode.UNIMPLEMENTED, InvalidRequestError),
+            (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
+            (grpc.StatusCode.INTERNAL, ServiceFailedError),
+            (grpc.StatusCode.PERMISSION_DENIED, ServiceFailedError),
+        ],
+    )
+    def test_other_codes_are_final_and_keep_the_partial_text(self, code, error):
+        world = World()
+        fail_requests(world, Link.TARGET, {3: code})
+        with pytest.raises(error) as caught:
+            run(world)
+        assert caught.value.partial is not None
+        assert caught.value.partial.token_ids == TEXT[: len(caught.value.partial.token_ids)] != []
+        assert world.num_opened[Link.TARGET] == 1
+
+    def test_a_cache_that_differs_is_counted_and_the_session_opened_anew(self):
+        world = World()
+        num_answers = 0
+
+        def corrupt(stream, message):
+            nonlocal num_answers
+            if stream.link is Link.TARGET:
+                num_answers += 1
+                if num_answers in (2, 5):
+                    message.cache.digest ^= 1
+
+        world.on_response = corrupt
+        result = run(world)
+        assert result.token_ids == TEXT
+        assert result.stats.num_cache_mismatches == result.stats.num_target_retries == 2
+        assert world.num_opened[Link.TARGET] == 3
+
+    def test_a_cache_longer_than_the_text_is_a_mismatch(self):
+        world = World()
+
+        def corrupt(stream, message):
+            if stream.link is Link.TARGET and world.num_opened[Link.TARGET] == 1:
+                message.cache.num_cached_tokens += 50
+
+        world.on_response = corrupt
+        result = run(world)
+        assert result.token_ids == TEXT
+        assert result.stats.num_cache_mismatches == 1
+
+    def test_a_service_without_caches_is_right(self):
+        """`--no-kv-cache`: no token is cached after a round, and the digest of none is 0."""
+        world = World()
+
+        def clear(stream, message):
+            message.cache.num_cached_tokens = message.cache.digest = 0
+
+        world.on_response = clear
+        result = run(world)
+        assert result.token_ids == TEXT
+        assert result.stats.num_cache_mismatches == 0
+
+    @pytest.mark.parametrize("change", ["round_index", "no_rows", "row_length", "nan_mass", "nan_prob"])
+    def test_an_answer_that_is_none_is_an_error(self, change):
+        def spoil(stream, message):
+            if stream.link is not Link.TARGET or message.round_index < 3:
+                return
+            if change == "round_index":
+                message.round_index += 1
+            elif change == "no_rows":
+                del message.rows[:]
+            elif change == "row_length":
+                message.rows[0].support_probs += b"\0\0\0\0"
+            elif change == "nan_mass":
+                message.rows[0].outside_mass = float("nan")
+            else:
+                message.rows[0].support_probs = b"\xff" * len(message.rows[0].support_probs)
+
+        world = World()
+        world.on_response = spoil
+        with pytest.raises(ServiceFailedError, match=r"the target (answered|sent)") as caught:
+            run(world)
+        assert caught.value.partial is not None
+
+
+class TestDraftFails:
+    """The text goes on without the draft, and with it again when it is back."""
+
+    @pytest.mark.parametrize("code", [*RETRIED, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED])
+    @pytest.mark.parametrize("after_answer", [False, True], ids=["request_lost", "answer_lost"])
+    def test_speculation_resumes(self, code, after_answer):
+        world = World(2)
+        fail_requests(world, Link.DRAFT, {2: code}, after_answer)
+        pause_each_round(world, 0.05)
+        result = run(world, max_new_tokens=60)
+        Law().check(result, world)
+        assert world.num_opened[Link.DRAFT] == 2
+        stats = result.stats
+        assert stats.num_draft_failures >= 1
+        assert 0 < stats.num_rounds_without_draft < stats.num_rounds
+        assert list(world.num_proposals_at.values())[-1] > 0
+
+    def test_what_it_had_proposed_is_still_used(self):
+        """It breaks when it has filled its window of 10: the proposals stand, and rounds go on with them."""
+        world = World(draft_speed=1000.0)
+        num_drafted = 0
+
+        def break_draft(stream, message):
+            nonlocal num_drafted
+            if stream.link is Link.DRAFT:
+                num_drafted += 1
+            elif world.num_opened[Link.DRAFT] == 1 and not world.streams[Link.DRAFT].is_dead:
+                world.streams[Link.DRAFT].end(grpc.StatusCode.UNAVAILABLE)
+
+        world.on_response = break_draft
+        result = run(world)
+        Law().check(result, world)
+        assert num_drafted == 10
+        assert world.num_opened[Link.DRAFT] == 1
+        assert next(iter(world.num_proposals_at.values())) == 5
+
+    def test_a_draft_that_was_never_there_costs_no_wait(self):
+        world = World()
+        world.draft_info = None
+        result = run(world)
+        assert result.token_ids == TEXT_ALONE
+        assert world.now == 1000
+        assert world.num_opened[Link.DRAFT] == 0
+        assert result.stats.num_rounds_without_draft == NUM_TOKENS
+
+    def test_a_draft_that_comes_later_is_used_from_then_on(self):
+        world = World()
+        world.draft_info = None
+        pause_each_round(world, 0.05)
+        keep = world.on_wait
+
+        def appear():
+            keep()
+            if len(world.num_proposals_at) == 8:
+                world.draft_info = model_info()
+
+        world.on_wait = appear
+        result = run(world, max_new_tokens=60)
+        Law().check(result, world)
+        assert list(world.num_proposals_at.values())[:8] == [0] * 8
+        assert list(world.num_proposals_at.values())[-1] > 0
+
+    def test_a_frozen_draft_is_waited_for_once(self):
+        world = World()
+        world.draft_is_frozen = True
+        result = run(world, patience=Patience(draft_wait_s=2.0))
+        assert result.token_ids == TEXT_ALONE
+        assert world.now - 1000 == pytest.approx(2.0)
+        assert result.stats.num_rounds_without_draft == NUM_TOKENS
+        assert result.stats.num_draft_failures == 1
+        assert result.stats.draft_wait_s == pytest.approx(2.0)
+
+    def test_a_draft_that_thaws_is_used_again(self):
+        world = World()
+        world.draft_is_frozen = True
+
+        def thaw():
+            world.draft_is_frozen = len(world.num_proposals_at) < 10
+
+        world.on_wait = thaw
+        result = run(world, max_new_tokens=60)
+        Law().check(result, world)
+        assert 10 <= result.stats.num_rounds_without_draft < result.stats.num_rounds
+        assert world.num_opened[Link.DRAFT] == 1
+
+    @pytest.mark.parametrize("num_rounds", [3, 40, 300])
+    def test_a_draft_that_froze_with_proposals_in_flight_is_understood_when_it_thaws(self, num_rounds):
+        """What it had proposed by then was overruled long ago; commits have piled up on the way to it."""
+        world = World(draft_speed=1000.0)
+        world.draft_info = model_info(context_length=2000)
+
+        def freeze():
+            world.draft_is_frozen = 1 <= len(world.num_proposals_at) < num_rounds
+            stream = world.streams.get(Link.DRAFT)
+            if stream is not None and world.draft_is_frozen:
+                held_back.extend(stream.to_client)
+                stream.to_client.clear()
+            elif stream is not None and held_back:
+                stream.to_client.extendleft(reversed(held_back))
+                held_back.clear()
+
+        held_back: list = []
+        world.on_wait = freeze
+        result = run(world, max_new_tokens=num_rounds + 100, context_length=2000)
+        Law().check(result, world)
+        assert list(world.num_proposals_at.values())[-1] > 0
+        assert result.stats.num_cache_mismatches == 0
+
+    def test_a_cache_that_differs_is_counted_and_the_draft_opened_anew(self):
+        world = World()
+        num_responses = 0
+
+        def corrupt(stream, message):
+            nonlocal num_responses
+            if stream.link is Link.DRAFT:
+                num_responses += 1
+                if num_responses == 4:
+                    message.cache.digest ^= 1
+
+        world.on_response = corrupt
+        pause_each_round(world, 0.05)
+        result = run(world)
+        Law().check(result, world)
+        assert result.stats.num_cache_mismatches == 1
+        assert world.num_opened[Link.DRAFT] == 2
+
+    def test_a_request_it_refuses_is_the_callers_error(self):
+        world = World()
+        fail_requests(world, Link.DRAFT, {1: grpc.StatusCode.INVALID_ARGUMENT})
+        with pytest.raises(InvalidRequestError, match="the draft refused the request"):
+            run(world)
+
+    def test_a_draft_of_another_family_is_refused(self):
+        world = World()
+        world.draft_info = IncompatiblePairError("different tokenizers")  # type: ignore[assignment]
+        with pytest.raises(IncompatiblePairError) as caught:
+            run(world)
+        assert caught.value.partial is not None
+
+    @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
+    def test_beyond_its_context_the_target_goes_on_alone(self, num_speculative_tokens):
+        """A context of 15 holds the prompt of 3 and 12 tokens: proposals up to there, then none."""
+        world = World()
+        world.draft_info = model_info(context_length=15)
+        result = run(world, num_speculative_tokens=num_speculative_tokens)
+        Law().check(result, world)
+        assert result.token_ids[:12] == TEXT[:12]
+        assert all((count == 0) == (position >= 15) for position, count in world.num_proposals_at.items())
+        assert world.num_timeouts == 0
+
+    def test_behind_a_token_it_does_not_know_the_target_goes_on_alone(self):
+        """The draft's vocabulary lacks the last id, which the target says sooner or later."""
+        last_id = toys.VOCAB_SIZE - 1
+        world = World()
+        world.draft_info = model_info(vocab_size=last_id)
+        result = run(world, max_new_tokens=60)
+        assert last_id in result.token_ids
+        end = len(toys.PROMPT_IDS) + result.token_ids.index(last_id)
+        assert all(count == 0 for position, count in world.num_proposals_at.items() if position > end)
+        assert world.num_timeouts == 0
+
+    @pytest.mark.parametrize("change", ["position", "token_id", "unsorted", "weights", "no_weight"])
+    def test_a_proposal_that_is_none_is_an_error(self, change):
+        def spoil(stream, message):
+            if stream.link is not Link.DRAFT:
+                return
+            proposal = message.proposals[0]
+            if change == "position":
+                message.start_position += 3
+            elif change == "token_id":
+                proposal.token_id = toys.VOCAB_SIZE + 1
+            elif change == "unsorted":
+                proposal.support_ids = proposal.support_ids[::-1]
+            elif change == "weights":
+                proposal.support_probs = proposal.support_probs[4:]
+            else:
+                proposal.support_probs = b"\0" * len(proposal.support_probs)
+
+        world = World()
+        world.on_response = spoil
+        with pytest.raises(ServiceFailedError, match=r"the draft (proposed|sent)"):
+            run(world)
+
+
+def pause_each_round(world: World, seconds: float) -> None:
+    """Let time pass whenever the conversation waits, so that backoffs end within the text."""
+    world.on_wait = lambda: setattr(world, "now", world.now + seconds)
+
+
+class TestDeadline:
+    def test_it_ends_the_wait_for_a_frozen_target_and_keeps_the_partial_text(self):
+        world = World()
+        num_rounds = 0
+
+        def swallow(stream, message):
+            nonlocal num_rounds
+            if stream.link is Link.TARGET and message.HasField("round"):
+                num_rounds += 1
+                if num_rounds == 4:
+                    stream.session.answer = lambda message: None  # type: ignore[method-assign]
+
+        world.on_arrival = swallow
+        with pytest.raises(DeadlineExceededError) as caught:
+            run(world, timeout=5.0)
+        assert world.now - 1000 == pytest.approx(5.0)
+        partial = caught.value.partial
+        assert partial is not None
+        assert partial.token_ids == TEXT[: len(partial.token_ids)] != []
+        assert partial.stats.num_rounds == 3
+
+    def test_it_ends_a_pause_between_retries(self):
+        world = World()
+        fail_requests(world, Link.TARGET, dict.fromkeys(range(1, 100), grpc.StatusCode.UNAVAILABLE))
+        with pytest.raises(DeadlineExceededError):
+            run(world, timeout=2.5)
+        assert world.now - 1000 == pytest.approx(2.5)
+
+    def test_it_ends_the_wait_for_a_frozen_draft(self):
+        world = World()
+        world.draft_is_frozen = True
+        with pytest.raises(DeadlineExceededError):
+            run(world, timeout=1.5, patience=Patience(draft_wait_s=60.0))
+        assert world.now - 1000 == pytest.approx(1.5)
+
+    def test_a_text_that_ends_before_it_is_whole(self):
+        assert run(timeout=0.5).token_ids == TEXT
+
+
+class TestTime:
+    def test_waits_and_total_add_up(self):
+        """A frozen draft takes 2 s, a retry 3 s; the caller's own time between chunks is nobody's."""
+        world = World()
+        world.draft_is_frozen = True
+        fail_requests(world, Link.TARGET, {2: grpc.StatusCode.UNAVAILABLE}, retry_delay_s=3.0)
+        conversation = make_conversation(world)
+        result = run_slowly(world, conversation, seconds_per_chunk=10.0)
+        stats = result.stats
+        assert stats.draft_wait_s == pytest.approx(2.0)
+        assert stats.total_s == pytest.approx(5.0)
+        assert stats.first_token_s == pytest.approx(2.0)
+
+    def test_the_services_own_times_are_summed(self):
+        def stamp(stream, message):
+            if stream.link is Link.TARGET:
+                message.timing.queue_ms, message.timing.forward_ms = 2.0, 5.0
+
+        world = World()
+        world.on_response = stamp
+        stats = run(world).stats
+        assert stats.target_queue_s == pytest.approx(0.002 * stats.num_rounds)
+        assert stats.target_forward_s == pytest.approx(0.005 * stats.num_rounds)
+
+
+def run_slowly(world: World, conversation: Conversation, seconds_per_chunk: float) -> GenerationResult:
+    """Run a conversation whose caller keeps every chunk for a while."""
+    chunk_given = False
+    steps = conversation.run()
+
+    class Slow:
+        def run(self):
+            nonlocal chunk_given
+            answer = None
+            while True:
+                try:
+                    effect = steps.send(answer)
+                except StopIteration as stop:
+                    return stop.value
+                answer = yield effect
+                if isinstance(effect, toys.Chunk):
+                    world.now += seconds_per_chunk
+
+    return world.run(Slow())[0]  # type: ignore[arg-type]
