@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
 
 from outrider.v1 import common_pb2
 
@@ -23,6 +26,17 @@ class PairInfo:
     def mismatch(self) -> str | None:
         """Why the two cannot work together; None when they can, or there is no draft."""
         return None if self.draft is None else find_mismatch(self.draft, self.target)
+
+
+def as_plain_dict(message: Message) -> dict[str, Any]:
+    """Return a message's fields by name, for JSON; protobuf's own form writes 64-bit numbers as strings."""
+    return {field.name: _plain(getattr(message, field.name), field.is_repeated) for field in message.DESCRIPTOR.fields}
+
+
+def _plain(value: Any, is_repeated: bool) -> Any:
+    if is_repeated:
+        return [_plain(element, False) for element in value]
+    return as_plain_dict(value) if isinstance(value, Message) else value
 
 
 def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> str | None:

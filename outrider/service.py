@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 import click
+import transformers
 
 from outrider import __version__
 from outrider.engine.engine import Demand, Engine, EngineStats, Sequence
@@ -190,6 +191,8 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
         click.ClickException: the address cannot be bound, or the model is refused.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     host = options.listen.rpartition(":")[0]
 
     def announce(port: int) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from google.protobuf.json_format import MessageToDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from client.bench.grid import Configuration, Settings, make_grid, result_document, run_grid
@@ -16,6 +15,7 @@ from client.bench.prompts import read_prompts
 from client.bench.summary import speed_table, summarise, time_table
 from client.commands.local_pair import PairAddresses, local_pair
 from client.commands.options import address_options, as_json, err, out, print_json, shows_errors
+from client.pair import as_plain_dict
 from client.params import METHODS
 from client.sync import SpeculativeClient
 
@@ -133,7 +133,7 @@ def _described(client: SpeculativeClient) -> dict[str, Any]:
     if info.mismatch:
         raise click.ClickException(info.mismatch)
     models = {"draft": info.draft, "target": info.target}
-    return {name: MessageToDict(model, preserving_proto_field_name=True) for name, model in models.items()}
+    return {name: as_plain_dict(model) for name, model in models.items()}
 
 
 def measure(client: SpeculativeClient, prompts: list[str], grid: list[Configuration], settings: Settings) -> list:

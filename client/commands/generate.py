@@ -33,19 +33,20 @@ from client.sync import SpeculativeClient
 @speculation_options
 @click.option("--timeout", type=float, help="Seconds for the whole text.")
 @click.option("--token-ids", is_flag=True, help="Read PROMPT as token ids, separated by commas or spaces.")
-@click.option("--colour/--no-colour", default=None, help="Show accepted tokens and the target's own in two colours; by default on a terminal.")  # fmt: skip
 @as_json
 @shows_errors
 def generate(prompt: str, **values: Any) -> None:
-    """Write text after PROMPT with the pair, and say what speculation gained."""
+    """Write text after PROMPT with the pair, and say what speculation gained.
+
+    On a terminal, accepted tokens are green and the target's own are yellow.
+    """
     sampling, speculation = sampling_of(values), speculation_of(values)
     with SpeculativeClient(values["target"], values["draft"]) as client:
         given = parse_token_ids(prompt) if values["token_ids"] else prompt
         if values["as_json"]:
             print_json(client.generate(given, sampling, timeout=values["timeout"], **speculation).as_dict())
             return
-        colour = out.is_terminal if values["colour"] is None else values["colour"]
-        result = write(client, given, sampling, colour, timeout=values["timeout"], **speculation)
+        result = write(client, given, sampling, out.is_terminal, timeout=values["timeout"], **speculation)
     err.print(summary(result.stats), style="dim")
 
 

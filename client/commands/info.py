@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from google.protobuf.json_format import MessageToDict
 from rich.table import Table
 
 from client.commands.options import addresses, as_json, out, print_json, shows_errors
-from client.pair import PairInfo
+from client.pair import PairInfo, as_plain_dict
 from client.sync import SpeculativeClient
 from outrider.v1 import common_pb2
 
@@ -42,11 +41,7 @@ def _as_dict(pair: PairInfo) -> dict[str, Any]:
         "draft": pair.draft,
         "draft_stats": pair.draft_stats,
     }
-    return {
-        name: message
-        and MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        for name, message in messages.items()
-    }
+    return {name: message and as_plain_dict(message) for name, message in messages.items()}
 
 
 def _table(pair: PairInfo) -> Table:
