@@ -32,7 +32,7 @@ class DraftLink:
         self.proposals: list[Proposal] = []  # at t, t + 1, …
         self.has_stopped = False  # nothing more comes until the next commit
         self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
-        self.is_on_trial = False  # opened again after a failure; nobody waits for it until it has proposed
+        self.is_on_trial = False  # opened again after a failure; nobody waits for it until it has spoken
         self._valid_from = 0  # proposals drafted under earlier commits are void
         self._told = 0  # committed tokens that the draft knows
         self._commit_starts: list[int] = []  # first positions of the commits from 1 on, ascending
@@ -97,13 +97,13 @@ class DraftLink:
             CacheMismatchError: the draft's cache is not that of these tokens.
             ServiceFailedError: the response breaks the protocol.
         """
+        self.is_on_trial = False  # it speaks, even if what it says is void by now
         if response.commit_index < self._valid_from:
             return
         for offset, message in enumerate(response.proposals):
             position = response.start_position + offset
             if not self._take(position, message):
                 return
-        self.is_on_trial = False
         if response.commit_index == self._commit_index:
             self.has_stopped = response.stopped
         if response.start_position + len(response.proposals) > len(self._generation.tokens):

@@ -1,0 +1,128 @@
+"""Every command against real services: what it prints for people and for machines, and how it ends."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from client.__main__ import main
+from tests import tiny_models
+from tests.servers import DRAFT, TARGET
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """A draft and a target with one tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = tiny_models.byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    models = {
+        name: tiny_models.make_model("llama", seed, vocab_size=len(tokenizer))
+        for name, seed in (("draft", 1), ("target", 2))
+    }
+    return {name: tiny_models.save(model, folder / name, tokenizer) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def addresses(services, paths):
+    servers = services.start(DRAFT, paths["draft"]), services.start(TARGET, paths["target"])
+    yield [f"--draft={servers[0].address}", f"--target={servers[1].address}"]
+    for server in servers:
+        server.stop()
+
+
+def run(*arguments: str, status: int = 0, text: str | None = None):
+    result = CliRunner().invoke(main, list(arguments), input=text)
+    assert result.exit_code == status, result.output
+    return result
+
+
+def test_generate_prints_prompt_and_text_and_counts_on_standard_error(addresses):
+    arguments = ["generate", "Hello", *addresses, "--seed=1", "--max-new-tokens=9"]
+    document = json.loads(run(*arguments, "--json").stdout)
+    result = run(*arguments)
+    assert result.stdout.rstrip("\n") == ("Hello" + document["text"]).rstrip("\n")
+    assert result.stderr.startswith("9 tokens, ")
+
+
+def test_generate_as_json_holds_the_whole_result(addresses):
+    document = json.loads(
+        run("generate", "2, 3 4", "--token-ids", *addresses, "--seed=1", "--max-new-tokens=9", "--json").stdout
+    )
+    assert document["prompt_token_ids"] == [2, 3, 4]
+    assert len(document["token_ids"]) == 9
+    assert document["seed"] == 1
+    assert document["finish_reason"] == "length"
+    assert document["stats"]["num_generated_tokens"] == 9
+    assert 0 <= document["stats"]["acceptance_rate"] <= 1
+
+
+def test_options_come_from_the_environment_too(addresses):
+    environment = {"OUTRIDER_GENERATE_MAX_NEW_TOKENS": "3", "OUTRIDER_GENERATE_SEED": "5"}
+    result = CliRunner(env=environment).invoke(main, ["generate", "x", *addresses, "--json"])
+    document = json.loads(result.stdout)
+    assert (len(document["token_ids"]), document["seed"]) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature=-1"], "temperature is -1.0"),
+        (["--top-p=2"], "top_p is 2.0"),
+        (["--max-new-tokens=0"], "max_new_tokens is 0"),
+        (["--token-ids"], "no list of token ids"),
+    ],
+)
+def test_a_wrong_option_is_named_and_nothing_is_printed(addresses, arguments, message):
+    result = CliRunner().invoke(main, ["generate", "Hello", *addresses, *arguments])
+    assert result.exit_code != 0
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_info_describes_a_pair_that_fits(addresses):
+    document = json.loads(run("info", *addresses, "--json").stdout)
+    assert document["verdict"] == "fits"
+    assert document["target"]["vocab_size"] == document["draft"]["vocab_size"] == 258
+    assert "The pair fits." in run("info", *addresses).stdout
+
+
+def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
+    result = run("info", "--draft=127.0.0.1:1", addresses[1], status=1)
+    assert "no draft service answers at 127.0.0.1:1" in result.stdout
+
+
+def test_chat_answers_each_line_in_the_models_format(addresses):
+    result = run("chat", *addresses, "--seed=1", "--max-new-tokens=4", text="Hi\nMore\n\n")
+    assert result.stderr.count("4 tokens, ") == 2
+
+
+def test_bench_measures_every_cell_and_saves_its_samples(addresses, tmp_path):
+    prompts, saved = tmp_path / "prompts.jsonl", tmp_path / "result.json"
+    prompts.write_text('{"prompt": "Hello"}\n{"instruction": "Say", "input": "this"}\n')
+    methods = "--methods=autoregressive,speculative,draft"
+    sizes = ["--temperature=0,1", "--max-new-tokens=6", "--repetitions=2"]
+    run("bench", *addresses, f"--prompts={prompts}", methods, "-k", "1,3", *sizes, f"--save-result={saved}")
+    document = json.loads(saved.read_text())
+    assert document["prompts"] == ["Hello", "Say\n\nthis"]
+    assert len(document["samples"]) == 2 * 2 * 2 * 4  # repetitions, prompts, temperatures, cells
+    assert {sample["stats"]["num_generated_tokens"] for sample in document["samples"]} == {6}
+    cells = [(row["configuration"]["temperature"], row["configuration"]["method"]) for row in document["summary"]]
+    assert cells == [(t, m) for t in (0, 1) for m in ("autoregressive", "speculative", "speculative", "draft")]
+    for row in document["summary"]:
+        parts = {name: value for name, value in row["ms_per_token"].items() if name != "all"}
+        assert sum(parts.values()) == pytest.approx(row["ms_per_token"]["all"], rel=1e-6)
+
+
+def test_demo_starts_a_pair_shows_equal_greedy_texts_and_stops_it(paths):
+    models = [f"--draft-model={paths['draft']}", f"--target-model={paths['target']}"]
+    result = run("demo", *models, "--prompt=Hello", "--max-new-tokens=12", "--repetitions=1", "--temperature=0")
+    assert "At temperature 0 the two texts are the same, token for token." in result.stdout
+    assert "speculative" in result.stdout
+
+
+def test_demo_says_why_a_service_did_not_start():
+    result = run("demo", "--draft-model=builtin:nothing", status=1)
+    assert "there is no builtin:nothing" in result.stderr
