@@ -162,12 +162,12 @@ class Drafter:
                 )
             try:
                 finished = set(self._engine.run_pass([session.demand for session in wanting if session.demand]))
+                self._draft([session for session in wanting if session.demand in finished])
             except Exception:
                 log.exception("a forward pass failed; its sessions are told")
                 for session in wanting:
                     self._fail(session, InternalError("the forward pass failed; the service's log says how"))
                 return False
-            self._draft([session for session in wanting if session.demand in finished])
         return any(session.wants_token for session in self._sessions)
 
     def _draft(self, sessions: list[Session]) -> None:
@@ -179,6 +179,8 @@ class Drafter:
         for session in compress(sessions, map(operator.not_, finite)):
             self._fail(session, InternalError("the model returned NaN or infinity for this session"))
         healthy = list(compress(sessions, finite))
+        if not healthy:
+            return
         logits = logits[torch.tensor(finite, device=logits.device)]
         for row, session in zip(logits, healthy, strict=True):
             row[session.options.vocab_size :] = -torch.inf

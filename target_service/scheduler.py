@@ -168,15 +168,15 @@ class Scheduler:
             return False
         try:
             finished = set(self._engine.run_pass(demands))
+            done = [job for job in self._jobs.values() if job.demand in finished]
+            self._answer(done)
         except Exception:
             log.exception("a forward pass failed; its sessions are told")
             self._fail_all()
             return False
         self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
-        done = [job for job in self._jobs.values() if job.demand in finished]
         for job in done:
             del self._jobs[job.session]
-        self._answer(done)
         return bool(self._prefills or self._jobs)
 
     def _fail_all(self) -> None:
@@ -186,7 +186,8 @@ class Scheduler:
         jobs, self._jobs = list(self._jobs.values()), {}
         self._prefills.clear()
         for job in jobs:
-            job.reply.set_exception(InternalError("the forward pass failed; the service's log says how"))
+            if not job.reply.done():
+                job.reply.set_exception(InternalError("the forward pass failed; the service's log says how"))
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Read the rows of all finished rounds together; a row with NaN or infinity fails its own round alone."""
