@@ -10,8 +10,11 @@ import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from draft_service import drafter
 from outrider import wire
+from outrider.engine.runner import ModelRunner
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from target_service import scheduler
 from tests import tiny_models
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream
 from tests.service.conftest import (
@@ -233,6 +236,8 @@ def test_nan_logits_fail_their_own_round_alone(services, models, poisoned_path):
         assert refusal_of(poisoned).code() == grpc.StatusCode.INTERNAL
         for _ in range(20):
             check_rows(models.target, healthy.receive().rows, PROMPT, proposals)
+    with RawStream(server.stub.Verify, open_verification([POISON]), round_of(span([POISON]))) as poisoned:  # alone
+        assert refusal_of(poisoned).code() == grpc.StatusCode.INTERNAL
     server.wait_until_idle()
     check_target_serves(server, models.target)
     server.stop()
@@ -248,5 +253,44 @@ def test_nan_logits_end_their_own_drafting_alone(services, models, poisoned_path
     ):
         assert refusal_of(poisoned).code() == grpc.StatusCode.INTERNAL
         check_proposals(models.target, receive_proposals(healthy, ahead)[0], PROMPT, vocab_size=POISON)
+    with RawStream(server.stub.Propose, open_proposals([*PROMPT, POISON])) as poisoned:  # with nobody beside it
+        assert refusal_of(poisoned).code() == grpc.StatusCode.INTERNAL
     server.wait_until_idle()
+    with RawStream(server.stub.Propose, open_proposals(vocab_size=POISON)) as healthy:
+        check_proposals(models.target, receive_proposals(healthy, 4)[0], PROMPT, vocab_size=POISON)
     server.stop()
+
+
+# A failure that nobody foresaw.
+
+
+def fail_once(monkeypatch, owner, name: str) -> None:
+    """Have a function raise the first time it is called."""
+    works, failures = getattr(owner, name), [RuntimeError("out of luck")]
+
+    def call(*arguments, **named):
+        if failures:
+            raise failures.pop()
+        return works(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize("place", [(ModelRunner, "forward"), (scheduler, "read_target_rows")], ids=["model", "rows"])
+def test_a_pass_that_fails_is_internal_and_tells_nothing_of_why(target, models, monkeypatch, place):
+    fail_once(monkeypatch, *place)
+    with RawStream(target.stub.Verify, open_verification([3]), round_of(span(PROMPT))) as stream:
+        refusal = refusal_of(stream)
+    assert refusal.code() == grpc.StatusCode.INTERNAL
+    assert "luck" not in refusal.details()
+    check_target_serves(target, models.target)
+
+
+@pytest.mark.parametrize("place", [(ModelRunner, "forward"), (drafter, "draw_drafts")], ids=["model", "draws"])
+def test_a_draft_that_fails_is_internal_and_tells_nothing_of_why(draft, models, monkeypatch, place):
+    fail_once(monkeypatch, *place)
+    with RawStream(draft.stub.Propose, open_proposals()) as stream:
+        refusal = refusal_of(stream)
+    assert refusal.code() == grpc.StatusCode.INTERNAL
+    assert "luck" not in refusal.details()
+    check_draft_serves(draft, models.draft)
