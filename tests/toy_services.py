@@ -29,6 +29,7 @@ from client.results import Chunk, GenerationResult
 from client.text import TextStream
 from outrider import wire
 from outrider.errors import FailedPreconditionError
+from outrider.probs import SUPPORT_MASS
 from outrider.rng import AddressedUniforms, Purpose
 from outrider.tokens import TokenLog
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
@@ -65,8 +66,9 @@ def draw(weights: np.ndarray, uniform: float) -> int:
 def draft_proposal(model: ToyModel, tokens: TokenLog, uniform: float, max_support: int) -> draft_pb2.Proposal:
     """Return the proposal for the position behind `tokens`."""
     probs = model.probs(tokens, len(tokens))
-    ids = np.sort(np.argsort(-probs, kind="stable")[: max_support or VOCAB_SIZE])
-    ids = ids[probs[ids] > 0]
+    likeliest = np.argsort(-probs, kind="stable")
+    mass_before = probs[likeliest].cumsum() - probs[likeliest]
+    ids = np.sort(likeliest[mass_before < SUPPORT_MASS][: max_support or VOCAB_SIZE])
     weights = probs[ids].astype(np.float32)
     return draft_pb2.Proposal(
         token_id=ids[draw(weights.astype(np.float64), uniform)],

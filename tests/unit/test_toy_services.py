@@ -1,0 +1,182 @@
+"""The toys of toy_services answer as the services' own drafter and scheduler do, so that what is shown with them holds.
+
+Drafter and scheduler run on their own threads over an engine whose runner reads logits from the toys' tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from draft_service.drafter import Drafted, Drafter, DraftOptions
+from outrider import wire
+from outrider.engine.engine import Engine
+from outrider.engine.runner import Feed
+from outrider.errors import InternalError
+from outrider.tokens import TokenLog
+from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from outrider.warping import Warping
+from target_service.scheduler import Round, Scheduler, Span
+from tests import toy_services as toys
+
+SEED = 77
+NUM_STEPS = 40
+
+
+class TableRunner:
+    """Stands for ModelRunner: its cache entries are the tokens, its rows those of a toy model."""
+
+    def __init__(self, logits) -> None:
+        self._logits = torch.from_numpy(logits)
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        rows = []
+        for feed in feeds:
+            new = torch.tensor(feed.token_ids, dtype=torch.float64).reshape(1, -1, 1)
+            log = TokenLog([int(token_id) for token_id in feed.cache.write(0, new, new)[0].flatten()])
+            feed.cache.advance(len(feed.token_ids))
+            ends = range(len(log) - feed.num_rows + 1, len(log) + 1)
+            rows += [self._logits[log.digest(end) % toys.NUM_PREFIX_CLASSES] for end in ends]
+        return torch.stack(rows) if rows else torch.empty(0, toys.VOCAB_SIZE)
+
+
+@contextmanager
+def running(worker_class, logits) -> Iterator:
+    worker = worker_class(Engine(TableRunner(logits), 10_000, 16), toys.CONTEXT_LENGTH)
+    worker.thread.start()
+    try:
+        yield worker
+    finally:
+        worker.thread.stop()
+
+
+def span_of(tokens: TokenLog, start: int) -> common_pb2.TokenSpan:
+    return common_pb2.TokenSpan(
+        start_position=start, token_ids=wire.pack_ids(tokens[start:]), prefix_digest=tokens.digest(start)
+    )
+
+
+def until_quiet(toy: toys.ToyDraft) -> Iterator[draft_pb2.ProposeResponse]:
+    while toy.wants_token:
+        yield toy.draft()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("min_draft_prob", [0.0, 0.4])
+def test_the_toy_draft_is_the_drafter(seed, min_draft_prob):
+    """Commits agree with the drafts, contradict them, fall short of them and go beyond them, in a random order."""
+    random, emitted = Random(seed), []
+    committed = TokenLog(toys.PROMPT_IDS)
+    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, min_draft_prob)
+    toy = toys.ToyDraft(
+        draft_pb2.ProposeRequest(
+            open=draft_pb2.OpenProposals(
+                sampling=wire.warping_to_proto(Warping()),
+                seed=SEED,
+                committed=span_of(committed, 0),
+                window=8,
+                max_support=5,
+                min_draft_prob=min_draft_prob,
+            )
+        )
+    )
+    with running(Drafter, toys.DRAFT_LOGITS) as drafter:
+        session = drafter.open(options, committed[:], 8, emitted.append)
+        for commit_index in range(1, NUM_STEPS):
+            while drafter.thread.ask(lambda: session.wants_token).result(timeout=10):
+                pass
+            drafts = list(until_quiet(toy))
+            assert [message_of(item) for item in emitted] == drafts
+            emitted.clear()
+            start = len(committed)
+            agreeing = [message.proposals[0].token_id for message in drafts if message.start_position >= start]
+            num_agreeing = random.randint(0, len(agreeing))
+            committed.extend(
+                [*agreeing[:num_agreeing], *random.choices(range(toys.VOCAB_SIZE), k=random.randint(0, 2))]
+            )
+            window = len(committed) + random.randint(0, 6)
+            commit = draft_pb2.Commit(commit_index=commit_index, span=span_of(committed, start), window=window)
+            drafter.commit(session, commit_index, start, committed[start:], commit.span.prefix_digest, window)
+            toy.commit(draft_pb2.ProposeRequest(commit=commit))
+
+
+def message_of(item: Drafted) -> draft_pb2.ProposeResponse:
+    return draft_pb2.ProposeResponse(
+        commit_index=item.commit_index,
+        start_position=item.position,
+        proposals=[
+            draft_pb2.Proposal(
+                token_id=item.draft.token_id,
+                support_ids=wire.pack_ids(item.draft.support_ids),
+                support_probs=wire.pack_probs(item.draft.support_probs),
+            )
+        ],
+        stopped=item.stopped,
+        cache=common_pb2.CacheState(num_cached_tokens=item.num_cached_tokens, digest=item.cache_digest),
+    )
+
+
+def test_a_row_that_is_none_ends_its_own_session_and_the_drafter_goes_on():
+    """The table is healthy but for the prompt's own row; another prompt is drafted for before, with it and after."""
+    logits = toys.DRAFT_LOGITS.copy()
+    logits[TokenLog(toys.PROMPT_IDS).digest(len(toys.PROMPT_IDS)) % toys.NUM_PREFIX_CLASSES] = np.nan
+    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, 0.0)
+    with running(Drafter, logits) as drafter:
+        for prompts in ([toys.PROMPT_IDS], [(5, 6), toys.PROMPT_IDS], [(5, 6)]):
+            emitted: dict[tuple[int, ...], SimpleQueue] = {prompt: SimpleQueue() for prompt in prompts}
+            for prompt in prompts:
+                drafter.open(options, prompt, 8, emitted[prompt].put)
+            for prompt, items in emitted.items():
+                if prompt == toys.PROMPT_IDS:
+                    assert isinstance(items.get(timeout=10), InternalError)
+                else:
+                    assert [items.get(timeout=10).position for _ in range(6)] == list(range(2, 8))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_toy_target_is_the_scheduler(seed):
+    """Rounds of 0 to 5 proposals, of which any number is then committed."""
+    random, tokens = Random(seed), TokenLog(toys.PROMPT_IDS)
+    toy = toys.ToyTarget(
+        target_pb2.VerifyRequest(
+            open=target_pb2.OpenVerification(
+                sampling=wire.warping_to_proto(Warping()), seed=SEED, committed=span_of(tokens, 0)
+            )
+        )
+    )
+    with running(Scheduler, toys.TARGET_LOGITS) as scheduler:
+        session = scheduler.open(Warping(), SEED, Span(0, tokens[:], 0))
+        told = len(tokens)
+        for index in range(NUM_STEPS):
+            proposed_ids = random.choices(range(toys.VOCAB_SIZE), k=random.randint(0, 5))
+            supports = [sorted(random.sample(range(toys.VOCAB_SIZE), 4)) for _ in proposed_ids]
+            work = Round(
+                Span(told, tokens[told:], tokens.digest(told)), proposed_ids, [np.array(it) for it in supports]
+            )
+            verdict = scheduler.submit(session, work).result(timeout=10)
+            answer = toy.answer(round_of(index, span_of(tokens, told), proposed_ids, supports))
+            assert [wire.pack_probs(probs.numpy()) for probs in verdict.rows.support_probs] == [
+                row.support_probs for row in answer.rows
+            ]
+            assert verdict.rows.outside_masses == pytest.approx([row.outside_mass for row in answer.rows], rel=2**-24)
+            assert verdict.rows.outside_token_ids == [row.outside_token_id for row in answer.rows]
+            assert (verdict.num_cached_tokens, verdict.cache_digest) == (
+                answer.cache.num_cached_tokens,
+                answer.cache.digest,
+            )
+            told = len(tokens)
+            tokens.extend([*proposed_ids[: random.randint(0, len(proposed_ids))], random.randrange(toys.VOCAB_SIZE)])
+
+
+def round_of(index, committed, proposed_ids, supports) -> target_pb2.VerifyRequest:
+    proposals = [
+        target_pb2.ProposedToken(token_id=token_id, support_ids=wire.pack_ids(support))
+        for token_id, support in zip(proposed_ids, supports, strict=True)
+    ]
+    return target_pb2.VerifyRequest(round=target_pb2.Round(round_index=index, committed=committed, proposals=proposals))
