@@ -1,0 +1,225 @@
+"""Texts of the whole stack follow the target's law: thousands of seeded texts against the law by transformers alone.
+
+The statistic is a chi-square of whole strings, with fixed seeds, so that it passes always or never. Draft and target
+disagree on a third of their mass: with near-uniform rows broken rules go unnoticed. That these tests notice them is
+tested too: each of three rules that real projects got wrong fails the same statistic, with fewer texts.
+
+Shapes: V vocabulary size, L length of a text, N texts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import client.acceptance
+import draft_service.drafter
+from client import SamplingParams, SpeculativeClient
+from client.aio import AsyncSpeculativeClient
+from outrider.rng import AddressedUniforms
+from tests import tiny_models
+from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
+from tests.servers import DRAFT, TARGET, shared_services
+
+VOCAB_SIZE = 6
+LENGTH = 3
+PROMPT = [3, 1, 4]
+NUM_TEXTS = 1500
+NUM_TEXTS_BROKEN = 500  # a broken rule shows with a third of them
+NUM_AT_ONCE = 16
+FALSE_ALARM = 1e-6  # chance that a right rule fails; decided once, since the seeds are fixed
+LEAST_EXPECTATION = 5  # of a cell; rarer strings are counted together, as is usual for a chi-square
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is asked of the client, and how."""
+
+    sampling: SamplingParams
+    speculation: dict[str, Any] = field(default_factory=dict)
+    with_tasks: bool = False  # the asyncio client; otherwise threads and the blocking one
+
+
+PLAIN = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "overlap": True})
+TRUNCATED = Scenario(
+    SamplingParams(temperature=0.7, top_k=5, top_p=0.95),
+    {"num_speculative_tokens": 2, "overlap": False, "max_support": 2},
+    with_tasks=True,
+)
+ALONE = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive"})
+SCENARIOS = {"plain": PLAIN, "filters and a truncated support": TRUNCATED, "the target alone": ALONE}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models and where they are served."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    target_address: str
+    draft_address: str
+
+
+@pytest.fixture(scope="module")
+def pair(services, tmp_path_factory) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("law")
+    target, draft = (
+        tiny_models.make_model(FAMILY, seed, vocab_size=VOCAB_SIZE, scale=0.7, n_layer=1) for seed in (8, 108)
+    )
+    servers = [
+        services.start(TARGET, tiny_models.save(target, folder / "t")),
+        services.start(DRAFT, tiny_models.save(draft, folder / "d")),
+    ]
+    yield Pair(target, draft, *(server.address for server in servers))
+    for server in servers:
+        server.stop()
+
+
+@torch.no_grad()
+def exact_rows(model: PreTrainedModel, sampling: SamplingParams) -> list[np.ndarray]:
+    """Return the distribution behind every text of 0, 1, … tokens, L of `[V ** i, V] float64`.
+
+    Computed by transformers' own code. Texts are in the order of the numbers that their tokens are the digits of, to
+    the base V.
+    """
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    prefixes, rows = torch.tensor([PROMPT]), []
+    for _ in range(LENGTH):
+        rows.append(warpers(prefixes, model(prefixes).logits[:, -1]).softmax(-1).numpy())
+        last = torch.arange(VOCAB_SIZE).repeat(len(prefixes))[:, None]
+        prefixes = torch.cat([prefixes.repeat_interleave(VOCAB_SIZE, 0), last], 1)
+    return rows
+
+
+def exact_law(model: PreTrainedModel, sampling: SamplingParams) -> np.ndarray:
+    """Return the probability of each text, `[V ** L] float64`."""
+    law = np.ones(1)
+    for probs in exact_rows(model, sampling):
+        law = (law[:, None] * probs).ravel()
+    return law
+
+
+def text_index(token_ids: list[int]) -> int:
+    """Return the number that the tokens are the digits of, to the base V."""
+    assert len(token_ids) == LENGTH
+    return int(np.ravel_multi_index(token_ids, [VOCAB_SIZE] * LENGTH))
+
+
+def write_texts(pair: Pair, scenario: Scenario, number: int) -> np.ndarray:
+    """Return how often each text came, `[V ** L]`, in `number` generations with the seeds 0, 1, …"""
+    requests = [replace(scenario.sampling, seed=seed, max_new_tokens=LENGTH) for seed in range(number)]
+    write = _write_with_tasks if scenario.with_tasks else _write_with_threads
+    results = write(pair, requests, scenario.speculation)
+    return np.bincount([text_index(result.token_ids) for result in results], minlength=VOCAB_SIZE**LENGTH)
+
+
+def _write_with_threads(pair: Pair, requests, speculation) -> list:
+    addresses = pair.target_address, pair.draft_address
+    with (
+        SpeculativeClient(*addresses, patience=NEVER_WITHOUT_DRAFT) as client,
+        ThreadPoolExecutor(NUM_AT_ONCE) as threads,
+    ):
+        return list(threads.map(lambda sampling: client.generate(PROMPT, sampling, **speculation), requests))
+
+
+def _write_with_tasks(pair: Pair, requests, speculation) -> list:
+    async def write_all() -> list:
+        limit = asyncio.Semaphore(NUM_AT_ONCE)
+        addresses = pair.target_address, pair.draft_address
+        async with AsyncSpeculativeClient(*addresses, patience=NEVER_WITHOUT_DRAFT) as client:
+
+            async def write(sampling: SamplingParams):
+                async with limit:
+                    return await client.generate(PROMPT, sampling, **speculation)
+
+            return await asyncio.gather(*map(write, requests))
+
+    return shared_services().run(write_all())
+
+
+def statistic_and_limit(counts: np.ndarray, law: np.ndarray) -> tuple[float, float]:
+    """Return the chi-square of `counts` `[V ** L]` against `law` `[V ** L]`, and what a right rule stays below."""
+    expected = law * counts.sum()
+    assert counts[expected == 0].sum() == 0, "a text came that the law excludes"
+    common = expected >= LEAST_EXPECTATION
+    cells = np.append(expected[common], expected[~common].sum())
+    seen = np.append(counts[common], counts[~common].sum())
+    cells, seen = (cells[:-1], seen[:-1]) if cells[-1] == 0 else (cells, seen)
+    return float(((seen - cells) ** 2 / cells).sum()), float(chi2.isf(FALSE_ALARM, df=len(cells) - 1))
+
+
+def test_the_models_disagree_clearly(pair):
+    rows = [exact_rows(model, PLAIN.sampling) for model in (pair.target, pair.draft)]
+    distances = [np.abs(p - q).sum(-1) / 2 for p, q in zip(*rows, strict=True)]
+    assert 0.3 < np.concatenate(distances).mean() < 0.6  # total variation
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+def test_texts_follow_the_targets_law(pair, scenario):
+    counts = write_texts(pair, scenario, NUM_TEXTS)
+    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario.sampling))
+    print("XX", statistic, limit)
+    assert statistic < limit
+
+
+# Broken rules.
+
+
+def break_residual(monkeypatch) -> None:
+    """Draw what replaces a rejected token from the target's distribution instead of the residual."""
+
+    def whole_target(proposal, row) -> np.ndarray:
+        return np.append(row.probs, row.outside_mass)
+
+    monkeypatch.setattr(client.acceptance, "residual_weights", whole_target)
+
+
+def break_uniforms(monkeypatch) -> None:
+    """Use one uniform for all positions."""
+    at = AddressedUniforms.at
+    monkeypatch.setattr(AddressedUniforms, "at", lambda self, position: at(self, 0))
+
+
+def break_draft_probs(monkeypatch) -> None:
+    """Tell the client the distribution before truncation, while tokens are drawn from the truncated one."""
+    draw = draft_service.drafter.draw_drafts
+
+    def draw_and_tell_another(probs, max_supports, uniforms):
+        drawn = draw(probs, max_supports, uniforms)
+        whole = draw(probs, [VOCAB_SIZE] * len(max_supports), uniforms)
+        return [replace(told, token_id=true.token_id) for told, true in zip(whole, drawn, strict=True)]
+
+    monkeypatch.setattr(draft_service.drafter, "draw_drafts", draw_and_tell_another)
+
+
+BROKEN_RULES = {
+    "recovered token drawn from the target": (PLAIN, break_residual),
+    "one uniform for all positions": (PLAIN, break_uniforms),
+    "draft probabilities of the untruncated row": (TRUNCATED, break_draft_probs),
+}
+
+
+@pytest.mark.parametrize(("scenario", "break_rule"), BROKEN_RULES.values(), ids=BROKEN_RULES)
+def test_a_broken_rule_is_noticed(pair, monkeypatch, scenario, break_rule):
+    break_rule(monkeypatch)
+    counts = write_texts(pair, scenario, NUM_TEXTS_BROKEN)
+    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario.sampling))
+    print("XX", statistic, limit)
+    assert statistic > 2 * limit  # by a wide margin, not by a lucky seed
