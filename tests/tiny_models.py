@@ -55,7 +55,7 @@ def make_model(
     torch.manual_seed(seed)
     settings = (FAMILIES | REFUSED_FAMILIES)[family] | changes
     special = {"bos_token_id": 0, "eos_token_id": eos_token_id, "pad_token_id": None, "tie_word_embeddings": False}
-    config = AutoConfig.for_model(family, vocab_size=vocab_size, **special, **settings)
+    config = AutoConfig.for_model(family, vocab_size=vocab_size, **(special | settings))
     model = AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(scale)

@@ -1,0 +1,231 @@
+"""Packed attention gives what each family's own attention gives, whatever is interleaved, chunked and rolled back.
+
+All in float64, where the two orders of summation differ by rounding alone: logits of size 10 made of sums of some
+hundred terms over a few layers differ by less than 10 x 100 x 2^-53 = 1e-13 for each layer and head product.
+TOLERANCE leaves a factor of a hundred for the growth through three layers, and is a millionth of what one wrong
+cache entry does.
+
+Two places where transformers itself goes through float32 are lifted to float64 in the references: the softmax of its
+eager attention, which is the only one that knows soft caps, and the mean square of Llama's norms, where LlamaForward
+is the more precise of the two.
+"""
+
+from __future__ import annotations
+
+import copy
+from random import Random
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from outrider.engine import attention
+from outrider.engine.kv_cache import SequenceCache
+from outrider.engine.llama import LlamaForward
+from outrider.engine.loader import choose_forward_pass
+from outrider.engine.products import PREPACKED_FROM, make_product
+from outrider.engine.runner import Feed, ForwardPass, ModelRunner, TransformersForward
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_model
+
+TOLERANCE = 1e-11
+LENGTHS = (3, 19, 34, 47)  # shorter and longer than the sliding windows of 8
+SOFT_CAPPED = ("gemma2",)
+WITH_WINDOW = ("qwen2", "mistral", "phi3", "gemma2")
+FAST_FAMILIES = ("llama", "qwen2", "mistral")
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_VARIANTS = {
+    "llama": ("llama", {}),
+    "qwen2_with_biases": ("qwen2", {}),
+    "mistral_with_window": ("mistral", {}),
+    "mistral_without_window": ("mistral", {"sliding_window": None}),
+    "one_key_value_head": ("llama", {"num_key_value_heads": 1}),
+    "as_many_key_value_heads": ("llama", {"num_key_value_heads": 4}),
+    "wide_heads": ("llama", {"head_dim": 16}),
+    "tied_embeddings": ("llama", {"tie_word_embeddings": True}),
+    "rope_theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "rope_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    "rope_llama3": ("llama", {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": 32}}),
+}
+
+
+@pytest.fixture(autouse=True)
+def float64_softmax(monkeypatch):
+    """Have eager attention keep float64, where it asks for float32."""
+    softmax = torch.nn.functional.softmax
+
+    def keep_float64(scores, dim=None, dtype=None, **settings):
+        return softmax(scores, dim=dim, dtype=None if scores.dtype == torch.float64 else dtype, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", keep_float64)
+
+
+def own_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    """Return the logits `[n, V]` of a text under the model's own attention, without any cache."""
+    own = copy.deepcopy(model)
+    own.set_attn_implementation("eager" if model.config.model_type in SOFT_CAPPED else "sdpa")
+    with torch.inference_mode():
+        return own(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+
+
+def packed_pass(model: PreTrainedModel) -> TransformersForward:
+    attention.register()
+    packed = copy.deepcopy(model)
+    packed.set_attn_implementation(attention.ATTENTION_NAME)
+    return TransformersForward(packed)
+
+
+def texts(seed: int, vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
+    random = Random(seed)
+    return [random.choices(range(vocab_size), k=length) for length in LENGTHS]
+
+
+def interleaved_logits(forward_pass: ForwardPass, all_ids: list[list[int]], seed: int) -> list[torch.Tensor]:
+    """Return the logits `[n, V]` of every text, fed side by side in chunks, with wrong tokens taken back on the way."""
+    random, runner = Random(seed), ModelRunner(forward_pass)
+    caches = [SequenceCache() for _ in all_ids]
+    rows: list[list[torch.Tensor]] = [[] for _ in all_ids]
+    while any(cache.length < len(ids) for cache, ids in zip(caches, all_ids, strict=True)):
+        feeds, owners = [], []
+        for index, (cache, ids) in enumerate(zip(caches, all_ids, strict=True)):
+            if cache.length == len(ids) or random.random() < 0.3:
+                continue
+            right = ids[cache.length : cache.length + random.randint(1, 9)]
+            wrong = random.choices(range(VOCAB_SIZE), k=random.choice([0, 0, 1, 4]))
+            feeds.append(Feed(cache, [*right, *wrong], len(right) + len(wrong)))
+            owners.append((index, len(right), cache.length + len(right)))
+        if not feeds:
+            continue
+        logits = runner.forward(feeds).split([feed.num_rows for feed in feeds])
+        for (index, num_right, length), part in zip(owners, logits, strict=True):
+            rows[index].append(part[:num_right])
+            caches[index].truncate(length)
+    return [torch.cat(parts) for parts in rows]
+
+
+def assert_same(forward_pass: ForwardPass, model: PreTrainedModel, seed: int = 0) -> None:
+    all_ids = texts(seed)
+    for ids, logits in zip(all_ids, interleaved_logits(forward_pass, all_ids, seed), strict=True):
+        assert (logits - own_logits(model, ids)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_packed_attention_is_the_familys_own(family, seed):
+    model = make_model(family, seed)
+    assert_same(packed_pass(model), model, seed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loader_takes_the_family(family):
+    """It chooses the faster forward pass where there is one, and that writes every layer's cache too."""
+    forward_pass = choose_forward_pass(make_model(family, 0))
+    assert isinstance(forward_pass, LlamaForward if family in FAST_FAMILIES else TransformersForward)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
+def test_query_heads_share_key_value_heads_as_they_should(family, num_key_value_heads):
+    model = make_model(family, 3, num_key_value_heads=num_key_value_heads)
+    assert_same(packed_pass(model), model)
+
+
+@pytest.mark.parametrize("family", WITH_WINDOW)
+@pytest.mark.parametrize("sliding_window", [1, 2, 8, 100])
+def test_windows_of_every_size_are_kept(family, sliding_window):
+    model = make_model(family, 4, sliding_window=sliding_window)
+    assert_same(packed_pass(model), model)
+
+
+@pytest.mark.parametrize("family", WITH_WINDOW)
+def test_the_texts_cross_the_windows(family):
+    """Else the tests of windows prove nothing: a window of 8 changes the logits clearly from position 8 on."""
+    ids = texts(0)[-1]
+    narrow, wide = (own_logits(make_model(family, 0, sliding_window=window), ids) for window in (8, 100))
+    assert (narrow[:8] - wide[:8]).abs().max() < TOLERANCE
+    assert (narrow[8:] - wide[8:]).abs().max() > 0.1
+
+
+def test_soft_caps_matter():
+    """Else the tests of gemma2 prove nothing of them."""
+    ids = texts(0)[-1]
+    capped, uncapped = (own_logits(make_model("gemma2", 0, attn_logit_softcapping=cap), ids) for cap in (2.0, None))
+    assert (capped - uncapped).abs().max() > 0.1
+
+
+def test_one_wrong_cache_entry_is_far_above_the_tolerance():
+    """The tolerance is worth something: another token at position 5 moves every later row by more than 1e-6."""
+    model, ids = make_model("llama", 0), texts(0)[-1]
+    moved = own_logits(model, ids) - own_logits(model, [*ids[:5], (ids[5] + 1) % VOCAB_SIZE, *ids[6:]])
+    assert moved[5:].abs().amax(-1).min() > 1e-6
+
+
+class TestLlamaForward:
+    """The forward pass of our own, against transformers' modules with their norms in float64."""
+
+    def model(self, family: str, **changes) -> PreTrainedModel:
+        """Return a model whose norms stay in float64 and whose weights of norms and biases are not 1 and 0."""
+        model = make_model(family, 5, **changes)
+        generator = torch.Generator().manual_seed(6)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name or name.endswith("bias"):
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = lambda hidden, norm=module: torch.nn.functional.rms_norm(
+                    hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon
+                )
+        return model
+
+    @pytest.mark.parametrize("variant", LLAMA_VARIANTS)
+    def test_gives_what_transformers_gives(self, variant):
+        family, changes = LLAMA_VARIANTS[variant]
+        model = self.model(family, **changes)
+        assert LlamaForward.can_run(model)
+        assert_same(LlamaForward(model), model)
+
+    def test_goes_on_beyond_its_first_table_of_angles(self):
+        model = self.model("llama", max_position_embeddings=2048)
+        ids = Random(0).choices(range(VOCAB_SIZE), k=1100)
+        runner, cache = ModelRunner(LlamaForward(model)), SequenceCache()
+        logits = torch.cat([runner.forward([Feed(cache, ids[start : start + 550], 550)]) for start in (0, 550)])
+        assert (logits - own_logits(model, ids)).abs().max() < TOLERANCE
+
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [
+            ("llama", {"mlp_bias": True}),
+            ("llama", {"attention_bias": True}),
+            ("llama", {"hidden_act": "gelu"}),
+            ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+            ("qwen3", {}),
+            ("phi3", {}),
+        ],
+        ids=["mlp_bias", "output_bias", "gelu", "rope_dynamic", "qwen3", "phi3"],
+    )
+    def test_leaves_the_others_to_transformers(self, family, changes):
+        model = make_model(family, 5, **changes)
+        assert not LlamaForward.can_run(model)
+        assert isinstance(choose_forward_pass(model), TransformersForward)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_leaves_half_precision_to_transformers(self, dtype):
+        assert not LlamaForward.can_run(make_model("llama", 5).to(dtype))
+
+
+@pytest.mark.parametrize("num_outputs", [64, PREPACKED_FROM // 256 + 1], ids=["plain", "prepacked"])
+@pytest.mark.parametrize("num_rows", [1, 7])
+def test_a_product_is_a_linear_layer_with_a_residual(num_outputs, num_rows):
+    """float32: sums of 256 products of size 1 round by less than 256 x 2^-24 = 1.6e-5."""
+    generator = torch.Generator().manual_seed(num_rows)
+    inputs, weight, bias, residual = (
+        torch.randn(shape, generator=generator)
+        for shape in ((num_rows, 256), (num_outputs, 256), (num_outputs,), (num_rows, num_outputs))
+    )
+    for used_bias in (bias, None):
+        product = make_product(weight, used_bias)
+        expected = torch.nn.functional.linear(
+            inputs.double(), weight.double(), None if used_bias is None else bias.double()
+        )
+        assert (product(inputs) - expected).abs().max() < 16 * 256 * 2**-24
+        assert (product(inputs, residual) - expected - residual).abs().max() < 16 * 256 * 2**-24
