@@ -216,7 +216,7 @@ class TestLlamaForward:
 @pytest.mark.parametrize("num_outputs", [64, PREPACKED_FROM // 256 + 1], ids=["plain", "prepacked"])
 @pytest.mark.parametrize("num_rows", [1, 7])
 def test_a_product_is_a_linear_layer_with_a_residual(num_outputs, num_rows):
-    """float32: sums of 256 products of size 1 round by less than 256 x 2^-24 = 1.6e-5."""
+    """float32: each of 256 additions rounds a partial sum, of size 16, by 2^-24 of it."""
     generator = torch.Generator().manual_seed(num_rows)
     inputs, weight, bias, residual = (
         torch.randn(shape, generator=generator)
