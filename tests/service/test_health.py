@@ -70,6 +70,9 @@ def test_a_shutdown_is_announced_and_lets_running_sessions_end(services, models,
         stopping.start()
         assert next(watch).status == NOT_SERVING
         watch.cancel()
+        with opening_call(kind, server) as late, pytest.raises(grpc.RpcError) as refusal:
+            late.receive()
+        assert refusal.value.code() == grpc.StatusCode.UNAVAILABLE
         stream.receive()
         assert stopping.is_alive()
         stream.half_close()

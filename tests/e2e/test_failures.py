@@ -1,0 +1,364 @@
+"""What a user sees when a service dies, freezes, restarts, is full or does not belong: a text, or a part and an error.
+
+Texts are greedy where rounds without proposals may occur, since these draw other tokens at other temperatures; so every
+text can be compared to the letter. Draft and target are the same model wherever a test must see whether the pair is
+speculating: then every proposal is kept, and a chunk without drafted tokens is a round without proposals.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+import draft_service.servicer
+import target_service.servicer
+from client import (
+    Chunk,
+    DeadlineExceededError,
+    IncompatiblePairError,
+    Patience,
+    SamplingParams,
+    ServiceFailedError,
+    ServiceUnavailableError,
+    SpeculativeClient,
+)
+from outrider.engine.runner import ModelRunner
+from tests import tiny_models
+from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
+from tests.servers import DRAFT, PATIENCE_S, TARGET, Kind, ServiceProcess, eventually
+
+PROMPT = [5, 17, 3, 88, 41, 9]
+CONTEXT_LENGTH = 512  # room for rounds while something comes back
+GREEDY = SamplingParams(temperature=0, max_new_tokens=64)
+LONG = SamplingParams(temperature=0, max_new_tokens=CONTEXT_LENGTH - len(PROMPT))
+PAIR = {"num_speculative_tokens": 4}
+ALONE = {"method": "autoregressive"}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    model = tiny_models.make_model(FAMILY, 1, n_positions=CONTEXT_LENGTH)
+    return tiny_models.save(model, tmp_path_factory.mktemp("failures"))
+
+
+def is_speculating(chunk: Chunk) -> bool:
+    return any(segment.is_drafted for segment in chunk.segments)
+
+
+def take_until(stream, speculating: bool) -> None:
+    """Take chunks until one comes from a round with proposals, or from one without."""
+    for chunk in stream:
+        if is_speculating(chunk) == speculating:
+            return
+        time.sleep(0.02)  # so that the text lasts longer than what is waited for
+    pytest.fail(f"the text ended before a round {'with' if speculating else 'without'} proposals")
+
+
+# Services as processes, which can be killed and frozen.
+
+
+class Processes:
+    """A pair of processes; one that has ended starts again, on its port, when it is next asked for."""
+
+    def __init__(self, model_path: str):
+        self._pair = {kind: ServiceProcess(kind.module, model_path, dtype="float64") for kind in (TARGET, DRAFT)}
+
+    def running(self, kind: Kind) -> ServiceProcess:
+        """Return a process that serves."""
+        if self._pair[kind].process.poll() is not None:
+            self._pair[kind] = self._pair[kind].restarted()
+        return self._pair[kind]
+
+    def client(self, **patience: float) -> SpeculativeClient:
+        waits = {"draft_wait_s": PATIENCE_S, "retry_s": PATIENCE_S, "longest_backoff_s": 0.2} | patience
+        addresses = self.running(TARGET).address, self.running(DRAFT).address
+        return SpeculativeClient(*addresses, patience=Patience(**waits))
+
+    def close(self) -> None:
+        for process in self._pair.values():
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def processes(model_path) -> Iterator[Processes]:
+    pair = Processes(model_path)
+    yield pair
+    pair.close()
+
+
+@pytest.fixture(scope="module")
+def long_text(processes) -> list[int]:
+    with processes.client() as client:
+        return client.generate(PROMPT, LONG, **ALONE).token_ids
+
+
+def test_a_draft_that_is_killed_is_done_without_and_used_again_when_it_is_back(processes, long_text):
+    with processes.client() as client:
+        stream = client.stream(PROMPT, LONG, **PAIR)
+        assert is_speculating(next(stream))
+        processes.running(DRAFT).kill()
+        take_until(stream, speculating=False)
+        processes.running(DRAFT)
+        take_until(stream, speculating=True)
+        for _ in stream:
+            pass
+    stats = stream.result.stats
+    assert stream.result.token_ids == long_text
+    assert stats.num_draft_failures >= 1
+    assert stats.num_rounds_without_draft >= 1
+
+
+def test_a_draft_that_freezes_is_done_without_and_used_again_when_it_thaws(processes, long_text):
+    with processes.client(draft_wait_s=0.3) as client:
+        stream = client.stream(PROMPT, LONG, **PAIR)
+        take_until(stream, speculating=True)
+        processes.running(DRAFT).freeze()
+        take_until(stream, speculating=False)
+        processes.running(DRAFT).thaw()
+        take_until(stream, speculating=True)
+        for _ in stream:
+            pass
+    assert stream.result.token_ids == long_text
+    assert stream.result.stats.num_draft_failures >= 1
+
+
+def test_a_target_that_is_killed_and_comes_back_changes_nothing(processes):
+    sampling = SamplingParams(temperature=1, seed=5, max_new_tokens=200)
+    with processes.client() as client, ThreadPoolExecutor(1) as threads:
+        undisturbed = client.generate(PROMPT, sampling, **PAIR)
+        stream = client.stream(PROMPT, sampling, **PAIR)
+        token_ids = next(stream).token_ids
+        processes.running(TARGET).kill()
+        rest = threads.submit(lambda: [token_id for chunk in stream for token_id in chunk.token_ids])
+        processes.running(TARGET)
+        assert token_ids + rest.result() == undisturbed.token_ids
+    assert stream.result.stats.num_target_retries >= 1
+
+
+@pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
+def test_a_service_that_is_told_to_end_finishes_its_sessions_first(processes, long_text, kind):
+    service = processes.running(kind)
+    with processes.client() as client, grpc.insecure_channel(service.address) as channel:
+        stream = client.stream(PROMPT, LONG, **PAIR)
+        next(stream)
+        request = health_pb2.HealthCheckRequest(service=kind.name)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=PATIENCE_S)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        service.terminate()
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
+        for _ in stream:
+            pass
+    assert stream.result.token_ids == long_text
+    assert stream.result.stats.num_target_retries == stream.result.stats.num_draft_failures == 0
+    assert service.wait() == 0
+
+
+# Services in this process.
+
+
+@pytest.fixture(scope="module")
+def target(services, model_path):
+    return services.start(TARGET, model_path)
+
+
+@pytest.fixture(scope="module")
+def draft(services, model_path):
+    return services.start(DRAFT, model_path)
+
+
+@pytest.fixture(scope="module")
+def text(target) -> list[int]:
+    with SpeculativeClient(target.address) as client:
+        return client.generate(PROMPT, GREEDY, **ALONE).token_ids
+
+
+def test_a_draft_that_was_never_there_is_done_without(target, text):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        with SpeculativeClient(target.address, f"127.0.0.1:{unused.getsockname()[1]}") as client:
+            result = client.generate(PROMPT, GREEDY, **PAIR)
+    assert result.token_ids == text
+    assert result.stats.num_rounds_without_draft == result.stats.num_rounds
+    assert result.stats.num_draft_failures >= 1
+
+
+def test_a_draft_that_is_full_is_done_without(services, target, model_path, text):
+    draft = services.start(DRAFT, model_path, max_sessions=1)
+    with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        first = client.stream(PROMPT, GREEDY, **PAIR)
+        assert is_speculating(next(first))
+        second = client.generate(PROMPT, GREEDY, **PAIR)
+        assert second.token_ids == text
+        assert second.stats.num_draft_failures >= 1
+        for _ in first:
+            pass
+        assert first.result.token_ids == text
+        assert first.result.stats.num_draft_failures == 0
+    draft.stop()
+
+
+def test_a_target_that_is_full_is_waited_for(services, draft, model_path, text):
+    target = services.start(TARGET, model_path, max_sessions=1)
+    with SpeculativeClient(target.address, draft.address) as client, ThreadPoolExecutor(1) as threads:
+        first = client.stream(PROMPT, GREEDY, **PAIR)
+        next(first)
+        second = threads.submit(client.generate, PROMPT, GREEDY, **PAIR)
+        eventually(lambda: target.stats().num_sessions_refused > 0, "the second was refused")
+        for _ in first:
+            pass
+        assert second.result().token_ids == text
+        assert second.result().stats.num_target_retries >= 1
+    target.stop()
+
+
+def test_a_target_that_is_gone_for_good_leaves_what_was_written(services, draft, model_path, text):
+    target = services.start(TARGET, model_path)
+    patience = Patience(draft_wait_s=PATIENCE_S, retry_s=0.5)
+    with SpeculativeClient(target.address, draft.address, patience=patience) as client:
+        stream = client.stream(PROMPT, GREEDY, **PAIR)
+        token_ids = next(stream).token_ids + next(stream).token_ids
+        target.stop()
+        with pytest.raises(ServiceUnavailableError) as error:
+            list(stream)
+    assert error.value.partial.token_ids == token_ids == text[: len(token_ids)]
+    assert error.value.partial.finish_reason is None
+
+
+def test_a_target_that_was_never_there_is_unavailable():
+    with SpeculativeClient("127.0.0.1:1", connect_timeout=0.5) as client, pytest.raises(ServiceUnavailableError):
+        client.generate(PROMPT, GREEDY, **ALONE)
+
+
+def test_a_deadline_leaves_what_was_written(target, draft, monkeypatch):
+    released, forward = threading.Event(), ModelRunner.forward
+
+    def held_up(self, feeds):
+        released.wait()
+        return forward(self, feeds)
+
+    with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        stream = client.stream(PROMPT, GREEDY, timeout=3.0, **PAIR)
+        token_ids = next(stream).token_ids
+        monkeypatch.setattr(ModelRunner, "forward", held_up)
+        with pytest.raises(DeadlineExceededError) as error:
+            list(stream)
+        released.set()
+    assert isinstance(error.value, TimeoutError)
+    assert error.value.partial.token_ids[: len(token_ids)] == token_ids
+    target.wait_until_idle()
+    draft.wait_until_idle()
+
+
+def corrupt_once(monkeypatch, servicer_module) -> None:
+    """Have a service name another cache than it holds in one response, not the first."""
+    respond, responses = servicer_module._response, []
+
+    def corrupted(*arguments):
+        response = respond(*arguments)
+        responses.append(response)
+        if len(responses) == 3:
+            response.cache.digest ^= 1
+        return response
+
+    monkeypatch.setattr(servicer_module, "_response", corrupted)
+
+
+@pytest.mark.parametrize("module", [target_service.servicer, draft_service.servicer], ids=["target", "draft"])
+def test_a_cache_of_other_tokens_is_noticed_and_made_anew(target, draft, text, monkeypatch, module):
+    corrupt_once(monkeypatch, module)
+    with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        result = client.generate(PROMPT, GREEDY, **PAIR)
+    assert result.token_ids == text
+    assert result.stats.num_cache_mismatches == 1
+
+
+@pytest.fixture(scope="module")
+def poisoned_path(tmp_path_factory) -> str:
+    """A model that returns NaN for every text with the prompt's last token."""
+    model = tiny_models.make_model(FAMILY, 1, n_positions=CONTEXT_LENGTH)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[PROMPT[-1]] = math.nan
+    return tiny_models.save(model, tmp_path_factory.mktemp("poisoned"))
+
+
+def test_a_draft_that_returns_nan_is_done_without(services, target, text, poisoned_path):
+    draft = services.start(DRAFT, poisoned_path)
+    with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        result = client.generate(PROMPT, GREEDY, **PAIR)
+    draft.stop()
+    assert result.token_ids == text
+    assert result.stats.num_draft_failures >= 1
+
+
+def test_a_target_that_returns_nan_fails_the_text(services, draft, poisoned_path):
+    target = services.start(TARGET, poisoned_path)
+    with SpeculativeClient(target.address, draft.address) as client, pytest.raises(ServiceFailedError) as error:
+        client.generate(PROMPT, GREEDY, **PAIR)
+    target.stop()
+    assert error.value.partial.token_ids == []
+
+
+# Pairs that belong together, and pairs that do not.
+
+
+def swapped_tokenizer(first: int, second: int) -> PreTrainedTokenizerFast:
+    """Return the byte tokenizer with the pieces of two ids exchanged."""
+    tokenizer = tiny_models.byte_tokenizer()
+    pieces = tokenizer.convert_ids_to_tokens([first, second])
+    text = tokenizer.backend_tokenizer.to_str()
+    for piece, other in zip(pieces, reversed((first, second)), strict=True):
+        text = text.replace(f'"{piece}":{first if other == second else second}', f'"{piece}":{other}')
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), bos_token="<s>", eos_token="</s>")
+
+
+NUM_PIECES = 258
+
+
+@pytest.fixture(scope="module")
+def byte_model():
+    return tiny_models.make_model(FAMILY, 1, vocab_size=NUM_PIECES)
+
+
+@pytest.fixture(scope="module")
+def byte_target(services, byte_model, tmp_path_factory):
+    path = tiny_models.save(byte_model, tmp_path_factory.mktemp("bytes"), tiny_models.byte_tokenizer())
+    return services.start(TARGET, path)
+
+
+def test_a_draft_with_another_tokenizer_is_refused_with_where_they_differ(services, byte_model, byte_target, tmp_path):
+    draft = services.start(DRAFT, tiny_models.save(byte_model, tmp_path, swapped_tokenizer(70, 71)))
+    with SpeculativeClient(byte_target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        with pytest.raises(IncompatiblePairError, match="258 and 258 pieces, first differing between ids 0 and 1023"):
+            client.generate("Hello", GREEDY, **PAIR)
+        assert client.info().mismatch is not None
+        assert len(client.generate("Hello", GREEDY, **ALONE).token_ids) == GREEDY.max_new_tokens
+    draft.stop()
+
+
+def test_a_draft_with_padded_rows_proposes_none_of_them(services, byte_model, byte_target, tmp_path):
+    padded = copy.deepcopy(byte_model)
+    padded.resize_token_embeddings(NUM_PIECES + 62, mean_resizing=False)
+    with torch.no_grad():
+        padded.get_output_embeddings().weight[NUM_PIECES:] *= 100  # likelier than all others, were they proposed
+    draft = services.start(DRAFT, tiny_models.save(padded, tmp_path, tiny_models.byte_tokenizer()))
+    sampling = SamplingParams(temperature=1, seed=3, max_new_tokens=40)
+    with SpeculativeClient(byte_target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        assert client.info().mismatch is None
+        result = client.generate("Hello", sampling, **PAIR)
+    draft.stop()
+    assert len(result.token_ids) == 40
+    assert max(result.token_ids) < NUM_PIECES
+    assert result.stats.acceptance_rate > 0.9  # the same model but for the padding
