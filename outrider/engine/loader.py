@@ -139,9 +139,14 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ModelRefusedError(f"device {name!r} is not known to torch: give cpu, cuda or cuda:N") from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts it
+        raise ModelRefusedError(f"device {name!r} is not there: {error}") from error
+    return device
 
 
 def _load_model(options: ModelOptions, source: _Source, device: torch.device) -> PreTrainedModel:
@@ -239,7 +244,7 @@ def _refuse_unless_switched(model: PreTrainedModel, name: str) -> None:
 def _load_tokenizer(options: ModelOptions, source: _Source) -> TokenizerFiles | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments(options))
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers raises nothing more precise
         log.warning("no tokenizer for %s (%s): clients must send token ids", options.model, error)
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
