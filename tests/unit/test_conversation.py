@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.connection import ConnectionSettings, Target, begin_conversation
 from client.conversation import RETRIED, Conversation, Link, Patience
 from client.errors import (
     DeadlineExceededError,
@@ -21,7 +22,9 @@ from client.errors import (
     ServiceFailedError,
     ServiceUnavailableError,
 )
+from client.params import SamplingParams
 from client.results import GenerationResult
+from outrider.v1 import common_pb2
 from tests import toy_services as toys
 from tests.toy_services import Law, Stream, World, make_conversation, model_info
 
@@ -372,6 +375,24 @@ class TestTargetFails:
         assert result.stats.num_cache_mismatches == result.stats.num_target_retries == 2
         assert world.num_opened[Link.TARGET] == 3
 
+    def test_a_session_given_up_may_break_during_the_pause(self):
+        """Two mismatches in a row make a pause, in which the old stream's own end comes: it is not that of the next."""
+        world = World()
+        num_answers = 0
+
+        def corrupt(stream, message):
+            nonlocal num_answers
+            num_answers += stream.link is Link.TARGET
+            if stream.link is Link.TARGET and num_answers in (3, 4):
+                message.cache.digest ^= 1
+                if num_answers == 4:
+                    world.on_wait = lambda: stream.is_dead or stream.end(grpc.StatusCode.INTERNAL)
+
+        world.on_response = corrupt
+        result = run(world, method="autoregressive")
+        assert result.token_ids == TEXT_ALONE
+        assert (result.stats.num_cache_mismatches, world.num_opened[Link.TARGET]) == (2, 3)
+
     def test_a_cache_longer_than_the_text_is_a_mismatch(self):
         world = World()
 
@@ -645,6 +666,61 @@ class TestDeadline:
 
     def test_a_text_that_ends_before_it_is_whole(self):
         assert run(timeout=0.5).token_ids == TEXT
+
+
+class TestBeginning:
+    """A caller's arguments against what the target says of itself."""
+
+    INFO = common_pb2.ModelInfo(vocab_size=toys.VOCAB_SIZE, context_length=20, eos_token_ids=[TEXT[6]])
+
+    def begin(self, prompt=toys.PROMPT_IDS, sampling: SamplingParams | None = None, draft="draft:1", **speculation):
+        settings = ConnectionSettings("target:1", draft)
+        return begin_conversation(settings, Target(self.INFO, None), prompt, sampling, speculation, timeout=None)
+
+    @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
+    def test_the_targets_context_ends_the_text(self, num_speculative_tokens):
+        """A context of 20 and a prompt of 3 leave 17 tokens, whatever was asked for and however long the runs are."""
+        sampling = SamplingParams(seed=11, max_new_tokens=1000, ignore_eos=True)
+        result, _ = World().run(self.begin(sampling=sampling, num_speculative_tokens=num_speculative_tokens))
+        assert (result.token_ids, result.finish_reason) == (TEXT[:17], "length")
+
+    def test_the_targets_end_of_sequence_ends_the_text_unless_ignored(self):
+        result, _ = World().run(self.begin(sampling=SamplingParams(seed=11)))
+        assert (result.token_ids, result.finish_reason) == (TEXT[: TEXT.index(TEXT[6]) + 1], "stop")
+        ignoring = SamplingParams(seed=11, max_new_tokens=12, ignore_eos=True)
+        assert World().run(self.begin(sampling=ignoring))[0].token_ids == TEXT[:12]
+
+    def test_the_seed_that_was_drawn_is_told_and_gives_the_text_again(self):
+        drawn, _ = World().run(self.begin(sampling=SamplingParams(max_new_tokens=9, ignore_eos=True)))
+        again = SamplingParams(seed=drawn.seed, max_new_tokens=9, ignore_eos=True)
+        assert World(5).run(self.begin(sampling=again, num_speculative_tokens=2))[0].token_ids == drawn.token_ids
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            ({"prompt": [1] * 20}, "prompt has 20 tokens: the target's context has 20"),
+            ({"prompt": []}, "prompt is empty"),
+            ({"prompt": [1, toys.VOCAB_SIZE]}, f"prompt holds id {toys.VOCAB_SIZE}"),
+            ({"prompt": "text"}, "the target model came without a tokenizer"),
+            ({"draft": None}, "method 'speculative' needs a draft"),
+            ({"draft": None, "method": "draft"}, "method 'draft' needs a draft"),
+            ({"sampling": SamplingParams(stop="end")}, "stop needs a tokenizer"),
+        ],
+        ids=["prompt_too_long", "empty", "unknown_id", "text", "no_draft", "no_draft_alone", "stop"],
+    )
+    def test_what_cannot_be_done_is_refused_before_anything_is_sent(self, arguments, reason):
+        with pytest.raises(InvalidRequestError, match=reason):
+            self.begin(**arguments)
+
+    def test_a_prompt_that_leaves_room_for_one_token_gets_it(self):
+        result, _ = World().run(self.begin(prompt=[1] * 19))
+        assert (len(result.token_ids), result.finish_reason) == (1, "length")
+
+    @pytest.mark.parametrize("speculation", [{"method": "autoregressive"}, {"num_speculative_tokens": 0}])
+    def test_the_target_alone_needs_no_draft(self, speculation):
+        sampling = SamplingParams(seed=11, max_new_tokens=9, ignore_eos=True)
+        result, _ = World().run(self.begin(sampling=sampling, draft=None, **speculation))
+        assert result.token_ids == TEXT_ALONE[:9]
 
 
 class TestTime:
