@@ -7,6 +7,7 @@ the target, so that rounds end everywhere: at the first proposal, in the middle,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,14 +47,17 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(services, tmp_path_factory) -> Pair:
+def pair(services, tmp_path_factory) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("invariance")
     target = tiny_models.make_model(FAMILY, 1)
     paths = [
         tiny_models.save(target, folder / "t"),
         tiny_models.save(tiny_models.disagreeing_copy(target, 2), folder / "d"),
     ]
-    return Pair(services.start(TARGET, paths[0]), services.start(DRAFT, paths[1]), *paths)
+    servers = services.start(TARGET, paths[0]), services.start(DRAFT, paths[1])
+    yield Pair(*servers, *paths)
+    for server in servers:
+        server.stop()
 
 
 def write(client: SpeculativeClient, sampling: SamplingParams, prompt=PROMPT, **speculation: Any) -> list[int]:

@@ -34,7 +34,7 @@ from client.aio import AsyncSpeculativeClient
 from outrider.rng import AddressedUniforms
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
-from tests.servers import DRAFT, TARGET, shared_services
+from tests.servers import DRAFT, TARGET, Services
 
 VOCAB_SIZE = 6
 LENGTH = 3
@@ -69,6 +69,7 @@ SCENARIOS = {"plain": PLAIN, "filters and a truncated support": TRUNCATED, "the 
 class Pair:
     """Both models and where they are served."""
 
+    services: Services
     target: PreTrainedModel
     draft: PreTrainedModel
     target_address: str
@@ -85,7 +86,7 @@ def pair(services, tmp_path_factory) -> Iterator[Pair]:
         services.start(TARGET, tiny_models.save(target, folder / "t")),
         services.start(DRAFT, tiny_models.save(draft, folder / "d")),
     ]
-    yield Pair(target, draft, *(server.address for server in servers))
+    yield Pair(services, target, draft, *(server.address for server in servers))
     for server in servers:
         server.stop()
 
@@ -151,7 +152,7 @@ def _write_with_tasks(pair: Pair, requests, speculation) -> list:
 
             return await asyncio.gather(*map(write, requests))
 
-    return shared_services().run(write_all())
+    return pair.services.run(write_all())
 
 
 def statistic_and_limit(counts: np.ndarray, law: np.ndarray) -> tuple[float, float]:
@@ -175,7 +176,6 @@ def test_the_models_disagree_clearly(pair):
 def test_texts_follow_the_targets_law(pair, scenario):
     counts = write_texts(pair, scenario, NUM_TEXTS)
     statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario.sampling))
-    print("XX", statistic, limit)
     assert statistic < limit
 
 
@@ -221,5 +221,4 @@ def test_a_broken_rule_is_noticed(pair, monkeypatch, scenario, break_rule):
     break_rule(monkeypatch)
     counts = write_texts(pair, scenario, NUM_TEXTS_BROKEN)
     statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario.sampling))
-    print("XX", statistic, limit)
     assert statistic > 2 * limit  # by a wide margin, not by a lucky seed

@@ -1,0 +1,95 @@
+"""Pairs that belong together although their embeddings differ in size, and pairs that do not belong together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from client import IncompatiblePairError, SamplingParams, SpeculativeClient
+from tests import tiny_models
+from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
+from tests.servers import DRAFT, TARGET, RunningServer
+
+NUM_PIECES = 258
+GREEDY = SamplingParams(temperature=0, max_new_tokens=64)
+PAIR = {"num_speculative_tokens": 4}
+ALONE = {"method": "autoregressive"}
+
+
+def swapped_tokenizer(first: int, second: int) -> PreTrainedTokenizerFast:
+    """Return the byte tokenizer with the pieces of two ids exchanged."""
+    tokenizer = tiny_models.byte_tokenizer()
+    pieces = tokenizer.convert_ids_to_tokens([first, second])
+    text = tokenizer.backend_tokenizer.to_str()
+    for piece, other in zip(pieces, reversed((first, second)), strict=True):
+        text = text.replace(f'"{piece}":{first if other == second else second}', f'"{piece}":{other}')
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def byte_model():
+    return tiny_models.make_model(FAMILY, 1, vocab_size=NUM_PIECES)
+
+
+@pytest.fixture(scope="module")
+def byte_target(services, byte_model, tmp_path_factory) -> Iterator[RunningServer]:
+    path = tiny_models.save(byte_model, tmp_path_factory.mktemp("bytes"), tiny_models.byte_tokenizer())
+    server = services.start(TARGET, path)
+    yield server
+    server.stop()
+
+
+def test_a_draft_with_another_tokenizer_is_refused_with_where_they_differ(services, byte_model, byte_target, tmp_path):
+    draft = services.start(DRAFT, tiny_models.save(byte_model, tmp_path, swapped_tokenizer(70, 71)))
+    with SpeculativeClient(byte_target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        with pytest.raises(IncompatiblePairError, match="258 and 258 pieces, first differing between ids 0 and 1023"):
+            client.generate("Hello", GREEDY, **PAIR)
+        assert client.info().mismatch is not None
+        assert len(client.generate("Hello", GREEDY, **ALONE).token_ids) == GREEDY.max_new_tokens
+    draft.stop()
+
+
+def padded(model, scale: float):
+    """Return the model with further rows behind its tokenizer's pieces, as large as `scale` makes them."""
+    result = copy.deepcopy(model)
+    result.resize_token_embeddings(NUM_PIECES + 62, mean_resizing=False)
+    with torch.no_grad():
+        result.get_output_embeddings().weight[NUM_PIECES:] *= scale
+    return result
+
+
+def test_a_draft_with_padded_rows_proposes_none_of_them(services, byte_model, byte_target, tmp_path):
+    # Its padded rows are likelier than all others, were they proposed.
+    draft = services.start(DRAFT, tiny_models.save(padded(byte_model, 100), tmp_path, tiny_models.byte_tokenizer()))
+    sampling = SamplingParams(temperature=1, seed=3, max_new_tokens=40)
+    with SpeculativeClient(byte_target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        assert client.info().mismatch is None
+        result = client.generate("Hello", sampling, **PAIR)
+    draft.stop()
+    assert len(result.token_ids) == 40
+    assert max(result.token_ids) < NUM_PIECES
+    assert result.stats.acceptance_rate > 0.9  # the same model but for the padding
+
+
+@pytest.mark.parametrize("scale", [0, 100], ids=["rows that never come", "rows that come"])
+def test_a_target_with_padded_rows_works_with_a_draft_without(services, byte_model, tmp_path, scale):
+    tokenizer = tiny_models.byte_tokenizer()
+    target = services.start(TARGET, tiny_models.save(padded(byte_model, scale), tmp_path / "t", tokenizer))
+    draft = services.start(DRAFT, tiny_models.save(byte_model, tmp_path / "d", tokenizer))
+    with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        assert client.info().mismatch is None
+        result, alone = (client.generate("Hello", GREEDY, **how) for how in (PAIR, ALONE))
+    target.stop()
+    draft.stop()
+    assert result.token_ids == alone.token_ids
+    assert result.text == alone.text
+    if scale:
+        assert max(result.token_ids) >= NUM_PIECES  # a draft that does not know a token cannot follow it
+        assert result.stats.num_rounds_without_draft > 0
+    else:
+        assert result.stats.num_accepted_tokens > 0
