@@ -136,6 +136,15 @@ def test_windows_of_every_size_are_kept(family, sliding_window):
     assert_same(packed_pass(model), model)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_token_at_a_time_is_the_same(family):
+    """As a draft model is run; the pass in which a window begins to matter is among them."""
+    model, ids = make_model(family, 0), texts(0)[1]
+    runner, cache = ModelRunner(packed_pass(model)), SequenceCache()
+    logits = torch.cat([runner.forward([Feed(cache, [token_id], 1)]) for token_id in ids])
+    assert (logits - own_logits(model, ids)).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("family", WITH_WINDOW)
 def test_the_texts_cross_the_windows(family):
     """Else the tests of windows prove nothing: a window of 8 changes the logits clearly from position 8 on."""

@@ -75,6 +75,13 @@ def test_the_likeliest_token_survives_every_filter():
     assert torch.equal(probability_rows(logits, [warping] * 8), probability_rows(logits, [Warping(0.0)] * 8))
 
 
+def test_zero_switches_every_filter_off():
+    """common.proto: 0 keeps all, of top-p as of the others; beside another filter too."""
+    logits = logits_of(8, seed=4)
+    for off, on in ((Warping(top_p=0.0), Warping()), (Warping(top_k=3, top_p=0.0), Warping(top_k=3))):
+        assert torch.equal(probability_rows(logits, [off] * 8), probability_rows(logits, [on] * 8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_rows_are_float32_where_logits_are_not_wider(dtype):
     logits = logits_of(3, seed=5).to(dtype)
