@@ -8,5 +8,5 @@ from hypothesis import settings
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 # The same examples in every run, so that a test passes always or never; no deadline, since machines are shared.
-settings.register_profile("outrider", derandomize=True, deadline=None, print_blob=False)
+settings.register_profile("outrider", derandomize=True, deadline=None, database=None)
 settings.load_profile("outrider")
