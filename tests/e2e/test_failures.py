@@ -143,23 +143,24 @@ def test_a_target_that_is_killed_and_comes_back_changes_nothing(processes):
     assert stream.result.stats.num_target_retries >= 1
 
 
-@pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
-def test_a_service_that_is_told_to_end_finishes_its_sessions_first(processes, long_text, kind):
-    service = processes.running(kind)
-    with processes.client() as client, grpc.insecure_channel(service.address) as channel:
+def test_services_that_are_told_to_end_finish_their_sessions_first(processes, long_text):
+    both = {kind: processes.running(kind) for kind in (TARGET, DRAFT)}
+    with processes.client() as client:
         stream = client.stream(PROMPT, LONG, **PAIR)
         next(stream)
-        request = health_pb2.HealthCheckRequest(service=kind.name)
-        watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=PATIENCE_S)
-        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-        service.terminate()
-        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        watch.cancel()
+        for kind, service in both.items():
+            with grpc.insecure_channel(service.address) as channel:
+                request = health_pb2.HealthCheckRequest(service=kind.name)
+                watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=PATIENCE_S)
+                assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+                service.terminate()
+                assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+                watch.cancel()
         for _ in stream:
             pass
     assert stream.result.token_ids == long_text
     assert stream.result.stats.num_target_retries == stream.result.stats.num_draft_failures == 0
-    assert service.wait() == 0
+    assert [service.wait() for service in both.values()] == [0, 0]
 
 
 # Services in this process.
