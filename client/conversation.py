@@ -279,6 +279,8 @@ class Conversation:
             self._draft.is_on_trial = self._draft_failures > 0
             self._draft_is_open = True
             yield from self._open(Link.DRAFT, self._draft.open())
+        else:  # nor will it be able to later; but another may come in its place
+            self._draft_retry_at = self._clock() + self._patience.longest_backoff_s
 
     def _count_draft_failure(self, retry_delay_s: float | None) -> None:
         self._draft_is_open = False
