@@ -26,7 +26,7 @@ from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, targe
 from target_service.servicer import SERVICE_NAME as TARGET_NAME
 from target_service.servicer import TargetServicer
 
-PATIENCE_S = 60.0  # until a test gives up what should come at once; nothing asserts a time
+PATIENCE_S = 120.0  # until a test gives up what should come at once; nothing asserts a time
 
 
 @dataclass(frozen=True)

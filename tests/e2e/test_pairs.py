@@ -93,3 +93,25 @@ def test_a_target_with_padded_rows_works_with_a_draft_without(services, byte_mod
         assert result.stats.num_rounds_without_draft > 0
     else:
         assert result.stats.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize("num_prompt", [5, 32, 40], ids=["within", "just beyond", "beyond"])
+def test_a_draft_with_a_shorter_context_is_done_without_beyond_it(services, tmp_path, num_prompt):
+    draft_context = 32
+    model = tiny_models.make_model(FAMILY, 1)
+    short = tiny_models.make_model(FAMILY, 1, n_positions=draft_context)
+    short.load_state_dict(
+        {name: weight[:draft_context] if "wpe" in name else weight for name, weight in model.state_dict().items()}
+    )
+    target = services.start(TARGET, tiny_models.save(model, tmp_path / "t"))
+    draft = services.start(DRAFT, tiny_models.save(short, tmp_path / "d"))
+    prompt = list(range(1, 1 + num_prompt))
+    with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        result, alone = (client.generate(prompt, GREEDY, **how) for how in (PAIR, ALONE))
+    target.stop()
+    draft.stop()
+    assert result.token_ids == alone.token_ids
+    assert result.stats.num_draft_failures == 0
+    # The same model: all that the draft may propose is kept, and each token beyond takes a round.
+    assert result.stats.num_accepted_tokens == max(0, draft_context - num_prompt)
+    assert result.stats.num_rounds_without_draft == GREEDY.max_new_tokens - result.stats.num_accepted_tokens
