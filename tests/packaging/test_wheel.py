@@ -27,8 +27,9 @@ STUBS = {
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command without what would let it find the working tree."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    """Run a command without what would let it find the working tree; make's paths to constraints are relative to it."""
+    dropped = ("PYTHONPATH", "PYTHONHOME", "PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
