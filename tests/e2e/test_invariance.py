@@ -21,7 +21,7 @@ from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RunningServer, Services
 
 PROMPT = [5, 17, 3, 88, 41, 9]
-NUM_NEW = 32
+NUM_NEW = 24
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0, seed=1, max_new_tokens=NUM_NEW),
     "plain": SamplingParams(temperature=1, seed=3, max_new_tokens=NUM_NEW),
@@ -52,7 +52,7 @@ def pair(services, tmp_path_factory) -> Iterator[Pair]:
     target = tiny_models.make_model(FAMILY, 1)
     paths = [
         tiny_models.save(target, folder / "t"),
-        tiny_models.save(tiny_models.disagreeing_copy(target, 2), folder / "d"),
+        tiny_models.save(tiny_models.disagreeing_copy(target, 3, noise=0.012), folder / "d"),
     ]
     servers = services.start(TARGET, paths[0]), services.start(DRAFT, paths[1])
     yield Pair(*servers, *paths)
@@ -84,7 +84,7 @@ EVERY_SAMPLING = pytest.mark.parametrize("name", SAMPLINGS)
 def test_acceptance_is_neither_rare_nor_certain(pair, name):
     with pair.client() as client:
         stats = client.generate(PROMPT, SAMPLINGS[name], num_speculative_tokens=5).stats
-    assert 0.2 < stats.acceptance_rate < 0.9
+    assert 0.3 < stats.acceptance_rate < 0.9
     assert stats.num_rounds < NUM_NEW
 
 
@@ -178,7 +178,7 @@ def test_a_draft_that_restarts_in_the_middle_completes(services, pair):
     assert stream.result.stats.num_draft_failures >= 1
 
 
-SMALL_CACHE = 110  # tokens; each text fits alone (at most 26 + 64), two do not
+SMALL_CACHE = 80  # tokens; each text fits alone (at most 25 + 48), nine do not
 
 
 def test_caches_that_are_evicted_in_the_middle(services, pair, texts):

@@ -39,8 +39,8 @@ from tests.servers import DRAFT, TARGET, Services
 VOCAB_SIZE = 6
 LENGTH = 3
 PROMPT = [3, 1, 4]
-NUM_TEXTS = 1200
-NUM_TEXTS_BROKEN = 400  # a broken rule shows with a third of them
+NUM_TEXTS = 1000
+NUM_TEXTS_BROKEN = 400  # a broken rule shows with fewer than half of them
 NUM_AT_ONCE = 32
 FALSE_ALARM = 1e-6  # chance that a right rule fails; decided once, since the seeds are fixed
 LEAST_EXPECTATION = 5  # of a cell; rarer strings are counted together, as is usual for a chi-square
