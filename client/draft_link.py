@@ -57,6 +57,7 @@ class DraftLink:
                 max_support=speculation.max_support,
                 min_draft_prob=self._min_draft_prob,
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
+                batch_until=self._batch_until(),
             )
         )
 
@@ -77,7 +78,9 @@ class DraftLink:
         span = self._generation.span_from(self._told)
         self._told = len(self._generation.tokens)
         return draft_pb2.ProposeRequest(
-            commit=draft_pb2.Commit(commit_index=self._commit_index, span=span, window=self._window())
+            commit=draft_pb2.Commit(
+                commit_index=self._commit_index, span=span, window=self._window(), batch_until=self._batch_until()
+            )
         )
 
     def on_committed(self, start: int, token_ids: Sequence[int]) -> None:
@@ -142,6 +145,13 @@ class DraftLink:
         """A draft that writes alone must not stop, since only a commit would make it go on."""
         speculation = self._generation.speculation
         return 0.0 if speculation.method == "draft" else speculation.min_draft_prob
+
+    def _batch_until(self) -> int:
+        """The next round waits for all its proposals, so they may come together; a draft alone shows each at once."""
+        speculation = self._generation.speculation
+        if speculation.method == "draft":
+            return 0
+        return len(self._generation.tokens) + self.num_wanted(speculation.num_speculative_tokens)
 
     def _window(self) -> int:
         generation = self._generation

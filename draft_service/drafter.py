@@ -17,17 +17,18 @@ from itertools import compress
 
 import torch
 
-from outrider.engine.engine import Demand, Engine
+from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread
 from outrider.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ServiceError
-from outrider.probs import Draft, are_rows_finite, draw_drafts, probability_rows
+from outrider.probs import Draft, are_rows_finite, draw_drafts, greedy_drafts, probability_rows
 from outrider.rng import AddressedUniforms, Purpose
 from outrider.warping import Warping
 
 log = logging.getLogger(__name__)
 
 GREEDY = Warping(temperature=0.0)
+LONGEST_HOLD_S = 0.01  # a drafted token waits for no others longer; slower drafts send each token as it comes
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,40 @@ class DraftOptions:
 
 @dataclass(frozen=True)
 class Drafted:
-    """One drafted token, as it goes to the client."""
+    """Drafted tokens at consecutive positions, as they go to the client together."""
 
     commit_index: int
-    position: int
-    draft: Draft
+    start_position: int
+    drafts: list[Draft]
     stopped: bool
     num_cached_tokens: int
     cache_digest: int
     queue_ms: float
+    forward_ms: float  # of all their passes
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One drafted token that has not been sent yet."""
+
+    draft: Draft
+    drawn_at: float
+    queue_ms: float
     forward_ms: float
     batch_size: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Committed tokens and the limits of what is drafted next; Commit in draft.proto."""
+
+    index: int
+    start_position: int
+    token_ids: Sequence[int]
+    prefix_digest: int
+    window: int
+    batch_until: int
 
 
 @dataclass(eq=False)
@@ -64,11 +88,13 @@ class Session:
     emit: Callable[[Drafted | ServiceError], None]
     arrival: int
     window: int
+    batch_until: int = 0
     sequence: EngineSequence = field(default_factory=EngineSequence)
     commit_index: int = 0
     is_stopped: bool = False
     committed_at: float = field(default_factory=time.monotonic)
     demand: Demand | None = None
+    held: list[_Held] = field(default_factory=list)  # for the last positions of the sequence
     uniforms: AddressedUniforms = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +103,33 @@ class Session:
     @property
     def wants_token(self) -> bool:
         return not self.is_stopped and len(self.sequence.tokens) < self.window
+
+    @property
+    def must_send(self) -> bool:
+        """Whether what is held has waited for all that it should, or for long enough."""
+        if not self.held:
+            return False
+        if not self.batch_until:
+            return True
+        end = len(self.sequence.tokens)
+        has_all = end >= self.batch_until > end - len(self.held)
+        return has_all or not self.wants_token or time.monotonic() - self.held[0].drawn_at > LONGEST_HOLD_S
+
+    def take_held(self) -> Drafted:
+        """Return what is held; nothing is held afterwards."""
+        held, self.held = self.held, []
+        sequence = self.sequence
+        return Drafted(
+            commit_index=self.commit_index,
+            start_position=len(sequence.tokens) - len(held),
+            drafts=[item.draft for item in held],
+            stopped=self.is_stopped,
+            num_cached_tokens=sequence.cache.length,
+            cache_digest=sequence.tokens.digest(sequence.cache.length),
+            queue_ms=held[0].queue_ms,
+            forward_ms=sum(item.forward_ms for item in held),
+            batch_size=held[-1].batch_size,
+        )
 
 
 class Drafter:
@@ -88,7 +141,7 @@ class Drafter:
         self._sessions: list[Session] = []
         self._arrivals = itertools.count()
 
-    def open(self, options: DraftOptions, token_ids: Sequence[int], window: int, emit) -> Session:
+    def open(self, options: DraftOptions, token_ids: Sequence[int], window: int, batch_until: int, emit) -> Session:
         """Return a new session, which drafts at once.
 
         Raises:
@@ -99,17 +152,15 @@ class Drafter:
                 f"committed.token_ids holds {len(token_ids)} tokens: give 1 to {self._context_length}"
             )
         self._check_window(window, len(token_ids))
-        session = Session(options, emit, next(self._arrivals), window)
+        session = Session(options, emit, next(self._arrivals), window, batch_until)
         session.sequence.tokens.extend(token_ids)
         self.thread.post(lambda: self._begin(session))
         return session
 
-    def commit(
-        self, session: Session, commit_index: int, start_position: int, token_ids, prefix_digest: int, window: int
-    ) -> None:
+    def commit(self, session: Session, commit: Commit) -> None:
         """Apply a commit before the next pass; an error that only the session's state shows is emitted."""
-        self._check_window(window, start_position + len(token_ids))
-        self.thread.post(lambda: self._commit(session, commit_index, start_position, token_ids, prefix_digest, window))
+        self._check_window(commit.window, commit.start_position + len(commit.token_ids))
+        self.thread.post(lambda: self._commit(session, commit))
 
     def close(self, session: Session) -> None:
         """Stop drafting and free the session's cache before the next forward pass."""
@@ -125,24 +176,28 @@ class Drafter:
         self._engine.add(session.sequence)
         self._sessions.append(session)
 
-    def _commit(self, session, commit_index, start_position, token_ids, prefix_digest, window) -> None:
+    def _commit(self, session: Session, commit: Commit) -> None:
         if session not in self._sessions:
             return
         tokens = session.sequence.tokens
         try:
-            if commit_index != session.commit_index + 1:
+            if commit.index != session.commit_index + 1:
                 raise FailedPreconditionError(
-                    f"commit_index is {commit_index} after {session.commit_index}: open a new session"
+                    f"commit_index is {commit.index} after {session.commit_index}: open a new session"
                 )
-            tokens.check_span(start_position, prefix_digest)
+            tokens.check_span(commit.start_position, commit.prefix_digest)
         except ServiceError as error:
             self._fail(session, error)
             return
-        if tokens.num_agreeing(start_position, token_ids) < len(token_ids):
-            session.sequence.rewrite(start_position, token_ids)
-            session.demand = None
-        session.commit_index, session.window, session.is_stopped = commit_index, window, False
+        if tokens.num_agreeing(commit.start_position, commit.token_ids) < len(commit.token_ids):
+            session.sequence.rewrite(commit.start_position, commit.token_ids)
+            session.demand, session.held = None, []
+        num_undecided = max(0, len(tokens) - commit.start_position - len(commit.token_ids))
+        session.held = session.held[-num_undecided:] if num_undecided else []
+        session.commit_index, session.is_stopped = commit.index, False
+        session.window, session.batch_until = commit.window, commit.batch_until
         session.committed_at = time.monotonic()
+        self._send_if_due(session)
 
     def _end(self, session: Session) -> None:
         if session in self._sessions:
@@ -172,45 +227,50 @@ class Drafter:
 
     def _draft(self, sessions: list[Session]) -> None:
         """Draw one token for each session whose row is there; a row with NaN or infinity ends its own session alone."""
-        if not sessions:
-            return
-        logits = torch.cat([session.demand.rows[-1] for session in sessions if session.demand])
-        finite = are_rows_finite(logits)
+        rows = [session.demand.rows[-1] for session in sessions if session.demand]
+        finite = are_rows_finite(joined(rows)) if rows else []
         for session in compress(sessions, map(operator.not_, finite)):
             self._fail(session, InternalError("the model returned NaN or infinity for this session"))
         healthy = list(compress(sessions, finite))
-        if not healthy:
-            return
-        logits = logits[torch.tensor(finite, device=logits.device)]
-        for row, session in zip(logits, healthy, strict=True):
-            row[session.options.vocab_size :] = -torch.inf
-        drafts = draw_drafts(
-            probability_rows(logits, [session.options.warping for session in healthy]),
-            [session.options.max_support for session in healthy],
-            [session.uniforms.at(len(session.sequence.tokens)) for session in healthy],
-        )
+        drafts = _draw(joined(list(compress(rows, finite))), healthy) if healthy else []
         for session, draft in zip(healthy, drafts, strict=True):
             self._append(session, draft)
 
     def _append(self, session: Session, draft: Draft) -> None:
-        """Take the drafted token into the sequence and send it."""
-        demand, sequence = session.demand, session.sequence
+        """Take the drafted token into the sequence, and send it when it is time."""
+        demand = session.demand
         assert demand is not None
         assert demand.started_at is not None
         session.demand = None
-        position = len(sequence.tokens)
-        sequence.tokens.extend([draft.token_id])
+        session.sequence.tokens.extend([draft.token_id])
         session.is_stopped = draft.token_prob < session.options.min_draft_prob
-        session.emit(
-            Drafted(
-                commit_index=session.commit_index,
-                position=position,
+        session.held.append(
+            _Held(
                 draft=draft,
-                stopped=session.is_stopped,
-                num_cached_tokens=sequence.cache.length,
-                cache_digest=sequence.tokens.digest(sequence.cache.length),
+                drawn_at=time.monotonic(),
                 queue_ms=max(0.0, demand.started_at - session.committed_at) * 1000,
                 forward_ms=(demand.ended_at - demand.started_at) * 1000,
                 batch_size=demand.batch_size,
             )
         )
+        self._send_if_due(session)
+
+    def _send_if_due(self, session: Session) -> None:
+        if session.must_send:
+            session.emit(session.take_held())
+
+
+def _draw(logits: torch.Tensor, sessions: Sequence[Session]) -> list[Draft]:
+    """Return a draft for each session's row of `logits` `[N, V]`."""
+    if any(session.options.vocab_size < logits.shape[1] for session in sessions):
+        logits = logits.clone()
+        for row, session in zip(logits, sessions, strict=True):
+            row[session.options.vocab_size :] = -torch.inf
+    warpings = [session.options.warping for session in sessions]
+    if all(warping.is_greedy for warping in warpings):
+        return greedy_drafts(logits)
+    return draw_drafts(
+        probability_rows(logits, warpings),
+        [session.options.max_support for session in sessions],
+        [session.uniforms.at(len(session.sequence.tokens)) for session in sessions],
+    )

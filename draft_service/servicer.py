@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from draft_service.drafter import GREEDY, Drafted, Drafter, DraftOptions, Session
+from draft_service.drafter import GREEDY, Commit, Drafted, Drafter, DraftOptions, Session
 from outrider import wire
 from outrider.errors import InvalidArgumentError, ServiceError
 from outrider.options import ServiceOptions
@@ -70,7 +70,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         def emit(item: Drafted | ServiceError) -> None:
             loop.call_soon_threadsafe(outbox.put_nowait, item)
 
-        return drafter.open(options, token_ids.tolist(), message.window, emit)
+        return drafter.open(options, token_ids.tolist(), message.window, message.batch_until, emit)
 
     def _draft_options(self, message: draft_pb2.OpenProposals) -> DraftOptions:
         limit = self._options.max_support
@@ -99,11 +99,14 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 token_ids = wire.unpack_ids(commit.span.token_ids, "commit.span.token_ids", self._host.vocab_size)
                 drafter.commit(
                     session,
-                    commit.commit_index,
-                    commit.span.start_position,
-                    token_ids.tolist(),
-                    commit.span.prefix_digest,
-                    commit.window,
+                    Commit(
+                        index=commit.commit_index,
+                        start_position=commit.span.start_position,
+                        token_ids=token_ids.tolist(),
+                        prefix_digest=commit.span.prefix_digest,
+                        window=commit.window,
+                        batch_until=commit.batch_until,
+                    ),
                 )
             outbox.put_nowait(_EndOfStream())
         except ServiceError as error:
@@ -111,45 +114,28 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
 
 
 async def _responses(outbox: asyncio.Queue) -> AsyncIterator[draft_pb2.ProposeResponse]:
-    """Yield what is drafted; tokens that are ready together and belong together share a message."""
-    while True:
-        items = [await outbox.get()]
-        while not outbox.empty():
-            items.append(outbox.get_nowait())
-        ready: list[Drafted] = []
-        for item in items:
-            if isinstance(item, Drafted) and (not ready or _follows(ready[-1], item)):
-                ready.append(item)
-                continue
-            if ready:
-                yield _response(ready)
-            if isinstance(item, _EndOfStream):
-                return
-            if isinstance(item, ServiceError):
-                raise item
-            ready = [item]
-        if ready:
-            yield _response(ready)
+    """Yield what is drafted until the stream ends."""
+    while not isinstance(item := await outbox.get(), _EndOfStream):
+        if isinstance(item, ServiceError):
+            raise item
+        yield _response(item)
 
 
-def _follows(earlier: Drafted, later: Drafted) -> bool:
-    return later.commit_index == earlier.commit_index and later.position == earlier.position + 1
-
-
-def _response(drafted: list[Drafted]) -> draft_pb2.ProposeResponse:
-    last = drafted[-1]
+def _response(drafted: Drafted) -> draft_pb2.ProposeResponse:
     return draft_pb2.ProposeResponse(
-        commit_index=last.commit_index,
-        start_position=drafted[0].position,
+        commit_index=drafted.commit_index,
+        start_position=drafted.start_position,
         proposals=[
             draft_pb2.Proposal(
-                token_id=item.draft.token_id,
-                support_ids=wire.pack_ids(item.draft.support_ids),
-                support_probs=wire.pack_probs(item.draft.support_probs),
+                token_id=draft.token_id,
+                support_ids=wire.pack_ids(draft.support_ids),
+                support_probs=wire.pack_probs(draft.support_probs),
             )
-            for item in drafted
+            for draft in drafted.drafts
         ],
-        stopped=last.stopped,
-        cache=common_pb2.CacheState(num_cached_tokens=last.num_cached_tokens, digest=last.cache_digest),
-        timing=common_pb2.Timing(queue_ms=last.queue_ms, forward_ms=last.forward_ms, batch_size=last.batch_size),
+        stopped=drafted.stopped,
+        cache=common_pb2.CacheState(num_cached_tokens=drafted.num_cached_tokens, digest=drafted.cache_digest),
+        timing=common_pb2.Timing(
+            queue_ms=drafted.queue_ms, forward_ms=drafted.forward_ms, batch_size=drafted.batch_size
+        ),
     )

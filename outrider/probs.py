@@ -89,6 +89,12 @@ def _draw_draft(ids: np.ndarray, probs: np.ndarray, uniform: float) -> Draft:
     return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]))
 
 
+def greedy_drafts(logits: torch.Tensor) -> list[Draft]:
+    """Return what draw_drafts draws when every row of `logits` `[N, V]` is greedy: the likeliest token alone."""
+    alone = np.ones(1, dtype=np.float32)
+    return [Draft(token_id, np.array([token_id]), alone, 1.0) for token_id in logits.argmax(-1).tolist()]
+
+
 def are_rows_finite(logits: torch.Tensor) -> list[bool]:
     """Return for each row of `logits` `[N, V]` whether it is a law: no NaN, no +infinity, and not all −infinity."""
     return logits.amax(-1).isfinite().tolist()
@@ -106,23 +112,37 @@ def inverse_cdf(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Tenso
 class TargetRows:
     """The target's distribution on each proposal's support, and one draw from outside it."""
 
-    support_probs: list[torch.Tensor]  # N of [num_support] float32
+    support_probs: list[np.ndarray]  # N of [num_support] float32
     outside_masses: list[float]  # [N]
     outside_token_ids: list[int]  # [N]
 
 
-def read_target_rows(probs: torch.Tensor, supports: Sequence[torch.Tensor], uniforms: Sequence[float]) -> TargetRows:
+def read_target_rows(probs: torch.Tensor, supports: Sequence[np.ndarray], uniforms: Sequence[float]) -> TargetRows:
     """Read `probs` `[N, V]` on `supports` (N of `[num_support] int64`) and draw a token outside each with its uniform.
 
     The mass outside is summed, not subtracted from 1, so that a small one keeps its precision.
     """
-    num_rows, sizes = probs.shape[0], [len(support) for support in supports]
-    flat_ids = torch.cat(list(supports)).to(probs.device)
-    flat_rows = torch.repeat_interleave(torch.arange(num_rows), torch.tensor(sizes)).to(probs.device)
-    on_support = probs[flat_rows, flat_ids].float().cpu()
-    outside = probs.double().index_put((flat_rows, flat_ids), probs.new_zeros((), dtype=torch.float64))
+    sizes = [len(support) for support in supports]
+    flat_ids = np.concatenate(supports)
+    flat_ids += np.repeat(np.arange(len(supports)) * probs.shape[1], sizes)
+    cells = torch.from_numpy(flat_ids).to(probs.device)
+    on_support = probs.take(cells).float().cpu().numpy()
+    outside = probs.to(torch.float64, copy=True)
+    outside.view(-1)[cells] = 0.0
     return TargetRows(
-        support_probs=list(on_support.split(sizes)),
+        support_probs=np.split(on_support, np.cumsum(sizes)[:-1]),
         outside_masses=outside.sum(-1).tolist(),
         outside_token_ids=inverse_cdf(outside, uniforms).tolist(),
+    )
+
+
+def greedy_target_rows(logits: torch.Tensor, supports: Sequence[np.ndarray]) -> TargetRows:
+    """Return what read_target_rows reads when every row of `logits` `[N, V]` is greedy."""
+    likeliest = logits.argmax(-1).tolist()
+    on_support = [support == token_id for support, token_id in zip(supports, likeliest, strict=True)]
+    are_outside = [not hits.any() for hits in on_support]
+    return TargetRows(
+        support_probs=[hits.astype(np.float32) for hits in on_support],
+        outside_masses=[float(is_outside) for is_outside in are_outside],
+        outside_token_ids=[token_id * outside for token_id, outside in zip(likeliest, are_outside, strict=True)],
     )

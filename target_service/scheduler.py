@@ -20,11 +20,11 @@ from itertools import compress
 import numpy as np
 import torch
 
-from outrider.engine.engine import Demand, Engine
+from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread, new_reply
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError
-from outrider.probs import TargetRows, are_rows_finite, probability_rows, read_target_rows
+from outrider.probs import TargetRows, are_rows_finite, greedy_target_rows, probability_rows, read_target_rows
 from outrider.rng import AddressedUniforms, Purpose
 from outrider.warping import Warping
 
@@ -191,7 +191,7 @@ class Scheduler:
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Read the rows of all finished rounds together; a row with NaN or infinity fails its own round alone."""
-        logits = [torch.cat(job.demand.rows) for job in jobs]
+        logits = [joined(job.demand.rows) for job in jobs]
         finite = [all(are_rows_finite(rows)) for rows in logits]
         for job in compress(jobs, map(operator.not_, finite)):
             job.session.sequence.cache.clear()
@@ -217,16 +217,21 @@ def _read_rows(jobs: list[tuple[_Job, torch.Tensor]]) -> list[TargetRows]:
     """Return each job's rows, read from one batch of logits."""
     sizes = [len(logits) for _, logits in jobs]
     warpings: list[Warping] = []
-    supports: list[torch.Tensor] = []
+    supports: list[np.ndarray] = []
     uniforms: list[float] = []
-    no_support = torch.empty(0, dtype=torch.long)
+    no_support = np.empty(0, dtype=np.int64)
     for (job, _), size in zip(jobs, sizes, strict=True):
         first = job.round.committed.end
         warpings += [job.session.warping] * size
-        supports += [torch.from_numpy(support) for support in job.round.supports] or [no_support]
+        supports += job.round.supports or [no_support]
         uniforms += [job.session.outside_uniforms.at(first + offset) for offset in range(size)]
-    probs = probability_rows(torch.cat([logits for _, logits in jobs]), warpings)
-    rows = read_target_rows(probs, supports, uniforms)
+    logits = joined([logits for _, logits in jobs])
+    if all(warping.is_greedy for warping in warpings):
+        rows = greedy_target_rows(logits, supports)
+    else:
+        rows = read_target_rows(probability_rows(logits, warpings), supports, uniforms)
+    if len(jobs) == 1:
+        return [rows]
     parts, start = [], 0
     for size in sizes:
         where = slice(start, start + size)

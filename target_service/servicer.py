@@ -107,9 +107,7 @@ def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
     return target_pb2.VerifyResponse(
         round_index=round_index,
         rows=[
-            target_pb2.TargetRow(
-                support_probs=wire.pack_probs(probs.numpy()), outside_mass=mass, outside_token_id=token_id
-            )
+            target_pb2.TargetRow(support_probs=wire.pack_probs(probs), outside_mass=mass, outside_token_id=token_id)
             for probs, mass, token_id in zip(
                 rows.support_probs, rows.outside_masses, rows.outside_token_ids, strict=True
             )

@@ -25,7 +25,7 @@ ATTENTION_NAME = "outrider_packed"
 class PackedBatch:
     """Which slice of the packed row belongs to which cache.
 
-    `masks` holds what every layer of a pass would compute again: one mask per (sequence, window).
+    `masks` holds what every layer of a pass would compute again: one additive mask per (sequence, window).
     """
 
     segments: list[tuple[slice, SequenceCache]]
@@ -84,23 +84,31 @@ def attend(
     """
     outputs = []
     for index, (where, cache) in enumerate(packed.segments):
-        keys, values = cache.write(layer, key[0, :, where], value[0, :, where])
-        num_new, num_keys = where.stop - where.start, keys.shape[1]
+        parts = (
+            (query, key, value) if len(packed.segments) == 1 else (part[:, :, where] for part in (query, key, value))
+        )
+        new_query, new_key, new_value = parts
+        keys, values = cache.write(layer, new_key[0], new_value[0])
         if (index, sliding_window) not in packed.masks:
-            packed.masks[index, sliding_window] = causal_mask(num_new, num_keys, sliding_window, key.device)
+            packed.masks[index, sliding_window] = causal_mask(new_query, keys.shape[1], sliding_window)
         mask = packed.masks[index, sliding_window]
-        outputs.append(_attend_one(query[:, :, where], keys[None], values[None], mask, scaling, softcap))
+        outputs.append(_attend_one(new_query, keys[None], values[None], mask, scaling, softcap))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2)
 
 
-def causal_mask(num_new: int, num_keys: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return which keys each of the last `num_new` positions may see, `[num_new, num_keys] bool`; None for all."""
+def causal_mask(query: torch.Tensor, num_keys: int, sliding_window: int | None) -> torch.Tensor | None:
+    """Return what is added to the scores of `query` `[1, Hq, n, D]`, the last of `num_keys` positions.
+
+    Returns:
+        `[n, num_keys]` of 0 and −infinity in the query's type; None where every key may be seen.
+    """
+    num_new = query.shape[2]
     if num_new == 1 and (sliding_window is None or num_keys <= sliding_window):
         return None
-    queries = torch.arange(num_keys - num_new, num_keys, device=device)[:, None]
-    keys = torch.arange(num_keys, device=device)[None]
-    visible = keys <= queries
-    return visible if sliding_window is None else visible & (keys > queries - sliding_window)
+    queries = torch.arange(num_keys - num_new, num_keys, device=query.device)[:, None]
+    keys = torch.arange(num_keys, device=query.device)[None]
+    visible = keys <= queries if sliding_window is None else (keys <= queries) & (keys > queries - sliding_window)
+    return query.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
 
 
 def _attend_one(query, keys, values, mask, scaling, softcap) -> torch.Tensor:
@@ -112,7 +120,7 @@ def _attend_one(query, keys, values, mask, scaling, softcap) -> torch.Tensor:
     scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores + mask
     precise = scores if scores.dtype == torch.float64 else scores.float()
     return precise.softmax(-1).to(query.dtype) @ values
 

@@ -174,6 +174,11 @@ class Engine:
         self.stats.num_evictions += 1
 
 
+def joined(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Return parts `[R, V]` in one; a single part as it is, which is the usual case."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
 def fair_shares(wanted: SequenceOf[int], budget: int) -> list[int]:
     """Divide `budget` max-min fairly: whoever wants less than an equal share gets it all, the rest is divided again.
 

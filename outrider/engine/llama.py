@@ -2,9 +2,12 @@
 
 It computes what transformers' Llama, Mistral and Qwen2 models compute, with fewer and larger operations: the three
 projections of attention are one product and so are the two of the feed-forward layer, the norms' weights are folded
-into the products behind them, residuals are added inside the products, and rotary embedding is one complex product,
-for which the rows of the query and key projections are put into another order. The loader compares it with
+into the products behind them, residuals are added inside the products, and rotary embedding is one complex product in
+place, for which the rows of the query and key projections are put into another order. The loader compares it with
 transformers before use.
+
+Between two passes the caches fill with weights, so that an operation on a few rows costs five to ten microseconds
+whatever it computes: their number is what counts.
 
 Shapes: T new tokens in the packed row, R rows read, V vocabulary, E hidden size, Hq query heads, H key-value heads, D
 head size, F feed-forward size.
@@ -48,9 +51,9 @@ class LlamaForward:
         self._num_query_heads = config.num_attention_heads
         self._num_kv_heads = config.num_key_value_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._eps = config.rms_norm_eps
         self._embedding = decoder.embed_tokens.weight.detach()
         self.device = self._embedding.device
+        self._norm_floor = self._embedding.new_tensor([config.rms_norm_eps * config.hidden_size]).sqrt()
         self._layers = [self._layer(layer, config) for layer in decoder.layers]
         self._head = make_product(_fold(model.get_output_embeddings().weight.detach(), decoder.norm.weight))
         self._rotary = decoder.rotary_emb
@@ -81,17 +84,16 @@ class LlamaForward:
         for index, layer in enumerate(self._layers):
             hidden = self._attention(index, layer, hidden, angles, packed)
             hidden = self._feed_forward(layer, hidden)
-        return self._head(self._normalised(hidden[rows]))
+        return self._head(self._normalised(hidden if len(rows) == len(hidden) else hidden[rows]))
 
     def _attention(self, index: int, layer: _Layer, hidden, angles, packed: PackedBatch) -> torch.Tensor:
         """Return `hidden` `[T, E]` with attention added."""
         num_tokens, num_rotated = len(hidden), self._num_query_heads + self._num_kv_heads
         projected = layer.query_key_value(self._normalised(hidden))
-        heads = projected.view(num_tokens, num_rotated + self._num_kv_heads, self._head_dim)
-        pairs = torch.view_as_complex(heads[:, :num_rotated].unflatten(-1, (-1, 2)))
-        rotated = torch.view_as_real(pairs * angles).flatten(-2).transpose(0, 1)[None]
-        query, key = rotated[:, : self._num_query_heads], rotated[:, self._num_query_heads :]
-        value = heads[:, num_rotated:].transpose(0, 1)[None]
+        pairs = torch.view_as_complex(projected.view(num_tokens, -1, self._head_dim // 2, 2))
+        pairs[:, :num_rotated].mul_(angles)
+        heads = projected.view(1, num_tokens, -1, self._head_dim).transpose(1, 2)
+        query, key, value = heads.split([self._num_query_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
         mixed = attend(index, query, key, value, packed, layer.scaling, layer.sliding_window)
         return layer.output(mixed.reshape(num_tokens, -1), hidden)
 
@@ -101,9 +103,8 @@ class LlamaForward:
         return layer.down(F.silu(gate).mul_(up), hidden)
 
     def _normalised(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return `hidden` over its root mean square; the norm's weight is in the product that follows."""
-        mean_square = torch.linalg.vecdot(hidden, hidden)[:, None].div_(hidden.shape[-1])
-        return hidden * mean_square.add_(self._eps).rsqrt_()
+        """Return `hidden` over √(Σ x² + E·eps): the norm's weight and √E are in the product that follows."""
+        return hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(self._norm_floor)
 
     def _angles_at(self, positions: torch.Tensor) -> torch.Tensor:
         """Return e^(i·angle) `[T, 1, D/2]` of rotary embedding at `positions` `[T]`."""
@@ -150,5 +151,5 @@ class LlamaForward:
 
 
 def _fold(weight: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:
-    """Return `weight` `[out, in]` for inputs that the norm's weight `[in]` has not multiplied yet."""
-    return (weight * norm_weight.detach()).contiguous()
+    """Return `weight` `[out, in]` for inputs of length 1, which the norm's weight `[in]` has not multiplied yet."""
+    return (weight * norm_weight.detach() * weight.shape[1] ** 0.5).contiguous()

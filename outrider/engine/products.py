@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
-# oneDNN's prepacked product costs some 35 µs a call more than MKL's, and pays once the weight is read from memory
-# instead of a cache: then several rows cost what one does.
-PREPACKED_FROM = 250_000  # elements of a weight
+# Small weights MKL multiplies fastest as [I, O]: several rows then cost little more than one, and a call takes 10 to
+# 35 µs less than oneDNN's. Large ones only oneDNN's own blocks multiply at the price of reading them once; with one row
+# both do, so that a weight for which the microseconds count is kept in both forms. Measured in docs/performance.md.
+PREPACKED_FROM = 700_000 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 250_000  # elements of a weight
+KEPT_PLAIN_TOO_BELOW = 2_000_000
 
 
 class Product(Protocol):
@@ -32,12 +33,12 @@ def make_product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Prod
 
 class _Plain:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self._weight, self._bias = weight.contiguous(), bias
+        self._weight, self._bias = weight.T.contiguous(), bias
 
     def __call__(self, inputs: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if residual is not None and self._bias is None:
-            return torch.addmm(residual, inputs, self._weight.T)
-        outputs = F.linear(inputs, self._weight, self._bias)
+        if self._bias is None:
+            return inputs @ self._weight if residual is None else torch.addmm(residual, inputs, self._weight)
+        outputs = torch.addmm(self._bias, inputs, self._weight)
         return outputs if residual is None else outputs + residual
 
 
@@ -47,8 +48,11 @@ class _Prepacked:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = bias
+        self._for_one_row = _Plain(weight, bias) if weight.numel() < KEPT_PLAIN_TOO_BELOW else None
 
     def __call__(self, inputs: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if len(inputs) == 1 and self._for_one_row:
+            return self._for_one_row(inputs, residual)
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, self._weight, self._bias, "add")

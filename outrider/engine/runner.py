@@ -77,9 +77,8 @@ class ModelRunner:
             positions.extend(range(feed.cache.length, feed.cache.length + num_new))
             rows.extend(range(first + num_new - feed.num_rows, first + num_new))
             segments.append((slice(first, first + num_new), feed.cache))
-        logits = self._forward_pass(
-            self._indices(token_ids), self._indices(positions), self._indices(rows), PackedBatch(segments)
-        )
+        ids, where = self._indices([token_ids, positions])
+        logits = self._forward_pass(ids, where, self._indices(rows), PackedBatch(segments))
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))
         return logits
@@ -88,5 +87,5 @@ class ModelRunner:
     def device(self) -> torch.device:
         return self._forward_pass.device
 
-    def _indices(self, values: list[int]) -> torch.Tensor:
+    def _indices(self, values: list) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

@@ -103,7 +103,7 @@ class Pair:
     @functools.cache  # noqa: B019
     def rows(self, prefix: Prefix, support: Prefix) -> list[tuple[float, TargetRow]]:
         """Return the target's row on a support with every token it can draw outside, and that one's probability."""
-        probs, ids = self.target_probs(prefix), torch.tensor(support, dtype=torch.long)
+        probs, ids = self.target_probs(prefix), np.array(support, dtype=np.int64)
         outside = probs[0].numpy().copy()
         outside[list(support)] = 0.0
         cells = middles(outside) or [(1.0, 0.5)]  # nothing outside: any token, without meaning

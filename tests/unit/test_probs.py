@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from outrider.probs import SUPPORT_MASS, draw_drafts, inverse_cdf, probability_rows, read_target_rows
+from outrider.probs import (
+    SUPPORT_MASS,
+    draw_drafts,
+    greedy_drafts,
+    greedy_target_rows,
+    inverse_cdf,
+    probability_rows,
+    read_target_rows,
+)
 from outrider.rng import Purpose, uniforms
 from outrider.warping import Warping
 
@@ -179,14 +187,14 @@ class TestTargetRows:
     """A row is told by its probabilities on the support, the mass outside, and one draw from outside."""
 
     PROBS = probability_rows(logits_of(4, seed=10), [Warping()] * 4)
-    SUPPORTS = tuple(torch.tensor(ids, dtype=torch.long) for ids in ([], [3], [0, 7, 49], range(VOCAB_SIZE)))
+    SUPPORTS = tuple(np.array(ids, dtype=np.int64) for ids in ([], [3], [0, 7, 49], range(VOCAB_SIZE)))
 
     def test_probabilities_and_masses_are_the_rows_own(self):
         rows = read_target_rows(self.PROBS, self.SUPPORTS, [0.5] * 4)
         for probs, support, on_support, mass in zip(
             self.PROBS, self.SUPPORTS, rows.support_probs, rows.outside_masses, strict=True
         ):
-            assert torch.equal(on_support, probs[support].float())
+            assert np.array_equal(on_support, probs[support].float().numpy())
             assert mass == pytest.approx(1 - probs[support].sum().item(), abs=1e-14)
 
     def test_a_full_support_leaves_exactly_nothing_outside(self):
@@ -195,7 +203,7 @@ class TestTargetRows:
     def test_a_small_mass_outside_keeps_its_precision(self):
         """1 - p(S) would give 0 or 1.1e-16 where the mass is e^-40 = 4.2e-18."""
         probs = probability_rows(torch.tensor([[0.0, -40.0, 0.0]], dtype=torch.float64), [Warping()])
-        mass = read_target_rows(probs, [torch.tensor([0, 2])], [0.5]).outside_masses[0]
+        mass = read_target_rows(probs, [np.array([0, 2])], [0.5]).outside_masses[0]
         assert mass == pytest.approx(np.exp(-40) / 2, rel=1e-12)
 
     def test_outside_tokens_follow_the_row_without_its_support(self):
@@ -204,17 +212,37 @@ class TestTargetRows:
         points = ((np.arange(num_points) + 0.5) / num_points).tolist()
         probs, support = self.PROBS[:1], self.SUPPORTS[2]
         drawn = read_target_rows(probs.expand(num_points, -1), [support] * num_points, points).outside_token_ids
-        outside = probs[0].clone().index_fill_(0, support, 0.0)
+        outside = probs[0].clone().index_fill_(0, torch.from_numpy(support), 0.0)
         expected = (outside / outside.sum()).numpy()
         shares = np.bincount(drawn, minlength=VOCAB_SIZE) / num_points
         assert np.abs(shares - expected).max() <= 1 / num_points + 1e-12
-        assert shares[support.numpy()].max() == 0
+        assert shares[support].max() == 0
 
     def test_a_mixed_batch_gives_each_row_what_it_gets_alone(self):
         points = [0.1, 0.4, 0.7, 0.9]
         together = read_target_rows(self.PROBS, self.SUPPORTS, points)
         for row in range(4):
             alone = read_target_rows(self.PROBS[row : row + 1], self.SUPPORTS[row : row + 1], points[row : row + 1])
-            assert torch.equal(alone.support_probs[0], together.support_probs[row])
+            assert np.array_equal(alone.support_probs[0], together.support_probs[row])
             assert alone.outside_masses[0] == together.outside_masses[row]
             assert alone.outside_token_ids[0] == together.outside_token_ids[row]
+
+    def test_greedy_rows_are_those_of_one_hot_rows(self):
+        logits = logits_of(4, seed=3)
+        supports = [np.array(ids, dtype=np.int64) for ids in ([], [3], [0, 7, 49])]
+        supports.append(np.array([logits[3].argmax().item()]))
+        one_hot = probability_rows(logits, [Warping(temperature=0)] * 4)
+        expected = read_target_rows(one_hot, supports, [0.3] * 4)
+        rows = greedy_target_rows(logits, supports)
+        assert rows.outside_masses == expected.outside_masses
+        assert rows.outside_token_ids == expected.outside_token_ids
+        assert all(map(np.array_equal, rows.support_probs, expected.support_probs))
+
+
+def test_greedy_drafts_are_those_of_one_hot_rows():
+    logits = logits_of(5, seed=4)
+    expected = draw_drafts(probability_rows(logits, [Warping(temperature=0)] * 5), [9] * 5, [0.2] * 5)
+    for draft, other in zip(greedy_drafts(logits), expected, strict=True):
+        assert (draft.token_id, draft.token_prob) == (other.token_id, other.token_prob)
+        assert np.array_equal(draft.support_ids, other.support_ids)
+        assert np.array_equal(draft.support_probs, other.support_probs)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from draft_service.drafter import Drafted, Drafter, DraftOptions
+from draft_service import drafter as drafter_module
+from draft_service.drafter import Commit, Drafted, Drafter, DraftOptions
 from outrider import wire
 from outrider.engine.engine import Engine
 from outrider.engine.runner import Feed
@@ -87,7 +88,7 @@ def test_the_toy_draft_is_the_drafter(seed, min_draft_prob):
         )
     )
     with running(Drafter, toys.DRAFT_LOGITS) as drafter:
-        session = drafter.open(options, committed[:], 8, emitted.append)
+        session = drafter.open(options, committed[:], 8, 0, emitted.append)
         for commit_index in range(1, NUM_STEPS):
             while drafter.thread.ask(lambda: session.wants_token).result(timeout=10):
                 pass
@@ -102,24 +103,90 @@ def test_the_toy_draft_is_the_drafter(seed, min_draft_prob):
             )
             window = len(committed) + random.randint(0, 6)
             commit = draft_pb2.Commit(commit_index=commit_index, span=span_of(committed, start), window=window)
-            drafter.commit(session, commit_index, start, committed[start:], commit.span.prefix_digest, window)
+            drafter.commit(session, commit_of(commit_index, committed, start, window))
             toy.commit(draft_pb2.ProposeRequest(commit=commit))
+
+
+def commit_of(index: int, committed: TokenLog, start: int, window: int, batch_until: int = 0) -> Commit:
+    return Commit(index, start, committed[start:], committed.digest(start), window, batch_until)
 
 
 def message_of(item: Drafted) -> draft_pb2.ProposeResponse:
     return draft_pb2.ProposeResponse(
         commit_index=item.commit_index,
-        start_position=item.position,
+        start_position=item.start_position,
         proposals=[
             draft_pb2.Proposal(
-                token_id=item.draft.token_id,
-                support_ids=wire.pack_ids(item.draft.support_ids),
-                support_probs=wire.pack_probs(item.draft.support_probs),
+                token_id=draft.token_id,
+                support_ids=wire.pack_ids(draft.support_ids),
+                support_probs=wire.pack_probs(draft.support_probs),
             )
+            for draft in item.drafts
         ],
         stopped=item.stopped,
         cache=common_pb2.CacheState(num_cached_tokens=item.num_cached_tokens, digest=item.cache_digest),
     )
+
+
+PROMPT = (5, 6)
+OPTIONS = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, 0.0)
+
+
+def drafted_alone(num_tokens: int, prompt: tuple[int, ...] = PROMPT) -> list[int]:
+    """Return what is drafted behind a prompt when nothing is committed."""
+    emitted: SimpleQueue = SimpleQueue()
+    with running(Drafter, toys.DRAFT_LOGITS) as drafter:
+        drafter.open(OPTIONS, prompt, len(prompt) + num_tokens, 0, emitted.put)
+        return [emitted.get(timeout=10).drafts[0].token_id for _ in range(num_tokens)]
+
+
+@pytest.mark.parametrize(
+    ("batch_until", "sizes"),
+    [(0, [1] * 6), (3, [1, 5]), (6, [4, 2]), (8, [6]), (20, [6])],
+)
+def test_proposals_that_are_wanted_together_come_together(monkeypatch, batch_until, sizes):
+    monkeypatch.setattr(drafter_module, "LONGEST_HOLD_S", 60.0)
+    emitted: SimpleQueue = SimpleQueue()
+    with running(Drafter, toys.DRAFT_LOGITS) as drafter:
+        drafter.open(OPTIONS, PROMPT, 8, batch_until, emitted.put)
+        items = [emitted.get(timeout=10) for _ in sizes]
+    assert [len(item.drafts) for item in items] == sizes
+    assert [item.start_position for item in items] == [2 + sum(sizes[:index]) for index in range(len(sizes))]
+    assert [draft.token_id for item in items for draft in item.drafts] == drafted_alone(6)
+
+
+def test_a_proposal_waits_for_others_only_so_long(monkeypatch):
+    monkeypatch.setattr(drafter_module, "LONGEST_HOLD_S", 0.0)
+    emitted: SimpleQueue = SimpleQueue()
+    with running(Drafter, toys.DRAFT_LOGITS) as drafter:
+        drafter.open(OPTIONS, PROMPT, 8, 8, emitted.put)
+        assert [len(emitted.get(timeout=10).drafts) for _ in range(6)] == [1] * 6
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_a_commit_among_proposals_that_wait_sends_only_what_agrees_with_it(monkeypatch, agrees):
+    """The commit decides the first of those that wait; only if it agrees may the others still be sent."""
+    monkeypatch.setattr(drafter_module, "LONGEST_HOLD_S", 60.0)
+    [drafted], start = drafted_alone(1), len(PROMPT)
+    committed = TokenLog([*PROMPT, drafted if agrees else (drafted + 1) % toys.VOCAB_SIZE])
+    emitted: SimpleQueue = SimpleQueue()
+
+    def commit_when_some_wait() -> bool:
+        some_wait = len(session.held) >= 2
+        if some_wait:
+            drafter.commit(session, commit_of(1, committed, start, start + 12, start + 12))
+        return some_wait
+
+    with running(Drafter, toys.DRAFT_LOGITS) as drafter:
+        session = drafter.open(OPTIONS, PROMPT, toys.CONTEXT_LENGTH, toys.CONTEXT_LENGTH, emitted.put)
+        while not drafter.thread.ask(commit_when_some_wait).result(timeout=10):
+            pass
+        item = emitted.get(timeout=10)
+    assert emitted.empty()
+    assert (item.commit_index, item.start_position) == (1, start + 1)
+    drafts = [draft.token_id for draft in item.drafts]
+    assert len(drafts) >= 1
+    assert drafts == drafted_alone(len(drafts), tuple(committed[:]))
 
 
 def test_a_row_that_is_none_ends_its_own_session_and_the_drafter_goes_on():
@@ -131,12 +198,12 @@ def test_a_row_that_is_none_ends_its_own_session_and_the_drafter_goes_on():
         for prompts in ([toys.PROMPT_IDS], [(5, 6), toys.PROMPT_IDS], [(5, 6)]):
             emitted: dict[tuple[int, ...], SimpleQueue] = {prompt: SimpleQueue() for prompt in prompts}
             for prompt in prompts:
-                drafter.open(options, prompt, 8, emitted[prompt].put)
+                drafter.open(options, prompt, 8, 0, emitted[prompt].put)
             for prompt, items in emitted.items():
                 if prompt == toys.PROMPT_IDS:
                     assert isinstance(items.get(timeout=10), InternalError)
                 else:
-                    assert [items.get(timeout=10).position for _ in range(6)] == list(range(2, 8))
+                    assert [items.get(timeout=10).start_position for _ in range(6)] == list(range(2, 8))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -161,7 +228,7 @@ def test_the_toy_target_is_the_scheduler(seed):
             )
             verdict = scheduler.submit(session, work).result(timeout=10)
             answer = toy.answer(round_of(index, span_of(tokens, told), proposed_ids, supports))
-            assert [wire.pack_probs(probs.numpy()) for probs in verdict.rows.support_probs] == [
+            assert [wire.pack_probs(probs) for probs in verdict.rows.support_probs] == [
                 row.support_probs for row in answer.rows
             ]
             assert verdict.rows.outside_masses == pytest.approx([row.outside_mass for row in answer.rows], rel=2**-24)
