@@ -20,6 +20,7 @@ from client.connection import (
     check_pair,
     tokenizer_from_parts,
 )
+from client.controller import PairSpeeds
 from client.conversation import Broken, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
 from client.errors import OutriderError
 from client.pair import PairInfo
@@ -46,6 +47,7 @@ class AsyncSpeculativeClient:
     ):
         """Arguments as for SpeculativeClient. Nothing is sent before the first use."""
         self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
+        self._speeds = PairSpeeds()
         self._target_channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._draft_channel = grpc.aio.insecure_channel(draft, options=CHANNEL_OPTIONS) if draft else None
         self._target_stub = target_pb2_grpc.TargetServiceStub(self._target_channel)
@@ -91,7 +93,7 @@ class AsyncSpeculativeClient:
     ) -> AsyncGenerationStream:
         """Return an async iterator over the text's chunks, whose `result` is there when it has ended."""
         target = await self._described_target()
-        conversation = begin_conversation(self._settings, target, prompt, sampling, speculation, timeout)
+        conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, timeout)
         return AsyncGenerationStream(conversation, _Transport(self, target.info, timeout))
 
     async def info(self) -> PairInfo:

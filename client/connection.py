@@ -11,6 +11,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from client.controller import FixedLength, LengthController, PairSpeeds
 from client.conversation import Broken, Conversation, Link, Patience
 from client.errors import IncompatiblePairError, InvalidRequestError, ServiceFailedError, ServiceUnavailableError
 from client.generation import Generation
@@ -53,6 +54,7 @@ class Target:
 
 def begin_conversation(
     settings: ConnectionSettings,
+    speeds: PairSpeeds,
     target: Target,
     prompt: str | Sequence[int],
     sampling: SamplingParams | None,
@@ -60,6 +62,8 @@ def begin_conversation(
     timeout: float | None,
 ) -> Conversation:
     """Check a caller's arguments against the target and return the conversation.
+
+    `speeds` is what the client has learned of the pair so far; the conversation adds to it.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
@@ -80,7 +84,24 @@ def begin_conversation(
     eos_token_ids = () if sampling.ignore_eos else target.info.eos_token_ids
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
     deadline = None if timeout is None else time.monotonic() + timeout
-    return Conversation(generation, text, params, seed, settings.patience, time.monotonic, deadline)
+    lengths = lengths_for(params, sampling, speeds)
+    return Conversation(generation, text, params, lengths, seed, settings.patience, time.monotonic, deadline)
+
+
+def lengths_for(
+    params: SpeculationParams, sampling: SamplingParams, speeds: PairSpeeds
+) -> FixedLength | LengthController:
+    """Return what chooses K.
+
+    K = 0 draws other random numbers, so a text that has a seed never gets it, unless it is greedy.
+    """
+    if not params.uses_draft or params.method == "draft":
+        return FixedLength(0)
+    if isinstance(params.num_speculative_tokens, int):
+        return FixedLength(params.num_speculative_tokens)
+    return LengthController(
+        speeds.at(sampling.temperature), may_be_zero=sampling.seed is None or sampling.warping.is_greedy
+    )
 
 
 def tokenizer_from_parts(parts: Sequence[target_pb2.GetTokenizerResponse]) -> TargetTokenizer:

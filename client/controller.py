@@ -22,8 +22,9 @@ MEMORY = 0.985  # weight of a round, against the one after it
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.6, 2.0
 PRIOR_SLOPE_ROUNDS = 3.0  # weight of the stand-in for b
 MARGIN = 0.03  # K = 0 is left only for a gain of more than this share
-PROBE_EVERY = 24  # rounds between looks at the other side of the border between K = 0 and K ≥ 1
-LONGEST_PAUSE = 192
+PROBE_EVERY = 48  # rounds between looks at the other side of the border between K = 0 and K ≥ 1
+LONGEST_PAUSE = 384
+PROBE_ROUNDS = 3  # the first of them finds a draft that has stood still, and is not learned from
 VARY_EVERY = 6  # rounds between small steps away from the best K, which the line needs
 
 
@@ -153,6 +154,31 @@ class PairSpeed:
         return max(0.0, self.rounds.at(1, slope) - 2 * self.draft_token.mean) if self.rounds.weight else 0.0
 
 
+class PairSpeeds:
+    """One PairSpeed for each temperature, to a tenth: agreement depends on it."""
+
+    def __init__(self) -> None:
+        self._speeds: dict[float, PairSpeed] = {}
+        self._lock = threading.Lock()
+
+    def at(self, temperature: float) -> PairSpeed:
+        with self._lock:
+            return self._speeds.setdefault(round(min(temperature, 10.0), 1), PairSpeed())
+
+
+class FixedLength:
+    """The same K for every round."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def learn(self, times: RoundTimes) -> None:
+        """Take no notice."""
+
+    def next_length(self) -> int:
+        return self._length
+
+
 class LengthController:
     """Chooses K for one generation, round by round."""
 
@@ -163,10 +189,15 @@ class LengthController:
         self._rounds_on_side = 0  # rounds in a row with K = 0, or with K ≥ 1
         self._pause = PROBE_EVERY  # rounds on one side before the next look at the other
         self._is_zero = False
-        self._is_probe = False
+        self._probe_rounds_left = 0
+        self._follows_zero = True
 
     def learn(self, times: RoundTimes) -> None:
-        self._speed.add(times)
+        """Learn from a round, unless the draft came to it from standing still."""
+        is_warm = not times.num_proposals or not self._follows_zero
+        self._follows_zero = not times.num_proposals
+        if is_warm:
+            self._speed.add(times)
 
     def next_length(self) -> int:
         """Return K of the next round."""
@@ -176,18 +207,23 @@ class LengthController:
         if not self._may_be_zero:
             return self._varied(best)
         self._choose_side(rates[0], rates[best])
-        return 0 if self._is_zero != self._is_probe else self._varied(best)
+        is_probe = self._probe_rounds_left > 0
+        return 0 if self._is_zero != is_probe else self._varied(best)
 
     def _choose_side(self, rate_alone: float, rate_pair: float) -> None:
         """Decide between K = 0 and K ≥ 1, and whether this round looks at the other side."""
+        if self._probe_rounds_left > 1:
+            self._probe_rounds_left -= 1
+            return
         margin = 1 + MARGIN if self._is_zero else 1 - MARGIN
         is_zero = rate_alone > 0 and (rate_pair == 0 or rate_pair < rate_alone * margin)
         if is_zero != self._is_zero:
             self._is_zero, self._rounds_on_side, self._pause = is_zero, 0, PROBE_EVERY
         self._rounds_on_side += 1
-        self._is_probe = self._rounds_on_side > self._pause
-        if self._is_probe:  # the longer one side has been the better, the rarer the looks at the other
+        self._probe_rounds_left = 0
+        if self._rounds_on_side > self._pause:  # the longer one side has been the better, the rarer the looks
             self._rounds_on_side, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
+            self._probe_rounds_left = PROBE_ROUNDS if is_zero else 1
 
     def _varied(self, best: int) -> int:
         """Return `best`, or now and then a neighbour: a line needs more than one place."""

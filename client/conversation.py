@@ -15,6 +15,8 @@ from typing import Any
 
 import grpc
 
+from client.acceptance import Decision
+from client.controller import FixedLength, LengthController, RoundTimes
 from client.errors import (
     CacheMismatchError,
     DeadlineExceededError,
@@ -119,13 +121,14 @@ class Conversation:
         generation: Generation,
         text: TextStream,
         speculation: SpeculationParams,
+        lengths: FixedLength | LengthController,
         seed: int,
         patience: Patience,
         clock: Callable[[], float],
         deadline: float | None = None,
     ):
-        """`deadline` is a point in the time of `clock`."""
-        self._generation, self._text, self._speculation = generation, text, speculation
+        """`lengths` chooses K for each round; `deadline` is a point in the time of `clock`."""
+        self._generation, self._text, self._speculation, self._lengths = generation, text, speculation, lengths
         self._seed, self._patience, self._clock, self._deadline = seed, patience, clock, deadline
         self._stats, self._draft = generation.stats, generation.draft
         self._draft_is_open = False
@@ -168,8 +171,9 @@ class Conversation:
 
     def _rounds(self) -> Steps:
         yield from self._open(Link.TARGET, self._generation.open_target())
+        self._generation.length = self._lengths.next_length()
         while self._text.finish_reason is None:
-            before = self._stats.waits_s()
+            before, started_at, num_failures = self._stats.waits_s(), self._clock(), self._num_failures
             num_proposals = yield from self._gather_proposals()
             request = self._generation.begin_round(num_proposals)
             decision = yield from self._verify(request)
@@ -177,10 +181,28 @@ class Conversation:
             self._generation.commit_round(decision, taken.num_taken)
             spent = (after - earlier for after, earlier in zip(self._stats.waits_s(), before, strict=True))
             self._stats.rounds.append(RoundStats(num_proposals, taken.num_taken, *spent))
-            if self._draft_is_open and taken.finish_reason is None:
+            if num_failures == self._num_failures:
+                self._learn(decision, self._clock() - started_at)
+            self._generation.length = self._lengths.next_length()
+            if self._generation.length and self._draft_is_open and taken.finish_reason is None:
                 yield from self._tell_draft()
             segments = [Segment(text, index < decision.num_accepted) for index, text in enumerate(taken.texts)]
             yield from self._hand_over(Chunk(decision.token_ids[: taken.num_taken], segments))
+
+    @property
+    def _num_failures(self) -> int:
+        stats = self._stats
+        return stats.num_draft_failures + stats.num_target_retries + stats.num_cache_mismatches
+
+    def _learn(self, decision: Decision, round_s: float) -> None:
+        """Tell the chooser of K about a round: not the first, with its prompt, nor one that the draft has let down."""
+        last = self._stats.rounds[-1]
+        if len(self._stats.rounds) == 1 or bool(last.num_draft_tokens) != bool(self._generation.length):
+            return
+        draft_token_s = self._stats.draft_forward_s[-1] if self._stats.draft_forward_s else 0.0
+        self._lengths.learn(
+            RoundTimes(last.num_draft_tokens, decision.num_accepted, round_s, last.target_forward_s, draft_token_s)
+        )
 
     def _verify(self, request: Any) -> Steps:
         """Have a round verified, opening new sessions as often as patience allows; return its decision."""
@@ -244,13 +266,13 @@ class Conversation:
 
     def _gather_proposals(self) -> Steps:
         """Wait for the proposals of the next round and return how many it shall have."""
-        if not self._speculation.uses_draft:
+        if not self._speculation.uses_draft or not self._generation.length:
             return 0
         yield from self._reopen_draft()
         waited_from = self._clock()
         while (yield from self._poll()):
             pass
-        wanted = self._draft.num_wanted(self._speculation.num_speculative_tokens)
+        wanted = self._draft.num_wanted
         while self._is_worth_waiting(wanted):
             left = waited_from + self._patience.draft_wait_s - self._clock()
             if left <= 0:
@@ -380,7 +402,8 @@ class Conversation:
         try:
             self._draft.on_response(event.message)
             self._draft_failures = 0
-            self._stats.draft_forward_s.append(event.message.timing.forward_ms / 1000)
+            num_drafted = max(1, len(event.message.proposals))
+            self._stats.draft_forward_s.append(event.message.timing.forward_ms / 1000 / num_drafted)
         except CacheMismatchError:
             self._stats.num_cache_mismatches += 1
             self._draft.proposals = []

@@ -35,7 +35,7 @@ class DraftLink:
         self.is_on_trial = False  # opened again after a failure; nobody waits for it until it has spoken
         self._valid_from = 0  # proposals drafted under earlier commits are void
         self._told = 0  # committed tokens that the draft knows
-        self._commit_starts: list[int] = []  # first positions of the commits from 1 on, ascending
+        self._commit_starts: list[int] = []  # first positions of the commits sent, from the first on, ascending
 
     def open(self) -> draft_pb2.ProposeRequest:
         """Return the message that opens a session with all committed tokens; what was proposed before is void."""
@@ -75,6 +75,8 @@ class DraftLink:
 
     def commit(self) -> draft_pb2.ProposeRequest:
         """Return the message that tells the draft what has been committed since the last."""
+        self.has_stopped = False
+        self._commit_starts.append(self._told)
         span = self._generation.span_from(self._told)
         self._told = len(self._generation.tokens)
         return draft_pb2.ProposeRequest(
@@ -85,11 +87,9 @@ class DraftLink:
 
     def on_committed(self, start: int, token_ids: Sequence[int]) -> None:
         """Drop the proposals that a commit decides, and all of them when it contradicts one."""
-        self._commit_starts.append(start)
-        self.has_stopped = False
         for token_id, proposal in zip(token_ids, self.proposals, strict=False):
             if proposal.token_id != token_id:
-                self._void()
+                self._void(start)
                 return
         del self.proposals[: len(token_ids)]
 
@@ -112,15 +112,16 @@ class DraftLink:
         if response.start_position + len(response.proposals) > len(self._generation.tokens):
             self._generation.check_cache(response.cache, [proposal.token_id for proposal in self.proposals])
 
-    def num_wanted(self, num_speculative_tokens: int) -> int:
-        """Return how many proposals the next round should have: 0 where the draft cannot follow."""
+    @property
+    def num_wanted(self) -> int:
+        """How many proposals the next round should have: 0 where the draft cannot follow."""
         if self.info is None or not self.can_follow:
             return 0
-        most = self.info.context_length - len(self._generation.tokens)
-        limit = self._generation.target_info.limits.max_proposals or num_speculative_tokens
-        return min(
-            num_speculative_tokens, self._generation.num_left, most, limit, self._generation.speculation.num_ahead
-        )
+        generation = self._generation
+        most = self.info.context_length - len(generation.tokens)
+        limit = generation.target_info.limits.max_proposals or generation.length
+        ahead = generation.speculation.num_ahead(generation.length)
+        return min(generation.length, generation.num_left, most, limit, ahead)
 
     def _take(self, position: int, message: draft_pb2.Proposal) -> bool:
         """Take one proposal; return False when it, and all behind it, turns out to be void."""
@@ -135,10 +136,11 @@ class DraftLink:
         self.proposals.append(_proposal_from_proto(message, self._generation.target_info.vocab_size))
         return True
 
-    def _void(self, position: int | None = None) -> None:
-        """Drop all proposals, and those still to come that were drafted before the commit that contradicted them."""
+    def _void(self, position: int) -> None:
+        """Drop all proposals, and those to come that were drafted before the commit that decided `position`."""
         self.proposals = []
-        self._valid_from = self._commit_index if position is None else bisect_right(self._commit_starts, position)
+        is_untold = position >= self._told
+        self._valid_from = len(self._commit_starts) + 1 if is_untold else bisect_right(self._commit_starts, position)
 
     @property
     def _min_draft_prob(self) -> float:
@@ -148,16 +150,15 @@ class DraftLink:
 
     def _batch_until(self) -> int:
         """The next round waits for all its proposals, so they may come together; a draft alone shows each at once."""
-        speculation = self._generation.speculation
-        if speculation.method == "draft":
+        if self._generation.speculation.method == "draft":
             return 0
-        return len(self._generation.tokens) + self.num_wanted(speculation.num_speculative_tokens)
+        return len(self._generation.tokens) + self.num_wanted
 
     def _window(self) -> int:
         generation = self._generation
         assert self.info is not None
         speculation = generation.speculation
-        ahead = generation.num_left if speculation.method == "draft" else speculation.num_ahead
+        ahead = generation.num_left if speculation.method == "draft" else speculation.num_ahead(generation.length)
         end = min(len(generation.tokens) + ahead, generation.max_length, self.info.context_length)
         return max(end, len(generation.tokens))
 

@@ -44,6 +44,7 @@ class Generation:
         self.stats = GenerationStats()
         self.warping, self.seed, self.speculation = warping, seed, speculation
         self.max_length, self.target_info = max_length, target_info
+        self.length = 0  # K of the next round, as far as the text's end and the services' limits allow it
         self._accept = AddressedUniforms(seed, Purpose.ACCEPT)
         self._residual = AddressedUniforms(seed, Purpose.RESIDUAL)
         self._round_index = 0

@@ -13,6 +13,7 @@ from outrider.warping import Warping
 
 Method = Literal["speculative", "autoregressive", "draft"]
 METHODS: tuple[str, ...] = get_args(Method)
+AUTO: Literal["auto"] = "auto"  # the client picks K for each round, from what it measures
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class SpeculationParams:
     """
 
     method: Method = "speculative"
-    num_speculative_tokens: int = 5  # K: most proposals in a round; 0 is the method autoregressive
+    num_speculative_tokens: int | Literal["auto"] = AUTO  # K: most proposals in a round; 0 is the method autoregressive
     overlap: bool = True  # the draft goes on while the target verifies
     window: int | None = None  # positions the draft may be ahead of the committed text; None: 2 K with overlap, else K
     max_support: int = 0  # 0: the draft service's own limit
@@ -74,8 +75,10 @@ class SpeculationParams:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InvalidRequestError(f"method is {self.method!r}: give one of {', '.join(METHODS)}")
-        if self.num_speculative_tokens < 0:
-            raise InvalidRequestError(f"num_speculative_tokens is {self.num_speculative_tokens}: give 0 or more")
+        if self.num_speculative_tokens != AUTO and not _is_length(self.num_speculative_tokens):
+            raise InvalidRequestError(
+                f"num_speculative_tokens is {self.num_speculative_tokens!r}: give {AUTO!r}, or 0 or more"
+            )
         if self.window is not None and self.window < 1:
             raise InvalidRequestError(f"window is {self.window}: give 1 or more")
         if not 0 <= self.min_draft_prob <= 1:
@@ -83,11 +86,14 @@ class SpeculationParams:
 
     @property
     def uses_draft(self) -> bool:
-        return self.method == "draft" or (self.method == "speculative" and self.num_speculative_tokens > 0)
+        return self.method == "draft" or (self.method == "speculative" and self.num_speculative_tokens != 0)
 
-    @property
-    def num_ahead(self) -> int:
-        """How far beyond the committed text the draft may go."""
+    def num_ahead(self, num_speculative_tokens: int) -> int:
+        """Return how far beyond the committed text the draft may go when rounds have so many proposals."""
         if self.window is not None:
             return self.window
-        return self.num_speculative_tokens * (2 if self.overlap else 1)
+        return num_speculative_tokens * (2 if self.overlap else 1)
+
+
+def _is_length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

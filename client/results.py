@@ -63,7 +63,7 @@ class GenerationStats:
     num_target_retries: int = 0
     num_cache_mismatches: int = 0
     rounds: list[RoundStats] = field(default_factory=list)
-    draft_forward_s: list[float] = field(default_factory=list)  # of the last token of each message from the draft
+    draft_forward_s: list[float] = field(default_factory=list)  # of one token, a mean over each message from the draft
 
     @property
     def acceptance_rate(self) -> float:

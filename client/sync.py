@@ -21,6 +21,7 @@ from client.connection import (
     check_pair,
     tokenizer_from_parts,
 )
+from client.controller import PairSpeeds
 from client.conversation import Broken, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
 from client.errors import OutriderError
 from client.pair import PairInfo
@@ -49,6 +50,7 @@ class SpeculativeClient:
             connect_timeout: seconds that the target may take to be ready at first use.
         """
         self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
+        self._speeds = PairSpeeds()
         self._target_channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._draft_channel = grpc.insecure_channel(draft, options=CHANNEL_OPTIONS) if draft else None
         self._target_stub = target_pb2_grpc.TargetServiceStub(self._target_channel)
@@ -104,7 +106,7 @@ class SpeculativeClient:
     ) -> GenerationStream:
         """Return an iterator over the chunks, whose `result` is there when it has ended; arguments as for generate."""
         target = self._described_target()
-        conversation = begin_conversation(self._settings, target, prompt, sampling, speculation, timeout)
+        conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, timeout)
         return GenerationStream(conversation, _Transport(self, target.info, timeout))
 
     def info(self) -> PairInfo:

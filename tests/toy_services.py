@@ -21,6 +21,7 @@ import grpc
 import numpy as np
 
 from client.acceptance import Proposal, TargetRow, decide
+from client.controller import FixedLength
 from client.conversation import Broken, Conversation, Describe, Link, Open, Patience, Received, Send, Wait
 from client.errors import OutriderError
 from client.generation import Generation
@@ -325,9 +326,10 @@ def make_conversation(
     patience: Patience | None = None,
     timeout: float | None = None,
     context_length: int = CONTEXT_LENGTH,
+    lengths: Any = None,
     **speculation: Any,
 ) -> Conversation:
-    """Return a conversation as client.connection makes it, on the world's clock."""
+    """Return a conversation as client.connection makes it, on the world's clock; `lengths` chooses K, 5 by default."""
     params = SpeculationParams(**speculation)
     warping = SamplingParams(temperature).warping
     generation = Generation(
@@ -335,7 +337,9 @@ def make_conversation(
     )
     text = TextStream(None, prompt_ids, max_new_tokens, (), eos_token_ids)
     deadline = None if timeout is None else world.now + timeout
-    return Conversation(generation, text, params, seed, patience or Patience(), lambda: world.now, deadline)
+    if lengths is None:
+        lengths = FixedLength(params.num_speculative_tokens if isinstance(params.num_speculative_tokens, int) else 5)
+    return Conversation(generation, text, params, lengths, seed, patience or Patience(), lambda: world.now, deadline)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from client.errors import OutriderError
-from client.params import METHODS, SamplingParams
+from client.params import AUTO, METHODS, SamplingParams
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -59,9 +59,19 @@ sampling_options = add_options(
     click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token."),
 )
 
+
+class Length(click.ParamType):
+    """A number of proposals, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
+        return value if value == AUTO else click.IntRange(0).convert(value, param, context)
+
+
 speculation_options = add_options(
     click.option("--method", type=click.Choice(METHODS), default="speculative", help="The pair, the target alone, or the draft alone."),
-    click.option("-k", "--num-speculative-tokens", type=click.IntRange(0), default=5, help="K: most proposals in a round."),
+    click.option("-k", "--num-speculative-tokens", type=Length(), default=AUTO, help="K: most proposals in a round; `auto` picks the fastest, round by round."),
     click.option("--overlap/--no-overlap", default=True, help="Let the draft go on while the target verifies."),
     click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text; 2 K with overlap, else K."),
     click.option("--max-support", type=click.IntRange(0), default=0, help="Most tokens in a proposal's support; 0: the service's limit."),

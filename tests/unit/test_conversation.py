@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import astuple
 from itertools import pairwise
+from random import Random
 
 import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.connection import ConnectionSettings, Target, begin_conversation
+from client.connection import ConnectionSettings, Target, begin_conversation, lengths_for
+from client.controller import PairSpeeds, RoundTimes
 from client.conversation import RETRIED, Conversation, Link, Patience
 from client.errors import (
     DeadlineExceededError,
@@ -23,7 +25,7 @@ from client.errors import (
     ServiceFailedError,
     ServiceUnavailableError,
 )
-from client.params import SamplingParams
+from client.params import SamplingParams, SpeculationParams
 from client.results import GenerationResult
 from outrider.v1 import common_pb2
 from tests import toy_services as toys
@@ -128,6 +130,65 @@ class TestSeedInvariance:
         assert result.stats.num_rounds_without_draft == list(world.num_proposals_at.values()).count(0)
 
 
+class AnyLengths:
+    """Any K from 0 to 5 for each round."""
+
+    def __init__(self, seed: int):
+        self._random, self.learned = Random(seed), []
+
+    def learn(self, times: RoundTimes) -> None:
+        self.learned.append(times)
+
+    def next_length(self) -> int:
+        return self._random.choice([0, 0, 1, 2, 3, 5])
+
+
+class TestLengthsThatChange:
+    """Rounds without proposals leave the draft as it was; the next commit tells it of all of them."""
+
+    @settings(max_examples=100)
+    @given(
+        order=st.integers(0, 2**32),
+        draft_speed=st.sampled_from([0.05, 0.3, 1.0, 10.0]),
+        impatience=st.sampled_from([0.0, 0.3]),
+        min_draft_prob=st.sampled_from([0.0, 0.3]),
+        overlap=st.booleans(),
+    )
+    def test_each_token_is_what_its_round_makes_it(self, order, draft_speed, impatience, **speculation):
+        world = World(order, draft_speed, impatience=impatience)
+        result, _ = world.run(make_conversation(world, lengths=AnyLengths(order), **speculation))
+        Law().check(result, world)
+        assert len(result.token_ids) == NUM_TOKENS
+        assert result.stats.num_cache_mismatches == result.stats.num_draft_failures - world.num_timeouts == 0
+        assert world.num_opened[Link.TARGET] == 1
+
+    def test_rounds_are_learned_from_but_the_first_and_those_that_the_draft_let_down(self):
+        world = World(3, draft_speed=0.3, impatience=0.3)
+        lengths = AnyLengths(3)
+        stats = world.run(make_conversation(world, lengths=lengths))[0].stats
+        assert 0 < len(lengths.learned) < stats.num_rounds
+        without_failures = World(3)
+        lengths = AnyLengths(3)
+        stats = without_failures.run(make_conversation(without_failures, lengths=lengths))[0].stats
+        assert [times.num_proposals for times in lengths.learned] == [one.num_draft_tokens for one in stats.rounds[1:]]
+        assert sum(times.num_accepted for times in lengths.learned) <= stats.num_accepted_tokens
+
+    @pytest.mark.parametrize(
+        ("sampling", "least"),
+        [({"seed": 1}, 1), ({}, 0), ({"seed": 1, "temperature": 0}, 0)],
+        ids=["seed", "none", "0"],
+    )
+    def test_a_useless_draft_is_left_alone_unless_that_would_change_the_text(self, sampling, least):
+        speeds = PairSpeeds()
+        params = SamplingParams(**sampling)
+        speed = speeds.at(params.temperature)
+        for _ in range(50):
+            speed.add(RoundTimes(0, 0, 0.01, 0.009, 0.0))
+            speed.add(RoundTimes(3, 0, 0.05, 0.009, 0.01))
+        chosen = lengths_for(SpeculationParams(), params, speeds)
+        assert min(chosen.next_length() for _ in range(20)) == least
+
+
 def test_rounds_without_draft_do_occur_when_the_draft_is_late():
     """Else the test above proves less than it says: rounds of both kinds occur, and tokens that differ by them."""
     world = World(3, draft_speed=0.3, impatience=0.3)
@@ -220,7 +281,8 @@ class TestChunksAndCounts:
         totals = [sum(times) for times in zip(*(astuple(one)[2:] for one in rounds), strict=True)]
         assert totals == pytest.approx(stats.waits_s())
         assert totals[2:] == pytest.approx([0.001 * len(rounds), 0.002 * len(rounds)])
-        assert set(stats.draft_forward_s) == {0.002}
+        assert max(stats.draft_forward_s) == 0.002  # a message with one token
+        assert len(stats.draft_forward_s) >= len(rounds)
 
     def test_bytes_are_counted_in_both_directions(self):
         world = World()
@@ -696,7 +758,7 @@ class TestBeginning:
 
     def begin(self, prompt=toys.PROMPT_IDS, sampling: SamplingParams | None = None, draft="draft:1", **speculation):
         settings = ConnectionSettings("target:1", draft)
-        return begin_conversation(settings, Target(self.INFO, None), prompt, sampling, speculation, timeout=None)
+        return begin_conversation(settings, PairSpeeds(), Target(self.INFO, None), prompt, sampling, speculation, None)
 
     @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
     def test_the_targets_context_ends_the_text(self, num_speculative_tokens):

@@ -28,6 +28,7 @@ def make_generation(max_new_tokens: int = 40, target_info=INFO, draft_info=INFO,
     generation = Generation(
         PROMPT_IDS, Warping(0.7, 9), SEED, SpeculationParams(**speculation), T + max_new_tokens, target_info
     )
+    generation.length = speculation.get("num_speculative_tokens", 5)
     generation.draft.info = draft_info
     generation.draft.open()
     generation.open_target()
@@ -82,12 +83,22 @@ def answer(
 
 
 def commit(
-    generation: Generation, num_proposals: int, num_accepted: int, token_id: int = 77, num_kept: int | None = None
+    generation: Generation,
+    num_proposals: int,
+    num_accepted: int,
+    token_id: int = 77,
+    num_kept: int | None = None,
+    is_told: bool = True,
 ) -> None:
-    """Go through a round in which the target accepts `num_accepted` proposals and says `token_id` where it does not."""
+    """Go through a round in which the target accepts `num_accepted` proposals and says `token_id` where it does not.
+
+    With `is_told`, the draft is told.
+    """
     request = generation.begin_round(num_proposals)
     decision = generation.decide_round(answer(generation, request, num_accepted, token_id))
     generation.commit_round(decision, len(decision.token_ids) if num_kept is None else num_kept)
+    if is_told:
+        generation.draft.commit()
 
 
 def ids_of(span: common_pb2.TokenSpan) -> list[int]:
@@ -275,15 +286,24 @@ class TestDraftMessages:
     def test_a_commit_carries_what_is_new_and_moves_the_window(self):
         generation = make_generation(num_speculative_tokens=2)
         propose(generation, 5, 6, 7)
-        commit(generation, 2, num_accepted=1, token_id=77)
+        commit(generation, 2, num_accepted=1, token_id=77, is_told=False)
         first = generation.draft.commit().commit
-        commit(generation, 0, 0, token_id=78)
+        commit(generation, 0, 0, token_id=78, is_told=False)
         second = generation.draft.commit().commit
         assert [(it.commit_index, it.span.start_position, ids_of(it.span), it.window) for it in (first, second)] == [
             (1, T, [5, 77], T + 2 + 4),
             (2, T + 2, [78], T + 3 + 4),
         ]
         assert second.span.prefix_digest == TokenLog([*PROMPT_IDS, 5, 77]).digest(T + 2)
+
+    def test_a_commit_carries_all_rounds_since_the_last(self):
+        generation = make_generation(num_speculative_tokens=2)
+        for token_id in (77, 78, 79):
+            commit(generation, 0, 0, token_id, is_told=False)
+        message = generation.draft.commit().commit
+        assert (message.commit_index, message.span.start_position) == (1, T)
+        assert ids_of(message.span) == [77, 78, 79]
+        assert message.batch_until == T + 3 + 2
 
     def test_opening_again_voids_proposals_and_counts_commits_from_0(self):
         generation = make_generation()
@@ -292,7 +312,7 @@ class TestDraftMessages:
         opening = generation.draft.open().open
         assert ids_of(opening.committed) == [*PROMPT_IDS, 5]
         assert proposed(generation.draft) == []
-        commit(generation, 0, 0)
+        commit(generation, 0, 0, is_told=False)
         assert generation.draft.commit().commit.commit_index == 1
 
     @pytest.mark.parametrize(
@@ -317,13 +337,13 @@ class TestDraftMessages:
             T + settings.get("max_new_tokens", 40),
             INFO,
         )
-        generation.draft.info = settings.get("draft_info", INFO)
-        assert generation.draft.num_wanted(5) == wanted
+        generation.length, generation.draft.info = 5, settings.get("draft_info", INFO)
+        assert generation.draft.num_wanted == wanted
 
     def test_no_more_proposals_are_wanted_than_the_target_takes(self):
         target_info = common_pb2.ModelInfo(vocab_size=100, context_length=50)
         target_info.limits.max_proposals = 2
-        assert make_generation(target_info=target_info).draft.num_wanted(5) == 2
+        assert make_generation(target_info=target_info).draft.num_wanted == 2
 
 
 class TestProposals:
@@ -419,6 +439,7 @@ class TestProposals:
         propose(generation, 5, 6)
         request = generation.begin_round(2)
         generation.commit_round(generation.decide_round(answer(generation, request, 2, 0)), 2)
+        generation.draft.commit()
         commit(generation, 0, 0, token_id=77)
         generation.draft.on_response(response(T + 2, [7], [*PROMPT_IDS, 5, 6], commit_index=0))
         generation.draft.on_response(response(T + 3, [8], [*PROMPT_IDS, 5, 6, 7], commit_index=1))
@@ -434,6 +455,24 @@ class TestProposals:
         generation.draft.on_response(response(T + 1, [1, 2], [*PROMPT_IDS, 0], commit_index=1))
         assert proposed(generation.draft) == []
         propose(generation, 9, commit_index=300)
+        assert proposed(generation.draft) == [9]
+
+    @pytest.mark.parametrize("is_known_before", [False, True])
+    def test_that_contradict_a_round_the_draft_was_not_told_of_wait_for_the_next_commit(self, is_known_before):
+        """Two rounds went without proposals and without a word; the draft's own 6 contradicts the second."""
+        generation = make_generation()
+        commit(generation, 0, 0, token_id=5, is_told=False)
+        if is_known_before:
+            generation.draft.on_response(response(T, [5, 6], PROMPT_IDS))
+        commit(generation, 0, 0, token_id=77, is_told=False)
+        if not is_known_before:
+            generation.draft.on_response(response(T, [5, 6], PROMPT_IDS))
+        generation.draft.on_response(response(T + 2, [7], [*PROMPT_IDS, 5, 6]))
+        assert proposed(generation.draft) == []
+        generation.draft.commit()
+        generation.draft.on_response(response(T + 3, [8], [*PROMPT_IDS, 5, 6, 7]))
+        assert proposed(generation.draft) == []
+        propose(generation, 9, commit_index=1)
         assert proposed(generation.draft) == [9]
 
     def test_a_stop_holds_until_the_next_commit(self):

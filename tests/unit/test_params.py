@@ -77,15 +77,15 @@ def test_without_a_seed_each_generation_gets_its_own():
 @pytest.mark.parametrize(
     ("settings", "num_ahead"),
     [
-        ({"num_speculative_tokens": 5}, 10),
-        ({"num_speculative_tokens": 5, "overlap": False}, 5),
-        ({"num_speculative_tokens": 5, "window": 3}, 3),
-        ({"num_speculative_tokens": 5, "window": 7, "overlap": False}, 7),
+        ({}, 10),
+        ({"overlap": False}, 5),
+        ({"window": 3}, 3),
+        ({"window": 7, "overlap": False}, 7),
     ],
     ids=["overlap", "no_overlap", "window", "window_wins"],
 )
 def test_how_far_ahead_the_draft_may_go(settings, num_ahead):
-    assert SpeculationParams(**settings).num_ahead == num_ahead
+    assert SpeculationParams(**settings).num_ahead(5) == num_ahead
 
 
 @pytest.mark.parametrize(
