@@ -57,6 +57,7 @@ class DraftLink:
                 max_support=speculation.max_support,
                 min_draft_prob=self._min_draft_prob,
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
+                branch=generation.branch,
             )
         )
 
@@ -77,7 +78,9 @@ class DraftLink:
         span = self._generation.span_from(self._told)
         self._told = len(self._generation.tokens)
         return draft_pb2.ProposeRequest(
-            commit=draft_pb2.Commit(commit_index=self._commit_index, span=span, window=self._window())
+            commit=draft_pb2.Commit(
+                commit_index=self._commit_index, span=span, window=self._window(), branch=self._generation.branch
+            )
         )
 
     def on_committed(self, start: int, token_ids: Sequence[int]) -> None:

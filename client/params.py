@@ -13,6 +13,8 @@ from outrider.warping import Warping
 
 Method = Literal["speculative", "autoregressive", "draft"]
 METHODS: tuple[str, ...] = get_args(Method)
+Acceptance = Literal["token", "block"]
+ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class SamplingParams:
 class SpeculationParams:
     """How the pair works on one generation. Nothing here changes the law of the text.
 
+    `acceptance` says how proposals are judged. `token`: one after the other; a seed gives one text for every K from 1
+    on, window and timing. `block`: the proposals of a round together, which keeps at least as many on average; the law
+    is the same, but a seed's text depends on where rounds begin and end too: on K, on a window shorter than K, on
+    `min_draft_prob`, and on rounds that find the draft late or gone.
+
     Raises:
         InvalidRequestError: a value is out of range; the message names the field.
     """
@@ -70,6 +77,7 @@ class SpeculationParams:
     max_support: int = 0  # 0: the draft service's own limit
     min_draft_prob: float = 0.0
     greedy_draft: bool = False
+    acceptance: Acceptance = "token"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -80,6 +88,8 @@ class SpeculationParams:
             raise InvalidRequestError(f"window is {self.window}: give 1 or more")
         if not 0 <= self.min_draft_prob <= 1:
             raise InvalidRequestError(f"min_draft_prob is {self.min_draft_prob}: give a number from 0 to 1")
+        if self.acceptance not in ACCEPTANCES:
+            raise InvalidRequestError(f"acceptance is {self.acceptance!r}: give one of {', '.join(ACCEPTANCES)}")
 
     @property
     def uses_draft(self) -> bool:

@@ -39,6 +39,7 @@ class DraftOptions:
     vocab_size: int  # ids at or above are never proposed
     max_support: int
     min_draft_prob: float
+    branch: int = 0  # that drafting begins with; OpenProposals.branch in draft.proto
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,16 @@ class Session:
     is_stopped: bool = False
     committed_at: float = field(default_factory=time.monotonic)
     demand: Demand | None = None
+    branch: int = field(init=False)
     uniforms: AddressedUniforms = field(init=False)
 
     def __post_init__(self) -> None:
-        self.uniforms = AddressedUniforms(self.options.seed, Purpose.DRAFT)
+        self.draw_under(self.options.branch)
+
+    def draw_under(self, branch: int) -> None:
+        """Draw all further tokens with the random numbers of a branch."""
+        self.branch = branch
+        self.uniforms = AddressedUniforms(self.options.seed, Purpose.DRAFT, branch)
 
     @property
     def wants_token(self) -> bool:
@@ -105,11 +112,20 @@ class Drafter:
         return session
 
     def commit(
-        self, session: Session, commit_index: int, start_position: int, token_ids, prefix_digest: int, window: int
+        self,
+        session: Session,
+        commit_index: int,
+        start_position: int,
+        token_ids,
+        prefix_digest: int,
+        window: int,
+        branch: int = 0,
     ) -> None:
         """Apply a commit before the next pass; an error that only the session's state shows is emitted."""
         self._check_window(window, start_position + len(token_ids))
-        self.thread.post(lambda: self._commit(session, commit_index, start_position, token_ids, prefix_digest, window))
+        self.thread.post(
+            lambda: self._commit(session, commit_index, start_position, token_ids, prefix_digest, window, branch)
+        )
 
     def close(self, session: Session) -> None:
         """Stop drafting and free the session's cache before the next forward pass."""
@@ -125,7 +141,7 @@ class Drafter:
         self._engine.add(session.sequence)
         self._sessions.append(session)
 
-    def _commit(self, session, commit_index, start_position, token_ids, prefix_digest, window) -> None:
+    def _commit(self, session, commit_index, start_position, token_ids, prefix_digest, window, branch) -> None:
         if session not in self._sessions:
             return
         tokens = session.sequence.tokens
@@ -141,6 +157,8 @@ class Drafter:
         if tokens.num_agreeing(start_position, token_ids) < len(token_ids):
             session.sequence.rewrite(start_position, token_ids)
             session.demand = None
+        if branch != session.branch:
+            session.draw_under(branch)
         session.commit_index, session.window, session.is_stopped = commit_index, window, False
         session.committed_at = time.monotonic()
 

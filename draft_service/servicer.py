@@ -85,6 +85,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             vocab_size=min(message.vocab_size or self._host.vocab_size, self._host.vocab_size),
             max_support=message.max_support or limit,
             min_draft_prob=message.min_draft_prob,
+            branch=message.branch,
         )
 
     async def _read_commits(self, drafter: Drafter, session: Session, requests, outbox: asyncio.Queue) -> None:
@@ -104,6 +105,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                     token_ids.tolist(),
                     commit.span.prefix_digest,
                     commit.window,
+                    commit.branch,
                 )
             outbox.put_nowait(_EndOfStream())
         except ServiceError as error:

@@ -2,7 +2,8 @@
 
 Nothing is streamed, so a token depends on the seed, its prefix and the models only, and not on how many numbers were
 drawn before it. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
-2011), keyed by the seed; the counter is (position, 0, purpose, 0).
+2011), keyed by the seed; the counter is (position, branch, purpose, 0). The branch is 0 but for a draft whose proposals
+are judged together: what it drafts again, it draws anew.
 
 Shapes: N addresses.
 """
@@ -45,28 +46,30 @@ def philox4x32(counters: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack(words, axis=1)
 
 
-def uniforms(seed: int, positions: np.ndarray, purpose: Purpose) -> np.ndarray:
+def uniforms(seed: int, positions: np.ndarray, purpose: Purpose, branch: int = 0) -> np.ndarray:
     """Return one uniform in [0, 1) with 53 random bits for each position: `[N] float64` for `[N]` integers.
 
     Args:
         seed: 64 bits, the request's.
         positions: absolute positions of the tokens that the uniforms decide.
         purpose: what they decide.
+        branch: 32 bits; other branches give independent uniforms.
     """
     counters = np.zeros((len(positions), 4), dtype=np.uint64)
     counters[:, 0] = positions
+    counters[:, 1] = branch
     counters[:, 2] = int(purpose)
     words = philox4x32(counters, (seed & 0xFFFFFFFF, seed >> 32))
     return ((words[:, 0] >> np.uint64(5)) * 67108864.0 + (words[:, 1] >> np.uint64(6))) / 9007199254740992.0
 
 
 class AddressedUniforms:
-    """The uniforms of one seed and purpose, computed in blocks, since one costs as much as a hundred."""
+    """The uniforms of one seed, purpose and branch, computed in blocks, since one costs as much as a hundred."""
 
     _BLOCK = 128
 
-    def __init__(self, seed: int, purpose: Purpose):
-        self._seed, self._purpose = seed, purpose
+    def __init__(self, seed: int, purpose: Purpose, branch: int = 0):
+        self._seed, self._purpose, self._branch = seed, purpose, branch
         self._block = -1
         self._values: list[float] = []
 
@@ -75,6 +78,6 @@ class AddressedUniforms:
         block, offset = divmod(position, self._BLOCK)
         if block != self._block:
             positions = np.arange(block * self._BLOCK, (block + 1) * self._BLOCK)
-            self._values = uniforms(self._seed, positions, self._purpose).tolist()
+            self._values = uniforms(self._seed, positions, self._purpose, self._branch).tolist()
             self._block = block
         return self._values[offset]

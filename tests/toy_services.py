@@ -128,7 +128,8 @@ class ToyDraft:
     def __init__(self, message: draft_pb2.ProposeRequest):
         opening = message.open
         self._model = ToyModel(DRAFT_LOGITS, 0.0 if opening.greedy else opening.sampling.temperature)
-        self._uniforms = AddressedUniforms(opening.seed, Purpose.DRAFT)
+        self._seed, self.branch = opening.seed, opening.branch
+        self._uniforms = AddressedUniforms(opening.seed, Purpose.DRAFT, opening.branch)
         self._max_support, self._min_draft_prob = opening.max_support, opening.min_draft_prob
         self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE).tolist())
         self._window = opening.window
@@ -148,6 +149,8 @@ class ToyDraft:
         assert commit.span.start_position + len(token_ids) <= commit.window, "window out of range"
         if tokens.num_agreeing(commit.span.start_position, token_ids) < len(token_ids):
             tokens.rewrite(commit.span.start_position, token_ids)
+        self.branch = commit.branch
+        self._uniforms = AddressedUniforms(self._seed, Purpose.DRAFT, commit.branch)
         self._commit_index, self._window, self._is_stopped = commit.commit_index, commit.window, False
 
     def draft(self) -> draft_pb2.ProposeResponse:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from client.params import Method, SamplingParams
+from client.params import Acceptance, Method, SamplingParams
 from client.results import GenerationStats
 from client.sync import SpeculativeClient
 
@@ -38,6 +38,7 @@ class Settings:
     ignore_eos: bool = True  # all texts of one length, so that rates compare
     overlap: bool = True
     window: int | None = None
+    acceptance: Acceptance = "token"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def _generate(client, prompt, configuration, settings, repetition, prompt_index)
         num_speculative_tokens=configuration.num_speculative_tokens,
         overlap=settings.overlap,
         window=settings.window if configuration.method == "speculative" else None,
+        acceptance=settings.acceptance,
     )
     return result.stats
 

@@ -104,8 +104,10 @@ def test_bench_measures_every_cell_and_saves_its_samples(addresses, tmp_path):
     prompts.write_text('{"prompt": "Hello"}\n{"instruction": "Say", "input": "this"}\n')
     methods = "--methods=autoregressive,speculative,draft"
     sizes = ["--temperature=0,1", "--max-new-tokens=6", "--repetitions=2"]
-    run("bench", *addresses, f"--prompts={prompts}", methods, "-k", "1,3", *sizes, f"--save-result={saved}")
+    rule = "--acceptance=block"
+    run("bench", *addresses, f"--prompts={prompts}", methods, "-k", "1,3", *sizes, rule, f"--save-result={saved}")
     document = json.loads(saved.read_text())
+    assert document["settings"]["acceptance"] == "block"
     assert document["prompts"] == ["Hello", "Say\n\nthis"]
     assert len(document["samples"]) == 2 * 2 * 2 * 4  # repetitions, prompts, temperatures, cells
     assert {sample["stats"]["num_generated_tokens"] for sample in document["samples"]} == {6}

@@ -39,6 +39,7 @@ def test_a_sampling_setting_out_of_range_is_refused_by_its_name(field, value):
         ("window", 0),
         ("min_draft_prob", 1.1),
         ("min_draft_prob", float("nan")),
+        ("acceptance", "tree"),
     ],
 )
 def test_a_speculation_setting_out_of_range_is_refused_by_its_name(field, value):

@@ -70,10 +70,14 @@ def until_quiet(toy: toys.ToyDraft) -> Iterator[draft_pb2.ProposeResponse]:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("min_draft_prob", [0.0, 0.4])
 def test_the_toy_draft_is_the_drafter(seed, min_draft_prob):
-    """Commits agree with the drafts, contradict them, fall short of them and go beyond them, in a random order."""
+    """Commits agree with the drafts, contradict them, fall short of them and go beyond them, in a random order.
+
+    Some begin another branch.
+    """
     random, emitted = Random(seed), []
     committed = TokenLog(toys.PROMPT_IDS)
-    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, min_draft_prob)
+    branch = seed
+    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, min_draft_prob, branch)
     toy = toys.ToyDraft(
         draft_pb2.ProposeRequest(
             open=draft_pb2.OpenProposals(
@@ -83,6 +87,7 @@ def test_the_toy_draft_is_the_drafter(seed, min_draft_prob):
                 window=8,
                 max_support=5,
                 min_draft_prob=min_draft_prob,
+                branch=branch,
             )
         )
     )
@@ -101,8 +106,11 @@ def test_the_toy_draft_is_the_drafter(seed, min_draft_prob):
                 [*agreeing[:num_agreeing], *random.choices(range(toys.VOCAB_SIZE), k=random.randint(0, 2))]
             )
             window = len(committed) + random.randint(0, 6)
-            commit = draft_pb2.Commit(commit_index=commit_index, span=span_of(committed, start), window=window)
-            drafter.commit(session, commit_index, start, committed[start:], commit.span.prefix_digest, window)
+            branch = random.choice([branch, len(committed)])
+            commit = draft_pb2.Commit(
+                commit_index=commit_index, span=span_of(committed, start), window=window, branch=branch
+            )
+            drafter.commit(session, commit_index, start, committed[start:], commit.span.prefix_digest, window, branch)
             toy.commit(draft_pb2.ProposeRequest(commit=commit))
 
 
