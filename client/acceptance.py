@@ -1,7 +1,7 @@
 """Acceptance sampling on sparse rows: which proposals are kept, and what replaces the first that is not.
 
-Pure functions. `decide` judges proposal by proposal, `decide_block` all proposals of a round together; both leave the
-target's law as it is.
+Pure functions. `decide` judges proposal by proposal, `decide_block` all proposals of a round together; `decide_coupled`
+compares them with the target's own choices. All leave the target's law as it is.
 
 Notation inside formulas: p is the target, q the draft (Leviathan et al. 2023, arXiv 2211.17192). Shapes: S support, K
 proposals.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class InvalidProposalError(Exception):
 
 @dataclass(frozen=True)
 class Proposal:
-    """One drafted token and the distribution it was drawn from."""
+    """One drafted token and the distribution it was drawn from, which is empty where nobody needs it."""
 
     token_id: int
     support_ids: np.ndarray  # [S] int64, ascending
@@ -45,6 +46,11 @@ class Proposal:
         if not weights[index] > 0:
             raise InvalidProposalError(f"token {token_id} has no probability in its own proposal")
         return cls(token_id, support_ids, weights / weights.sum(), index)
+
+    @classmethod
+    def of_token(cls, token_id: int) -> Proposal:
+        """Return a proposal without its distribution, drawn with noise that the target shares."""
+        return cls(token_id, np.empty(0, np.int64), np.empty(0), index=0)
 
 
 @dataclass(frozen=True)
@@ -177,3 +183,16 @@ def decide_block(
         if recovered is not None:
             return Decision([*token_ids[:end], recovered], num_accepted=end)
     return Decision(token_ids, num_accepted=len(token_ids))
+
+
+def decide_coupled(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> Decision:
+    """Accept proposals while they are the target's own choices, which are the y of rows without a support.
+
+    So the tokens are those that the target would have chosen alone.
+
+    Source: Daliri et al. 2024 (arXiv 2408.07978).
+    """
+    choices = [row.outside_token_id for row in rows]
+    pairs = zip(proposals, choices, strict=False)  # without proposals there is one row all the same
+    num_accepted = sum(1 for _ in takewhile(lambda pair: pair[0].token_id == pair[1], pairs))
+    return Decision(choices[: num_accepted + 1], num_accepted)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from client.acceptance import Decision, Proposal, TargetRow, decide, decide_block
+from client.acceptance import Decision, Proposal, TargetRow, decide, decide_block, decide_coupled
 from client.draft_link import DraftLink
 from client.errors import CacheMismatchError, ServiceFailedError
 from client.params import SpeculationParams
@@ -64,7 +64,9 @@ class Generation:
         self._target_told = len(self.tokens)
         return target_pb2.VerifyRequest(
             open=target_pb2.OpenVerification(
-                sampling=wire.warping_to_proto(self.warping), seed=self.seed, committed=self.span_from(0)
+                sampling=wire.warping_to_proto(self.warping, self.speculation.is_coupled),
+                seed=self.seed,
+                committed=self.span_from(0),
             )
         )
 
@@ -101,6 +103,8 @@ class Generation:
             raise ServiceFailedError(f"the target answered round {self._round_index} with what is no answer to it")
         self.check_cache(response.cache, [proposal.token_id for proposal in proposals])
         rows, first = _rows_from_proto(response.rows, proposals), len(self.tokens)
+        if self.speculation.is_coupled:
+            return decide_coupled(proposals, rows)
         positions = range(first, first + len(proposals))
         residual_uniforms = [self._residual.at(position) for position in positions]
         if self.speculation.acceptance == "block":

@@ -22,7 +22,7 @@ from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread
 from outrider.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ServiceError
 from outrider.probs import Draft, are_rows_finite, draw_drafts, probability_rows
-from outrider.rng import AddressedUniforms, Purpose
+from outrider.rng import AddressedUniforms, Purpose, SharedNoise
 from outrider.warping import Warping
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class DraftOptions:
     max_support: int
     min_draft_prob: float
     branch: int = 0  # that drafting begins with; OpenProposals.branch in draft.proto
+    is_coupled: bool = False  # draws with the target's noise; COUPLING_GUMBEL in common.proto
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,15 @@ class Session:
     committed_at: float = field(default_factory=time.monotonic)
     demand: Demand | None = None
     branch: int = field(init=False)
-    uniforms: AddressedUniforms = field(init=False)
+    numbers: AddressedUniforms | SharedNoise = field(init=False)
 
     def __post_init__(self) -> None:
         self.draw_under(self.options.branch)
 
     def draw_under(self, branch: int) -> None:
-        """Draw all further tokens with the random numbers of a branch."""
-        self.branch = branch
-        self.uniforms = AddressedUniforms(self.options.seed, Purpose.DRAFT, branch)
+        """Draw all further tokens with the random numbers of a branch; noise that is shared has none."""
+        seed, self.branch = self.options.seed, branch
+        self.numbers = SharedNoise(seed) if self.options.is_coupled else AddressedUniforms(seed, Purpose.DRAFT, branch)
 
     @property
     def wants_token(self) -> bool:
@@ -205,7 +206,7 @@ class Drafter:
         drafts = draw_drafts(
             probability_rows(logits, [session.options.warping for session in healthy]),
             [session.options.max_support for session in healthy],
-            [session.uniforms.at(len(session.sequence.tokens)) for session in healthy],
+            [session.numbers.at(len(session.sequence.tokens)) for session in healthy],
         )
         for session, draft in zip(healthy, drafts, strict=True):
             self._append(session, draft)

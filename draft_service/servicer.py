@@ -86,6 +86,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             max_support=message.max_support or limit,
             min_draft_prob=message.min_draft_prob,
             branch=message.branch,
+            is_coupled=wire.is_coupled_from_proto(message.sampling),
         )
 
     async def _read_commits(self, drafter: Drafter, session: Session, requests, outbox: asyncio.Queue) -> None:

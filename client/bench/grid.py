@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from client.params import Acceptance, Method, SamplingParams
+from client.params import Acceptance, Coupling, Method, SamplingParams
 from client.results import GenerationStats
 from client.sync import SpeculativeClient
 
@@ -39,6 +39,7 @@ class Settings:
     overlap: bool = True
     window: int | None = None
     acceptance: Acceptance = "token"
+    coupling: Coupling = "none"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def _generate(client, prompt, configuration, settings, repetition, prompt_index)
         overlap=settings.overlap,
         window=settings.window if configuration.method == "speculative" else None,
         acceptance=settings.acceptance,
+        coupling=settings.coupling,
     )
     return result.stats
 

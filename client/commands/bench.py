@@ -14,7 +14,7 @@ from client.bench.grid import Configuration, Settings, make_grid, result_documen
 from client.bench.prompts import read_prompts
 from client.bench.summary import speed_table, summarise, time_table
 from client.commands.local_pair import PairAddresses, local_pair
-from client.commands.options import acceptance_option, address_options, as_json, err, out, print_json, shows_errors
+from client.commands.options import address_options, as_json, err, out, print_json, rule_options, shows_errors
 from client.pair import as_plain_dict
 from client.params import METHODS
 from client.sync import SpeculativeClient
@@ -78,7 +78,7 @@ class MethodList(click.ParamType):
 )
 @click.option("--overlap/--no-overlap", default=True, help="Let the draft go on while the target verifies.")
 @click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text.")
-@acceptance_option
+@rule_options
 @click.option(
     "--threads", type=click.IntRange(1), default=1, help="CPU threads of each service that this command starts."
 )

@@ -31,7 +31,7 @@ import client.acceptance
 import draft_service.drafter
 from client import SamplingParams, SpeculativeClient
 from client.aio import AsyncSpeculativeClient
-from outrider.rng import AddressedUniforms
+from outrider.rng import AddressedUniforms, Noise, SharedNoise
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, Services
@@ -65,11 +65,13 @@ ALONE = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive"})
 BLOCK = Scenario(
     SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "max_support": 4, "acceptance": "block"}
 )
+COUPLED = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "coupling": "gumbel"})
 SCENARIOS = {
     "plain": PLAIN,
     "filters and a truncated support": TRUNCATED,
     "the target alone": ALONE,
     "proposals judged together": BLOCK,
+    "noise that both share": COUPLED,
 }
 
 
@@ -226,11 +228,17 @@ def break_joint_ratios(monkeypatch) -> None:
     monkeypatch.setattr(client.acceptance, "joint_ratios", single_ratios)
 
 
+def break_noise(monkeypatch) -> None:
+    """Use one noise for all positions."""
+    monkeypatch.setattr(SharedNoise, "at", lambda self, position: Noise(self._seed, 0))
+
+
 BROKEN_RULES = {
     "recovered token drawn from the target": (PLAIN, break_residual),
     "one uniform for all positions": (PLAIN, break_uniforms),
     "draft probabilities of the untruncated row": (TRUNCATED, break_draft_probs),
     "single ratios where the joint ones belong": (BLOCK, break_joint_ratios),
+    "one noise for all positions": (COUPLED, break_noise),
 }
 
 

@@ -211,9 +211,12 @@ def round_of(committed: common_pb2.TokenSpan, proposals=(), round_index: int = 1
     )
 
 
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "coupling")
+
+
 def open_proposals(token_ids: Sequence[int] = PROMPT, ahead: int = 4, **fields: Any) -> draft_pb2.ProposeRequest:
     """Return an open message whose window lets the draft propose `ahead` tokens."""
-    sampling = {name: fields.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in fields}
+    sampling = {name: fields.pop(name) for name in SAMPLING_FIELDS if name in fields}
     defaults = {
         "sampling": common_pb2.SamplingParams(**({"temperature": 1.0} | sampling)),
         "seed": SEED,
