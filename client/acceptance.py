@@ -1,6 +1,7 @@
 """Acceptance sampling on sparse rows: which proposals are kept, and what replaces the first that is not.
 
-Pure functions.
+Pure functions. `decide` judges proposal by proposal, `decide_block` all proposals of a round together; `decide_coupled`
+compares them with the target's own choices. All leave the target's law as it is.
 
 Notation inside formulas: p is the target, q the draft (Leviathan et al. 2023, arXiv 2211.17192). Shapes: S support, K
 proposals.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -24,7 +26,7 @@ class InvalidProposalError(Exception):
 
 @dataclass(frozen=True)
 class Proposal:
-    """One drafted token and the distribution it was drawn from."""
+    """One drafted token and the distribution it was drawn from, which is empty where nobody needs it."""
 
     token_id: int
     support_ids: np.ndarray  # [S] int64, ascending
@@ -44,6 +46,11 @@ class Proposal:
         if not weights[index] > 0:
             raise InvalidProposalError(f"token {token_id} has no probability in its own proposal")
         return cls(token_id, support_ids, weights / weights.sum(), index)
+
+    @classmethod
+    def of_token(cls, token_id: int) -> Proposal:
+        """Return a proposal without its distribution, drawn with noise that the target shares."""
+        return cls(token_id, np.empty(0, np.int64), np.empty(0), index=0)
 
 
 @dataclass(frozen=True)
@@ -71,17 +78,17 @@ def acceptance_prob(proposal: Proposal, row: TargetRow) -> float:
     return min(1.0, row.probs[proposal.index] / proposal.draft_probs[proposal.index])
 
 
-def residual_weights(proposal: Proposal, row: TargetRow) -> np.ndarray:
-    """Return weights `[S + 1]` in proportion to norm(max(0, p − q)): one for each id of the support, the last for y."""
+def residual_weights(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> np.ndarray:
+    """Return max(0, scale · p − q) `[S + 1]`: a weight for each id of the support, the last for y, where q is 0."""
     weights = np.empty(len(proposal.support_ids) + 1)
-    np.maximum(row.probs - proposal.draft_probs, 0.0, out=weights[:-1])
-    weights[-1] = row.outside_mass
+    np.maximum(scale * row.probs - proposal.draft_probs, 0.0, out=weights[:-1])
+    weights[-1] = scale * row.outside_mass
     return weights
 
 
-def draw_recovered(proposal: Proposal, row: TargetRow, uniform: float) -> int | None:
+def draw_recovered(proposal: Proposal, row: TargetRow, uniform: float, scale: float = 1.0) -> int | None:
     """Return a token from the residual distribution; None when it is empty, which only rounding can bring about."""
-    cumulative = residual_weights(proposal, row).cumsum()
+    cumulative = residual_weights(proposal, row, scale).cumsum()
     if not cumulative[-1] > 0:
         return None
     index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
@@ -113,3 +120,79 @@ def decide(
                 return Decision([*token_ids, recovered], num_accepted=len(token_ids))
         token_ids.append(proposal.token_id)
     return Decision(token_ids, num_accepted=len(token_ids))
+
+
+def joint_ratios(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> list[float]:
+    """Return p_0 … p_K: p_0 = 1, and p_i = min(1, p_(i−1) p(x_i) / q(x_i)) of the prefix that ends with x_i.
+
+    p_i is the probability that a round keeps at least i proposals, given what these i are.
+
+    Source: Sun et al. 2024 (arXiv 2403.10444), Algorithm 2, as the two functions that follow.
+    """
+    ratios = [1.0]
+    for proposal, row in zip(proposals, rows, strict=True):
+        ratios.append(min(1.0, ratios[-1] * row.probs[proposal.index] / proposal.draft_probs[proposal.index]))
+    return ratios
+
+
+def prefix_probs(proposals: Sequence[Proposal], rows: Sequence[TargetRow], ratios: Sequence[float]) -> list[float]:
+    """Return h_1 … h_K: the probability that a prefix is kept, given that no longer one is.
+
+    h_i is A / (A + 1 − p_i), where A sums max(0, p_i p − q) over the row behind the prefix. Behind all K there is none,
+    and none is needed: h_K is p_K.
+    """
+    probs = []
+    for proposal, row, ratio in zip(proposals[1:], rows[1:], ratios[1:-1], strict=True):
+        left_over = residual_weights(proposal, row, ratio).sum()
+        lost = 1 - ratio
+        probs.append(left_over / (left_over + lost) if left_over + lost > 0 else 1.0)
+    return [*probs, ratios[-1]]
+
+
+def longest_kept(probs: Sequence[float], uniform: float) -> int:
+    """Return the length of the longest prefix that is kept, drawn from h_1 … h_K with one uniform."""
+    for length in range(len(probs), 0, -1):
+        prob = probs[length - 1]
+        if uniform < prob:
+            return length
+        uniform = (uniform - prob) / (1 - prob)  # uniform again, now that it is known not to be below
+    return 0
+
+
+def decide_block(
+    proposals: Sequence[Proposal],
+    rows: Sequence[TargetRow],
+    accept_uniform: float,
+    residual_uniforms: Sequence[float],
+) -> Decision:
+    """Accept the longest prefix of the proposals that passes as a whole, and replace the proposal behind it.
+
+    It keeps at least as many proposals on average as `decide` does. But what it keeps depends on all proposals of the
+    round, those behind the end too: whoever draws again at their positions needs other random numbers.
+
+    Args:
+        proposals, rows, residual_uniforms: as for `decide`.
+        accept_uniform: one for the round.
+    """
+    if not proposals:
+        return Decision([rows[0].outside_token_id], num_accepted=0)
+    ratios = joint_ratios(proposals, rows)
+    token_ids = [proposal.token_id for proposal in proposals]
+    for end in range(longest_kept(prefix_probs(proposals, rows, ratios), accept_uniform), len(proposals)):
+        recovered = draw_recovered(proposals[end], rows[end], residual_uniforms[end], ratios[end])
+        if recovered is not None:
+            return Decision([*token_ids[:end], recovered], num_accepted=end)
+    return Decision(token_ids, num_accepted=len(token_ids))
+
+
+def decide_coupled(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> Decision:
+    """Accept proposals while they are the target's own choices, which are the y of rows without a support.
+
+    So the tokens are those that the target would have chosen alone.
+
+    Source: Daliri et al. 2024 (arXiv 2408.07978).
+    """
+    choices = [row.outside_token_id for row in rows]
+    pairs = zip(proposals, choices, strict=False)  # without proposals there is one row all the same
+    num_accepted = sum(1 for _ in takewhile(lambda pair: pair[0].token_id == pair[1], pairs))
+    return Decision(choices[: num_accepted + 1], num_accepted)

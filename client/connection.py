@@ -34,6 +34,9 @@ CHANNEL_OPTIONS = (
 )
 
 
+SEEDED_BLOCK_LENGTH = 5  # K where `auto` may not choose
+
+
 @dataclass(frozen=True)
 class ConnectionSettings:
     """Whom a client talks to and how long it waits."""
@@ -93,15 +96,19 @@ def lengths_for(
 ) -> FixedLength | LengthController:
     """Return what chooses K.
 
-    K = 0 draws other random numbers, so a text that has a seed never gets it, unless it is greedy.
+    A seed's text must not depend on the clock. Rounds with K = 0 draw other random numbers, so they are kept for texts
+    without a seed, and for greedy and coupled ones, which are the same in any case; and with block acceptance, where K
+    shapes the text, a seed has a fixed K.
     """
     if not params.uses_draft or params.method == "draft":
         return FixedLength(0)
     if isinstance(params.num_speculative_tokens, int):
         return FixedLength(params.num_speculative_tokens)
-    return LengthController(
-        speeds.at(sampling.temperature), may_be_zero=sampling.seed is None or sampling.warping.is_greedy
-    )
+    is_same_for_every_length = sampling.warping.is_greedy or params.is_coupled
+    may_be_zero = sampling.seed is None or is_same_for_every_length
+    if params.acceptance == "block" and not may_be_zero:
+        return FixedLength(SEEDED_BLOCK_LENGTH)
+    return LengthController(speeds.at(sampling.temperature), may_be_zero)
 
 
 def tokenizer_from_parts(parts: Sequence[target_pb2.GetTokenizerResponse]) -> TargetTokenizer:

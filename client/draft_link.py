@@ -48,7 +48,7 @@ class DraftLink:
         target = generation.target_info
         return draft_pb2.ProposeRequest(
             open=draft_pb2.OpenProposals(
-                sampling=wire.warping_to_proto(generation.warping),
+                sampling=wire.warping_to_proto(generation.warping, speculation.is_coupled),
                 seed=generation.seed,
                 committed=generation.span_from(0),
                 window=self._window(),
@@ -58,6 +58,7 @@ class DraftLink:
                 min_draft_prob=self._min_draft_prob,
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
                 batch_until=self._batch_until(),
+                branch=generation.branch,
             )
         )
 
@@ -81,7 +82,11 @@ class DraftLink:
         self._told = len(self._generation.tokens)
         return draft_pb2.ProposeRequest(
             commit=draft_pb2.Commit(
-                commit_index=self._commit_index, span=span, window=self._window(), batch_until=self._batch_until()
+                commit_index=self._commit_index,
+                span=span,
+                window=self._window(),
+                batch_until=self._batch_until(),
+                branch=self._generation.branch,
             )
         )
 
@@ -133,7 +138,10 @@ class DraftLink:
             return False
         if position != len(tokens) + len(self.proposals):
             raise ServiceFailedError(f"the draft proposed for position {position}, out of order")
-        self.proposals.append(_proposal_from_proto(message, self._generation.target_info.vocab_size))
+        generation = self._generation
+        self.proposals.append(
+            _proposal_from_proto(message, generation.target_info.vocab_size, generation.speculation.is_coupled)
+        )
         return True
 
     def _void(self, position: int) -> None:
@@ -163,8 +171,10 @@ class DraftLink:
         return max(end, len(generation.tokens))
 
 
-def _proposal_from_proto(message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
+def _proposal_from_proto(message: draft_pb2.Proposal, vocab_size: int, is_coupled: bool) -> Proposal:
     try:
+        if is_coupled:
+            return Proposal.of_token(wire.check_token_id(message.token_id, "token_id", vocab_size))
         support_ids = wire.unpack_support(message.support_ids, "support_ids", vocab_size)
         weights = wire.unpack_probs(message.support_probs, "support_probs")
         return Proposal.from_weights(message.token_id, support_ids, weights)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from client.acceptance import Decision, Proposal, TargetRow, decide
+from client.acceptance import Decision, Proposal, TargetRow, decide, decide_block, decide_coupled
 from client.draft_link import DraftLink
 from client.errors import CacheMismatchError, ServiceFailedError
 from client.params import SpeculationParams
@@ -49,6 +49,7 @@ class Generation:
         self._residual = AddressedUniforms(seed, Purpose.RESIDUAL)
         self._round_index = 0
         self._target_told = 0  # committed tokens that the target had when the last round began
+        self.branch = 0  # under which the draft draws; OpenProposals.branch in draft.proto
         self._in_round: list[Proposal] = []
         self.draft = DraftLink(self)
 
@@ -64,7 +65,9 @@ class Generation:
         self._target_told = len(self.tokens)
         return target_pb2.VerifyRequest(
             open=target_pb2.OpenVerification(
-                sampling=wire.warping_to_proto(self.warping), seed=self.seed, committed=self.span_from(0)
+                sampling=wire.warping_to_proto(self.warping, self.speculation.is_coupled),
+                seed=self.seed,
+                committed=self.span_from(0),
             )
         )
 
@@ -100,13 +103,14 @@ class Generation:
         if response.round_index != self._round_index or len(response.rows) != max(1, len(proposals)):
             raise ServiceFailedError(f"the target answered round {self._round_index} with what is no answer to it")
         self.check_cache(response.cache, [proposal.token_id for proposal in proposals])
-        positions = range(len(self.tokens), len(self.tokens) + len(proposals))
-        return decide(
-            proposals,
-            _rows_from_proto(response.rows, proposals),
-            [self._accept.at(position) for position in positions],
-            [self._residual.at(position) for position in positions],
-        )
+        rows, first = _rows_from_proto(response.rows, proposals), len(self.tokens)
+        if self.speculation.is_coupled:
+            return decide_coupled(proposals, rows)
+        positions = range(first, first + len(proposals))
+        residual_uniforms = [self._residual.at(position) for position in positions]
+        if self.speculation.acceptance == "block":
+            return decide_block(proposals, rows, self._accept.at(first), residual_uniforms)
+        return decide(proposals, rows, [self._accept.at(position) for position in positions], residual_uniforms)
 
     def commit_round(self, decision: Decision, num_kept: int) -> None:
         """Commit the first `num_kept` tokens of a decision and count them; the rest lies behind the end of the text."""
@@ -115,6 +119,8 @@ class Generation:
         num_accepted = min(decision.num_accepted, num_kept)
         self._count_round(num_kept, num_drafted, num_accepted)
         self._target_told = len(self.tokens)
+        if self.speculation.acceptance == "block" and decision.num_accepted + 1 < len(self._in_round):
+            self.branch = len(self.tokens) + len(kept)  # proposals behind the end took part in deciding on it
         self._commit(kept)
         self._in_round = []
 

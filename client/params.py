@@ -15,6 +15,11 @@ Method = Literal["speculative", "autoregressive", "draft"]
 METHODS: tuple[str, ...] = get_args(Method)
 AUTO: Literal["auto"] = "auto"  # the client picks K for each round, from what it measures
 
+Acceptance = Literal["token", "block"]
+ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
+Coupling = Literal["none", "gumbel"]
+COUPLINGS: tuple[str, ...] = get_args(Coupling)
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -60,6 +65,15 @@ class SamplingParams:
 class SpeculationParams:
     """How the pair works on one generation. Nothing here changes the law of the text.
 
+    `acceptance` says how proposals are judged. `token`: one after the other; a seed gives one text for every K from 1
+    on, window and timing. `block`: the proposals of a round together, which keeps at least as many on average; the law
+    is the same, but a seed's text depends on where rounds begin and end too: on K, on a window shorter than K, on
+    `min_draft_prob`, and on rounds that find the draft late or gone.
+
+    `coupling` says which random numbers draft and target draw with. `none`: each its own. `gumbel`: the same noise, and
+    a proposal is accepted when it is what the target itself chooses. Fewer proposals may be accepted, but tokens alone
+    cross the wire, and a seed's text is the target's own: the same for every draft and K, and without a draft.
+
     Raises:
         InvalidRequestError: a value is out of range; the message names the field.
     """
@@ -71,6 +85,8 @@ class SpeculationParams:
     max_support: int = 0  # 0: the draft service's own limit
     min_draft_prob: float = 0.0
     greedy_draft: bool = False
+    acceptance: Acceptance = "token"
+    coupling: Coupling = "none"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -83,10 +99,23 @@ class SpeculationParams:
             raise InvalidRequestError(f"window is {self.window}: give 1 or more")
         if not 0 <= self.min_draft_prob <= 1:
             raise InvalidRequestError(f"min_draft_prob is {self.min_draft_prob}: give a number from 0 to 1")
+        if self.acceptance not in ACCEPTANCES:
+            raise InvalidRequestError(f"acceptance is {self.acceptance!r}: give one of {', '.join(ACCEPTANCES)}")
+        if self.coupling not in COUPLINGS:
+            raise InvalidRequestError(f"coupling is {self.coupling!r}: give one of {', '.join(COUPLINGS)}")
+        if self.is_coupled and self.acceptance != "token":
+            raise InvalidRequestError(
+                f"acceptance is {self.acceptance!r} and coupling is {self.coupling!r}: a coupling leaves nothing to "
+                "judge, so leave acceptance at 'token' or coupling at 'none'"
+            )
 
     @property
     def uses_draft(self) -> bool:
         return self.method == "draft" or (self.method == "speculative" and self.num_speculative_tokens != 0)
+
+    @property
+    def is_coupled(self) -> bool:
+        return self.coupling != "none"
 
     def num_ahead(self, num_speculative_tokens: int) -> int:
         """Return how far beyond the committed text the draft may go when rounds have so many proposals."""

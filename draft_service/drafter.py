@@ -22,7 +22,7 @@ from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread
 from outrider.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ServiceError
 from outrider.probs import Draft, are_rows_finite, draw_drafts, greedy_drafts, probability_rows
-from outrider.rng import AddressedUniforms, Purpose
+from outrider.rng import AddressedUniforms, Purpose, SharedNoise
 from outrider.warping import Warping
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class DraftOptions:
     vocab_size: int  # ids at or above are never proposed
     max_support: int
     min_draft_prob: float
+    branch: int = 0  # that drafting begins with; OpenProposals.branch in draft.proto
+    is_coupled: bool = False  # draws with the target's noise; COUPLING_GUMBEL in common.proto
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Commit:
     prefix_digest: int
     window: int
     batch_until: int
+    branch: int
 
 
 @dataclass(eq=False)
@@ -95,10 +98,16 @@ class Session:
     committed_at: float = field(default_factory=time.monotonic)
     demand: Demand | None = None
     held: list[_Held] = field(default_factory=list)  # for the last positions of the sequence
-    uniforms: AddressedUniforms = field(init=False)
+    branch: int = field(init=False)
+    numbers: AddressedUniforms | SharedNoise = field(init=False)
 
     def __post_init__(self) -> None:
-        self.uniforms = AddressedUniforms(self.options.seed, Purpose.DRAFT)
+        self.draw_under(self.options.branch)
+
+    def draw_under(self, branch: int) -> None:
+        """Draw all further tokens with the random numbers of a branch; noise that is shared has none."""
+        seed, self.branch = self.options.seed, branch
+        self.numbers = SharedNoise(seed) if self.options.is_coupled else AddressedUniforms(seed, Purpose.DRAFT, branch)
 
     @property
     def wants_token(self) -> bool:
@@ -192,6 +201,8 @@ class Drafter:
         if tokens.num_agreeing(commit.start_position, commit.token_ids) < len(commit.token_ids):
             session.sequence.rewrite(commit.start_position, commit.token_ids)
             session.demand, session.held = None, []
+        if commit.branch != session.branch:
+            session.draw_under(commit.branch)
         num_undecided = max(0, len(tokens) - commit.start_position - len(commit.token_ids))
         session.held = session.held[-num_undecided:] if num_undecided else []
         session.commit_index, session.is_stopped = commit.index, False
@@ -267,10 +278,10 @@ def _draw(logits: torch.Tensor, sessions: Sequence[Session]) -> list[Draft]:
         for row, session in zip(logits, sessions, strict=True):
             row[session.options.vocab_size :] = -torch.inf
     warpings = [session.options.warping for session in sessions]
-    if all(warping.is_greedy for warping in warpings):
+    if all(warping.is_greedy for warping in warpings) and not any(session.options.is_coupled for session in sessions):
         return greedy_drafts(logits)
     return draw_drafts(
         probability_rows(logits, warpings),
         [session.options.max_support for session in sessions],
-        [session.uniforms.at(len(session.sequence.tokens)) for session in sessions],
+        [session.numbers.at(len(session.sequence.tokens)) for session in sessions],
     )

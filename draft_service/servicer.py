@@ -85,6 +85,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             vocab_size=min(message.vocab_size or self._host.vocab_size, self._host.vocab_size),
             max_support=message.max_support or limit,
             min_draft_prob=message.min_draft_prob,
+            branch=message.branch,
+            is_coupled=wire.is_coupled_from_proto(message.sampling),
         )
 
     async def _read_commits(self, drafter: Drafter, session: Session, requests, outbox: asyncio.Queue) -> None:
@@ -106,6 +108,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                         prefix_digest=commit.span.prefix_digest,
                         window=commit.window,
                         batch_until=commit.batch_until,
+                        branch=commit.branch,
                     ),
                 )
             outbox.put_nowait(_EndOfStream())

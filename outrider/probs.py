@@ -2,6 +2,9 @@
 
 Shapes: N rows, V vocabulary size, S largest support in the batch. Rows keep float64 when the logits have it and are
 float32 otherwise; sums that decide a draw are always float64.
+
+A draw takes its randomness in one of two forms: a uniform, which goes through the inverse CDF, or the noise of its
+position, which draft and target share (`outrider.race`).
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from outrider.race import race, race_among
+from outrider.rng import Noise
 from outrider.warping import Warping
 
 SUPPORT_MASS = 1 - 1e-3
@@ -55,7 +60,7 @@ def _kept_by_filters(scores: torch.Tensor, warpings: Sequence[Warping]) -> torch
 
 @dataclass(frozen=True)
 class Draft:
-    """A drafted token, with the support it was drawn from."""
+    """A drafted token, with the support it was drawn from; without it when it was drawn with noise."""
 
     token_id: int
     support_ids: np.ndarray  # [num_support] int64, ascending
@@ -63,12 +68,12 @@ class Draft:
     token_prob: float  # its share of the support's probabilities
 
 
-def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], uniforms: Sequence[float]) -> list[Draft]:
+def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], numbers: Sequence[float | Noise]) -> list[Draft]:
     """Truncate each row of `probs` `[N, V]` to its support and draw a token from what is left; return N drafts.
 
     The support is the smallest set of likeliest tokens that holds `SUPPORT_MASS`, at most the row's `max_supports`.
     The token is drawn from the float32 weights that are returned, divided by their sum, so that the receiver knows
-    the law to the letter.
+    the law to the letter. Each row has a uniform, or the noise of its position.
     """
     num_kept = min(max(max_supports), probs.shape[-1])
     likeliest, ids = (part.cpu().numpy() for part in probs.topk(num_kept, dim=-1))
@@ -76,16 +81,19 @@ def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], uniforms: Sequ
     kept = (mass_before < SUPPORT_MASS) & (likeliest.astype(np.float32) > 0)  # a prefix of each row
     sizes = np.minimum(kept.sum(-1), max_supports)
     return [
-        _draw_draft(ids[row, :size], likeliest[row, :size], uniform)
-        for row, (size, uniform) in enumerate(zip(sizes, uniforms, strict=True))
+        _draw_draft(ids[row, :size], likeliest[row, :size], number)
+        for row, (size, number) in enumerate(zip(sizes, numbers, strict=True))
     ]
 
 
-def _draw_draft(ids: np.ndarray, probs: np.ndarray, uniform: float) -> Draft:
+def _draw_draft(ids: np.ndarray, probs: np.ndarray, number: float | Noise) -> Draft:
+    if isinstance(number, Noise):
+        index = race_among(ids, probs, number)
+        return Draft(int(ids[index]), ids[:0], probs[:0], float(probs[index] / probs.sum()))
     order = ids.argsort()
     ids, weights = ids[order], probs[order].astype(np.float32)
     cumulative = weights.cumsum(dtype=np.float64)
-    index = min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(ids) - 1)
+    index = min(int(np.searchsorted(cumulative, number * cumulative[-1], side="right")), len(ids) - 1)
     return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]))
 
 
@@ -117,9 +125,12 @@ class TargetRows:
     outside_token_ids: list[int]  # [N]
 
 
-def read_target_rows(probs: torch.Tensor, supports: Sequence[np.ndarray], uniforms: Sequence[float]) -> TargetRows:
-    """Read `probs` `[N, V]` on `supports` (N of `[num_support] int64`) and draw a token outside each with its uniform.
+def read_target_rows(
+    probs: torch.Tensor, supports: Sequence[np.ndarray], numbers: Sequence[float | Noise]
+) -> TargetRows:
+    """Read `probs` `[N, V]` on `supports` (N of `[num_support] int64`) and draw a token outside each.
 
+    Each row has a uniform, or the noise of its position; with noise and an empty support, y is the target's own choice.
     The mass outside is summed, not subtracted from 1, so that a small one keeps its precision.
     """
     sizes = [len(support) for support in supports]
@@ -132,7 +143,7 @@ def read_target_rows(probs: torch.Tensor, supports: Sequence[np.ndarray], unifor
     return TargetRows(
         support_probs=np.split(on_support, np.cumsum(sizes)[:-1]),
         outside_masses=outside.sum(-1).tolist(),
-        outside_token_ids=inverse_cdf(outside, uniforms).tolist(),
+        outside_token_ids=_draw_rows(outside, numbers),
     )
 
 
@@ -146,3 +157,16 @@ def greedy_target_rows(logits: torch.Tensor, supports: Sequence[np.ndarray]) -> 
         outside_masses=[float(is_outside) for is_outside in are_outside],
         outside_token_ids=[token_id * outside for token_id, outside in zip(likeliest, are_outside, strict=True)],
     )
+
+
+def _draw_rows(weights: torch.Tensor, numbers: Sequence[float | Noise]) -> list[int]:
+    """Return a token for each row of `weights` `[N, V]`, drawn with its uniform or its noise."""
+    noises = {row: number for row, number in enumerate(numbers) if isinstance(number, Noise)}
+    uniforms = {row: number for row, number in enumerate(numbers) if not isinstance(number, Noise)}
+    if not noises:
+        return inverse_cdf(weights, list(uniforms.values())).tolist()
+    token_ids = dict(zip(noises, race(weights[list(noises)], list(noises.values())), strict=True))
+    if uniforms:
+        drawn = inverse_cdf(weights[list(uniforms)], list(uniforms.values())).tolist()
+        token_ids |= dict(zip(uniforms, drawn, strict=True))
+    return [token_ids[row] for row in range(len(numbers))]

@@ -25,7 +25,7 @@ from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread, new_reply
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError
 from outrider.probs import TargetRows, are_rows_finite, greedy_target_rows, probability_rows, read_target_rows
-from outrider.rng import AddressedUniforms, Purpose
+from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.warping import Warping
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Session:
     """One client stream. Everything but the two settings belongs to the model thread."""
 
     warping: Warping
-    outside_uniforms: AddressedUniforms
+    numbers: AddressedUniforms | SharedNoise  # that tokens outside the supports are drawn with
     sequence: EngineSequence = field(default_factory=EngineSequence)
     is_open: bool = True
 
@@ -96,8 +96,10 @@ class Scheduler:
         self._jobs: dict[Session, _Job] = {}
         self._arrivals = itertools.count()
 
-    def open(self, warping: Warping, seed: int, committed: Span) -> Session:
+    def open(self, warping: Warping, seed: int, committed: Span, is_coupled: bool = False) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.
+
+        Where it is coupled (COUPLING_GUMBEL in common.proto), its tokens are drawn with the noise that drafts share.
 
         Raises:
             InvalidArgumentError: there are no tokens, or more than the context holds.
@@ -106,7 +108,8 @@ class Scheduler:
             raise InvalidArgumentError(
                 f"committed.token_ids holds {len(committed.token_ids)} tokens: give 1 to {self._context_length}"
             )
-        session = Session(warping, AddressedUniforms(seed, Purpose.OUTSIDE))
+        needs_noise = is_coupled and not warping.is_greedy  # a greedy draw is the same with any number
+        session = Session(warping, SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE))
         session.sequence.tokens.extend(committed.token_ids)
         self.thread.post(lambda: self._begin(session))
         return session
@@ -218,18 +221,18 @@ def _read_rows(jobs: list[tuple[_Job, torch.Tensor]]) -> list[TargetRows]:
     sizes = [len(logits) for _, logits in jobs]
     warpings: list[Warping] = []
     supports: list[np.ndarray] = []
-    uniforms: list[float] = []
+    numbers: list[float | Noise] = []
     no_support = np.empty(0, dtype=np.int64)
     for (job, _), size in zip(jobs, sizes, strict=True):
         first = job.round.committed.end
         warpings += [job.session.warping] * size
         supports += job.round.supports or [no_support]
-        uniforms += [job.session.outside_uniforms.at(first + offset) for offset in range(size)]
+        numbers += [job.session.numbers.at(first + offset) for offset in range(size)]
     logits = joined([logits for _, logits in jobs])
     if all(warping.is_greedy for warping in warpings):
         rows = greedy_target_rows(logits, supports)
     else:
-        rows = read_target_rows(probability_rows(logits, warpings), supports, uniforms)
+        rows = read_target_rows(probability_rows(logits, warpings), supports, numbers)
     if len(jobs) == 1:
         return [rows]
     parts, start = [], 0

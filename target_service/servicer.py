@@ -58,10 +58,12 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                 return
             if opening.WhichOneof("kind") != "open":
                 raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
+            is_coupled = wire.is_coupled_from_proto(opening.open.sampling)
             session = scheduler.open(
                 wire.warping_from_proto(opening.open.sampling),
                 opening.open.seed,
                 self._span(opening.open.committed, "open.committed"),
+                is_coupled,
             )
             try:
                 async for request in requests:
@@ -69,7 +71,8 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                         raise InvalidArgumentError(
                             "kind is not `round`: only the first message of a stream opens a session"
                         )
-                    verdict = await asyncio.wrap_future(scheduler.submit(session, self._round(request.round)))
+                    work = self._round(request.round, is_coupled)
+                    verdict = await asyncio.wrap_future(scheduler.submit(session, work))
                     yield _response(request.round.round_index, verdict)
             finally:
                 scheduler.close(session)
@@ -82,7 +85,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             )
         return Span(span.start_position, token_ids, span.prefix_digest)
 
-    def _round(self, message: target_pb2.Round) -> Round:
+    def _round(self, message: target_pb2.Round, is_coupled: bool) -> Round:
         limit = self._options.max_proposals
         if len(message.proposals) > limit:
             raise InvalidArgumentError(
@@ -94,9 +97,13 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             field = f"proposals[{index}]"
             proposed_ids.append(wire.check_token_id(proposal.token_id, f"{field}.token_id", vocab_size))
             support = wire.unpack_support(proposal.support_ids, f"{field}.support_ids", vocab_size)
-            if len(support) == 0:
+            if len(support) == 0 and not is_coupled:
                 raise InvalidArgumentError(
                     f"{field}.support_ids is empty: send the ids that the proposal was drawn from"
+                )
+            if len(support) and is_coupled:
+                raise InvalidArgumentError(
+                    f"{field}.support_ids is not empty: with coupling gumbel, send the token alone"
                 )
             supports.append(support)
         return Round(self._span(message.committed, "round.committed"), proposed_ids, supports)

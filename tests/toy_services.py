@@ -31,7 +31,8 @@ from client.text import TextStream
 from outrider import wire
 from outrider.errors import FailedPreconditionError
 from outrider.probs import SUPPORT_MASS
-from outrider.rng import AddressedUniforms, Purpose
+from outrider.race import race_among
+from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.tokens import TokenLog
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
@@ -59,27 +60,42 @@ class ToyModel:
         return weights / weights.sum()
 
 
-def draw(weights: np.ndarray, uniform: float) -> int:
+def draw(weights: np.ndarray, number: float | Noise) -> int:
+    if isinstance(number, Noise):
+        return race_among(np.arange(len(weights)), weights, number)
     cumulative = weights.cumsum()
-    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
 
 
-def draft_proposal(model: ToyModel, tokens: TokenLog, uniform: float, max_support: int) -> draft_pb2.Proposal:
-    """Return the proposal for the position behind `tokens`."""
+def numbers_of(opening: Any, purpose: Purpose, branch: int = 0) -> AddressedUniforms | SharedNoise:
+    """Return what a session draws with, after the message that opened it."""
+    is_coupled = opening.sampling.coupling == common_pb2.COUPLING_GUMBEL
+    return SharedNoise(opening.seed) if is_coupled else AddressedUniforms(opening.seed, purpose, branch)
+
+
+def draft_law(model: ToyModel, tokens: TokenLog, max_support: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the support `[S]` of the draft's law behind `tokens`, and its weights `[S] float32`."""
     probs = model.probs(tokens, len(tokens))
     likeliest = np.argsort(-probs, kind="stable")
     mass_before = probs[likeliest].cumsum() - probs[likeliest]
     ids = np.sort(likeliest[mass_before < SUPPORT_MASS][: max_support or VOCAB_SIZE])
-    weights = probs[ids].astype(np.float32)
+    return ids, probs[ids].astype(np.float32)
+
+
+def draft_proposal(model: ToyModel, tokens: TokenLog, number: float | Noise, max_support: int) -> draft_pb2.Proposal:
+    """Return the proposal for the position behind `tokens`."""
+    ids, weights = draft_law(model, tokens, max_support)
+    if isinstance(number, Noise):
+        return draft_pb2.Proposal(token_id=ids[race_among(ids, weights, number)])
     return draft_pb2.Proposal(
-        token_id=ids[draw(weights.astype(np.float64), uniform)],
+        token_id=ids[draw(weights.astype(np.float64), number)],
         support_ids=wire.pack_ids(ids),
         support_probs=wire.pack_probs(weights),
     )
 
 
 def target_row(
-    model: ToyModel, tokens: TokenLog, length: int, support: np.ndarray, uniform: float
+    model: ToyModel, tokens: TokenLog, length: int, support: np.ndarray, number: float | Noise
 ) -> target_pb2.TargetRow:
     """Return the row after the first `length` tokens on a support `[S]`."""
     probs = model.probs(tokens, length)
@@ -88,7 +104,7 @@ def target_row(
     return target_pb2.TargetRow(
         support_probs=wire.pack_probs(probs[support]),
         outside_mass=outside.sum(),
-        outside_token_id=draw(outside, uniform) if outside.any() else 0,
+        outside_token_id=draw(outside, number) if outside.any() else 0,
     )
 
 
@@ -102,7 +118,7 @@ class ToyTarget:
     def __init__(self, message: target_pb2.VerifyRequest):
         opening = message.open
         self._model = ToyModel(TARGET_LOGITS, opening.sampling.temperature)
-        self._outside = AddressedUniforms(opening.seed, Purpose.OUTSIDE)
+        self._numbers = numbers_of(opening, Purpose.OUTSIDE)
         self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE).tolist())
 
     def answer(self, message: target_pb2.VerifyRequest) -> target_pb2.VerifyResponse:
@@ -115,7 +131,7 @@ class ToyTarget:
         first = span.start_position + len(committed_ids)
         supports = [wire.unpack_support(it.support_ids, "ids", VOCAB_SIZE) for it in work.proposals]
         rows = [
-            target_row(self._model, tokens, position, support, self._outside.at(position))
+            target_row(self._model, tokens, position, support, self._numbers.at(position))
             for position, support in enumerate(supports or [np.empty(0, np.int64)], start=first)
         ]
         return target_pb2.VerifyResponse(
@@ -129,7 +145,8 @@ class ToyDraft:
     def __init__(self, message: draft_pb2.ProposeRequest):
         opening = message.open
         self._model = ToyModel(DRAFT_LOGITS, 0.0 if opening.greedy else opening.sampling.temperature)
-        self._uniforms = AddressedUniforms(opening.seed, Purpose.DRAFT)
+        self._opening, self.branch = opening, opening.branch
+        self._numbers = numbers_of(opening, Purpose.DRAFT, opening.branch)
         self._max_support, self._min_draft_prob = opening.max_support, opening.min_draft_prob
         self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE).tolist())
         self._window = opening.window
@@ -149,17 +166,19 @@ class ToyDraft:
         assert commit.span.start_position + len(token_ids) <= commit.window, "window out of range"
         if tokens.num_agreeing(commit.span.start_position, token_ids) < len(token_ids):
             tokens.rewrite(commit.span.start_position, token_ids)
+        if commit.branch != self.branch:
+            self.branch = commit.branch
+            self._numbers = numbers_of(self._opening, Purpose.DRAFT, commit.branch)
         self._commit_index, self._window, self._is_stopped = commit.commit_index, commit.window, False
 
     def draft(self) -> draft_pb2.ProposeResponse:
         tokens = self._tokens
         position = len(tokens)
-        proposal = draft_proposal(self._model, tokens, self._uniforms.at(position), self._max_support)
+        proposal = draft_proposal(self._model, tokens, self._numbers.at(position), self._max_support)
+        ids, weights = draft_law(self._model, tokens, self._max_support)
         tokens.extend([proposal.token_id])
-        weights = wire.unpack_probs(proposal.support_probs, "probs")
-        ids = wire.unpack_ids(proposal.support_ids, "ids", VOCAB_SIZE)
-        prob = weights[list(ids).index(proposal.token_id)] / weights.sum()
-        self._is_stopped = prob < self._min_draft_prob
+        prob = weights[ids == proposal.token_id].sum() / weights.sum(dtype=np.float64)
+        self._is_stopped = bool(prob < self._min_draft_prob)
         return draft_pb2.ProposeResponse(
             commit_index=self._commit_index,
             start_position=position,

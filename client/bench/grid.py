@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from client.params import Method, SamplingParams
+from client.params import Acceptance, Coupling, Method, SamplingParams
 from client.results import GenerationStats
 from client.sync import SpeculativeClient
 
@@ -38,6 +38,8 @@ class Settings:
     ignore_eos: bool = True  # all texts of one length, so that rates compare
     overlap: bool = True
     window: int | None = None
+    acceptance: Acceptance = "token"
+    coupling: Coupling = "none"
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def _generate(client, prompt, configuration, settings, repetition, prompt_index)
         num_speculative_tokens=configuration.num_speculative_tokens,
         overlap=settings.overlap,
         window=settings.window if configuration.method == "speculative" else None,
+        acceptance=settings.acceptance,
+        coupling=settings.coupling,
     )
     return result.stats
 

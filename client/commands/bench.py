@@ -15,7 +15,7 @@ from client.bench.prompts import read_prompts
 from client.bench.summary import summarise
 from client.bench.tables import speed_table, time_table
 from client.commands.local_pair import PairAddresses, local_pair
-from client.commands.options import address_options, as_json, err, out, print_json, shows_errors
+from client.commands.options import address_options, as_json, err, out, print_json, rule_options, shows_errors
 from client.pair import as_plain_dict
 from client.params import METHODS
 from client.sync import SpeculativeClient
@@ -79,6 +79,7 @@ class MethodList(click.ParamType):
 )
 @click.option("--overlap/--no-overlap", default=True, help="Let the draft go on while the target verifies.")
 @click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text.")
+@rule_options
 @click.option(
     "--threads", type=click.IntRange(1), default=1, help="CPU threads of each service that this command starts."
 )

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from client.errors import OutriderError
-from client.params import AUTO, METHODS, SamplingParams
+from client.params import ACCEPTANCES, AUTO, COUPLINGS, METHODS, SamplingParams
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -52,7 +52,9 @@ sampling_options = add_options(
     click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens that reach this probability."),
     click.option("--min-p", type=float, default=0.0, help="Keep tokens this probable relative to the likeliest."),
     click.option(
-        "--seed", type=int, help="The same seed gives the same text for every K from 1 on; without it, a new one."
+        "--seed",
+        type=int,
+        help="The same seed gives the same text for every K from 1 on (but see --acceptance and --coupling); without it, a new one.",
     ),
     click.option("--max-new-tokens", type=int, default=128),
     click.option("--stop", multiple=True, help="End before this text; may be given several times."),
@@ -69,6 +71,11 @@ class Length(click.ParamType):
         return value if value == AUTO else click.IntRange(0).convert(value, param, context)
 
 
+rule_options = add_options(
+    click.option("--acceptance", type=click.Choice(ACCEPTANCES), default="token", help="Judge proposals one by one, or a round's together: more are kept, of the same law, but a seed's text then depends on K and on where rounds end."),
+    click.option("--coupling", type=click.Choice(COUPLINGS), default="none", help="gumbel: draft and target draw with the same noise, and tokens alone cross the wire. A seed's text is then the target's own, with any draft or none."),
+)  # fmt: skip
+
 speculation_options = add_options(
     click.option("--method", type=click.Choice(METHODS), default="speculative", help="The pair, the target alone, or the draft alone."),
     click.option("-k", "--num-speculative-tokens", type=Length(), default=AUTO, help="K: most proposals in a round; `auto` picks the fastest, round by round."),
@@ -77,6 +84,7 @@ speculation_options = add_options(
     click.option("--max-support", type=click.IntRange(0), default=0, help="Most tokens in a proposal's support; 0: the service's limit."),
     click.option("--min-draft-prob", type=click.FloatRange(0, 1), default=0.0, help="Stop drafting after a less probable token."),
     click.option("--greedy-draft", is_flag=True, help="Propose the likeliest token, with a support of one."),
+    rule_options,
 )  # fmt: skip
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -90,6 +98,8 @@ SPECULATION_NAMES = (
     "max_support",
     "min_draft_prob",
     "greedy_draft",
+    "acceptance",
+    "coupling",
 )
 
 

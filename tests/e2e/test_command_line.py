@@ -59,6 +59,13 @@ def test_generate_as_json_holds_the_whole_result(addresses):
     assert 0 <= document["stats"]["acceptance_rate"] <= 1
 
 
+def test_generate_with_a_coupling_writes_what_the_target_writes_alone(addresses):
+    arguments = ["generate", "Hello", *addresses, "--seed=1", "--max-new-tokens=9", "--json", "--coupling=gumbel"]
+    together, alone = (json.loads(run(*arguments, *more).stdout) for more in ((), ("--method=autoregressive",)))
+    assert together["token_ids"] == alone["token_ids"]
+    assert together["stats"]["num_draft_tokens"] > alone["stats"]["num_draft_tokens"] == 0
+
+
 def test_options_come_from_the_environment_too(addresses):
     environment = {"OUTRIDER_GENERATE_MAX_NEW_TOKENS": "3", "OUTRIDER_GENERATE_SEED": "5"}
     result = CliRunner(env=environment).invoke(main, ["generate", "x", *addresses, "--json"])
@@ -73,6 +80,7 @@ def test_options_come_from_the_environment_too(addresses):
         (["--top-p=2"], "top_p is 2.0"),
         (["--max-new-tokens=0"], "max_new_tokens is 0"),
         (["--token-ids"], "no list of token ids"),
+        (["--acceptance=block", "--coupling=gumbel"], "acceptance is 'block' and coupling is 'gumbel'"),
     ],
 )
 def test_a_wrong_option_is_named_and_nothing_is_printed(addresses, arguments, message):
@@ -104,8 +112,10 @@ def test_bench_measures_every_cell_and_saves_its_samples(addresses, tmp_path):
     prompts.write_text('{"prompt": "Hello"}\n{"instruction": "Say", "input": "this"}\n')
     methods = "--methods=autoregressive,speculative,draft"
     sizes = ["--temperature=0,1", "--max-new-tokens=6", "--repetitions=2"]
-    run("bench", *addresses, f"--prompts={prompts}", methods, "-k", "1,3", *sizes, f"--save-result={saved}")
+    rule = "--acceptance=block"
+    run("bench", *addresses, f"--prompts={prompts}", methods, "-k", "1,3", *sizes, rule, f"--save-result={saved}")
     document = json.loads(saved.read_text())
+    assert document["settings"]["acceptance"] == "block"
     assert document["prompts"] == ["Hello", "Say\n\nthis"]
     assert len(document["samples"]) == 2 * 2 * 2 * 4  # repetitions, prompts, temperatures, cells
     assert {sample["stats"]["num_generated_tokens"] for sample in document["samples"]} == {6}

@@ -110,6 +110,17 @@ def test_a_draft_that_stops_when_unsure(pair, texts, name):
         assert write(client, SAMPLINGS[name], num_speculative_tokens=6, min_draft_prob=0.5) == texts[name]
 
 
+@EVERY_SAMPLING
+def test_proposals_judged_together_give_one_text_for_one_k(pair, texts, name):
+    """Only then do rounds begin and end where they did; with one proposal a round, it is the text of all others."""
+    with pair.client() as client:
+        assert write(client, SAMPLINGS[name], num_speculative_tokens=1, acceptance="block") == texts[name]
+        runs = [{"overlap": False}, {"overlap": True}, {"window": 4}, {"window": 9}]
+        written = [write(client, SAMPLINGS[name], num_speculative_tokens=4, acceptance="block", **run) for run in runs]
+    assert all(token_ids == written[0] for token_ids in written)
+    assert (written[0] == texts[name]) == (name == "greedy")
+
+
 def write_all(client: SpeculativeClient) -> dict[str, list[int]]:
     """Return the text of each sampling."""
     return {name: write(client, sampling, num_speculative_tokens=5) for name, sampling in SAMPLINGS.items()}

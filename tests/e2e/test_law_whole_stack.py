@@ -2,7 +2,7 @@
 
 The statistic is a chi-square of whole strings, with fixed seeds, so that it passes always or never. Draft and target
 disagree on a third of their mass: with near-uniform rows broken rules go unnoticed. That these tests notice them is
-tested too: each of three rules that real projects got wrong fails the same statistic, with fewer texts.
+tested too: each broken rule, three of them from real projects, fails the same statistic, with fewer texts.
 
 Shapes: V vocabulary size, L length of a text, N texts.
 """
@@ -31,7 +31,7 @@ import client.acceptance
 import draft_service.drafter
 from client import SamplingParams, SpeculativeClient
 from client.aio import AsyncSpeculativeClient
-from outrider.rng import AddressedUniforms
+from outrider.rng import AddressedUniforms, Noise, SharedNoise
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, Services
@@ -62,7 +62,17 @@ TRUNCATED = Scenario(
     with_tasks=True,
 )
 ALONE = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive"})
-SCENARIOS = {"plain": PLAIN, "filters and a truncated support": TRUNCATED, "the target alone": ALONE}
+BLOCK = Scenario(
+    SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "max_support": 4, "acceptance": "block"}
+)
+COUPLED = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "coupling": "gumbel"})
+SCENARIOS = {
+    "plain": PLAIN,
+    "filters and a truncated support": TRUNCATED,
+    "the target alone": ALONE,
+    "proposals judged together": BLOCK,
+    "noise that both share": COUPLED,
+}
 
 
 @dataclass(frozen=True)
@@ -185,7 +195,7 @@ def test_texts_follow_the_targets_law(pair, scenario):
 def break_residual(monkeypatch) -> None:
     """Draw what replaces a rejected token from the target's distribution instead of the residual."""
 
-    def whole_target(proposal, row) -> np.ndarray:
+    def whole_target(proposal, row, scale) -> np.ndarray:
         return np.append(row.probs, row.outside_mass)
 
     monkeypatch.setattr(client.acceptance, "residual_weights", whole_target)
@@ -209,10 +219,26 @@ def break_draft_probs(monkeypatch) -> None:
     monkeypatch.setattr(draft_service.drafter, "draw_drafts", draw_and_tell_another)
 
 
+def break_joint_ratios(monkeypatch) -> None:
+    """Judge a round's proposals together by the ratio of each alone."""
+
+    def single_ratios(proposals, rows) -> list[float]:
+        return [1.0, *map(client.acceptance.acceptance_prob, proposals, rows)]
+
+    monkeypatch.setattr(client.acceptance, "joint_ratios", single_ratios)
+
+
+def break_noise(monkeypatch) -> None:
+    """Use one noise for all positions."""
+    monkeypatch.setattr(SharedNoise, "at", lambda self, position: Noise(self._seed, 0))
+
+
 BROKEN_RULES = {
     "recovered token drawn from the target": (PLAIN, break_residual),
     "one uniform for all positions": (PLAIN, break_uniforms),
     "draft probabilities of the untruncated row": (TRUNCATED, break_draft_probs),
+    "single ratios where the joint ones belong": (BLOCK, break_joint_ratios),
+    "one noise for all positions": (COUPLED, break_noise),
 }
 
 

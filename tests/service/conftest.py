@@ -123,10 +123,10 @@ def exact_probs(
     return warpers(prefix, logits).softmax(-1).numpy()
 
 
-def draw(weights: np.ndarray, position: int, purpose: Purpose, seed: int = SEED) -> int:
+def draw(weights: np.ndarray, position: int, purpose: Purpose, branch: int = 0) -> int:
     """Return the index that the addressed uniform of a position draws in proportion to `weights` `[V]`."""
     cumulative = weights.cumsum()
-    uniform = uniforms(seed, np.array([position]), purpose)[0]
+    uniform = uniforms(SEED, np.array([position]), purpose, branch)[0]
     return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
 
 
@@ -158,7 +158,9 @@ def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -
             assert row.outside_token_id == draw(outside, len(prefix) + offset, Purpose.OUTSIDE)
 
 
-def check_proposals(model, proposals, prefix: Sequence[int], max_support: int = 256, vocab_size=VOCAB_SIZE, **sampling):
+def check_proposals(
+    model, proposals, prefix: Sequence[int], max_support: int = 256, vocab_size=VOCAB_SIZE, branch: int = 0, **sampling
+):
     """Assert that `proposals` behind `prefix` are drawn by the design, from the distributions that come with them."""
     drafted = [proposal.token_id for proposal in proposals]
     law = exact_probs(model, [*prefix, *drafted[:-1]], **sampling)[len(prefix) - 1 :]
@@ -169,7 +171,8 @@ def check_proposals(model, proposals, prefix: Sequence[int], max_support: int = 
         weights = np.frombuffer(proposal.support_probs, "<f4")
         assert support.tolist() == np.flatnonzero(expected).tolist()
         np.testing.assert_allclose(weights, expected[support], rtol=FLOAT32_TOLERANCE)
-        assert proposal.token_id == support[draw(weights.astype(np.float64), len(prefix) + offset, Purpose.DRAFT)]
+        index = draw(weights.astype(np.float64), len(prefix) + offset, Purpose.DRAFT, branch)
+        assert proposal.token_id == support[index]
 
 
 # Messages.
@@ -208,9 +211,12 @@ def round_of(committed: common_pb2.TokenSpan, proposals=(), round_index: int = 1
     )
 
 
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "coupling")
+
+
 def open_proposals(token_ids: Sequence[int] = PROMPT, ahead: int = 4, **fields: Any) -> draft_pb2.ProposeRequest:
     """Return an open message whose window lets the draft propose `ahead` tokens."""
-    sampling = {name: fields.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in fields}
+    sampling = {name: fields.pop(name) for name in SAMPLING_FIELDS if name in fields}
     defaults = {
         "sampling": common_pb2.SamplingParams(**({"temperature": 1.0} | sampling)),
         "seed": SEED,
@@ -220,8 +226,12 @@ def open_proposals(token_ids: Sequence[int] = PROMPT, ahead: int = 4, **fields: 
     return draft_pb2.ProposeRequest(open=draft_pb2.OpenProposals(**(defaults | fields)))
 
 
-def commit_of(commit_index: int, committed: common_pb2.TokenSpan, window: int) -> draft_pb2.ProposeRequest:
-    return draft_pb2.ProposeRequest(commit=draft_pb2.Commit(commit_index=commit_index, span=committed, window=window))
+def commit_of(
+    commit_index: int, committed: common_pb2.TokenSpan, window: int, branch: int = 0
+) -> draft_pb2.ProposeRequest:
+    return draft_pb2.ProposeRequest(
+        commit=draft_pb2.Commit(commit_index=commit_index, span=committed, window=window, branch=branch)
+    )
 
 
 def receive_proposals(stream: RawStream, number: int) -> tuple[list[draft_pb2.Proposal], draft_pb2.ProposeResponse]:

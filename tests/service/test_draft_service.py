@@ -31,6 +31,7 @@ LAWS = {
     "greedy": {"temperature": 0.0},
     "small support": {"temperature": 1.5, "max_support": 3},
     "padded vocabulary": {"temperature": 1.5, "vocab_size": 10},
+    "another branch": {"branch": (1 << 32) - 1},
 }
 
 
@@ -130,6 +131,17 @@ def test_a_commit_may_rewrite_what_was_committed(draft, models):
         receive_proposals(stream, AHEAD)
         stream.send(commit_of(1, span(rewritten, 2, PROMPT[:2]), window=4 + 3))
         check_proposals(models.draft, receive_proposals(stream, 3)[0], [*PROMPT[:2], *rewritten])
+
+
+def test_a_commit_may_begin_another_branch_of_random_numbers(draft, models):
+    """What was drafted before it stays; what is drafted from then on is drawn anew."""
+    with RawStream(draft.stub.Propose, open_proposals(ahead=2)) as stream:
+        kept, _ = receive_proposals(stream, 2)
+        agreed = [proposal.token_id for proposal in kept]
+        stream.send(commit_of(1, span(agreed[:1], len(PROMPT), PROMPT), window=len(PROMPT) + 2 + AHEAD, branch=9))
+        anew, _ = receive_proposals(stream, AHEAD)
+    check_proposals(models.draft, kept, PROMPT)
+    check_proposals(models.draft, anew, [*PROMPT, *agreed], branch=9)
 
 
 def test_a_window_that_moves_back_discards_nothing(draft, models):

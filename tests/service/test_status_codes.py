@@ -43,6 +43,7 @@ HOLE = span([3], T + 1, [*PROMPT, 8])
 SAMPLINGS = [
     ("temperature", math.nan), ("temperature", -0.5), ("temperature", math.inf),
     ("top_p", 1.5), ("top_p", -0.1), ("top_p", math.nan), ("min_p", 1.5), ("min_p", -0.1), ("min_p", math.nan),
+    ("coupling", 7),
 ]  # fmt: skip
 
 
@@ -77,6 +78,11 @@ VERIFY = {
     "support unsorted": (rounds(3, wire.pack_ids([5, 3])), INVALID, "proposals[0].support_ids"),
     "support repeated": (rounds(3, wire.pack_ids([3, 3, 5])), INVALID, "proposals[0].support_ids"),
     "support empty": (rounds(3, b""), INVALID, "proposals[0].support_ids"),
+    "support with a coupling": (
+        [open_verification(coupling=common_pb2.COUPLING_GUMBEL), round_of(span(PROMPT), [(3, [3, 4])])],
+        INVALID,
+        "proposals[0].support_ids",
+    ),
     "support of odd bytes": (rounds(3, b"\3\0\0\0\5"), INVALID, "proposals[0].support_ids"),
     "too many proposals": ([open_verification(), round_of(span(PROMPT), [(3, [3])] * 65)], INVALID, "proposals"),
     "round id out of range": (

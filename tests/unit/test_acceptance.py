@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,11 @@ from client.acceptance import (
     TargetRow,
     acceptance_prob,
     decide,
+    decide_block,
     draw_recovered,
+    joint_ratios,
+    longest_kept,
+    prefix_probs,
     residual_weights,
 )
 
@@ -137,3 +143,73 @@ def test_a_token_that_its_own_distribution_rules_out_is_no_proposal(token_id, id
 def test_rows_and_uniforms_must_be_as_many_as_proposals():
     with pytest.raises(ValueError, match="zip"):
         decide([SURE[0]] * 2, [SURE[1]], [0.5] * 2, [0.5] * 2)
+
+
+# A round's proposals judged together.
+
+DOUBLE = (proposal(3, _3=0.4, _5=0.6), row(0.8, 0.2))  # p(x) = 2 q(x)
+
+
+def run_block(*rounds: tuple[Proposal, TargetRow], accept: float, residual: float = 0.5) -> Decision:
+    proposals, rows = zip(*rounds, strict=True)
+    return decide_block(proposals, rows, accept, [residual] * len(rounds))
+
+
+@pytest.mark.parametrize("accept", [LEAST, 0.5, GREATEST])
+def test_block_perfect_match_keeps_all_and_adds_nothing(accept):
+    assert run_block(SURE, SURE, SURE, accept=accept) == Decision([3, 3, 3], 3)
+
+
+@pytest.mark.parametrize("accept", [LEAST, 0.5, GREATEST])
+def test_block_a_proposal_the_target_rules_out_drops_all_that_follows(accept):
+    assert run_block(NEVER, SURE, SURE, accept=accept) == Decision([99], 0)
+    assert run_block(SURE, NEVER, SURE, accept=accept) == Decision([3, 99], 1)
+    assert run_block(SURE, SURE, NEVER, accept=accept) == Decision([3, 3, 99], 2)
+
+
+def test_block_a_good_proposal_makes_up_for_a_bad_one_before_it():
+    """One by one, the first is kept half of the time; together, p_2 = min(1, 0.5 · 2) = 1."""
+    assert run_block(HALF, DOUBLE, accept=GREATEST) == Decision([3, 3], 2)
+    assert run_block(DOUBLE, HALF, accept=0.49) == Decision([3, 3], 2)  # but p_1 is cut to 1 first
+    assert run_block(DOUBLE, HALF, accept=0.5).num_accepted < 2
+
+
+def test_block_without_proposals_the_targets_own_token_is_taken():
+    assert decide_block([], [row(outside_token_id=42)], 0.5, []) == Decision([42], 0)
+
+
+def test_block_the_residual_has_the_joint_ratio_as_its_factor():
+    """p_1 = 0.5: p is halved, and of max(0, p / 2 − q) nothing is left on the support."""
+    assert residual_weights(*HALF, 0.5) == pytest.approx([0.0, 0.0, 0.15])
+    assert draw_recovered(*HALF, LEAST, 0.5) == 99
+
+
+def test_block_prefixes_are_drawn_from_the_longest_down():
+    """h = 0.5 each: 2 with probability 1/2, 1 with 1/4, 0 with 1/4."""
+    kept = [longest_kept([0.5, 0.5], uniform) for uniform in (0.0, 0.49, 0.5, 0.74, 0.75, GREATEST)]
+    assert kept == [2, 2, 1, 1, 0, 0]
+
+
+def test_block_an_empty_residual_keeps_the_proposal():
+    """p and q are one distribution but for rounding: nothing else can be drawn where the first is dropped."""
+    rounded = (proposal(3, _3=1.0), TargetRow(np.array([1 - 2**-30]), 0.0, 99))
+    assert run_block(rounded, accept=GREATEST) == Decision([3], 1)
+    assert run_block(rounded, HALF, accept=GREATEST, residual=0.9) == Decision([3, 99], 1)
+
+
+def test_block_the_papers_example():
+    """Two tokens, q = (2/3, 1/3) and p = (1/3, 2/3) at both places: 11/9 are kept on average, one by one 10/9.
+
+    Sun et al. (arXiv 2403.10444), the motivating example.
+    """
+    probs = {0: 2 / 3, 1: 1 / 3}
+    p = TargetRow(np.array([1 / 3, 2 / 3]), 0.0, 0)
+    block = one_by_one = 0.0
+    for first, second in itertools.product(probs, repeat=2):
+        string = [proposal(first, _0=2 / 3, _1=1 / 3), proposal(second, _0=2 / 3, _1=1 / 3)]
+        singles = [acceptance_prob(it, p) for it in string]
+        ratios = joint_ratios(string, [p, p])
+        one, both = prefix_probs(string, [p, p], ratios)
+        block += probs[first] * probs[second] * (2 * both + one * (1 - both))
+        one_by_one += probs[first] * probs[second] * (singles[0] + singles[0] * singles[1])
+    assert (block, one_by_one) == pytest.approx((11 / 9, 10 / 9))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.connection import ConnectionSettings, Target, begin_conversation, lengths_for
+from client.connection import SEEDED_BLOCK_LENGTH, ConnectionSettings, Target, begin_conversation, lengths_for
 from client.controller import PairSpeeds, RoundTimes
 from client.conversation import RETRIED, Conversation, Link, Patience
 from client.errors import (
@@ -174,19 +174,33 @@ class TestLengthsThatChange:
         assert sum(times.num_accepted for times in lengths.learned) <= stats.num_accepted_tokens
 
     @pytest.mark.parametrize(
-        ("sampling", "least"),
-        [({"seed": 1}, 1), ({}, 0), ({"seed": 1, "temperature": 0}, 0)],
-        ids=["seed", "none", "0"],
+        ("sampling", "speculation", "least"),
+        [
+            ({"seed": 1}, {}, 1),
+            ({}, {}, 0),
+            ({"seed": 1, "temperature": 0}, {}, 0),
+            ({"seed": 1}, {"coupling": "gumbel"}, 0),
+            ({}, {"acceptance": "block"}, 0),
+        ],
+        ids=["seed", "no_seed", "greedy", "coupled", "block"],
     )
-    def test_a_useless_draft_is_left_alone_unless_that_would_change_the_text(self, sampling, least):
-        speeds = PairSpeeds()
-        params = SamplingParams(**sampling)
-        speed = speeds.at(params.temperature)
-        for _ in range(50):
-            speed.add(RoundTimes(0, 0, 0.01, 0.009, 0.0))
-            speed.add(RoundTimes(3, 0, 0.05, 0.009, 0.01))
-        chosen = lengths_for(SpeculationParams(), params, speeds)
+    def test_a_useless_draft_is_left_alone_unless_that_would_change_the_text(self, sampling, speculation, least):
+        chosen = lengths_for(SpeculationParams(**speculation), SamplingParams(**sampling), self.of_a_useless_draft())
         assert min(chosen.next_length() for _ in range(20)) == least
+
+    def test_block_acceptance_with_a_seed_has_one_length(self):
+        sampling, params = SamplingParams(seed=1), SpeculationParams(acceptance="block")
+        chosen = lengths_for(params, sampling, self.of_a_useless_draft())
+        assert {chosen.next_length() for _ in range(20)} == {SEEDED_BLOCK_LENGTH}
+
+    @staticmethod
+    def of_a_useless_draft() -> PairSpeeds:
+        speeds = PairSpeeds()
+        for temperature in (0, 1):
+            for _ in range(50):
+                speeds.at(temperature).add(RoundTimes(0, 0, 0.01, 0.009, 0.0))
+                speeds.at(temperature).add(RoundTimes(3, 0, 0.05, 0.009, 0.01))
+        return speeds
 
 
 def test_rounds_without_draft_do_occur_when_the_draft_is_late():

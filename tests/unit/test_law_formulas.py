@@ -1,23 +1,14 @@
 """Speculative sampling must not change the target's distribution: enumeration, without randomness.
 
-Toy models give a random row of logits for every prefix. Every drafted string and every outcome of a round is a cell:
-an interval for each of its uniforms. The cell's probability is the product of their lengths, and what it yields is
-asked of the real functions with uniforms from the middle of the intervals. Summed over all cells, the law of whole
-strings must be the target's own.
-
-The rows disagree clearly: draft and target share about half of their mass, so that the broken rules of the last
-tests move the law by more than 1e-3, nine orders of magnitude above the tolerance.
-
-Shapes: V vocabulary size, S support, K proposals.
+Summed over all cells of `tests.enumeration`, the law of whole strings must be the target's own. This is the rule that
+judges proposals one by one; test_law_block has the other.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -25,116 +16,28 @@ import torch
 
 from client import acceptance
 from client.acceptance import Decision, Proposal, TargetRow, decide
-from outrider.probs import draw_drafts, probability_rows, read_target_rows
 from outrider.warping import Warping
-
-VOCAB_SIZE = 5
-NUM_TOKENS = 3  # length of the strings whose law is compared
-TOLERANCE = 1e-12  # sums of at most 10^4 cells in float64, each right to some 2^-53 = 1.1e-16 of its own size
-SABOTAGE_DISTANCE = 1e-3
-GREEDY = Warping(0.0)
-WARPINGS = {
-    "plain": Warping(1.0),
-    "cold": Warping(0.5),
-    "hot": Warping(1.8),
-    "top_k": Warping(1.0, top_k=2),
-    "top_p": Warping(1.0, top_p=0.6),
-    "min_p": Warping(1.0, min_p=0.2),
-    "all_filters": Warping(0.7, top_k=4, top_p=0.9, min_p=0.05),
-    "greedy": GREEDY,
-}
-DRAFT_WARPINGS = {"same": None, "greedy_draft": GREEDY}  # the draft follows the target's settings unless it is greedy
-Prefix = tuple[int, ...]
-PREFIXES: list[Prefix] = list(itertools.product(range(VOCAB_SIZE), repeat=2))[::3]
-Law = dict[Prefix, float]
-
-
-@dataclass(frozen=True)
-class ToyModel:
-    """Logits that are a function of the prefix: normal, with a standard deviation of 1.5."""
-
-    seed: int
-
-    def logits(self, prefix: Prefix) -> torch.Tensor:
-        """Return `[1, V] float64`."""
-        normal = np.random.default_rng([self.seed, len(prefix), *prefix]).normal(scale=1.5, size=VOCAB_SIZE)
-        return torch.from_numpy(normal)[None]
-
-
-DRAFT, TARGET = ToyModel(1), ToyModel(2)
-
-
-def normalised(weights: np.ndarray) -> np.ndarray:
-    return weights / weights.sum()
-
-
-def whole_row(ids: np.ndarray, weights: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """Return q on the support `[S]`: the weights that travelled, normalised."""
-    return normalised(weights)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """How the two models are used, and which q the client takes a proposal to come from."""
-
-    warping: Warping
-    draft_warping: Warping
-    max_support: int = VOCAB_SIZE
-    claimed_probs: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = whole_row
-    probs_dtype: type = np.float64  # of p on the support and outside; on the wire it is float32
-
-    @functools.cache  # noqa: B019 - a test's own object
-    def target_probs(self, prefix: Prefix) -> torch.Tensor:
-        """Return p, `[1, V] float64`."""
-        return probability_rows(TARGET.logits(prefix), [self.warping])
-
-    @functools.cache  # noqa: B019
-    def drafts(self, prefix: Prefix) -> list[tuple[float, Proposal]]:
-        """Return every proposal that the draft can make, with its probability."""
-        probs = probability_rows(DRAFT.logits(prefix), [self.draft_warping])
-        [draft] = draw_drafts(probs, [self.max_support], [0.5])
-        ids, weights = draft.support_ids, draft.support_probs.astype(np.float64)
-        claimed = self.claimed_probs(ids, weights, probs[0].numpy())
-        draft_probs = normalised(weights)
-        return [
-            (draft_probs[index], Proposal(int(token_id), ids, claimed, index)) for index, token_id in enumerate(ids)
-        ]
-
-    @functools.cache  # noqa: B019
-    def rows(self, prefix: Prefix, support: Prefix) -> list[tuple[float, TargetRow]]:
-        """Return the target's row on a support with every token it can draw outside, and that one's probability."""
-        probs, ids = self.target_probs(prefix), np.array(support, dtype=np.int64)
-        outside = probs[0].numpy().copy()
-        outside[list(support)] = 0.0
-        cells = middles(outside) or [(1.0, 0.5)]  # nothing outside: any token, without meaning
-        points = [point for _, point in cells]
-        read = read_target_rows(probs.expand(len(cells), -1), [ids] * len(cells), points)
-        on_support = probs[0][ids].numpy().astype(self.probs_dtype).astype(np.float64)
-        return [
-            (weight, TargetRow(on_support, float(self.probs_dtype(mass)), token_id))
-            for (weight, _), mass, token_id in zip(cells, read.outside_masses, read.outside_token_ids, strict=True)
-        ]
-
-
-def middles(weights: np.ndarray) -> list[tuple[float, float]]:
-    """Return (length, middle) of the interval that each positive weight takes of [0, 1); nothing where all are 0."""
-    if not weights.sum() > 0:
-        return []
-    lengths = normalised(weights)
-    ends = lengths.cumsum()
-    return [
-        (length, end - length / 2) for length, end in zip(lengths.tolist(), ends.tolist(), strict=True) if length > 0
-    ]
-
-
-def drafted_strings(pair: Pair, prefix: Prefix, num_tokens: int) -> Iterator[tuple[float, list[Proposal]]]:
-    """Yield every string of K proposals after a prefix, with its probability."""
-    if num_tokens == 0:
-        yield 1.0, []
-        return
-    for prob, proposal in pair.drafts(prefix):
-        for rest_prob, rest in drafted_strings(pair, (*prefix, proposal.token_id), num_tokens - 1):
-            yield prob * rest_prob, [proposal, *rest]
+from tests.enumeration import (
+    DRAFT,
+    NUM_TOKENS,
+    PREFIXES,
+    SABOTAGE_DISTANCE,
+    TARGET,
+    TOLERANCE,
+    VOCAB_SIZE,
+    WARPINGS,
+    Pair,
+    Prefix,
+    distance,
+    every_draft,
+    every_support_size,
+    every_warping,
+    middles,
+    pair_of,
+    rounds,
+    string_law,
+    target_law,
+)
 
 
 def independent(acceptance_probs: list[float], num_accepted: int) -> float:
@@ -155,8 +58,11 @@ def outcomes(
     pair: Pair, prefix: Prefix, proposals: list[Proposal], runs=independent
 ) -> Iterator[tuple[float, Decision]]:
     """Yield every decision that a round can come to, with its probability."""
-    prefixes = [(*prefix, *(proposal.token_id for proposal in proposals[:index])) for index in range(len(proposals))]
-    rows = [pair.rows(before, tuple(it.support_ids)) for before, it in zip(prefixes, proposals, strict=True)]
+    rows = pair.rows_behind(prefix, proposals)
+    if not proposals:
+        for prob, row in rows[0]:
+            yield prob, decide([], [row], [], [])
+        return
     some_row = [position_rows[0][1] for position_rows in rows]
     probs = [acceptance.acceptance_prob(it, row) for it, row in zip(proposals, some_row, strict=True)]
     below = [prob / 2 for prob in probs]
@@ -171,56 +77,6 @@ def outcomes(
                 yield run_prob * row_prob * length, decide(proposals, seen, accept, [middle] * len(proposals))
     if (run_prob := runs(probs, len(proposals))) > 0:
         yield run_prob, decide(proposals, some_row, below, [0.5] * len(proposals))
-
-
-def rounds(pair: Pair, prefix: Prefix, num_proposals: int, runs=independent) -> Iterator[tuple[float, Decision]]:
-    """Yield every way in which a round of K proposals can go, with its probability."""
-    if num_proposals == 0:
-        for prob, row in pair.rows(prefix, ()):
-            yield prob, decide([], [row], [], [])
-        return
-    for draft_prob, proposals in drafted_strings(pair, prefix, num_proposals):
-        for prob, decision in outcomes(pair, prefix, proposals, runs):
-            yield draft_prob * prob, decision
-
-
-def string_law(pair: Pair, num_speculative_tokens: int, runs=independent) -> Law:
-    """Return the law of NUM_TOKENS tokens written in rounds of at most K proposals."""
-    finished: Law = defaultdict(float)
-    by_length: list[Law] = [defaultdict(float) for _ in range(NUM_TOKENS)]
-    by_length[0][()] = 1.0
-    for length, prefixes in enumerate(by_length):
-        for prefix, prefix_prob in prefixes.items():
-            for prob, decision in rounds(pair, prefix, min(num_speculative_tokens, NUM_TOKENS - length), runs):
-                longer = (*prefix, *decision.token_ids)
-                laws = finished if len(longer) == NUM_TOKENS else by_length[len(longer)]
-                laws[longer] += prefix_prob * prob
-    return finished
-
-
-def target_law(pair: Pair) -> Law:
-    """Return the law of NUM_TOKENS tokens that the target writes alone."""
-    law = {}
-    for string in itertools.product(range(VOCAB_SIZE), repeat=NUM_TOKENS):
-        law[string] = float(
-            np.prod([pair.target_probs(string[:length])[0, token].item() for length, token in enumerate(string)])
-        )
-    return law
-
-
-def distance(left: Law, right: Law) -> float:
-    """Return the total variation between two laws."""
-    return sum(abs(left.get(string, 0.0) - right.get(string, 0.0)) for string in left.keys() | right.keys()) / 2
-
-
-def pair_of(warping: str, draft_warping: str, max_support: int, **changes) -> Pair:
-    settings = WARPINGS[warping]
-    return Pair(settings, DRAFT_WARPINGS[draft_warping] or settings, max_support, **changes)
-
-
-every_support_size = pytest.mark.parametrize("max_support", range(1, VOCAB_SIZE + 1))
-every_draft = pytest.mark.parametrize("draft_warping", DRAFT_WARPINGS)
-every_warping = pytest.mark.parametrize("warping", WARPINGS)
 
 
 def test_the_models_disagree_clearly():
@@ -245,7 +101,7 @@ def test_one_position_follows_the_target(warping, draft_warping, max_support):
     pair = pair_of(warping, draft_warping, max_support)
     for prefix in PREFIXES:
         law = np.zeros(VOCAB_SIZE)
-        for prob, decision in rounds(pair, prefix, 1):
+        for prob, decision in rounds(pair, prefix, 1, outcomes):
             law[decision.token_ids[0]] += prob
         assert np.abs(law - pair.target_probs(prefix)[0].numpy()).max() < TOLERANCE
 
@@ -257,7 +113,7 @@ def test_a_proposal_is_accepted_with_the_mass_that_both_share(warping, draft_war
     """The probability of acceptance is the sum of min(p, q) over the support (Leviathan et al., Theorem 3.5)."""
     pair = pair_of(warping, draft_warping, max_support)
     for prefix in PREFIXES:
-        accepted = sum(prob for prob, decision in rounds(pair, prefix, 1) if decision.num_accepted)
+        accepted = sum(prob for prob, decision in rounds(pair, prefix, 1, outcomes) if decision.num_accepted)
         drafts = pair.drafts(prefix)
         shared = sum(min(prob, pair.target_probs(prefix)[0, it.token_id].item()) for prob, it in drafts)
         assert accepted == pytest.approx(shared, abs=TOLERANCE)
@@ -266,7 +122,7 @@ def test_a_proposal_is_accepted_with_the_mass_that_both_share(warping, draft_war
 @every_warping
 def test_without_proposals_the_token_is_the_targets_own_draw(warping):
     pair = pair_of(warping, "same", VOCAB_SIZE)
-    assert distance(string_law(pair, 0), target_law(pair)) < TOLERANCE
+    assert distance(string_law(pair, 0, outcomes), target_law(pair)) < TOLERANCE
 
 
 @every_warping
@@ -275,7 +131,7 @@ def test_without_proposals_the_token_is_the_targets_own_draw(warping):
 @pytest.mark.parametrize("num_speculative_tokens", [1, 2, 3])
 def test_whole_strings_follow_the_target(warping, draft_warping, max_support, num_speculative_tokens):
     pair = pair_of(warping, draft_warping, max_support)
-    assert distance(string_law(pair, num_speculative_tokens), target_law(pair)) < TOLERANCE
+    assert distance(string_law(pair, num_speculative_tokens, outcomes), target_law(pair)) < TOLERANCE
 
 
 @every_support_size
@@ -287,21 +143,21 @@ def test_float32_on_the_wire_moves_the_law_by_no_more_than_its_rounding(max_supp
     one position moves by 3 r in all, which is a total variation of 1.5 r. The positions' variations add up.
     """
     pair = pair_of("plain", "same", max_support, probs_dtype=np.float32)
-    moved = distance(string_law(pair, 3), target_law(pair))
+    moved = distance(string_law(pair, 3, outcomes), target_law(pair))
     assert moved < NUM_TOKENS * 1.5 * 2**-24
 
 
-def residual_from_target(proposal: Proposal, row: TargetRow) -> np.ndarray:
+def residual_from_target(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> np.ndarray:
     """Broken: samples from p where a proposal was rejected."""
     return np.append(row.probs, row.outside_mass)
 
 
-def residual_without_outside(proposal: Proposal, row: TargetRow) -> np.ndarray:
+def residual_without_outside(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> np.ndarray:
     """Broken: forgets what lies outside the support."""
     return np.append(np.maximum(row.probs - proposal.draft_probs, 0.0), 0.0)
 
 
-def residual_of_draft(proposal: Proposal, row: TargetRow) -> np.ndarray:
+def residual_of_draft(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> np.ndarray:
     """Broken: takes the difference the wrong way round."""
     return np.append(np.maximum(proposal.draft_probs - row.probs, 0.0), row.outside_mass)
 
@@ -336,24 +192,25 @@ BROKEN_FUNCTIONS = [
 def test_a_broken_formula_is_found(monkeypatch, name, broken, num_speculative_tokens):
     monkeypatch.setattr(acceptance, name, broken)
     pair = pair_of("plain", "same", 2)
-    assert distance(string_law(pair, num_speculative_tokens), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(string_law(pair, num_speculative_tokens, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
 
 
 @pytest.mark.parametrize("max_support", [2, 3])
 def test_a_q_that_was_not_sampled_from_is_found(max_support):
     pair = pair_of("plain", "same", max_support, claimed_probs=untruncated_row)
-    assert distance(string_law(pair, 3), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(string_law(pair, 3, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
 
 
 def test_one_uniform_for_all_positions_is_found():
     """At one position it is right; whole strings show it."""
     pair = pair_of("plain", "same", VOCAB_SIZE)
-    assert distance(string_law(pair, 1, runs=with_one_uniform), target_law(pair)) < TOLERANCE
-    assert distance(string_law(pair, 3, runs=with_one_uniform), target_law(pair)) > SABOTAGE_DISTANCE
+    broken = functools.partial(outcomes, runs=with_one_uniform)
+    assert distance(string_law(pair, 1, broken), target_law(pair)) < TOLERANCE
+    assert distance(string_law(pair, 3, broken), target_law(pair)) > SABOTAGE_DISTANCE
 
 
 def test_rows_warped_otherwise_than_the_target_samples_are_found():
     """A temperature applied twice on the target's side, as if it had been changed in place."""
     pair = pair_of("cold", "same", VOCAB_SIZE)
     twice = Pair(Warping(0.25), WARPINGS["cold"])
-    assert distance(string_law(twice, 2), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(string_law(twice, 2, outcomes), target_law(pair)) > SABOTAGE_DISTANCE

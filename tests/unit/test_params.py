@@ -39,11 +39,18 @@ def test_a_sampling_setting_out_of_range_is_refused_by_its_name(field, value):
         ("window", 0),
         ("min_draft_prob", 1.1),
         ("min_draft_prob", float("nan")),
+        ("acceptance", "tree"),
+        ("coupling", "copula"),
     ],
 )
 def test_a_speculation_setting_out_of_range_is_refused_by_its_name(field, value):
     with pytest.raises(InvalidRequestError, match=f"^{field} "):
         SpeculationParams(**{field: value})
+
+
+def test_a_coupling_leaves_nothing_to_judge_together():
+    with pytest.raises(InvalidRequestError, match=r"^acceptance is 'block' and coupling is 'gumbel'"):
+        SpeculationParams(acceptance="block", coupling="gumbel")
 
 
 def test_refusals_are_value_errors_too():

@@ -70,20 +70,26 @@ def until_quiet(toy: toys.ToyDraft) -> Iterator[draft_pb2.ProposeResponse]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("min_draft_prob", [0.0, 0.4])
-def test_the_toy_draft_is_the_drafter(seed, min_draft_prob):
-    """Commits agree with the drafts, contradict them, fall short of them and go beyond them, in a random order."""
+@pytest.mark.parametrize("is_coupled", [False, True])
+def test_the_toy_draft_is_the_drafter(seed, min_draft_prob, is_coupled):
+    """Commits agree with the drafts, contradict them, fall short of them and go beyond them, in a random order.
+
+    Some begin another branch.
+    """
     random, emitted = Random(seed), []
     committed = TokenLog(toys.PROMPT_IDS)
-    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, min_draft_prob)
+    branch = seed
+    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, min_draft_prob, branch, is_coupled)
     toy = toys.ToyDraft(
         draft_pb2.ProposeRequest(
             open=draft_pb2.OpenProposals(
-                sampling=wire.warping_to_proto(Warping()),
+                sampling=wire.warping_to_proto(Warping(), is_coupled),
                 seed=SEED,
                 committed=span_of(committed, 0),
                 window=8,
                 max_support=5,
                 min_draft_prob=min_draft_prob,
+                branch=branch,
             )
         )
     )
@@ -102,13 +108,18 @@ def test_the_toy_draft_is_the_drafter(seed, min_draft_prob):
                 [*agreeing[:num_agreeing], *random.choices(range(toys.VOCAB_SIZE), k=random.randint(0, 2))]
             )
             window = len(committed) + random.randint(0, 6)
-            commit = draft_pb2.Commit(commit_index=commit_index, span=span_of(committed, start), window=window)
-            drafter.commit(session, commit_of(commit_index, committed, start, window))
+            branch = random.choice([branch, len(committed)])
+            commit = draft_pb2.Commit(
+                commit_index=commit_index, span=span_of(committed, start), window=window, branch=branch
+            )
+            drafter.commit(session, commit_of(commit_index, committed, start, window, branch=branch))
             toy.commit(draft_pb2.ProposeRequest(commit=commit))
 
 
-def commit_of(index: int, committed: TokenLog, start: int, window: int, batch_until: int = 0) -> Commit:
-    return Commit(index, start, committed[start:], committed.digest(start), window, batch_until)
+def commit_of(
+    index: int, committed: TokenLog, start: int, window: int, batch_until: int = 0, branch: int = 0
+) -> Commit:
+    return Commit(index, start, committed[start:], committed.digest(start), window, batch_until, branch)
 
 
 def message_of(item: Drafted) -> draft_pb2.ProposeResponse:
@@ -207,24 +218,28 @@ def test_a_row_that_is_none_ends_its_own_session_and_the_drafter_goes_on():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_toy_target_is_the_scheduler(seed):
+@pytest.mark.parametrize("is_coupled", [False, True])
+def test_the_toy_target_is_the_scheduler(seed, is_coupled):
     """Rounds of 0 to 5 proposals, of which any number is then committed."""
     random, tokens = Random(seed), TokenLog(toys.PROMPT_IDS)
     toy = toys.ToyTarget(
         target_pb2.VerifyRequest(
             open=target_pb2.OpenVerification(
-                sampling=wire.warping_to_proto(Warping()), seed=SEED, committed=span_of(tokens, 0)
+                sampling=wire.warping_to_proto(Warping(), is_coupled), seed=SEED, committed=span_of(tokens, 0)
             )
         )
     )
     with running(Scheduler, toys.TARGET_LOGITS) as scheduler:
-        session = scheduler.open(Warping(), SEED, Span(0, tokens[:], 0))
+        session = scheduler.open(Warping(), SEED, Span(0, tokens[:], 0), is_coupled)
         told = len(tokens)
         for index in range(NUM_STEPS):
             proposed_ids = random.choices(range(toys.VOCAB_SIZE), k=random.randint(0, 5))
-            supports = [sorted(random.sample(range(toys.VOCAB_SIZE), 4)) for _ in proposed_ids]
+            num_support = 0 if is_coupled else 4
+            supports = [sorted(random.sample(range(toys.VOCAB_SIZE), num_support)) for _ in proposed_ids]
             work = Round(
-                Span(told, tokens[told:], tokens.digest(told)), proposed_ids, [np.array(it) for it in supports]
+                Span(told, tokens[told:], tokens.digest(told)),
+                proposed_ids,
+                [np.array(it, dtype=np.int64) for it in supports],
             )
             verdict = scheduler.submit(session, work).result(timeout=10)
             answer = toy.answer(round_of(index, span_of(tokens, told), proposed_ids, supports))

@@ -73,9 +73,17 @@ def test_token_ids_up_to_the_vocabulary_pass():
         wire.check_token_id(100, "token_id", VOCAB_SIZE)
 
 
-def test_a_warping_comes_back_as_it_went():
+@pytest.mark.parametrize("is_coupled", [False, True])
+def test_a_warping_and_a_coupling_come_back_as_they_went(is_coupled):
     warping = Warping(0.7, 40, 0.9, 0.05)
-    assert wire.warping_from_proto(wire.warping_to_proto(warping)) == warping
+    message = wire.warping_to_proto(warping, is_coupled)
+    assert wire.warping_from_proto(message) == warping
+    assert wire.is_coupled_from_proto(message) is is_coupled
+
+
+def test_a_coupling_that_is_not_known_is_refused_by_its_name():
+    with pytest.raises(InvalidArgumentError, match=r"^coupling is 7"):
+        wire.is_coupled_from_proto(common_pb2.SamplingParams(coupling=7))
 
 
 @pytest.mark.parametrize(
@@ -102,3 +110,4 @@ def test_an_empty_message_is_greedy_without_filters():
     warping = wire.warping_from_proto(common_pb2.SamplingParams())
     assert warping.is_greedy
     assert not warping.has_filters
+    assert not wire.is_coupled_from_proto(common_pb2.SamplingParams())

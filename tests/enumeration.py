@@ -1,0 +1,188 @@
+"""Toy models whose laws are enumerated: every drafted string, every outcome of a round, every string of tokens.
+
+Toy models give a random row of logits for every prefix. Every drafted string and every outcome of a round is a cell:
+an interval for each of its uniforms. The cell's probability is the product of their lengths, and what it yields is
+asked of the real functions with uniforms from the middle of the intervals.
+
+The rows disagree clearly: draft and target share about half of their mass, so that broken rules move the law by more
+than 1e-3, nine orders of magnitude above the tolerance.
+
+Shapes: V vocabulary size, S support, K proposals.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from client.acceptance import Decision, Proposal, TargetRow
+from outrider.probs import draw_drafts, probability_rows, read_target_rows
+from outrider.warping import Warping
+
+VOCAB_SIZE = 5
+NUM_TOKENS = 3  # length of the strings whose law is compared
+TOLERANCE = 1e-12  # sums of at most 10^4 cells in float64, each right to some 2^-53 = 1.1e-16 of its own size
+SABOTAGE_DISTANCE = 1e-3
+GREEDY = Warping(0.0)
+WARPINGS = {
+    "plain": Warping(1.0),
+    "cold": Warping(0.5),
+    "hot": Warping(1.8),
+    "top_k": Warping(1.0, top_k=2),
+    "top_p": Warping(1.0, top_p=0.6),
+    "min_p": Warping(1.0, min_p=0.2),
+    "all_filters": Warping(0.7, top_k=4, top_p=0.9, min_p=0.05),
+    "greedy": GREEDY,
+}
+DRAFT_WARPINGS = {"same": None, "greedy_draft": GREEDY}  # the draft follows the target's settings unless it is greedy
+Prefix = tuple[int, ...]
+PREFIXES: list[Prefix] = list(itertools.product(range(VOCAB_SIZE), repeat=2))[::3]
+Law = dict[Prefix, float]
+Outcomes = Callable[["Pair", Prefix, list[Proposal]], Iterator[tuple[float, Decision]]]
+
+
+@dataclass(frozen=True)
+class ToyModel:
+    """Logits that are a function of the prefix: normal, with a standard deviation of 1.5."""
+
+    seed: int
+
+    def logits(self, prefix: Prefix) -> torch.Tensor:
+        """Return `[1, V] float64`."""
+        normal = np.random.default_rng([self.seed, len(prefix), *prefix]).normal(scale=1.5, size=VOCAB_SIZE)
+        return torch.from_numpy(normal)[None]
+
+
+DRAFT, TARGET = ToyModel(1), ToyModel(2)
+
+
+def normalised(weights: np.ndarray) -> np.ndarray:
+    return weights / weights.sum()
+
+
+def whole_row(ids: np.ndarray, weights: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Return q on the support `[S]`: the weights that travelled, normalised."""
+    return normalised(weights)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How the two models are used, and which q the client takes a proposal to come from."""
+
+    warping: Warping
+    draft_warping: Warping
+    max_support: int = VOCAB_SIZE
+    claimed_probs: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = whole_row
+    probs_dtype: type = np.float64  # of p on the support and outside; on the wire it is float32
+
+    @functools.cache  # noqa: B019 - a test's own object
+    def target_probs(self, prefix: Prefix) -> torch.Tensor:
+        """Return p, `[1, V] float64`."""
+        return probability_rows(TARGET.logits(prefix), [self.warping])
+
+    @functools.cache  # noqa: B019
+    def drafts(self, prefix: Prefix) -> list[tuple[float, Proposal]]:
+        """Return every proposal that the draft can make, with its probability."""
+        probs = probability_rows(DRAFT.logits(prefix), [self.draft_warping])
+        [draft] = draw_drafts(probs, [self.max_support], [0.5])
+        ids, weights = draft.support_ids, draft.support_probs.astype(np.float64)
+        claimed = self.claimed_probs(ids, weights, probs[0].numpy())
+        draft_probs = normalised(weights)
+        return [
+            (draft_probs[index], Proposal(int(token_id), ids, claimed, index)) for index, token_id in enumerate(ids)
+        ]
+
+    def rows_behind(self, prefix: Prefix, proposals: list[Proposal]) -> list[list[tuple[float, TargetRow]]]:
+        """Return `rows` of every proposal; of no proposals, the one row with an empty support."""
+        prefixes = [(*prefix, *(it.token_id for it in proposals[:index])) for index in range(len(proposals))]
+        rows = [self.rows(before, tuple(it.support_ids)) for before, it in zip(prefixes, proposals, strict=True)]
+        return rows or [self.rows(prefix, ())]
+
+    @functools.cache  # noqa: B019
+    def rows(self, prefix: Prefix, support: Prefix) -> list[tuple[float, TargetRow]]:
+        """Return the target's row on a support with every token it can draw outside, and that one's probability."""
+        probs, ids = self.target_probs(prefix), np.array(support, dtype=np.int64)
+        outside = probs[0].numpy().copy()
+        outside[list(support)] = 0.0
+        cells = middles(outside) or [(1.0, 0.5)]  # nothing outside: any token, without meaning
+        points = [point for _, point in cells]
+        read = read_target_rows(probs.expand(len(cells), -1), [ids] * len(cells), points)
+        on_support = probs[0][ids].numpy().astype(self.probs_dtype).astype(np.float64)
+        return [
+            (weight, TargetRow(on_support, float(self.probs_dtype(mass)), token_id))
+            for (weight, _), mass, token_id in zip(cells, read.outside_masses, read.outside_token_ids, strict=True)
+        ]
+
+
+def middles(weights: np.ndarray) -> list[tuple[float, float]]:
+    """Return (length, middle) of the interval that each positive weight takes of [0, 1); nothing where all are 0."""
+    if not weights.sum() > 0:
+        return []
+    lengths = normalised(weights)
+    ends = lengths.cumsum()
+    return [
+        (length, end - length / 2) for length, end in zip(lengths.tolist(), ends.tolist(), strict=True) if length > 0
+    ]
+
+
+def drafted_strings(pair: Pair, prefix: Prefix, num_tokens: int) -> Iterator[tuple[float, list[Proposal]]]:
+    """Yield every string of K proposals after a prefix, with its probability."""
+    if num_tokens == 0:
+        yield 1.0, []
+        return
+    for prob, proposal in pair.drafts(prefix):
+        for rest_prob, rest in drafted_strings(pair, (*prefix, proposal.token_id), num_tokens - 1):
+            yield prob * rest_prob, [proposal, *rest]
+
+
+def rounds(pair: Pair, prefix: Prefix, num_proposals: int, outcomes: Outcomes) -> Iterator[tuple[float, Decision]]:
+    """Yield every way in which a round of K proposals can go, with its probability."""
+    for draft_prob, proposals in drafted_strings(pair, prefix, num_proposals):
+        for prob, decision in outcomes(pair, prefix, proposals):
+            yield draft_prob * prob, decision
+
+
+def string_law(pair: Pair, num_speculative_tokens: int, outcomes: Outcomes) -> Law:
+    """Return the law of NUM_TOKENS tokens written in rounds of at most K proposals."""
+    finished: Law = defaultdict(float)
+    by_length: list[Law] = [defaultdict(float) for _ in range(NUM_TOKENS)]
+    by_length[0][()] = 1.0
+    for length, prefixes in enumerate(by_length):
+        for prefix, prefix_prob in prefixes.items():
+            for prob, decision in rounds(pair, prefix, min(num_speculative_tokens, NUM_TOKENS - length), outcomes):
+                longer = (*prefix, *decision.token_ids)
+                laws = finished if len(longer) == NUM_TOKENS else by_length[len(longer)]
+                laws[longer] += prefix_prob * prob
+    return finished
+
+
+def target_law(pair: Pair) -> Law:
+    """Return the law of NUM_TOKENS tokens that the target writes alone."""
+    law = {}
+    for string in itertools.product(range(VOCAB_SIZE), repeat=NUM_TOKENS):
+        law[string] = float(
+            np.prod([pair.target_probs(string[:length])[0, token].item() for length, token in enumerate(string)])
+        )
+    return law
+
+
+def distance(left: Law, right: Law) -> float:
+    """Return the total variation between two laws."""
+    return sum(abs(left.get(string, 0.0) - right.get(string, 0.0)) for string in left.keys() | right.keys()) / 2
+
+
+def pair_of(warping: str, draft_warping: str, max_support: int, **changes) -> Pair:
+    settings = WARPINGS[warping]
+    return Pair(settings, DRAFT_WARPINGS[draft_warping] or settings, max_support, **changes)
+
+
+every_support_size = pytest.mark.parametrize("max_support", range(1, VOCAB_SIZE + 1))
+every_draft = pytest.mark.parametrize("draft_warping", DRAFT_WARPINGS)
+every_warping = pytest.mark.parametrize("warping", WARPINGS)
