@@ -30,13 +30,16 @@ def probability_rows(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if all(warping.is_greedy for warping in warpings):
         return _one_hot(logits)
-    temperatures = logits.new_tensor([warping.temperature or 1.0 for warping in warpings])
-    scores = logits / temperatures[:, None]
+    scores = logits
+    if any(warping.temperature != 1 for warping in warpings):
+        scores = logits / logits.new_tensor([warping.temperature or 1.0 for warping in warpings])[:, None]
     if any(warping.has_filters for warping in warpings):
         scores = scores.masked_fill(~_kept_by_filters(scores, warpings), -torch.inf)
     probs = scores.softmax(-1)
+    if not any(warping.is_greedy for warping in warpings):
+        return probs
     greedy = torch.tensor([warping.is_greedy for warping in warpings], device=logits.device)
-    return torch.where(greedy[:, None], _one_hot(logits), probs) if greedy.any() else probs
+    return torch.where(greedy[:, None], _one_hot(logits), probs)
 
 
 def _one_hot(logits: torch.Tensor) -> torch.Tensor:
