@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from rich.table import Table
-
 from client.bench.grid import BASELINE, Configuration, Sample
 
 
@@ -22,9 +20,6 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(mean(values), stdev(values) if len(values) > 1 else 0.0)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.std:.2f}"
 
 
 @dataclass(frozen=True)
@@ -99,41 +94,3 @@ TIME_SPLIT: dict[str, Callable] = {
     "wire": lambda stats: stats.target_wait_s - stats.target_queue_s - stats.target_forward_s,
     "client": lambda stats: stats.client_s,
 }
-
-
-def speed_table(rows: Sequence[Row], title: str) -> Table:
-    """Return the table of rates and speed-ups."""
-    table = Table(
-        title=title, caption="± standard deviation over repetitions. Speed-up: over the target alone, in the same run."
-    )
-    for name in ("T", "method", "K", "tokens/s", "speed-up", "tokens\n/pass", "accept-\nance", "bytes\n/token"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    previous = rows[0].configuration.temperature if rows else 0.0
-    for row in rows:
-        cell = row.configuration
-        if cell.temperature != previous:
-            table.add_section()
-        previous = cell.temperature
-        table.add_row(
-            f"{cell.temperature:g}",
-            cell.method,
-            str(cell.num_speculative_tokens or ""),
-            str(row.tokens_per_s),
-            str(row.speedup_in_time or ""),
-            "" if row.speedup_in_target_passes is None else f"{row.speedup_in_target_passes:.2f}",
-            "" if row.acceptance_rate is None else f"{row.acceptance_rate:.3f}",
-            f"{row.bytes_per_token:,.0f}",
-        )
-    return table
-
-
-def time_table(rows: Sequence[Row]) -> Table:
-    """Return the table of where the time of a token goes."""
-    table = Table(title="Milliseconds per token, and where they go")
-    for name in ("T", "method", "K", *(name.replace(" ", "\n") for name in TIME_SPLIT)):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for row in rows:
-        cell = row.configuration
-        figures = [f"{row.ms_per_token[name]:.2f}" for name in TIME_SPLIT]
-        table.add_row(f"{cell.temperature:g}", cell.method, str(cell.num_speculative_tokens or ""), *figures)
-    return table

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from client.bench.grid import Configuration, Settings, make_grid, result_document, run_grid
 from client.bench.prompts import read_prompts
-from client.bench.summary import speed_table, summarise, time_table
+from client.bench.summary import summarise
+from client.bench.tables import speed_table, time_table
 from client.commands.local_pair import PairAddresses, local_pair
 from client.commands.options import address_options, as_json, err, out, print_json, shows_errors
 from client.pair import as_plain_dict

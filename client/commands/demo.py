@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from client.bench.grid import Settings, make_grid
-from client.bench.summary import Row, speed_table, summarise
+from client.bench.summary import Row, summarise
+from client.bench.tables import speed_table
 from client.commands.bench import NumberList, measure
 from client.commands.generate import write
 from client.commands.local_pair import local_pair
