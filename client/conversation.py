@@ -25,7 +25,7 @@ from client.errors import (
 )
 from client.generation import Generation
 from client.params import SpeculationParams
-from client.results import Chunk, GenerationResult, Segment
+from client.results import Chunk, GenerationResult, RoundStats, Segment
 from client.text import TextStream
 
 
@@ -169,11 +169,14 @@ class Conversation:
     def _rounds(self) -> Steps:
         yield from self._open(Link.TARGET, self._generation.open_target())
         while self._text.finish_reason is None:
+            before = self._stats.waits_s()
             num_proposals = yield from self._gather_proposals()
             request = self._generation.begin_round(num_proposals)
             decision = yield from self._verify(request)
             taken = self._text.take(decision.token_ids)
             self._generation.commit_round(decision, taken.num_taken)
+            spent = (after - earlier for after, earlier in zip(self._stats.waits_s(), before, strict=True))
+            self._stats.rounds.append(RoundStats(num_proposals, taken.num_taken, *spent))
             if self._draft_is_open and taken.finish_reason is None:
                 yield from self._tell_draft()
             segments = [Segment(text, index < decision.num_accepted) for index, text in enumerate(taken.texts)]
@@ -377,6 +380,7 @@ class Conversation:
         try:
             self._draft.on_response(event.message)
             self._draft_failures = 0
+            self._stats.draft_forward_s.append(event.message.timing.forward_ms / 1000)
         except CacheMismatchError:
             self._stats.num_cache_mismatches += 1
             self._draft.proposals = []

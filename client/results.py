@@ -28,6 +28,18 @@ class Chunk:
         return "".join(segment.text for segment in self.segments)
 
 
+@dataclass(frozen=True)
+class RoundStats:
+    """What one round did and where its time went; failed tries are part of the waits."""
+
+    num_draft_tokens: int  # proposals sent; the target was fed these many tokens, or one without any
+    num_committed_tokens: int
+    draft_wait_s: float
+    target_wait_s: float  # from sending the round to having its answer
+    target_queue_s: float
+    target_forward_s: float
+
+
 @dataclass
 class GenerationStats:
     """Counters and seconds of one generation, counted after the text was cut at its end."""
@@ -50,6 +62,8 @@ class GenerationStats:
     num_draft_failures: int = 0
     num_target_retries: int = 0
     num_cache_mismatches: int = 0
+    rounds: list[RoundStats] = field(default_factory=list)
+    draft_forward_s: list[float] = field(default_factory=list)  # of the last token of each message from the draft
 
     @property
     def acceptance_rate(self) -> float:
@@ -76,10 +90,15 @@ class GenerationStats:
     def tokens_per_s(self) -> float:
         return self.num_generated_tokens / self.total_s if self.total_s else 0.0
 
+    def waits_s(self) -> tuple[float, float, float, float]:
+        """Return the seconds that RoundStats divides among rounds, in its order."""
+        return self.draft_wait_s, self.target_wait_s, self.target_queue_s, self.target_forward_s
+
     def as_dict(self) -> dict[str, Any]:
-        """Return every counter and every derived figure, for JSON."""
+        """Return every counter and every derived figure, for JSON; single rounds and messages are left out."""
         derived = ("acceptance_rate", "mean_acceptance_length", "acceptance_per_position", "client_s", "tokens_per_s")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        counted = {name: value for name, value in asdict(self).items() if name not in ("rounds", "draft_forward_s")}
+        return counted | {name: getattr(self, name) for name in derived}
 
 
 @dataclass(frozen=True)

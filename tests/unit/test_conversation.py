@@ -6,6 +6,7 @@ letter what must come out, whatever went wrong on the way.
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from itertools import pairwise
 
 import grpc
@@ -200,6 +201,26 @@ class TestChunksAndCounts:
         assert stats.mean_acceptance_length == NUM_TOKENS / stats.num_rounds
         assert stats.acceptance_rate == stats.num_accepted_tokens / stats.num_draft_tokens
         assert 0 < stats.acceptance_rate < 1
+
+    def test_rounds_divide_tokens_and_waits_among_them(self):
+        world = World(1)
+
+        def pass_time():
+            world.now += 0.25
+
+        def set_times(stream, message):
+            message.timing.queue_ms, message.timing.forward_ms = 1.0, 2.0
+
+        world.on_wait, world.on_response = pass_time, set_times
+        result, chunks = world.run(make_conversation(world, num_speculative_tokens=3))
+        stats, rounds = result.stats, result.stats.rounds
+        assert [one.num_committed_tokens for one in rounds] == [len(chunk.token_ids) for chunk in chunks]
+        assert [one.num_draft_tokens for one in rounds] == list(world.num_proposals_at.values())
+        assert min(one.target_wait_s for one in rounds) > 0
+        totals = [sum(times) for times in zip(*(astuple(one)[2:] for one in rounds), strict=True)]
+        assert totals == pytest.approx(stats.waits_s())
+        assert totals[2:] == pytest.approx([0.001 * len(rounds), 0.002 * len(rounds)])
+        assert set(stats.draft_forward_s) == {0.002}
 
     def test_bytes_are_counted_in_both_directions(self):
         world = World()
