@@ -4,48 +4,261 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Protocol, TypeVar
 
 from rich import box
 from rich.table import Table
 
-from client.bench.summary import TIME_SPLIT, Row, Spread
-from client.params import Method
+from client.bench.differences import Difference
+from client.bench.limit import Costs
+from client.bench.metrics import Distribution, Spread
+from client.bench.rounds import RoundRow
+from client.bench.samples import Cell
+from client.bench.summary import LARGEST_REST, TIME_PARTS, Comparison, Row
 
-METHOD_LABELS: dict[Method, str] = {"autoregressive": "AR", "speculative": "speculative", "draft": "draft"}
+METHOD_LABELS = {
+    "autoregressive": "AR",
+    "speculative": "speculative",
+    "draft": "draft",
+    "transformers": "hf generate",
+    "transformers-assisted": "hf assisted",
+    "transformers-dynamic": "hf dynamic",
+    "transformers-heuristic": "hf heuristic",
+}
+TIMES_NOTE = "TTFT, TPOT, ITL in milliseconds; --help defines them."
+SPREAD_NOTE = "Median ± standard deviation over repetitions."
+METHODS_NOTE = (
+    "AR: autoregressive, the target alone. hf: transformers in one process; assisted: constant K; dynamic, "
+    "heuristic: its own schedules."
+)
+
+
+class _HasCell(Protocol):
+    @property
+    def cell(self) -> Cell: ...
+
+
+_R = TypeVar("_R", bound=_HasCell)
 
 
 def speed_table(rows: Sequence[Row], title: str) -> Table:
     """Return the table of rates and speed-ups."""
-    table = _table(
-        title,
-        ("tokens/s", "speed-up", "tokens\n/pass", "accept-\nance", "bytes\n/token"),
-        "AR: autoregressive, the target alone; speed-up is over it. ± standard deviation over repetitions.",
-    )
+    notes = [SPREAD_NOTE, "Speed-up: over AR, in the same repetition.", METHODS_NOTE]
+    table = _table(title, ("tokens/s", "speed-up", "tokens\n/pass", "accept-\nance", "bytes\n/token"), " ".join(notes))
     for row in _in_sections(table, rows):
-        _add_row(
-            table,
-            row,
+        speculation = row.speculation
+        table.add_row(
+            *_cell(row.cell),
             spread_text(row.tokens_per_s),
-            "" if row.speedup_in_time is None else spread_text(row.speedup_in_time),
-            "" if row.speedup_in_target_passes is None else f"{row.speedup_in_target_passes:.2f}",
-            "" if row.acceptance_rate is None else f"{row.acceptance_rate:.3f}",
-            f"{row.bytes_per_token:,.0f}",
+            "" if row.speedup is None else spread_text(row.speedup),
+            "" if speculation is None else f"{speculation.tokens_per_target_pass:.2f}",
+            _optional(speculation.acceptance_rate if speculation else None, ".3f"),
+            _optional(row.bytes_per_token, ",.0f"),
+        )
+    return table
+
+
+def limit_table(rows: Sequence[Row], costs: Costs) -> Table:
+    """Return the table of the ideal pair, and of what decides its speed."""
+    table = _table(
+        "An ideal pair: drafting and verifying at once, everything but the forward passes free",
+        ("tokens/s", "ideal", "share", "dense B\n/token", "accepted at position\n1, 2, …"),
+        _costs_text(costs) + " B: bytes, had the rows of probabilities travelled whole.",
+        without_method=True,
+    )
+    table.columns[-1].justify = "left"
+    for row in _in_sections(table, [row for row in rows if row.ideal_tokens_per_s is not None]):
+        assert row.speculation
+        temperature, _, length = _cell(row.cell)
+        table.add_row(
+            temperature,
+            length,
+            figure(row.tokens_per_s.median),
+            _optional_figure(row.ideal_tokens_per_s),
+            _optional(row.share_of_ideal, ".2f"),
+            _optional(row.speculation.dense_bytes_per_token, ",.0f"),
+            " ".join(f"{share:.2f}".removeprefix("0") for share in row.speculation.acceptance_per_position),
         )
     return table
 
 
 def time_table(rows: Sequence[Row]) -> Table:
     """Return the table of where the time of a token goes."""
-    table = _table("Milliseconds per token, and where they go", [name.replace(" ", "\n") for name in TIME_SPLIT])
+    rows = [row for row in rows if row.time_split]
+    unexplained = [row for row in rows if row.time_split and not row.time_split.is_explained]
+    within = f"{LARGEST_REST:.0%} of the wall clock"
+    verdict = f"rest above {within}: marked !" if unexplained else f"rest within {within} everywhere"
+    columns = ["all", *(name.replace(" ", "\n") for name in TIME_PARTS), "rest"]
+    table = _table(
+        "Milliseconds of wall clock per token of a text, and where they go",
+        columns,
+        f"Queue and forward: the target's. {verdict[0].upper()}{verdict[1:]}.",
+    )
     for row in _in_sections(table, rows):
-        _add_row(table, row, *(f"{row.ms_per_token[name]:.2f}" for name in TIME_SPLIT))
+        split = row.time_split
+        assert split
+        mark = "" if split.is_explained else "!"
+        figures = [split.wall_ms, *split.parts_ms.values(), split.rest_ms]
+        table.add_row(*_cell(row.cell), *(f"{value:.2f}" for value in figures[:-1]), f"{figures[-1]:.2f}{mark}")
     return table
 
 
+def latency_table(rows: Sequence[Row]) -> Table:
+    """Return the table of TTFT, TPOT, ITL and tokens per second of single texts."""
+    note = f"{TIMES_NOTE} Percentiles are of the value: of tokens/s, a high one is good."
+    table = _table("Latency", ("", "mean", "median", "p90", "p99"), f"{note} {METHODS_NOTE}")
+    table.columns[3].justify = "left"
+    for row in rows:
+        figures = {
+            "TTFT": row.ttft_ms,
+            "TPOT": row.tpot_ms,
+            "ITL": row.itl_ms,
+            "tokens/s": row.user_tokens_per_s,
+        }
+        head = _cell(row.cell)
+        for name, distribution in figures.items():
+            if distribution:
+                table.add_row(*head, name, *_distribution(distribution))
+                head = ["", "", ""]
+        table.add_section()
+    return table
+
+
+def throughput_table(rows: Sequence[Row], title: str) -> Table:
+    """Return the table of many texts at once."""
+    is_open = any(row.cell.request_rate for row in rows)
+    note = f"{TIMES_NOTE} Tokens/s of a user: median."
+    columns = ("texts\n/s" if is_open else "users", "tokens/s\nin all", "of a\nuser")
+    times = ("TTFT\nmedian", "\np99", "TPOT\nmedian", "\np99", "ITL\np99")
+    table = _table(title, (*columns, *times), f"{SPREAD_NOTE} {note} {METHODS_NOTE}")
+    for row in _in_sections(table, rows):
+        table.add_row(
+            *_cell(row.cell),
+            f"{row.cell.request_rate:g}" if is_open else str(row.cell.num_users),
+            spread_text(row.tokens_per_s),
+            figure(row.user_tokens_per_s.median),
+            figure(row.ttft_ms.median),
+            figure(row.ttft_ms.p99),
+            *([figure(row.tpot_ms.median), figure(row.tpot_ms.p99)] if row.tpot_ms else ["", ""]),
+            figure(row.itl_ms.p99) if row.itl_ms else "",
+        )
+    return table
+
+
+def rounds_table(rows: Sequence[RoundRow], title: str) -> Table:
+    """Return the table of what a round costs beyond its forward pass."""
+    note = (
+        "Beyond: from sending a round to having its answer, less the forward pass: queue, messages, handlers. "
+        "Full rounds of K proposals; K empty: the target alone. The first round of each text is left out."
+    )
+    columns = (
+        "rounds",
+        "forward\nmedian",
+        "beyond\nmean",
+        "\nmedian",
+        "\np90",
+        "\np99",
+        "queue\nmedian",
+        "draft\nwait\nmedian",
+    )
+    table = _table(f"{title}: milliseconds of a round", columns, note, without_method=True)
+    for row in _in_sections(table, rows):
+        temperature, _, length = _cell(row.cell)
+        table.add_row(
+            temperature,
+            length,
+            f"{row.num_rounds:,}",
+            f"{row.forward_ms.median:.2f}",
+            *(
+                f"{value:.2f}"
+                for value in (row.beyond_ms.mean, row.beyond_ms.median, row.beyond_ms.p90, row.beyond_ms.p99)
+            ),
+            f"{row.queue_ms.median:.2f}",
+            f"{row.draft_wait_ms.median:.2f}",
+        )
+    return table
+
+
+def comparison_table(comparisons: Sequence[Comparison], title: str) -> Table:
+    """Return the table of methods over each other."""
+    table = _new_table(title, f"Of tokens/s in all, repetition by repetition. {SPREAD_NOTE}")
+    for name in ("T", "users", "this", "than that", "times\nas fast"):
+        table.add_column(name, justify="left" if "th" in name else "right", vertical="bottom", overflow="fold")
+    for one in comparisons:
+        users = _users(one.faster)
+        if one.faster.num_users != one.than.num_users:
+            users += f" to {one.than.num_users}"
+        names = [_short_name(one.faster), _short_name(one.than)]
+        table.add_row(f"{one.faster.temperature:g}", users, *names, spread_text(one.ratio))
+    return table
+
+
+def difference_table(difference: Difference) -> Table:
+    """Return the table of two results, cell by cell."""
+    note = f"Tokens/s. {SPREAD_NOTE} Yes: the medians are further apart than both deviations together."
+    columns = ("users", "first", "second", "second\n/first", "beyond\nspread")
+    table = _table(f"{difference.made_at[0]} and {difference.made_at[1]}", columns, note)
+    for one in _in_sections(table, difference.cells):
+        table.add_row(
+            *_cell(one.cell),
+            _users(one.cell),
+            spread_text(one.first),
+            spread_text(one.second),
+            figure(one.ratio),
+            "yes" if one.exceeds_spread else "no",
+        )
+    return table
+
+
+def settings_table(difference: Difference) -> Table:
+    """Return the table of what was not the same in two results."""
+    table = _new_table("Not the same in both", None)
+    for name in ("", "first", "second"):
+        table.add_column(name, overflow="fold")
+    for name, values in difference.conditions.items():
+        table.add_row(name, *("" if value is None else str(value) for value in values))
+    return table
+
+
+def _users(cell: Cell) -> str:
+    return f"{cell.request_rate:g}/s" if cell.request_rate else str(cell.num_users)
+
+
+def _short_name(cell: Cell) -> str:
+    length = f", K {cell.num_speculative_tokens}" if cell.num_speculative_tokens else ""
+    return METHOD_LABELS[cell.method] + length
+
+
+def _costs_text(costs: Costs) -> str:
+    numbers = ", ".join(map(str, costs.verify_s))
+    times = ", ".join(f"{1000 * seconds:.1f}" for seconds in costs.verify_s.values())
+    return (
+        f"Medians of this run: {1000 * costs.draft_token_s:.2f} ms for a token of the draft; {times} ms for {numbers} "
+        "tokens of the target."
+    )
+
+
+def _distribution(distribution: Distribution) -> list[str]:
+    return [figure(value) for value in (distribution.mean, distribution.median, distribution.p90, distribution.p99)]
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _optional_figure(value: float | None) -> str:
+    return "" if value is None else figure(value)
+
+
+def figure(value: float) -> str:
+    """Return a value with three figures."""
+    return f"{value:,.{num_digits(value)}f}"
+
+
 def spread_text(spread: Spread) -> str:
-    """Return mean and deviation with as many digits as three figures of the mean need."""
-    digits = num_digits(spread.mean)
-    return f"{spread.mean:,.{digits}f} ± {spread.std:,.{digits}f}"
+    """Return median and deviation with as many digits as three figures of the median need."""
+    digits = num_digits(spread.median)
+    return f"{spread.median:,.{digits}f} ± {spread.std:,.{digits}f}"
 
 
 def num_digits(value: float) -> int:
@@ -53,9 +266,8 @@ def num_digits(value: float) -> int:
     return 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
 
 
-def _table(title: str, columns: Sequence[str], caption: str | None = None) -> Table:
-    """Return an empty table of configurations and some figures."""
-    table = Table(
+def _new_table(title: str, caption: str | None) -> Table:
+    return Table(
         title=title,
         caption=caption,
         box=box.SIMPLE_HEAD,
@@ -64,19 +276,25 @@ def _table(title: str, columns: Sequence[str], caption: str | None = None) -> Ta
         title_justify="left",
         caption_justify="left",
     )
-    for name in ("T", "method", "K", *columns):
+
+
+def _table(title: str, columns: Sequence[str], caption: str | None = None, without_method: bool = False) -> Table:
+    """Return an empty table of cells and some figures."""
+    table = _new_table(title, caption)
+    head = ("T", "K") if without_method else ("T", "method", "K")
+    for name in (*head, *columns):
         table.add_column(name, justify="left" if name == "method" else "right", vertical="bottom", overflow="fold")
     return table
 
 
-def _in_sections(table: Table, rows: Sequence[Row]) -> Iterator[Row]:
+def _in_sections(table: Table, rows: Sequence[_R]) -> Iterator[_R]:
     """Yield the rows, with a gap in the table before each further temperature."""
-    for temperature, group in groupby(rows, key=lambda row: row.configuration.temperature):
-        if temperature != rows[0].configuration.temperature:
+    for temperature, group in groupby(rows, key=lambda row: row.cell.temperature):
+        if temperature != rows[0].cell.temperature:
             table.add_section()
         yield from group
 
 
-def _add_row(table: Table, row: Row, *figures: str) -> None:
-    cell = row.configuration
-    table.add_row(f"{cell.temperature:g}", METHOD_LABELS[cell.method], str(cell.num_speculative_tokens or ""), *figures)
+def _cell(cell: Cell) -> list[str]:
+    """Return temperature, method and K."""
+    return [f"{cell.temperature:g}", METHOD_LABELS[cell.method], str(cell.num_speculative_tokens or "")]
