@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from client.bench.result_file import Result
@@ -37,7 +39,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
     figures = {"time": time_figure(rows, result.title)}
     if result.kind == "throughput":
         figures["throughput"] = throughput_figure(rows, result.title)
-    elif any(row.speedup and row.cell.num_speculative_tokens for row in rows):
+    elif len({row.cell.num_speculative_tokens for row in rows if row.speedup} - {0}) > 1:
         figures["speedup"] = speedup_figure(rows, result.title)
     paths = []
     for name, one in sorted(figures.items()):
@@ -75,6 +77,7 @@ def throughput_figure(rows: Sequence[Row], title: str) -> Figure:
             _draw_loads(axes, [row for row in own if (row.cell.method, row.cell.num_speculative_tokens) == series])
         axes.set_title(f"temperature {temperature:g}", fontsize=10)
         axes.set_xlabel("tokens/s of all texts together")
+        axes.margins(0.08)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("median TPOT in ms")
@@ -93,6 +96,8 @@ def time_figure(rows: Sequence[Row], title: str) -> Figure:
         _draw_bars(axes, own)
         axes.set_title(f"temperature {temperature:g}", fontsize=10)
         axes.set_xlabel("ms of a round")
+    panels[0].margins(x=0.12)
+    panels[0].set_xlim(left=0)
     panels[0].invert_yaxis()
     return _with_legend(chart, panels)
 
@@ -133,9 +138,8 @@ def _draw_loads(axes: Axes, rows: Sequence[Row]) -> None:
     axes.plot(*zip(*points, strict=True), marker="o", color=_METHOD_COLOURS[cell.method], label=label)
     for row, point in zip(rows, points, strict=True):
         load = f"{row.cell.request_rate or row.cell.num_users:g}"
-        axes.annotate(
-            load, point, textcoords="offset points", xytext=(5, 5), fontsize=8, color=_METHOD_COLOURS[cell.method]
-        )
+        text = axes.annotate(load, point, textcoords="offset points", xytext=(5, 5), fontsize=8)
+        text.set(color=_METHOD_COLOURS[cell.method], path_effects=[withStroke(linewidth=2, foreground="white")])
 
 
 def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
@@ -148,7 +152,6 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for name, total in zip(names, left, strict=True):
         axes.annotate(figure(total), (total, name), textcoords="offset points", xytext=(4, -3), fontsize=8)
-    axes.set_xlim(0, 1.12 * max(left, default=1.0))
 
 
 def _bar_name(row: Row) -> str:
@@ -183,10 +186,10 @@ def _temperatures(rows: Sequence[Row]) -> list[float]:
 
 
 def _panels(number: int, title: str, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """Return a figure with panels side by side that share their vertical axis."""
+    """Return a figure with panels side by side that share their axes."""
     chart = Figure(figsize=(1.2 + 4.2 * max(1, number), height), layout="constrained")
     chart.suptitle(title, fontsize=11)
-    panels = list(chart.subplots(1, max(1, number), sharey=True, squeeze=False)[0])
+    panels = list(chart.subplots(1, max(1, number), sharex=True, sharey=True, squeeze=False)[0])
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
@@ -200,7 +203,10 @@ def _with_legend(chart: Figure, panels: Sequence[Axes], note: str | None = None)
     for axes in panels:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     handles, labels = list(entries.values()), list(entries)
-    legend = chart.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    num_lines = math.ceil(len(entries) / (3 * len(panels)))
+    num_columns = math.ceil(len(entries) / max(1, num_lines))
+    legend = chart.legend(handles, labels, loc="outside lower center", ncols=num_columns, fontsize=9, frameon=False)
     if note:
-        legend.set_title(note, prop={"size": 8})
+        legend.set_title(note)
+        legend.get_title().set_fontsize(8)
     return chart

@@ -67,18 +67,18 @@ class Sample:
     begun_s: float = 0.0  # when it was asked for, in the time of its cell and repetition
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the sample for JSON: times to the microsecond, rounds as columns."""
+        """Return the sample for JSON, rounds as columns."""
         stats, timeline = self.stats, self.timeline
         return asdict(self.cell) | {
             "repetition": self.repetition,
             "prompt_index": self.prompt_index,
             "begun_s": self.begun_s,
             "wall_s": timeline.wall_s,
-            "arrivals_s": _rounded(timeline.arrivals_s),
+            "arrivals_s": timeline.arrivals_s,
             "num_tokens_per_chunk": timeline.num_tokens_per_chunk,
             "stats": stats and stats.as_dict(),
             "rounds": stats and _columns(stats.rounds),
-            "draft_forward_s": stats and _rounded(stats.draft_forward_s),
+            "draft_forward_s": stats and stats.draft_forward_s,
         }
 
     @classmethod
@@ -101,8 +101,4 @@ def _stats_from(record: dict[str, Any]) -> GenerationStats | None:
 
 
 def _columns(rounds: Sequence[RoundStats]) -> dict[str, list]:
-    return {name: _rounded([getattr(one, name) for one in rounds]) for name in RoundStats.__dataclass_fields__}
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 6) for value in values]
+    return {name: [getattr(one, name) for one in rounds] for name in RoundStats.__dataclass_fields__}

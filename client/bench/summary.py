@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from client.bench.limit import Costs, ideal_tokens_per_s
 from client.bench.metrics import Distribution, Spread, Timeline
+from client.bench.rounds import full_rounds
 from client.bench.samples import Cell, Sample
 from client.params import METHODS
 from client.results import GenerationStats
@@ -185,15 +186,15 @@ def _by_cell(samples: Sequence[Sample]) -> dict[Cell, list[Sample]]:
 def measured_costs(samples: Sequence[Sample]) -> Costs | None:
     """Return what the models took in a run, as medians; None when nothing was drafted.
 
-    The draft's time for a token is its forward pass alone, which bounds it from below, and the target's the same. Both
-    are of texts on which draft and target worked at once, as the ideal pair's do; the target's are taken by the
-    number of tokens that a round fed.
+    Times are those of forward passes alone, which bound from below what a token of the draft and a verification take.
+    Both are of texts on which draft and target worked at once, as the ideal pair's do. The target's are of full rounds,
+    by the number of tokens that they fed.
     """
-    stats = [sample.stats for sample in samples if sample.stats and sample.cell.method == "speculative"]
-    draft_s = [seconds for one in stats for seconds in one.draft_forward_s]
+    speculative = [sample for sample in samples if sample.cell.method == "speculative"]
+    draft_s = [seconds for sample in speculative if sample.stats for seconds in sample.stats.draft_forward_s]
     verify_s: dict[int, list[float]] = {}
-    for one in (one for own in stats for one in own.rounds):
-        verify_s.setdefault(max(1, one.num_draft_tokens), []).append(one.target_forward_s)
+    for one in full_rounds(speculative):
+        verify_s.setdefault(one.num_draft_tokens, []).append(one.target_forward_s)
     if not draft_s or not verify_s:
         return None
     return Costs(median(draft_s), {number: median(seconds) for number, seconds in sorted(verify_s.items())})

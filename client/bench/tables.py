@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Protocol, TypeVar
 
@@ -27,6 +27,7 @@ METHOD_LABELS = {
 }
 TIMES_NOTE = "TTFT, TPOT, ITL in milliseconds; --help defines them."
 SPREAD_NOTE = "Median ± standard deviation over repetitions."
+_MOST_SPREADS = 3  # columns of them that a table has room for
 METHODS_NOTE = (
     "AR: autoregressive, the target alone. hf: transformers in one process; assisted: constant K; dynamic, "
     "heuristic: its own schedules."
@@ -88,7 +89,13 @@ def time_table(rows: Sequence[Row]) -> Table:
     unexplained = [row for row in rows if row.time_split and not row.time_split.is_explained]
     within = f"{LARGEST_REST:.0%} of the wall clock"
     verdict = f"rest above {within}: marked !" if unexplained else f"rest within {within} everywhere"
-    columns = ["all", *(name.replace(" ", "\n") for name in TIME_PARTS), "rest"]
+    has_loads = len({(row.cell.num_users, row.cell.request_rate) for row in rows}) > 1
+    columns = [
+        *([_load_head(rows)] if has_loads else []),
+        "all",
+        *(name.replace(" ", "\n") for name in TIME_PARTS),
+        "rest",
+    ]
     table = _table(
         "Milliseconds of wall clock per token of a text, and where they go",
         columns,
@@ -99,7 +106,8 @@ def time_table(rows: Sequence[Row]) -> Table:
         assert split
         mark = "" if split.is_explained else "!"
         figures = [split.wall_ms, *split.parts_ms.values(), split.rest_ms]
-        table.add_row(*_cell(row.cell), *(f"{value:.2f}" for value in figures[:-1]), f"{figures[-1]:.2f}{mark}")
+        load = [_load_number(row.cell)] if has_loads else []
+        table.add_row(*_cell(row.cell), *load, *map(figure, figures[:-1]), figure(figures[-1]) + mark)
     return table
 
 
@@ -126,15 +134,14 @@ def latency_table(rows: Sequence[Row]) -> Table:
 
 def throughput_table(rows: Sequence[Row], title: str) -> Table:
     """Return the table of many texts at once."""
-    is_open = any(row.cell.request_rate for row in rows)
-    note = f"{TIMES_NOTE} Tokens/s of a user: median."
-    columns = ("texts\n/s" if is_open else "users", "tokens/s\nin all", "of a\nuser")
-    times = ("TTFT\nmedian", "\np99", "TPOT\nmedian", "\np99", "ITL\np99")
+    note = f"{TIMES_NOTE} p50: median, as the tokens/s of a user are."
+    columns = (_load_head(rows), "tokens/s\nin all", "of a\nuser")
+    times = ("TTFT\np50", "\np99", "TPOT\np50", "\np99", "ITL\np99")
     table = _table(title, (*columns, *times), f"{SPREAD_NOTE} {note} {METHODS_NOTE}")
     for row in _in_sections(table, rows):
         table.add_row(
             *_cell(row.cell),
-            f"{row.cell.request_rate:g}" if is_open else str(row.cell.num_users),
+            _load_number(row.cell),
             spread_text(row.tokens_per_s),
             figure(row.user_tokens_per_s.median),
             figure(row.ttft_ms.median),
@@ -179,29 +186,52 @@ def rounds_table(rows: Sequence[RoundRow], title: str) -> Table:
     return table
 
 
-def comparison_table(comparisons: Sequence[Comparison], title: str) -> Table:
-    """Return the table of methods over each other."""
-    table = _new_table(title, f"Of tokens/s in all, repetition by repetition. {SPREAD_NOTE}")
-    for name in ("T", "users", "this", "than that", "times\nas fast"):
-        table.add_column(name, justify="left" if "th" in name else "right", vertical="bottom", overflow="fold")
-    for one in comparisons:
-        users = _users(one.faster)
-        if one.faster.num_users != one.than.num_users:
-            users += f" to {one.than.num_users}"
-        names = [_short_name(one.faster), _short_name(one.than)]
-        table.add_row(f"{one.faster.temperature:g}", users, *names, spread_text(one.ratio))
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Return the table of methods over each other, a column for each load."""
+    loads = list(dict.fromkeys(_load(one.faster) for one in comparisons))
+    note = f"Tokens/s over tokens/s, repetition by repetition. {_ratio_note(loads)}"
+    table = _new_table("How many times as fast, each method with its fastest K", note)
+    for name in ("T", "this", "than that"):
+        table.add_column(name, justify="right" if name == "T" else "left", vertical="bottom", overflow="fold")
+    names = {one: (f"{one.faster.temperature:g}", _name(one.faster), _name(one.than)) for one in comparisons}
+    return _fill_by_load(table, names, loads)
+
+
+def scaling_table(comparisons: Sequence[Comparison]) -> Table:
+    """Return the table of each method with several users over itself with one."""
+    loads = list(dict.fromkeys(_load(one.faster) for one in comparisons))
+    table = _table("How many times the tokens/s of one user", (), _ratio_note(loads))
+    return _fill_by_load(table, {one: tuple(_cell(one.faster)) for one in comparisons}, loads)
+
+
+def _fill_by_load(table: Table, names: Mapping[Comparison, tuple[str, ...]], loads: Sequence[str]) -> Table:
+    """Add a column for each load, and a row for each name with its ratios; spreads where there is room for them."""
+    for load in loads:
+        table.add_column(load, justify="right", vertical="bottom", overflow="fold")
+    show = spread_text if len(loads) <= _MOST_SPREADS else lambda spread: figure(spread.median)
+    ratios: dict[tuple[str, ...], dict[str, str]] = {}
+    for one, name in names.items():
+        ratios.setdefault(name, {})[_load(one.faster)] = show(one.ratio)
+    for _, rows in groupby(ratios.items(), key=lambda item: item[0][0]):
+        for name, by_load in rows:
+            table.add_row(*name, *(by_load.get(load, "") for load in loads))
+        table.add_section()
     return table
+
+
+def _ratio_note(loads: Sequence[str]) -> str:
+    return SPREAD_NOTE if len(loads) <= _MOST_SPREADS else "Medians over repetitions."
 
 
 def difference_table(difference: Difference) -> Table:
     """Return the table of two results, cell by cell."""
     note = f"Tokens/s. {SPREAD_NOTE} Yes: the medians are further apart than both deviations together."
-    columns = ("users", "first", "second", "second\n/first", "beyond\nspread")
+    columns = ("load", "first", "second", "second\n/first", "beyond\nspread")
     table = _table(f"{difference.made_at[0]} and {difference.made_at[1]}", columns, note)
     for one in _in_sections(table, difference.cells):
         table.add_row(
             *_cell(one.cell),
-            _users(one.cell),
+            _load(one.cell),
             spread_text(one.first),
             spread_text(one.second),
             figure(one.ratio),
@@ -220,12 +250,23 @@ def settings_table(difference: Difference) -> Table:
     return table
 
 
-def _users(cell: Cell) -> str:
-    return f"{cell.request_rate:g}/s" if cell.request_rate else str(cell.num_users)
+def _load(cell: Cell) -> str:
+    """Return how many texts are made at once, for the head of a column or for a cell."""
+    if cell.request_rate:
+        return f"{cell.request_rate:g}/s"
+    return "1 user" if cell.num_users == 1 else f"{cell.num_users} users"
 
 
-def _short_name(cell: Cell) -> str:
-    length = f", K {cell.num_speculative_tokens}" if cell.num_speculative_tokens else ""
+def _load_head(rows: Sequence[Row]) -> str:
+    return "texts\n/s" if any(row.cell.request_rate for row in rows) else "users"
+
+
+def _load_number(cell: Cell) -> str:
+    return f"{cell.request_rate:g}" if cell.request_rate else str(cell.num_users)
+
+
+def _name(cell: Cell) -> str:
+    length = f" K {cell.num_speculative_tokens}" if cell.num_speculative_tokens else ""
     return METHOD_LABELS[cell.method] + length
 
 
@@ -269,9 +310,10 @@ def num_digits(value: float) -> int:
 def _new_table(title: str, caption: str | None) -> Table:
     return Table(
         title=title,
-        caption=caption,
+        caption=f"\n{caption}" if caption else None,  # set apart, since not every terminal shows it in italics
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        show_edge=False,
         collapse_padding=True,
         title_justify="left",
         caption_justify="left",

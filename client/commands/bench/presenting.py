@@ -17,6 +17,7 @@ from client.bench.tables import (
     latency_table,
     limit_table,
     rounds_table,
+    scaling_table,
     speed_table,
     throughput_table,
     time_table,
@@ -27,6 +28,7 @@ from client.commands.options import err, out
 def show(result: Result) -> None:
     """Print the result's tables."""
     for table in tables_of(result):
+        out.print()
         out.print(table)
 
 
@@ -35,22 +37,18 @@ def tables_of(result: Result) -> list[Table]:
     if result.kind == "rpc":
         return [rounds_table(summarise_rounds(result.samples), result.title)]
     rows = result.rows()
-    if result.kind == "sweep":
-        tables = [speed_table(rows, result.title)]
-    elif result.kind == "latency":
-        tables = [speed_table(rows, result.title), latency_table(rows)]
-    else:
+    if result.kind == "throughput":
         tables = [throughput_table(rows, result.title)]
         scaling = compare_with_one_user(result.samples)
-        tables += [comparison_table(scaling, "Many users over one")] if scaling else []
-    if result.kind == "throughput" or any(row.cell.method in PEER_METHODS for row in rows):
-        tables.append(
-            comparison_table(
-                compare_methods(result.samples, result.order), "Methods over each other, each with its fastest K"
-            )
-        )
+        tables += [scaling_table(scaling)] if scaling else []
+    else:
+        tables = [speed_table(rows, result.title)]
+        tables += [latency_table(rows)] if result.kind == "latency" else []
+    comparisons = compare_methods(result.samples, result.order)
+    if comparisons and (result.kind == "throughput" or any(row.cell.method in PEER_METHODS for row in rows)):
+        tables.append(comparison_table(comparisons))
     costs = measured_costs(result.samples)
-    if any(row.ideal_tokens_per_s for row in rows) and costs:
+    if costs and any(row.ideal_tokens_per_s for row in rows):
         tables.append(limit_table(rows, costs))
     return [*tables, time_table(rows)]
 
@@ -59,6 +57,13 @@ def draw(result: Result, folder: Path) -> None:
     """Draw the result's charts and say where they are."""
     for path in charts_module().draw(result, folder):
         err.print(f"wrote {path}")
+
+
+def missing_extra(error: ModuleNotFoundError, option: str, extra: str) -> click.ClickException:
+    """Return the error that says what an option needs."""
+    library = (error.name or "").partition(".")[0]
+    message = f"{library} is not installed: {option} needs the extra `{extra}` (pip install 'outrider[{extra}]')"
+    return click.ClickException(message)
 
 
 def charts_module() -> ModuleType:
@@ -70,7 +75,5 @@ def charts_module() -> ModuleType:
     try:
         from client.bench import charts
     except ModuleNotFoundError as error:
-        raise click.ClickException(
-            f"{error.name} is not installed: --plot needs the extra `plot` (pip install 'outrider[plot]')"
-        ) from error
+        raise missing_extra(error, "--plot", "plot") from error
     return charts

@@ -18,7 +18,7 @@ from client.bench.result_file import Kind, Result
 from client.bench.samples import PEER_METHODS, Cell, Sample, Settings
 from client.bench.services import ServicesRunner
 from client.bench.tables import METHOD_LABELS
-from client.commands.bench.presenting import charts_module, draw, show
+from client.commands.bench.presenting import charts_module, draw, missing_extra, show
 from client.commands.local_pair import PairAddresses, local_pair
 from client.commands.options import err, print_json
 from client.pair import PairInfo, as_plain_dict
@@ -142,9 +142,7 @@ def _peer_module() -> ModuleType:
     try:
         from client.bench import transformers_peer
     except ModuleNotFoundError as error:
-        raise click.ClickException(
-            f"{error.name} is not installed: --compare transformers needs the extra `serve` (pip install 'outrider[serve]')"
-        ) from error
+        raise missing_extra(error, "--compare transformers", "serve") from error
     return transformers_peer
 
 
