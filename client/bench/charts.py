@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
+from client.bench.formatting import METHOD_LABELS, cell_name, figure
 from client.bench.result_file import Result
 from client.bench.samples import BASELINE
 from client.bench.summary import TIME_PARTS, Row
-from client.bench.tables import METHOD_LABELS, figure
 
 # Okabe and Ito's palette, which readers who see colours differently can tell apart.
 _METHOD_COLOURS = {
@@ -133,9 +133,7 @@ def _draw_level(axes: Axes, row: Row) -> None:
 def _draw_loads(axes: Axes, rows: Sequence[Row]) -> None:
     cell = rows[0].cell
     points = [(row.tokens_per_s.median, row.tpot_ms.median) for row in rows if row.tpot_ms]
-    length = f", K {cell.num_speculative_tokens}" if cell.num_speculative_tokens else ""
-    label = METHOD_LABELS[cell.method] + length
-    axes.plot(*zip(*points, strict=True), marker="o", color=_METHOD_COLOURS[cell.method], label=label)
+    axes.plot(*zip(*points, strict=True), marker="o", color=_METHOD_COLOURS[cell.method], label=cell_name(cell))
     for row, point in zip(rows, points, strict=True):
         load = f"{row.cell.request_rate or row.cell.num_users:g}"
         text = axes.annotate(load, point, textcoords="offset points", xytext=(5, 5), fontsize=8)
@@ -156,11 +154,9 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _bar_name(row: Row) -> str:
     cell = row.cell
-    length = f" K {cell.num_speculative_tokens}" if cell.num_speculative_tokens else ""
-    load = (
-        f", {cell.request_rate:g}/s" if cell.request_rate else f", {cell.num_users} users" if cell.num_users > 1 else ""
-    )
-    return METHOD_LABELS[cell.method] + length + load
+    if cell.request_rate:
+        return f"{cell_name(cell)}, {cell.request_rate:g}/s"
+    return cell_name(cell) + (f", {cell.num_users} users" if cell.num_users > 1 else "")
 
 
 def _round_ms(row: Row, part: str) -> float:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from client.bench.rounds import summarise_rounds
 from client.bench.samples import Sample, Settings
-from client.bench.summary import Order, Row, summarise
+from client.bench.summary import Order, Row, measured_costs, summarise
 from client.errors import InvalidRequestError
 
 SCHEMA = 2
@@ -60,12 +60,14 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """Return the result with its summary, for JSON."""
         summary = summarise_rounds(self.samples) if self.kind == "rpc" else self.rows()
+        costs = measured_costs(self.samples)
         fields = {name: getattr(self, name) for name in ("kind", "made_at", "pair", "threads", "versions", "machine")}
         return {
             "schema": SCHEMA,
             **fields,
             "settings": asdict(self.settings),
             "prompts": list(self.prompts),
+            "costs": costs and asdict(costs),
             "summary": [row.as_dict() for row in summary],
             "samples": [sample.as_dict() for sample in self.samples],
         }

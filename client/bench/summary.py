@@ -85,11 +85,10 @@ class Row:
         return None if self.ideal_tokens_per_s is None else self.tokens_per_s.median / self.ideal_tokens_per_s
 
     def as_dict(self) -> dict[str, Any]:
-        split = self.time_split and {"rest_ms": self.time_split.rest_ms, "is_explained": self.time_split.is_explained}
-        return asdict(self) | {
-            "share_of_ideal": self.share_of_ideal,
-            "time_split": self.time_split and asdict(self.time_split) | (split or {}),
-        }
+        record = asdict(self) | {"share_of_ideal": self.share_of_ideal}
+        if self.time_split:
+            record["time_split"] |= {"rest_ms": self.time_split.rest_ms, "is_explained": self.time_split.is_explained}
+        return record
 
 
 def summarise(samples: Sequence[Sample], vocab_size: int, order: Order = "sequential") -> list[Row]:

@@ -10,28 +10,16 @@ from rich import box
 from rich.table import Table
 
 from client.bench.differences import Difference
+from client.bench.formatting import METHOD_LABELS, cell_name, figure, optional, optional_figure, spread_text
 from client.bench.limit import Costs
-from client.bench.metrics import Distribution, Spread
+from client.bench.metrics import Distribution
 from client.bench.rounds import RoundRow
-from client.bench.samples import Cell
+from client.bench.samples import PEER_METHODS, Cell
 from client.bench.summary import LARGEST_REST, TIME_PARTS, Comparison, Row
 
-METHOD_LABELS = {
-    "autoregressive": "AR",
-    "speculative": "speculative",
-    "draft": "draft",
-    "transformers": "hf generate",
-    "transformers-assisted": "hf assisted",
-    "transformers-dynamic": "hf dynamic",
-    "transformers-heuristic": "hf heuristic",
-}
 TIMES_NOTE = "TTFT, TPOT, ITL in milliseconds; --help defines them."
 SPREAD_NOTE = "Median ± standard deviation over repetitions."
 _MOST_SPREADS = 3  # columns of them that a table has room for
-METHODS_NOTE = (
-    "AR: autoregressive, the target alone. hf: transformers in one process; assisted: constant K; dynamic, "
-    "heuristic: its own schedules."
-)
 
 
 class _HasCell(Protocol):
@@ -44,8 +32,8 @@ _R = TypeVar("_R", bound=_HasCell)
 
 def speed_table(rows: Sequence[Row], title: str) -> Table:
     """Return the table of rates and speed-ups."""
-    notes = [SPREAD_NOTE, "Speed-up: over AR, in the same repetition.", METHODS_NOTE]
-    table = _table(title, ("tokens/s", "speed-up", "tokens\n/pass", "accept-\nance", "bytes\n/token"), " ".join(notes))
+    note = f"{SPREAD_NOTE} Speed-up: over AR, in the same repetition. {_methods_note(rows)}"
+    table = _table(title, ("tokens/s", "speed-up", "tokens\n/pass", "accept-\nance", "bytes\n/token"), note)
     for row in _in_sections(table, rows):
         speculation = row.speculation
         table.add_row(
@@ -53,8 +41,8 @@ def speed_table(rows: Sequence[Row], title: str) -> Table:
             spread_text(row.tokens_per_s),
             "" if row.speedup is None else spread_text(row.speedup),
             "" if speculation is None else f"{speculation.tokens_per_target_pass:.2f}",
-            _optional(speculation.acceptance_rate if speculation else None, ".3f"),
-            _optional(row.bytes_per_token, ",.0f"),
+            optional(speculation.acceptance_rate if speculation else None, ".3f"),
+            optional(row.bytes_per_token, ",.0f"),
         )
     return table
 
@@ -62,9 +50,9 @@ def speed_table(rows: Sequence[Row], title: str) -> Table:
 def limit_table(rows: Sequence[Row], costs: Costs) -> Table:
     """Return the table of the ideal pair, and of what decides its speed."""
     table = _table(
-        "An ideal pair: drafting and verifying at once, everything but the forward passes free",
-        ("tokens/s", "ideal", "share", "dense B\n/token", "accepted at position\n1, 2, …"),
-        _costs_text(costs) + " B: bytes, had the rows of probabilities travelled whole.",
+        "An ideal pair: drafts while it verifies, all but its forward passes free",
+        ("ideal\ntokens/s", "share\nof it", "bytes\n/token", "dense\n/token", "accepted at position\n1, 2, …"),
+        _costs_text(costs) + " Dense: bytes, had the rows of probabilities travelled whole.",
         without_method=True,
     )
     table.columns[-1].justify = "left"
@@ -74,10 +62,10 @@ def limit_table(rows: Sequence[Row], costs: Costs) -> Table:
         table.add_row(
             temperature,
             length,
-            figure(row.tokens_per_s.median),
-            _optional_figure(row.ideal_tokens_per_s),
-            _optional(row.share_of_ideal, ".2f"),
-            _optional(row.speculation.dense_bytes_per_token, ",.0f"),
+            optional_figure(row.ideal_tokens_per_s),
+            optional(row.share_of_ideal, ".2f"),
+            optional(row.bytes_per_token, ",.0f"),
+            optional(row.speculation.dense_bytes_per_token, ",.0f"),
             " ".join(f"{share:.2f}".removeprefix("0") for share in row.speculation.acceptance_per_position),
         )
     return table
@@ -88,19 +76,12 @@ def time_table(rows: Sequence[Row]) -> Table:
     rows = [row for row in rows if row.time_split]
     unexplained = [row for row in rows if row.time_split and not row.time_split.is_explained]
     within = f"{LARGEST_REST:.0%} of the wall clock"
-    verdict = f"rest above {within}: marked !" if unexplained else f"rest within {within} everywhere"
+    verdict = f"Rest above {within}: marked !" if unexplained else f"Rest within {within} everywhere"
     has_loads = len({(row.cell.num_users, row.cell.request_rate) for row in rows}) > 1
-    columns = [
-        *([_load_head(rows)] if has_loads else []),
-        "all",
-        *(name.replace(" ", "\n") for name in TIME_PARTS),
-        "rest",
-    ]
-    table = _table(
-        "Milliseconds of wall clock per token of a text, and where they go",
-        columns,
-        f"Queue and forward: the target's. {verdict[0].upper()}{verdict[1:]}.",
-    )
+    load_head = [_load_head(rows)] if has_loads else []
+    columns = [*load_head, "all", *(name.replace(" ", "\n") for name in TIME_PARTS), "rest"]
+    title = "Milliseconds of wall clock per token of a text, and where they go"
+    table = _table(title, columns, f"Queue and forward: the target's. {verdict}.")
     for row in _in_sections(table, rows):
         split = row.time_split
         assert split
@@ -114,7 +95,7 @@ def time_table(rows: Sequence[Row]) -> Table:
 def latency_table(rows: Sequence[Row]) -> Table:
     """Return the table of TTFT, TPOT, ITL and tokens per second of single texts."""
     note = f"{TIMES_NOTE} Percentiles are of the value: of tokens/s, a high one is good."
-    table = _table("Latency", ("", "mean", "median", "p90", "p99"), f"{note} {METHODS_NOTE}")
+    table = _table("Latency", ("", "mean", "median", "p90", "p99"), f"{note} {_methods_note(rows)}")
     table.columns[3].justify = "left"
     for row in rows:
         figures = {
@@ -137,7 +118,7 @@ def throughput_table(rows: Sequence[Row], title: str) -> Table:
     note = f"{TIMES_NOTE} p50: median, as the tokens/s of a user are."
     columns = (_load_head(rows), "tokens/s\nin all", "of a\nuser")
     times = ("TTFT\np50", "\np99", "TPOT\np50", "\np99", "ITL\np99")
-    table = _table(title, (*columns, *times), f"{SPREAD_NOTE} {note} {METHODS_NOTE}")
+    table = _table(title, (*columns, *times), f"{SPREAD_NOTE} {note} {_methods_note(rows)}")
     for row in _in_sections(table, rows):
         table.add_row(
             *_cell(row.cell),
@@ -158,16 +139,8 @@ def rounds_table(rows: Sequence[RoundRow], title: str) -> Table:
         "Beyond: from sending a round to having its answer, less the forward pass: queue, messages, handlers. "
         "Full rounds of K proposals; K empty: the target alone. The first round of each text is left out."
     )
-    columns = (
-        "rounds",
-        "forward\nmedian",
-        "beyond\nmean",
-        "\nmedian",
-        "\np90",
-        "\np99",
-        "queue\nmedian",
-        "draft\nwait\nmedian",
-    )
+    beyond = ("beyond\nmean", "\nmedian", "\np90", "\np99")
+    columns = ("rounds", "forward\nmedian", *beyond, "queue\nmedian", "draft\nwait\nmedian")
     table = _table(f"{title}: milliseconds of a round", columns, note, without_method=True)
     for row in _in_sections(table, rows):
         temperature, _, length = _cell(row.cell)
@@ -175,13 +148,10 @@ def rounds_table(rows: Sequence[RoundRow], title: str) -> Table:
             temperature,
             length,
             f"{row.num_rounds:,}",
-            f"{row.forward_ms.median:.2f}",
-            *(
-                f"{value:.2f}"
-                for value in (row.beyond_ms.mean, row.beyond_ms.median, row.beyond_ms.p90, row.beyond_ms.p99)
-            ),
-            f"{row.queue_ms.median:.2f}",
-            f"{row.draft_wait_ms.median:.2f}",
+            figure(row.forward_ms.median),
+            *_distribution(row.beyond_ms),
+            figure(row.queue_ms.median),
+            figure(row.draft_wait_ms.median),
         )
     return table
 
@@ -193,7 +163,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     table = _new_table("How many times as fast, each method with its fastest K", note)
     for name in ("T", "this", "than that"):
         table.add_column(name, justify="right" if name == "T" else "left", vertical="bottom", overflow="fold")
-    names = {one: (f"{one.faster.temperature:g}", _name(one.faster), _name(one.than)) for one in comparisons}
+    names = {one: (f"{one.faster.temperature:g}", cell_name(one.faster), cell_name(one.than)) for one in comparisons}
     return _fill_by_load(table, names, loads)
 
 
@@ -250,6 +220,13 @@ def settings_table(difference: Difference) -> Table:
     return table
 
 
+def _methods_note(rows: Sequence[Row]) -> str:
+    note = "AR: autoregressive, the target alone."
+    if any(row.cell.method in PEER_METHODS for row in rows):
+        note += " hf: transformers in one process; assisted: constant K; dynamic, heuristic: its own schedules."
+    return note
+
+
 def _load(cell: Cell) -> str:
     """Return how many texts are made at once, for the head of a column or for a cell."""
     if cell.request_rate:
@@ -265,11 +242,6 @@ def _load_number(cell: Cell) -> str:
     return f"{cell.request_rate:g}" if cell.request_rate else str(cell.num_users)
 
 
-def _name(cell: Cell) -> str:
-    length = f" K {cell.num_speculative_tokens}" if cell.num_speculative_tokens else ""
-    return METHOD_LABELS[cell.method] + length
-
-
 def _costs_text(costs: Costs) -> str:
     numbers = ", ".join(map(str, costs.verify_s))
     times = ", ".join(f"{1000 * seconds:.1f}" for seconds in costs.verify_s.values())
@@ -281,30 +253,6 @@ def _costs_text(costs: Costs) -> str:
 
 def _distribution(distribution: Distribution) -> list[str]:
     return [figure(value) for value in (distribution.mean, distribution.median, distribution.p90, distribution.p99)]
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
-def _optional_figure(value: float | None) -> str:
-    return "" if value is None else figure(value)
-
-
-def figure(value: float) -> str:
-    """Return a value with three figures."""
-    return f"{value:,.{num_digits(value)}f}"
-
-
-def spread_text(spread: Spread) -> str:
-    """Return median and deviation with as many digits as three figures of the median need."""
-    digits = num_digits(spread.median)
-    return f"{spread.median:,.{digits}f} ± {spread.std:,.{digits}f}"
-
-
-def num_digits(value: float) -> int:
-    """Return how many digits after the point show three figures of a value; none from 100 on, two at most."""
-    return 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
 
 
 def _new_table(title: str, caption: str | None) -> Table:

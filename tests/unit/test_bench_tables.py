@@ -10,23 +10,21 @@ from rich.console import Console
 from rich.table import Table
 
 from client.bench.differences import CellDifference, Difference
+from client.bench.formatting import METHOD_LABELS, figure, num_digits, spread_text
 from client.bench.limit import Costs
 from client.bench.metrics import Distribution, Spread
 from client.bench.rounds import RoundRow
 from client.bench.samples import ALL_METHODS, Cell
 from client.bench.summary import TIME_PARTS, Comparison, Row, Speculation, TimeSplit
 from client.bench.tables import (
-    METHOD_LABELS,
     comparison_table,
     difference_table,
-    figure,
     latency_table,
     limit_table,
-    num_digits,
     rounds_table,
     scaling_table,
+    settings_table,
     speed_table,
-    spread_text,
     throughput_table,
     time_table,
 )
@@ -81,6 +79,7 @@ TABLES = {
     "comparison by load": comparison_table(COMPARISONS),
     "scaling": scaling_table(COMPARISONS[1:]),
     "difference": difference_table(DIFFERENCE),
+    "settings": settings_table(replace(DIFFERENCE, conditions={"settings.max_new_tokens": (128, None)})),
 }
 
 

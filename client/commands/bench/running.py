@@ -1,4 +1,4 @@
-"""What every measuring subcommand of `outrider bench` does: find the pair, measure under a progress bar, hand out the result."""
+"""What every measuring subcommand of `outrider bench` does: find the pair, measure, hand out the result."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from client.bench import result_file
+from client.bench.formatting import cell_name
 from client.bench.grid import Runner, run_grid
 from client.bench.prompts import read_prompts
 from client.bench.result_file import Kind, Result
 from client.bench.samples import PEER_METHODS, Cell, Sample, Settings
 from client.bench.services import ServicesRunner
-from client.bench.tables import METHOD_LABELS
 from client.commands.bench.presenting import charts_module, draw, missing_extra, show
 from client.commands.local_pair import PairAddresses, local_pair
 from client.commands.options import err, print_json
@@ -82,12 +82,12 @@ def measure_grid(
 def progress(total: int) -> Iterator[Callable[[Cell], None]]:
     """Yield what is to be called before each step of the measurement."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    # It is drawn between measurements: a thread that draws takes its time from what is measured.
+    with Progress(*columns, console=err, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("measuring", total=total)
 
         def advance(cell: Cell) -> None:
-            label = f"{METHOD_LABELS[cell.method]} T={cell.temperature:g} K={cell.num_speculative_tokens}"
-            bar.update(task, advance=1, description=label)
+            bar.update(task, advance=1, description=f"{cell_name(cell)} T {cell.temperature:g}", refresh=True)
 
         yield advance
 
