@@ -60,7 +60,7 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """Return the result with its summary, for JSON."""
         summary = summarise_rounds(self.samples) if self.kind == "rpc" else self.rows()
-        costs = measured_costs(self.samples)
+        costs = measured_costs(self.samples) if self.order == "sequential" else None  # of passes for one text
         fields = {name: getattr(self, name) for name in ("kind", "made_at", "pair", "threads", "versions", "machine")}
         return {
             "schema": SCHEMA,
