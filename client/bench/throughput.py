@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,10 @@ class ServicesLoad:
     def close(self) -> None:
         """Close the connections and the loop."""
         self._loop.run_until_complete(self._client.close())
+        # grpc.aio keeps a closed channel's connections for as long as anything refers to its calls, and would report on
+        # standard error that the services, which may end now, have hung up.
+        del self._client
+        gc.collect()
         self._loop.close()
 
     def prepare(self) -> None:
