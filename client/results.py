@@ -28,7 +28,7 @@ class Chunk:
         return "".join(segment.text for segment in self.segments)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RoundStats:
     """What one round did and where its time went; failed tries are part of the waits."""
 

@@ -6,16 +6,19 @@ from typing import Any
 
 import click
 
-from client.bench.grid import Settings, make_grid
+from client.bench.grid import make_grid
+from client.bench.samples import Settings
 from client.bench.summary import Row, summarise
 from client.bench.tables import speed_table
-from client.commands.bench import NumberList, measure
+from client.commands.bench.options import NumberList
+from client.commands.bench.running import measure_grid
 from client.commands.generate import write
 from client.commands.local_pair import local_pair
 from client.commands.options import DRAFTED_STYLE, TARGET_STYLE, as_json, out, print_json, shows_errors
 from client.params import SamplingParams
 from client.results import GenerationResult
 from client.sync import SpeculativeClient
+from client.text import prompt_to_ids
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to"
 
@@ -90,4 +93,6 @@ def _compare(alone: GenerationResult, together: GenerationResult) -> None:
 def _measure(client: SpeculativeClient, prompt: str, temperatures: list[float], values: dict[str, Any]) -> list[Row]:
     grid = make_grid(("autoregressive", "speculative"), temperatures, [values["num_speculative_tokens"]])
     settings = Settings(max_new_tokens=values["max_new_tokens"], repetitions=values["repetitions"], seed=values["seed"])
-    return summarise(measure(client, [prompt], grid, settings))
+    vocab_size = client.info().target.vocab_size
+    prompt_ids = prompt_to_ids(prompt, client.tokenizer, vocab_size)
+    return summarise(measure_grid(client, [prompt_ids], grid, settings), vocab_size)

@@ -107,6 +107,15 @@ def load(options: ModelOptions) -> LoadedModel:
     )
 
 
+def load_plain(options: ModelOptions) -> PreTrainedModel:
+    """Load the model as transformers runs it by itself: with its own attention, unchecked.
+
+    Raises:
+        ModelRefusedError: nothing of that name, or no causal language model.
+    """
+    return _load_model(options, _Source.of(options), _device(options.device))
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where transformers finds the files."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from client import Patience
-from tests.servers import PATIENCE_S, Services, shared_services
+from tests import tiny_models
+from tests.servers import DRAFT, PATIENCE_S, TARGET, Services, shared_services
 
 FAMILY = (
     "gpt2"  # float64 throughout; the others keep norms or rotary angles in float32 whatever the type of the weights
@@ -23,3 +24,25 @@ def services() -> Iterator[Services]:
     services = shared_services()
     yield services
     services.close()
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory) -> dict[str, str]:
+    """A draft and a target with one tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = tiny_models.byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    models = {
+        name: tiny_models.make_model("llama", seed, vocab_size=len(tokenizer))
+        for name, seed in (("draft", 1), ("target", 2))
+    }
+    return {name: tiny_models.save(model, folder / name, tokenizer) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def addresses(services, paths) -> Iterator[list[str]]:
+    """The options by which a command finds services of these models."""
+    servers = services.start(DRAFT, paths["draft"]), services.start(TARGET, paths["target"])
+    yield [f"--draft={servers[0].address}", f"--target={servers[1].address}"]
+    for server in servers:
+        server.stop()

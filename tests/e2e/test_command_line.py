@@ -8,29 +8,6 @@ import pytest
 from click.testing import CliRunner
 
 from client.__main__ import main
-from tests import tiny_models
-from tests.servers import DRAFT, TARGET
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    """A draft and a target with one tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = tiny_models.byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    models = {
-        name: tiny_models.make_model("llama", seed, vocab_size=len(tokenizer))
-        for name, seed in (("draft", 1), ("target", 2))
-    }
-    return {name: tiny_models.save(model, folder / name, tokenizer) for name, model in models.items()}
-
-
-@pytest.fixture(scope="module")
-def addresses(services, paths):
-    servers = services.start(DRAFT, paths["draft"]), services.start(TARGET, paths["target"])
-    yield [f"--draft={servers[0].address}", f"--target={servers[1].address}"]
-    for server in servers:
-        server.stop()
 
 
 def run(*arguments: str, status: int = 0, text: str | None = None):
@@ -105,25 +82,6 @@ def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
 def test_chat_answers_each_line_in_the_models_format(addresses):
     result = run("chat", *addresses, "--seed=1", "--max-new-tokens=4", text="Hi\nMore\n\n")
     assert result.stderr.count("4 tokens, ") == 2
-
-
-def test_bench_measures_every_cell_and_saves_its_samples(addresses, tmp_path):
-    prompts, saved = tmp_path / "prompts.jsonl", tmp_path / "result.json"
-    prompts.write_text('{"prompt": "Hello"}\n{"instruction": "Say", "input": "this"}\n')
-    methods = "--methods=autoregressive,speculative,draft"
-    sizes = ["--temperature=0,1", "--max-new-tokens=6", "--repetitions=2"]
-    rule = "--acceptance=block"
-    run("bench", *addresses, f"--prompts={prompts}", methods, "-k", "1,3", *sizes, rule, f"--save-result={saved}")
-    document = json.loads(saved.read_text())
-    assert document["settings"]["acceptance"] == "block"
-    assert document["prompts"] == ["Hello", "Say\n\nthis"]
-    assert len(document["samples"]) == 2 * 2 * 2 * 4  # repetitions, prompts, temperatures, cells
-    assert {sample["stats"]["num_generated_tokens"] for sample in document["samples"]} == {6}
-    cells = [(row["configuration"]["temperature"], row["configuration"]["method"]) for row in document["summary"]]
-    assert cells == [(t, m) for t in (0, 1) for m in ("autoregressive", "speculative", "speculative", "draft")]
-    for row in document["summary"]:
-        parts = {name: value for name, value in row["ms_per_token"].items() if name != "all"}
-        assert sum(parts.values()) == pytest.approx(row["ms_per_token"]["all"], rel=1e-6)
 
 
 def test_demo_starts_a_pair_shows_equal_greedy_texts_and_stops_it(paths):

@@ -222,7 +222,7 @@ def test_the_client_container_is_the_command_line_and_bench_takes_its_addresses(
     for name, value in client["environment"].items():
         monkeypatch.setenv(name, value)
     bench = outrider.commands["bench"]
-    context = bench.make_context("bench", [])
+    context = bench.commands["sweep"].make_context("sweep", [])  # which `bench` alone stands for
     assert (context.params["draft"], context.params["target"]) == ("draft:50051", "target:50052")
 
 

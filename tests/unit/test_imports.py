@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("outrider", "draft_service", "target_service", "client")
 PEERS = ("draft_service", "target_service", "client")  # each may import outrider, none another
 HEAVY = {"torch", "transformers", "safetensors", "accelerate"}
+COMPARING = "client.bench.transformers_peer"  # of the client, this module alone may import them, behind an extra
 
 
 def modules(root: Path) -> Iterator[tuple[str, Path]]:
@@ -108,11 +109,21 @@ def test_an_import_of_a_peer_is_found_even_inside_a_function(tmp_path):
     assert forbidden_imports(imports) == {("outrider.wire", "client"), ("draft_service.drafter", "target_service")}
 
 
-def test_nothing_in_reach_of_the_client_imports_torch():
+def test_nothing_in_reach_of_the_client_but_one_module_imports_torch():
     imports = imports_of(ROOT)
     assert "outrider.wire" in reachable("client", imports)
     assert "outrider.engine.engine" in reachable("draft_service", imports)
+    comparing = imports.pop(COMPARING)
+    assert "torch" in comparing
     assert heavy_imports("client", imports) == set()
+
+
+def test_what_compares_with_transformers_is_imported_late_and_in_one_place():
+    users = [module for module, names in imports_of(ROOT).items() if COMPARING in names]
+    assert users == ["client.commands.bench.running"]
+    tree = ast.parse((ROOT / "client/commands/bench/running.py").read_text(encoding="utf-8"))
+    at_the_top = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert "transformers_peer" not in {alias.name for node in at_the_top for alias in node.names}
 
 
 def test_torch_is_found_behind_a_chain_of_imports(tmp_path):
