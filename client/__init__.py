@@ -1,19 +1,28 @@
-"""Speculative decoding across two machines: the client library. Imports no torch."""
+"""Speculative decoding across two machines: the client library. Imports no torch.
 
-from client.aio import AsyncGenerationStream, AsyncSpeculativeClient
-from client.conversation import Patience
-from client.errors import (
-    DeadlineExceededError,
-    IncompatiblePairError,
-    InvalidRequestError,
-    OutriderError,
-    ServiceFailedError,
-    ServiceUnavailableError,
-)
-from client.pair import PairInfo
-from client.params import SamplingParams, SpeculationParams
-from client.results import Chunk, GenerationResult, GenerationStats, Segment
-from client.sync import GenerationStream, SpeculativeClient
+Names are imported when they are first used, so that the command line can set up gRPC's logging before gRPC is there.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from client.aio import AsyncGenerationStream, AsyncSpeculativeClient
+    from client.conversation import Patience
+    from client.errors import (
+        DeadlineExceededError,
+        IncompatiblePairError,
+        InvalidRequestError,
+        OutriderError,
+        ServiceFailedError,
+        ServiceUnavailableError,
+    )
+    from client.pair import PairInfo
+    from client.params import SamplingParams, SpeculationParams
+    from client.results import Chunk, GenerationResult, GenerationStats, Segment
+    from client.sync import GenerationStream, SpeculativeClient
 
 __all__ = [
     "AsyncGenerationStream",
@@ -35,3 +44,13 @@ __all__ = [
     "SpeculationParams",
     "SpeculativeClient",
 ]
+_MODULES = ("params", "errors", "results", "conversation", "pair", "sync", "aio")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in map(import_module, (f"client.{module}" for module in _MODULES)):
+            if name in vars(module):
+                globals()[name] = vars(module)[name]
+                return globals()[name]
+    raise AttributeError(f"module 'client' has no attribute {name!r}")

@@ -152,3 +152,14 @@ def test_a_process_that_needs_no_torch_does_not_load_it(module):
     program = f"import sys, {module}; print(sorted(sys.modules.keys() & {HEAVY!r}))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_the_client_exports_what_it_names_and_leaves_grpc_to_the_first_use():
+    program = (
+        "import sys, client\n"
+        "assert 'grpc' not in sys.modules\n"
+        "missing = [name for name in client.__all__ if getattr(client, name, None) is None]\n"
+        "print(missing, hasattr(client, 'nothing'))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[] False"
