@@ -7,21 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from outrider.engine.attention import PackedBatch
-from outrider.engine.kv_cache import SequenceCache
+from outrider.engine.attention import AttentionBatch, PackedBatch
+from outrider.engine.kv_cache import Cache, SequenceCache
 
 
 @dataclass(frozen=True)
 class Feed:
     """New tokens of one sequence: they continue its cache, and rows are read at the last `num_rows` of them."""
 
-    cache: SequenceCache
+    cache: Any  # of the runner's kind
     token_ids: Sequence[int]
     num_rows: int
+
+
+class Runner(Protocol):
+    """Feeds tokens to a causal language model and returns rows of logits."""
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache for one sequence."""
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """Feed all of `feeds` in one pass, write their caches, and return the rows they ask for, in order: `[R, V]`.
+
+        When the model raises, no cache has grown.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
 
 
 class ForwardPass(Protocol):
@@ -30,7 +47,7 @@ class ForwardPass(Protocol):
     device: torch.device
 
     def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: PackedBatch
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: AttentionBatch
     ) -> torch.Tensor:
         """Write the caches of `packed` and return the logits `[R, V]` of some rows.
 
@@ -48,7 +65,7 @@ class TransformersForward:
         self.device: torch.device = next(model.parameters()).device
 
     def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: PackedBatch
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: AttentionBatch
     ) -> torch.Tensor:
         return self._model(
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows, packed=packed
@@ -56,17 +73,18 @@ class TransformersForward:
 
 
 class ModelRunner:
-    """Feeds tokens to a causal language model and returns rows of logits."""
+    """Runs a forward pass on caches that grow, one buffer for each sequence and layer. See Runner."""
 
     def __init__(self, forward_pass: ForwardPass):
         self._forward_pass = forward_pass
 
+    def new_cache(self) -> SequenceCache:
+        """See Runner."""
+        return SequenceCache()
+
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """Feed all of `feeds` in one pass, write their caches, and return the rows they ask for, in order: `[R, V]`.
-
-        When the model raises, no cache has grown.
-        """
+        """See Runner."""
         token_ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
