@@ -19,7 +19,7 @@ import torch
 from outrider.engine.graphs import Buckets, GraphKey, GraphRunner, Replay
 from outrider.engine.paged import SCRATCH_PAGE, PagedCache, PagePool
 from outrider.engine.paged_attention import PagedBatch, VarlenAttention
-from outrider.engine.runner import Feed, ForwardPass
+from outrider.engine.runner import Feed, ForwardPass, wait_for
 
 
 class StagedInputs:
@@ -33,10 +33,8 @@ class StagedInputs:
             "block_table": num_sequences * max_pages,
         }
         num_bytes = 8 * sum(long_sizes.values()) + 4 * sum(int_sizes.values())
-        is_cuda = device.type == "cuda"
-        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_cuda)
+        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._sent = torch.cuda.Event() if is_cuda else None
         self._arrays = {name: part.numpy() for name, part in _parts(self._host, long_sizes, int_sizes).items()}
         self._tensors = _parts(self._device, long_sizes, int_sizes)
         self._table_shape = (num_sequences, max_pages)
@@ -46,12 +44,8 @@ class StagedInputs:
 
         What is left of the arrays is padding: tokens that write to the scratch page, and sequences that read it alone.
         """
-        if self._sent:
-            self._sent.synchronize()  # the copy before may still be reading
         num_rows = self._fill(feeds, slots)
-        self._device.copy_(self._host, non_blocking=True)
-        if self._sent:
-            self._sent.record()
+        self._device.copy_(self._host, non_blocking=True)  # done when the pass is, which the runner waits for
         return num_rows
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -142,6 +136,7 @@ class PagedRunner:
             slots = [feed.cache.reserve(len(feed.token_ids)) for feed in feeds]
             with self._on_device():
                 logits = self._run(feeds, slots)
+                wait_for(self.device)
         except BaseException:
             for feed in feeds:
                 feed.cache.truncate(feed.cache.length)  # gives back what was reserved

@@ -33,12 +33,19 @@ class Runner(Protocol):
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """Feed all of `feeds` in one pass, write their caches, and return the rows they ask for, in order: `[R, V]`.
 
-        When the model raises, no cache has grown.
+        The rows are there when it returns, so that the time it took is the pass's own. When the model raises, no cache
+        has grown.
         """
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class ForwardPass(Protocol):
@@ -97,6 +104,7 @@ class ModelRunner:
             segments.append((slice(first, first + num_new), feed.cache))
         ids, where = self._indices([token_ids, positions])
         logits = self._forward_pass(ids, where, self._indices(rows), PackedBatch(segments))
+        wait_for(self.device)
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))
         return logits
