@@ -146,26 +146,27 @@ class Engine:
         demands = demands[: self._max_batch_tokens]
         wanted = fair_shares([demand.num_left for demand in demands], self._max_batch_tokens)
         shares: list[tuple[Demand, int]] = []
-        reserved = 0
+        free = self._max_cost - sum(_cost(sequence.cache) for sequence in self._sequences)
         for index, demand in enumerate(demands):
-            num_tokens = self._make_room(wanted[index], reserved, demands, index)
+            cache = demand.sequence.cache
+            free = self._make_room(_cost_of_growing(cache, wanted[index]), free, demands, index)
+            num_tokens = max(0, min(wanted[index], cache.num_fitting(free)))
             if num_tokens:
                 shares.append((demand, num_tokens))
-                reserved += _cost_of_growing(demand.sequence.cache, num_tokens)
+                free -= _cost_of_growing(cache, num_tokens)
         return shares
 
-    def _make_room(self, num_tokens: int, reserved: int, demands: list[Demand], index: int) -> int:
-        """Drop caches until `num_tokens` more fit for `demands[index]`; return how many of them fit.
+    def _make_room(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
+        """Drop caches until `needed` is free for `demands[index]`, or none is left to drop; return what is free then.
 
         Idle caches go first, the least recently used of them before the others; then those of demands that wait
         behind this one, the latest first. An earlier demand is never set back by a later one, so each is served in
         the end.
         """
-        cache = demands[index].sequence.cache
-        needed = _cost_of_growing(cache, num_tokens)
-        free = self._max_cost - sum(_cost(sequence.cache) for sequence in self._sequences) - reserved
+        if free >= needed:
+            return free
         in_use = {demand.sequence for demand in demands}
-        idle = sorted(self._sequences - in_use, key=lambda sequence: sequence.last_used) if free < needed else []
+        idle = sorted(self._sequences - in_use, key=lambda sequence: sequence.last_used)
         later = [demand.sequence for demand in demands[index + 1 :]]
         for victim in [*idle, *reversed(later)]:
             if free >= needed:
@@ -173,7 +174,7 @@ class Engine:
             if victim.cache.length:
                 free += _cost(victim.cache)
                 self._evict(victim)
-        return max(0, min(num_tokens, cache.num_fitting(free)))
+        return free
 
     def _evict(self, sequence: Sequence) -> None:
         sequence.num_evicted = max(sequence.num_evicted, sequence.cache.length)

@@ -53,9 +53,9 @@ class SequenceCache:
         return len(self._layers)
 
     @property
-    def entry_sizes(self) -> set[tuple[int, int]]:
-        """H and D of the layers: one pair where all layers are alike."""
-        return {(keys.shape[0], keys.shape[2]) for keys, _ in self._layers.values()}
+    def entry_kinds(self) -> set[tuple[int, int, torch.dtype]]:
+        """H, D and type of the layers' entries: one of each where all layers are alike."""
+        return {(keys.shape[0], keys.shape[2], keys.dtype) for keys, _ in self._layers.values()}
 
     def cost(self, num_tokens: int) -> int:
         """Return what `num_tokens` tokens of one sequence count against the cap: themselves."""

@@ -53,7 +53,7 @@ def choose_runner(
     if device.type != "cuda" and not options.paged:
         return plain, max_cached_tokens
     expected, caches = probe_rows(plain, vocab_size)
-    shape = _entry_shape(caches, expected.dtype)
+    shape = _entry_shape(caches)
     reason = why_no_pages(shape, device)
     if reason or shape is None:
         log.info("caches are not paged: %s", reason)
@@ -61,7 +61,7 @@ def choose_runner(
     if not options.max_cached_tokens and device.type == "cuda":
         torch.cuda.empty_cache()
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        max_cached_tokens = min(max_cached_tokens, int(SHARE_OF_FREE_MEMORY * free_bytes) // shape.num_bytes)
+        max_cached_tokens = cached_tokens_that_fit(max_cached_tokens, free_bytes, shape)
     paged = _make(forward_pass, context_length, max_cached_tokens, shape, options.cuda_graphs)
     try:
         distance = _total_variation(probe_rows(paged, vocab_size)[0], expected)
@@ -73,6 +73,11 @@ def choose_runner(
         return plain, max_cached_tokens
     paged.record_all()
     return paged, max_cached_tokens
+
+
+def cached_tokens_that_fit(wanted: int, free_bytes: int, shape: EntryShape) -> int:
+    """Return how many tokens a pool gets when nobody has said: a page at least, which then may not fit."""
+    return max(KERNEL_PAGE_SIZE, min(wanted, int(SHARE_OF_FREE_MEMORY * free_bytes) // shape.num_bytes))
 
 
 def why_no_pages(shape: EntryShape | None, device: torch.device) -> str | None:
@@ -108,10 +113,11 @@ def probe_rows(runner: Runner, vocab_size: int) -> tuple[torch.Tensor, SequenceC
     return torch.cat(rows), None
 
 
-def _entry_shape(cache: SequenceCache | None, dtype: torch.dtype) -> EntryShape | None:
+def _entry_shape(cache: SequenceCache | None) -> EntryShape | None:
+    """Return what the layers have cached; None where they differ."""
     assert cache is not None
-    sizes = list(cache.entry_sizes)
-    return EntryShape(cache.num_layers, *sizes[0], dtype) if len(sizes) == 1 else None
+    kinds = list(cache.entry_kinds)
+    return EntryShape(cache.num_layers, *kinds[0]) if len(kinds) == 1 else None
 
 
 def _make(

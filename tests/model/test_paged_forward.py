@@ -20,7 +20,7 @@ from outrider.engine.llama import LlamaForward
 from outrider.engine.loader import ModelOptions, choose_forward_pass, load
 from outrider.engine.paged import EntryShape, PagePool
 from outrider.engine.paged_attention import PagedBatch, reference_varlen_attn
-from outrider.engine.paged_choice import CacheOptions, choose_runner, why_no_pages
+from outrider.engine.paged_choice import CacheOptions, cached_tokens_that_fit, choose_runner, why_no_pages
 from outrider.engine.paged_runner import PagedRunner, StagedInputs
 from outrider.engine.runner import Feed, ForwardPass, ModelRunner, TransformersForward
 from outrider.tokens import TokenLog
@@ -69,7 +69,7 @@ def paged(forward_pass: ForwardPass, graphs: EagerRunner | None, buckets: Bucket
     plain = ModelRunner(forward_pass)
     cache = plain.new_cache()
     plain.forward([Feed(cache, [1], 1)])
-    shape = EntryShape(cache.num_layers, *next(iter(cache.entry_sizes)), torch.float64)
+    shape = EntryShape(cache.num_layers, *next(iter(cache.entry_kinds)))
     pool = PagePool(4 * CONTEXT_LENGTH, PAGE_SIZE, shape)
     for keys, values in pool.layers:  # memory that nobody has written is to harm nobody
         keys.fill_(torch.nan)
@@ -282,6 +282,13 @@ class TestChoice:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         actual = why_no_pages(EntryShape(2, 2, head_dim, dtype), torch.device("cuda"))
         assert actual is None if reason is None else reason in (actual or "")
+
+    @pytest.mark.parametrize(
+        ("wanted", "free_bytes", "expected"), [(512, 10**9, 512), (10**6, 10**9, 3814), (512, 0, 256)]
+    )
+    def test_a_pool_whose_size_nobody_set_takes_half_of_the_free_memory_at_most(self, wanted, free_bytes, expected):
+        """Llama-3 8B caches 2 x 32 x 8 x 128 numbers of 2 bytes a token, 131,072 bytes; 256 tokens are a page."""
+        assert cached_tokens_that_fit(wanted, free_bytes, EntryShape(32, 8, 128, torch.bfloat16)) == expected
 
     def test_layers_of_different_sizes_are_left_to_plain_caches(self):
         assert why_no_pages(None, torch.device("cpu"))
