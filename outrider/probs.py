@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from outrider.race import race_among, race_where_it_lies
+from outrider.race import race, race_among
 from outrider.rng import Noise
 from outrider.warping import Warping
 
@@ -169,7 +169,7 @@ def _draw_rows(weights: torch.Tensor, numbers: Sequence[float | Noise]) -> torch
     if not noises:
         return inverse_cdf(weights, list(uniforms.values()))
     token_ids = torch.empty(len(numbers), dtype=torch.long, device=weights.device)
-    token_ids[list(noises)] = race_where_it_lies(weights[list(noises)], list(noises.values()))
+    token_ids[list(noises)] = race(weights[list(noises)], list(noises.values()))
     if uniforms:
         token_ids[list(uniforms)] = inverse_cdf(weights[list(uniforms)], list(uniforms.values()))
     return token_ids

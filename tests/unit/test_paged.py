@@ -128,6 +128,22 @@ def test_any_history_of_several_sequences_is_that_of_plain_lists(operations):
     assert sorted(pool.take() for _ in range(pool.num_pages)) == list(range(1, pool.num_pages + 1))
 
 
+@pytest.mark.parametrize(
+    "give_back",
+    [
+        lambda pool, page: None,
+        lambda pool, page: pool._free.extend([page, page]),
+        lambda pool, page: pool._free.append(page % pool.num_pages + 1),
+    ],
+    ids=["lost", "twice", "anothers"],
+)
+def test_pages_that_are_given_back_wrongly_are_found(monkeypatch, give_back):
+    monkeypatch.setattr(PagePool, "give_back", give_back)
+    operations = [("append", 0, 9), ("append", 1, 9), ("truncate", 0, 2), ("append", 2, 9)]
+    with pytest.raises(AssertionError):
+        test_any_history_of_several_sequences_is_that_of_plain_lists.hypothesis.inner_test(operations)
+
+
 def check(pool: PagePool, caches: list[PagedCache], lists: list[list[int]], memory: torch.Tensor) -> None:
     held = [page for cache in caches for page in cache.pages]
     assert len(set(held)) == len(held)
