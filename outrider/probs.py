@@ -79,7 +79,7 @@ def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], numbers: Seque
     the law to the letter. Each row has a uniform, or the noise of its position.
     """
     num_kept = min(max(max_supports), probs.shape[-1])
-    likeliest, ids = (part.cpu().numpy() for part in probs.topk(num_kept, dim=-1))
+    likeliest, ids = on_host(*probs.topk(num_kept, dim=-1))
     mass_before = likeliest.cumsum(-1, dtype=np.float64) - likeliest
     kept = (mass_before < SUPPORT_MASS) & (likeliest.astype(np.float32) > 0)  # a prefix of each row
     sizes = np.minimum(kept.sum(-1), max_supports)
@@ -140,13 +140,14 @@ def read_target_rows(
     flat_ids = np.concatenate(supports)
     flat_ids += np.repeat(np.arange(len(supports)) * probs.shape[1], sizes)
     cells = torch.from_numpy(flat_ids).to(probs.device)
-    on_support = probs.take(cells).float().cpu().numpy()
+    support_probs = probs.take(cells).float()
     outside = probs.to(torch.float64, copy=True)
     outside.view(-1)[cells] = 0.0
+    on_support, masses, token_ids = on_host(support_probs, outside.sum(-1), _draw_rows(outside, numbers))
     return TargetRows(
         support_probs=np.split(on_support, np.cumsum(sizes)[:-1]),
-        outside_masses=outside.sum(-1).tolist(),
-        outside_token_ids=_draw_rows(outside, numbers),
+        outside_masses=masses.tolist(),
+        outside_token_ids=token_ids.tolist(),
     )
 
 
@@ -162,14 +163,31 @@ def greedy_target_rows(logits: torch.Tensor, supports: Sequence[np.ndarray]) -> 
     )
 
 
-def _draw_rows(weights: torch.Tensor, numbers: Sequence[float | Noise]) -> list[int]:
-    """Return a token for each row of `weights` `[N, V]`, drawn with its uniform or its noise."""
+def _draw_rows(weights: torch.Tensor, numbers: Sequence[float | Noise]) -> torch.Tensor:
+    """Return a token for each row of `weights` `[N, V]`, drawn with its uniform or its noise: `[N] int64`."""
     noises = {row: number for row, number in enumerate(numbers) if isinstance(number, Noise)}
     uniforms = {row: number for row, number in enumerate(numbers) if not isinstance(number, Noise)}
     if not noises:
-        return inverse_cdf(weights, list(uniforms.values())).tolist()
-    token_ids = dict(zip(noises, race(weights[list(noises)], list(noises.values())), strict=True))
+        return inverse_cdf(weights, list(uniforms.values()))
+    token_ids = torch.empty(len(numbers), dtype=torch.long, device=weights.device)
+    token_ids[list(noises)] = race(weights[list(noises)], list(noises.values()))
     if uniforms:
-        drawn = inverse_cdf(weights[list(uniforms)], list(uniforms.values())).tolist()
-        token_ids |= dict(zip(uniforms, drawn, strict=True))
-    return [token_ids[row] for row in range(len(numbers))]
+        token_ids[list(uniforms)] = inverse_cdf(weights[list(uniforms)], list(uniforms.values()))
+    return token_ids
+
+
+def on_host(*tensors: torch.Tensor) -> list[np.ndarray]:
+    """Return tensors of one device as arrays; from an accelerator in one copy, since each waits for the device.
+
+    They travel as float64, which holds float32 and token ids exactly.
+    """
+    if lies_on_host(tensors[0]):
+        return [tensor.numpy() for tensor in tensors]
+    joined = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
+    parts = joined.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).to(tensor.dtype).numpy() for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def lies_on_host(tensor: torch.Tensor) -> bool:
+    """Return whether the CPU can read the tensor as it is."""
+    return tensor.device.type == "cpu"

@@ -29,14 +29,14 @@ def race_among(token_ids: np.ndarray, weights: np.ndarray, noise: Noise) -> int:
     return int((weights / times[np.arange(len(token_ids)), token_ids & 1]).argmax())
 
 
-def race(weights: torch.Tensor, noises: Sequence[Noise]) -> list[int]:
-    """Return the winner of each row of `weights` `[N, V]`, N token ids."""
+def race(weights: torch.Tensor, noises: Sequence[Noise]) -> torch.Tensor:
+    """Return the winners `[N] int64` of the rows of `weights` `[N, V]`, on their device."""
     if weights.device.type == "cpu":  # numpy is the faster there, row by row
-        return [_race_on_host(row.numpy(), noise) for row, noise in zip(weights, noises, strict=True)]
+        return torch.tensor([_race_on_host(row.numpy(), noise) for row, noise in zip(weights, noises, strict=True)])
     num_rows = max(1, MAX_ELEMENTS // weights.shape[-1])
     starts = range(0, len(noises), num_rows)
     parts = [race_on_device(weights[start : start + num_rows], noises[start : start + num_rows]) for start in starts]
-    return torch.cat(parts).tolist()
+    return torch.cat(parts)
 
 
 def _race_on_host(weights: np.ndarray, noise: Noise) -> int:

@@ -15,6 +15,7 @@ import transformers
 from outrider import __version__
 from outrider.engine.engine import Demand, Engine, EngineStats, Sequence
 from outrider.engine.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
+from outrider.engine.paged_choice import CacheOptions
 from outrider.engine.thread import ModelThread
 from outrider.errors import ResourceExhaustedError, UnavailableError
 from outrider.options import ServiceOptions
@@ -24,7 +25,6 @@ from outrider.v1 import common_pb2
 log = logging.getLogger(__name__)
 
 RETRY_DELAY_S = 1.0
-DEFAULT_CONTEXTS_CACHED = 16
 WARM_UP_SIZES = (1, 8, 1)
 
 
@@ -65,9 +65,10 @@ class ModelHost(Generic[WorkerT]):
                 quantization=options.quantization,
                 device_map=options.device_map,
                 threads=options.threads,
+                caches=CacheOptions(options.max_cached_tokens, options.cuda_graphs, options.paged),
             )
         )
-        self._max_cached_tokens = options.max_cached_tokens or DEFAULT_CONTEXTS_CACHED * model.context_length
+        self._max_cached_tokens = model.max_cached_tokens
         self._context_length = min(model.context_length, self._max_cached_tokens)
         self._engine = Engine(model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
         _warm_up(self._engine)

@@ -11,6 +11,7 @@ D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +22,72 @@ from outrider.engine.kv_cache import SequenceCache
 ATTENTION_NAME = "outrider_packed"
 
 
+class AttentionBatch(Protocol):
+    """The sequences of one pass, as a model's layers know them."""
+
+    @property
+    def max_length(self) -> int:
+        """No sequence is longer after the pass."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Write keys and values of the new tokens into their caches and attend, every sequence to its own.
+
+        Args:
+            query: `[1, Hq, T, D]`.
+            key, value: `[1, H, T, D]`.
+
+        Returns:
+            `[1, T, Hq, D]`.
+        """
+
+
 @dataclass
 class PackedBatch:
-    """Which slice of the packed row belongs to which cache.
+    """Which slice of the packed row belongs to which cache; it attends sequence by sequence.
 
     `masks` holds what every layer of a pass would compute again: one additive mask per (sequence, window).
     """
 
     segments: list[tuple[slice, SequenceCache]]
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence's length after the pass."""
+        return max(cache.length + where.stop - where.start for where, cache in self.segments)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """See AttentionBatch."""
+        outputs = []
+        for index, (where, cache) in enumerate(self.segments):
+            parts = (
+                (query, key, value) if len(self.segments) == 1 else (part[:, :, where] for part in (query, key, value))
+            )
+            new_query, new_key, new_value = parts
+            keys, values = cache.write(layer, new_key[0], new_value[0])
+            if (index, sliding_window) not in self.masks:
+                self.masks[index, sliding_window] = causal_mask(new_query, keys.shape[1], sliding_window)
+            mask = self.masks[index, sliding_window]
+            outputs.append(_attend_one(new_query, keys[None], values[None], mask, scaling, softcap))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2)
 
 
 def packed_attention(
@@ -43,7 +101,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    packed: PackedBatch | None = None,
+    packed: AttentionBatch | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend in every sequence of the batch; the signature is transformers' own.
@@ -60,40 +118,7 @@ def packed_attention(
     if s_aux is not None:
         raise TypeError(f"{type(module).__name__} uses attention sinks, which packed attention does not handle")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return attend(layer, query, key, value, packed, scaling, sliding_window, softcap), None
-
-
-def attend(
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    packed: PackedBatch,
-    scaling: float | None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Write keys and values of the new tokens into their caches and attend, sequence by sequence.
-
-    Args:
-        query: `[1, Hq, T, D]`.
-        key, value: `[1, H, T, D]`.
-
-    Returns:
-        `[1, T, Hq, D]`.
-    """
-    outputs = []
-    for index, (where, cache) in enumerate(packed.segments):
-        parts = (
-            (query, key, value) if len(packed.segments) == 1 else (part[:, :, where] for part in (query, key, value))
-        )
-        new_query, new_key, new_value = parts
-        keys, values = cache.write(layer, new_key[0], new_value[0])
-        if (index, sliding_window) not in packed.masks:
-            packed.masks[index, sliding_window] = causal_mask(new_query, keys.shape[1], sliding_window)
-        mask = packed.masks[index, sliding_window]
-        outputs.append(_attend_one(new_query, keys[None], values[None], mask, scaling, softcap))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2)
+    return packed.attend(layer, query, key, value, scaling, sliding_window, softcap), None
 
 
 def causal_mask(query: torch.Tensor, num_keys: int, sliding_window: int | None) -> torch.Tensor | None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.runner import Feed, ModelRunner
+from outrider.engine.kv_cache import Cache, SequenceCache
+from outrider.engine.runner import Feed, Runner
 from outrider.tokens import TokenLog
 
 
@@ -25,7 +25,7 @@ class Sequence:
     """The tokens of one session, and the cache, which holds some prefix of them."""
 
     tokens: TokenLog = field(default_factory=TokenLog)
-    cache: SequenceCache = field(default_factory=SequenceCache)
+    cache: Cache = field(default_factory=SequenceCache)  # Engine.add replaces it by one of its runner's kind
     last_used: int = 0  # number of the pass
     num_evicted: int = 0  # leading tokens that evictions dropped and that have not been fed since
 
@@ -80,10 +80,13 @@ class EngineStats:
 class Engine:
     """Owns the runner and all caches. Used by one thread."""
 
-    def __init__(self, runner: ModelRunner, max_cached_tokens: int, max_batch_tokens: int, keep_caches: bool = True):
-        """With `keep_caches` off every demand is computed from its first token: an ablation, no way to save memory."""
+    def __init__(self, runner: Runner, max_cached_tokens: int, max_batch_tokens: int, keep_caches: bool = True):
+        """The cap is what one sequence of `max_cached_tokens` tokens costs: with pages, whole pages.
+
+        With `keep_caches` off every demand is computed from its first token: an ablation, no way to save memory.
+        """
         self.runner, self.stats = runner, EngineStats()
-        self._max_cached_tokens, self._max_batch_tokens = max_cached_tokens, max_batch_tokens
+        self._max_cost, self._max_batch_tokens = runner.new_cache().cost(max_cached_tokens), max_batch_tokens
         self._keep_caches = keep_caches
         self._sequences: set[Sequence] = set()
 
@@ -92,6 +95,8 @@ class Engine:
         return sum(sequence.cache.length for sequence in self._sequences)
 
     def add(self, sequence: Sequence) -> None:
+        """Give the sequence a cache."""
+        sequence.cache = self.runner.new_cache()
         self._sequences.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -141,37 +146,48 @@ class Engine:
         demands = demands[: self._max_batch_tokens]
         wanted = fair_shares([demand.num_left for demand in demands], self._max_batch_tokens)
         shares: list[tuple[Demand, int]] = []
-        num_reserved = 0
+        free = self._max_cost - sum(_cost(sequence.cache) for sequence in self._sequences)
         for index, demand in enumerate(demands):
-            num_tokens = self._make_room(wanted[index], num_reserved, demands, index)
+            cache = demand.sequence.cache
+            free = self._make_room(_cost_of_growing(cache, wanted[index]), free, demands, index)
+            num_tokens = max(0, min(wanted[index], cache.num_fitting(free)))
             if num_tokens:
                 shares.append((demand, num_tokens))
-                num_reserved += num_tokens
+                free -= _cost_of_growing(cache, num_tokens)
         return shares
 
-    def _make_room(self, num_tokens: int, num_reserved: int, demands: list[Demand], index: int) -> int:
-        """Drop caches until `num_tokens` more fit for `demands[index]`; return how many of them fit.
+    def _make_room(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
+        """Drop caches until `needed` is free for `demands[index]`, or none is left to drop; return what is free then.
 
         Idle caches go first, the least recently used of them before the others; then those of demands that wait
         behind this one, the latest first. An earlier demand is never set back by a later one, so each is served in
         the end.
         """
-        free = self._max_cached_tokens - self.num_cached_tokens - num_reserved
+        if free >= needed:
+            return free
         in_use = {demand.sequence for demand in demands}
-        idle = sorted(self._sequences - in_use, key=lambda sequence: sequence.last_used) if free < num_tokens else []
+        idle = sorted(self._sequences - in_use, key=lambda sequence: sequence.last_used)
         later = [demand.sequence for demand in demands[index + 1 :]]
         for victim in [*idle, *reversed(later)]:
-            if free >= num_tokens:
+            if free >= needed:
                 break
             if victim.cache.length:
-                free += victim.cache.length
+                free += _cost(victim.cache)
                 self._evict(victim)
-        return max(0, min(num_tokens, free))
+        return free
 
     def _evict(self, sequence: Sequence) -> None:
         sequence.num_evicted = max(sequence.num_evicted, sequence.cache.length)
         sequence.cache.clear()
         self.stats.num_evictions += 1
+
+
+def _cost(cache: Cache) -> int:
+    return cache.cost(cache.length)
+
+
+def _cost_of_growing(cache: Cache, num_tokens: int) -> int:
+    return cache.cost(cache.length + num_tokens) - _cost(cache)
 
 
 def joined(rows: list[torch.Tensor]) -> torch.Tensor:

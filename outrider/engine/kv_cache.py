@@ -8,9 +8,31 @@ Shapes: H key-value heads, D head size.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 _GROWTH = 256  # positions; memory comes in steps of this many
+
+
+class Cache(Protocol):
+    """The cache of one sequence, as the engine knows it."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens whose entries every layer holds."""
+
+    def cost(self, num_tokens: int) -> int:
+        """Return what `num_tokens` tokens of one sequence count against the cap on cached tokens."""
+
+    def num_fitting(self, budget: int) -> int:
+        """Return how many more tokens the sequence can have when it may cost `budget` more."""
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+
+    def clear(self) -> None:
+        """Forget everything and give the memory back."""
 
 
 class SequenceCache:
@@ -29,6 +51,19 @@ class SequenceCache:
     def num_layers(self) -> int:
         """Number of layers that have written entries."""
         return len(self._layers)
+
+    @property
+    def entry_kinds(self) -> set[tuple[int, int, torch.dtype]]:
+        """H, D and type of the layers' entries: one of each where all layers are alike."""
+        return {(keys.shape[0], keys.shape[2], keys.dtype) for keys, _ in self._layers.values()}
+
+    def cost(self, num_tokens: int) -> int:
+        """Return what `num_tokens` tokens of one sequence count against the cap: themselves."""
+        return num_tokens
+
+    def num_fitting(self, budget: int) -> int:
+        """Return how many more tokens the sequence can have when it may cost `budget` more."""
+        return budget
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""

@@ -6,6 +6,9 @@ into the products behind them, residuals are added inside the products, and rota
 place, for which the rows of the query and key projections are put into another order. The loader compares it with
 transformers before use.
 
+In half precision, which is for accelerators, norms and rotary angles go through float32, as in transformers, and the
+norms' weights stay by themselves: folded in, they would be rounded into the products.
+
 Between two passes the caches fill with weights, so that an operation on a few rows costs five to ten microseconds
 whatever it computes: their number is what counts.
 
@@ -16,23 +19,62 @@ head size, F feed-forward size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from outrider.engine.attention import PackedBatch, attend
+from outrider.engine.attention import AttentionBatch
 from outrider.engine.products import Product, make_product
 
 FAMILIES = ("llama", "mistral", "qwen2")
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose angles do not depend on the sequence's length
+
+
+class _Norm(Protocol):
+    """An RMS norm in front of a product."""
+
+    def fold(self, product_weight: torch.Tensor) -> torch.Tensor:
+        """Return the product's weight `[O, E]` for what the norm returns."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `hidden` `[T, E]` as the product takes it."""
+
+
+class _FoldedNorm:
+    """x / √(Σ x² + E·eps); the norm's weight and √E are in the product that follows."""
+
+    def __init__(self, weight: torch.Tensor, eps: float):
+        self._weight, self._floor = weight, weight.new_tensor([eps * len(weight)]).sqrt()
+
+    def fold(self, product_weight: torch.Tensor) -> torch.Tensor:
+        return (product_weight * self._weight * len(self._weight) ** 0.5).contiguous()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(self._floor)
+
+
+class _PlainNorm:
+    """The norm by itself, one operation on accelerators, in float32 inside."""
+
+    def __init__(self, weight: torch.Tensor, eps: float):
+        self._weight, self._eps = weight, eps
+
+    def fold(self, product_weight: torch.Tensor) -> torch.Tensor:
+        return product_weight
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, self._weight.shape, self._weight, self._eps)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The products of one layer, with the norms folded in."""
+    """The norms and products of one layer."""
 
+    attention_norm: _Norm
+    feed_forward_norm: _Norm
     query_key_value: Product  # E -> (Hq + 2 H) D
     output: Product  # Hq D -> E
     gate_up: Product  # E -> 2 F
@@ -53,21 +95,26 @@ class LlamaForward:
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._embedding = decoder.embed_tokens.weight.detach()
         self.device = self._embedding.device
-        self._norm_floor = self._embedding.new_tensor([config.rms_norm_eps * config.hidden_size]).sqrt()
+        self._is_half = self._embedding.dtype in HALF_PRECISION
         self._layers = [self._layer(layer, config) for layer in decoder.layers]
-        self._head = make_product(_fold(model.get_output_embeddings().weight.detach(), decoder.norm.weight))
+        self._norm = self._norm_of(decoder.norm, config)
+        self._head = make_product(self._norm.fold(model.get_output_embeddings().weight.detach()))
         self._rotary = decoder.rotary_emb
         self._angles = self._angles_up_to(1024)
 
     @staticmethod
     def can_run(model: PreTrainedModel) -> bool:
-        """Return whether the model is of the family, unquantised on one device, and without what is left out here."""
+        """Return whether the model is of the family, unquantised on one device, and without what is left out here.
+
+        Half precision is left to transformers on a CPU, where nobody should want it.
+        """
         config: Any = model.config
         if config.model_type not in FAMILIES or config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
             return False
         weights = list(model.parameters())
         plain = all(weight.device == weights[0].device and weight.dtype == weights[0].dtype for weight in weights)
-        if not plain or weights[0].dtype not in (torch.float32, torch.float64):  # no complex products in half precision
+        dtypes = (torch.float32, torch.float64, *(HALF_PRECISION if weights[0].device.type == "cuda" else ()))
+        if not plain or weights[0].dtype not in dtypes:
             return False
         rope = config.rope_parameters or {}
         is_whole = rope.get("partial_rotary_factor", 1.0) == 1.0
@@ -76,46 +123,50 @@ class LlamaForward:
         return rope.get("rope_type", "default") in ROPE_TYPES and is_whole and not has_output_bias
 
     def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: PackedBatch
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: AttentionBatch
     ) -> torch.Tensor:
         """See ForwardPass."""
-        angles = self._angles_at(positions)
+        angles = self._angles_at(positions, packed.max_length)
         hidden = F.embedding(token_ids, self._embedding)
         for index, layer in enumerate(self._layers):
             hidden = self._attention(index, layer, hidden, angles, packed)
             hidden = self._feed_forward(layer, hidden)
-        return self._head(self._normalised(hidden if len(rows) == len(hidden) else hidden[rows]))
+        return self._head(self._norm(hidden if len(rows) == len(hidden) else hidden[rows]))
 
-    def _attention(self, index: int, layer: _Layer, hidden, angles, packed: PackedBatch) -> torch.Tensor:
+    def _attention(self, index: int, layer: _Layer, hidden, angles, packed: AttentionBatch) -> torch.Tensor:
         """Return `hidden` `[T, E]` with attention added."""
-        num_tokens, num_rotated = len(hidden), self._num_query_heads + self._num_kv_heads
-        projected = layer.query_key_value(self._normalised(hidden))
-        pairs = torch.view_as_complex(projected.view(num_tokens, -1, self._head_dim // 2, 2))
-        pairs[:, :num_rotated].mul_(angles)
+        num_tokens = len(hidden)
+        projected = layer.query_key_value(layer.attention_norm(hidden))
+        self._rotate(projected.view(num_tokens, -1, self._head_dim // 2, 2), angles)
         heads = projected.view(1, num_tokens, -1, self._head_dim).transpose(1, 2)
         query, key, value = heads.split([self._num_query_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
-        mixed = attend(index, query, key, value, packed, layer.scaling, layer.sliding_window)
+        mixed = packed.attend(index, query, key, value, layer.scaling, layer.sliding_window)
         return layer.output(mixed.reshape(num_tokens, -1), hidden)
+
+    def _rotate(self, pairs: torch.Tensor, angles: torch.Tensor) -> None:
+        """Turn the query and key heads of `pairs` `[T, Hq + 2 H, D/2, 2]` in place."""
+        num_rotated = self._num_query_heads + self._num_kv_heads
+        if self._is_half:  # there are no complex numbers of that kind
+            turned = torch.view_as_complex(pairs[:, :num_rotated].float()) * angles
+            pairs[:, :num_rotated].copy_(torch.view_as_real(turned))
+        else:
+            torch.view_as_complex(pairs)[:, :num_rotated].mul_(angles)
 
     def _feed_forward(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden` `[T, E]` with the feed-forward layer added."""
-        gate, up = layer.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
+        gate, up = layer.gate_up(layer.feed_forward_norm(hidden)).chunk(2, dim=-1)
         return layer.down(F.silu(gate).mul_(up), hidden)
 
-    def _normalised(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return `hidden` over √(Σ x² + E·eps): the norm's weight and √E are in the product that follows."""
-        return hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(self._norm_floor)
-
-    def _angles_at(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return e^(i·angle) `[T, 1, D/2]` of rotary embedding at `positions` `[T]`."""
-        needed = int(positions.max()) + 1
-        if needed > len(self._angles):
-            self._angles = self._angles_up_to(2 * needed)
+    def _angles_at(self, positions: torch.Tensor, max_length: int) -> torch.Tensor:
+        """Return e^(i·angle) `[T, 1, D/2]` of rotary embedding at `positions` `[T]`, all below `max_length`."""
+        if max_length > len(self._angles):
+            self._angles = self._angles_up_to(max(max_length, 2 * len(self._angles)))
         return self._angles[positions][:, None]
 
     def _angles_up_to(self, length: int) -> torch.Tensor:
         positions = torch.arange(length, device=self.device)[None]
-        cos, sin = (part[0, :, : self._head_dim // 2] for part in self._rotary(self._embedding, positions))
+        kind = torch.empty(0, dtype=torch.float32 if self._is_half else self._embedding.dtype, device=self.device)
+        cos, sin = (part[0, :, : self._head_dim // 2] for part in self._rotary(kind, positions))
         return torch.complex(cos.contiguous(), sin.contiguous())
 
     def _layer(self, layer: Any, config: Any) -> _Layer:
@@ -126,18 +177,27 @@ class LlamaForward:
         window = getattr(attention, "sliding_window", None)
         if config.model_type == "mistral":  # it reads its configuration instead
             window = getattr(config, "sliding_window", None)
+        attention_norm, feed_forward_norm = (
+            self._norm_of(norm, config) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
         return _Layer(
+            attention_norm=attention_norm,
+            feed_forward_norm=feed_forward_norm,
             query_key_value=make_product(
-                _fold(self._join(weights), layer.input_layernorm.weight), self._join(biases) if biases else None
+                attention_norm.fold(self._join(weights)), self._join(biases) if biases else None
             ),
             output=make_product(attention.o_proj.weight.detach()),
             gate_up=make_product(
-                _fold(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), layer.post_attention_layernorm.weight)
+                feed_forward_norm.fold(torch.cat([mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()]))
             ),
             down=make_product(mlp.down_proj.weight.detach()),
             scaling=attention.scaling,
             sliding_window=window,
         )
+
+    def _norm_of(self, norm: Any, config: Any) -> _Norm:
+        kind = _PlainNorm if self._is_half else _FoldedNorm
+        return kind(norm.weight.detach(), config.rms_norm_eps)
 
     def _join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Return query, key and value parts in one, the first two with their rotary halves interleaved."""
@@ -148,8 +208,3 @@ class LlamaForward:
         """Put the rows of each head from (x0 x1 … y0 y1 …), as transformers rotates them, to (x0 y0 x1 y1 …)."""
         halves = part.view(-1, 2, self._head_dim // 2, *part.shape[1:])
         return halves.transpose(1, 2).reshape(part.shape)
-
-
-def _fold(weight: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:
-    """Return `weight` `[out, in]` for inputs of length 1, which the norm's weight `[in]` has not multiplied yet."""
-    return (weight * norm_weight.detach() * weight.shape[1] ** 0.5).contiguous()

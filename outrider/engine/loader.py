@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from outrider.engine import attention
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.llama import LlamaForward
-from outrider.engine.runner import Feed, ForwardPass, ModelRunner, TransformersForward
+from outrider.engine.paged_choice import CacheOptions, choose_runner
+from outrider.engine.runner import Feed, ForwardPass, ModelRunner, Runner, TransformersForward
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_NAMES = ("target", "draft")
@@ -43,6 +44,7 @@ class ModelOptions:
     quantization: str | None = None  # bnb-4bit or bnb-8bit
     device_map: str | None = None  # auto: accelerate spreads the model
     threads: int = 0  # of the CPU, for the whole process; 0 leaves torch's choice
+    caches: CacheOptions = field(default_factory=CacheOptions)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class LoadedModel:
     """A model that has passed the checks, with what its users need to know of it."""
 
     options: ModelOptions
-    runner: ModelRunner
+    runner: Runner
+    max_cached_tokens: int
     tokenizer: TokenizerFiles | None
     architecture: str
     vocab_size: int
@@ -92,19 +95,27 @@ def load(options: ModelOptions) -> LoadedModel:
     source = _Source.of(options)
     device = _device(options.device)
     model = _load_model(options, source, device)
-    runner = ModelRunner(choose_forward_pass(model))
+    forward_pass = choose_forward_pass(model)
     config = model.config.get_text_config()
-    return LoadedModel(
-        options=options,
-        runner=runner,
-        tokenizer=_load_tokenizer(options, source),
-        architecture=model.config.model_type,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
-        context_length=config.max_position_embeddings,
-        eos_token_ids=_eos_token_ids(model),
-        device=str(runner.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
+    facts = {
+        "architecture": model.config.model_type,
+        "vocab_size": model.get_output_embeddings().weight.shape[0],
+        "context_length": config.max_position_embeddings,
+        "eos_token_ids": _eos_token_ids(model),
+        "device": str(forward_pass.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    del model  # a forward pass of our own has the weights: their memory is for the caches
+    try:
+        runner, max_cached_tokens = choose_runner(
+            forward_pass, facts["context_length"], facts["vocab_size"], options.caches
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelRefusedError(
+            f"the caches of {options.model} do not fit into the memory of {facts['device']}: lower --max-cached-tokens"
+        ) from error
+    tokenizer = _load_tokenizer(options, source)
+    return LoadedModel(options, runner, max_cached_tokens, tokenizer, **facts)
 
 
 def load_plain(options: ModelOptions) -> PreTrainedModel:

@@ -33,7 +33,9 @@ def make_product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Prod
 
 class _Plain:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self._weight, self._bias = weight.T.contiguous(), bias
+        # Libraries of accelerators are at their best with [O, I], and there no copy is needed.
+        self._weight = weight.T.contiguous() if weight.device.type == "cpu" else weight.T
+        self._bias = bias
 
     def __call__(self, inputs: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if self._bias is None:

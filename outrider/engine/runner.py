@@ -7,21 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from outrider.engine.attention import PackedBatch
-from outrider.engine.kv_cache import SequenceCache
+from outrider.engine.attention import AttentionBatch, PackedBatch
+from outrider.engine.kv_cache import Cache, SequenceCache
 
 
 @dataclass(frozen=True)
 class Feed:
     """New tokens of one sequence: they continue its cache, and rows are read at the last `num_rows` of them."""
 
-    cache: SequenceCache
+    cache: Any  # of the runner's kind
     token_ids: Sequence[int]
     num_rows: int
+
+
+class Runner(Protocol):
+    """Feeds tokens to a causal language model and returns rows of logits."""
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache for one sequence."""
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """Feed all of `feeds` in one pass, write their caches, and return the rows they ask for, in order: `[R, V]`.
+
+        The rows are there when it returns, so that the time it took is the pass's own. When the model raises, no cache
+        has grown.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class ForwardPass(Protocol):
@@ -30,7 +54,7 @@ class ForwardPass(Protocol):
     device: torch.device
 
     def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: PackedBatch
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: AttentionBatch
     ) -> torch.Tensor:
         """Write the caches of `packed` and return the logits `[R, V]` of some rows.
 
@@ -48,7 +72,7 @@ class TransformersForward:
         self.device: torch.device = next(model.parameters()).device
 
     def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: PackedBatch
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: AttentionBatch
     ) -> torch.Tensor:
         return self._model(
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows, packed=packed
@@ -56,17 +80,18 @@ class TransformersForward:
 
 
 class ModelRunner:
-    """Feeds tokens to a causal language model and returns rows of logits."""
+    """Runs a forward pass on caches that grow, one buffer for each sequence and layer. See Runner."""
 
     def __init__(self, forward_pass: ForwardPass):
         self._forward_pass = forward_pass
 
+    def new_cache(self) -> SequenceCache:
+        """See Runner."""
+        return SequenceCache()
+
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """Feed all of `feeds` in one pass, write their caches, and return the rows they ask for, in order: `[R, V]`.
-
-        When the model raises, no cache has grown.
-        """
+        """See Runner."""
         token_ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -79,6 +104,7 @@ class ModelRunner:
             segments.append((slice(first, first + num_new), feed.cache))
         ids, where = self._indices([token_ids, positions])
         logits = self._forward_pass(ids, where, self._indices(rows), PackedBatch(segments))
+        wait_for(self.device)
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))
         return logits

@@ -30,6 +30,9 @@ class DigestRunner:
         self.passes: list[list[tuple[int, int, int]]] = []  # for each feed: start, tokens, rows
         self.starts: dict[SequenceCache, int] = {}  # of the last pass
 
+    def new_cache(self) -> SequenceCache:
+        return SequenceCache()
+
     def forward(self, feeds: SequenceOf[Feed]) -> torch.Tensor:
         rows = []
         self.passes.append([(feed.cache.length, len(feed.token_ids), feed.num_rows) for feed in feeds])

@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from outrider import probs as probs_module
 from outrider.probs import (
     SUPPORT_MASS,
     draw_drafts,
     greedy_drafts,
     greedy_target_rows,
     inverse_cdf,
+    on_host,
     probability_rows,
     read_target_rows,
 )
@@ -246,3 +248,56 @@ def test_greedy_drafts_are_those_of_one_hot_rows():
         assert (draft.token_id, draft.token_prob) == (other.token_id, other.token_prob)
         assert np.array_equal(draft.support_ids, other.support_ids)
         assert np.array_equal(draft.support_probs, other.support_probs)
+
+
+class TestOnHost:
+    """What an accelerator drew comes back in one copy; a tensor that says it lies elsewhere stands for one."""
+
+    @pytest.fixture
+    def copies(self, monkeypatch) -> list[int]:
+        """Have all tensors of probabilities claim to be elsewhere, and count what comes to the host."""
+        counts: list[int] = []
+        original = torch.Tensor.cpu
+
+        def counting(tensor):
+            counts.append(tensor.numel())
+            return original(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "cpu", counting)
+        monkeypatch.setattr(probs_module, "lies_on_host", lambda tensor: False)
+        return counts
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_values_types_and_shapes_come_back_as_they_were(self, copies, dtype):
+        numbers = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        ids = torch.tensor([0, 1, 2**53 - 1, 150_000])
+        back = on_host(numbers, ids, numbers[:0])
+        assert [array.dtype for array in back] == [numbers.numpy().dtype, np.int64, numbers.numpy().dtype]
+        for array, tensor in zip(back, (numbers, ids, numbers[:0]), strict=True):
+            assert np.array_equal(array, tensor.numpy())
+            assert array.shape == tuple(tensor.shape)
+        assert len(copies) == 1
+
+    def test_a_batch_of_drafts_takes_one_copy_and_is_what_it_was(self, copies, monkeypatch):
+        probs = logits_of(5, seed=6).softmax(-1)
+        points = [0.1, 0.3, 0.5, 0.7, 0.9]
+        elsewhere = draw_drafts(probs, [8] * 5, points)
+        assert len(copies) == 1
+        monkeypatch.undo()
+        for draft, expected in zip(elsewhere, draw_drafts(probs, [8] * 5, points), strict=True):
+            assert (draft.token_id, draft.token_prob) == (expected.token_id, expected.token_prob)
+            assert np.array_equal(draft.support_ids, expected.support_ids)
+            assert np.array_equal(draft.support_probs, expected.support_probs)
+
+    def test_the_targets_rows_take_one_copy_and_are_what_they_were(self, copies, monkeypatch):
+        probs = logits_of(3, seed=7).softmax(-1)
+        supports = [np.array([1, 4]), np.array([], dtype=np.int64), np.array([0, 2, 49])]
+        elsewhere = read_target_rows(probs, supports, [0.1, 0.5, 0.9])
+        assert len(copies) == 1
+        monkeypatch.undo()
+        expected = read_target_rows(probs, supports, [0.1, 0.5, 0.9])
+        assert elsewhere.outside_masses == expected.outside_masses
+        assert elsewhere.outside_token_ids == expected.outside_token_ids
+        for actual, row in zip(elsewhere.support_probs, expected.support_probs, strict=True):
+            assert actual.dtype == np.float32
+            assert np.array_equal(actual, row)

@@ -15,7 +15,7 @@ import torch
 
 from outrider import race as race_module
 from outrider.probs import draw_drafts, inverse_cdf, read_target_rows
-from outrider.race import race, race_among, race_on_device
+from outrider.race import race_among, race_on_device
 from outrider.rng import Noise, Purpose, SharedNoise, key_of, noise_bits, philox4x32
 
 SEED = (0x299F31D0 << 32) | 0xA4093822
@@ -29,6 +29,10 @@ DRAFT_PROBS = np.array([0.1, 0.15, 0.25, 0.05, 0.2, 0.0, 0.25])
 
 def noises(number: int, seed: int = SEED) -> list[Noise]:
     return [SharedNoise(seed).at(position) for position in range(number)]
+
+
+def race(weights: torch.Tensor, addresses: list[Noise]) -> list[int]:
+    return race_module.race(weights, addresses).tolist()
 
 
 def winners(probs: np.ndarray, number: int = NUM_DRAWS, seed: int = SEED) -> np.ndarray:

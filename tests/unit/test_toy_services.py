@@ -18,6 +18,7 @@ from draft_service import drafter as drafter_module
 from draft_service.drafter import Commit, Drafted, Drafter, DraftOptions
 from outrider import wire
 from outrider.engine.engine import Engine
+from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.runner import Feed
 from outrider.errors import InternalError
 from outrider.tokens import TokenLog
@@ -35,6 +36,9 @@ class TableRunner:
 
     def __init__(self, logits) -> None:
         self._logits = torch.from_numpy(logits)
+
+    def new_cache(self) -> SequenceCache:
+        return SequenceCache()
 
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         rows = []

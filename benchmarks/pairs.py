@@ -1,0 +1,219 @@
+"""Random-weight pairs of draft and target whose acceptance rate is set, so that no weights need to be downloaded.
+
+The draft is the target's first layers with the same embedding, final norm and head. What the target's further layers
+add to the residual stream is scaled down: by 0 both models are one, the more is left the less they have in common, and
+a bisection finds the acceptance rate that is wanted. The final norm is scaled up, so that laws are about as sharp as
+those of real models and fit into a support.
+
+Shapes: T tokens, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+LOGIT_STD = 6.0  # a few tokens hold most of the mass, in vocabularies of 50,000 and of 130,000
+INIT_STD = 0.02
+NUM_CALIBRATION_TOKENS = 512
+ACCEPTANCE_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a transformers family keeps what is changed here."""
+
+    layers: str
+    final_norm: str
+    residual_outputs: tuple[str, str]  # of a layer: the modules whose outputs are added to the residual stream
+    num_layers_field: str
+    embeddings: tuple[str, ...]  # tables that a pass reads a few rows of
+
+
+FAMILIES = {
+    "gpt2": Family(
+        "transformer.h", "transformer.ln_f", ("attn.c_proj", "mlp.c_proj"), "n_layer",
+        ("transformer.wte", "transformer.wpe"),
+    ),
+    "opt": Family(
+        "model.decoder.layers", "model.decoder.final_layer_norm", ("self_attn.out_proj", "fc2"), "num_hidden_layers",
+        ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    ),
+    "llama": Family(
+        "model.layers", "model.norm", ("self_attn.o_proj", "mlp.down_proj"), "num_hidden_layers",
+        ("model.embed_tokens",),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A pair: the target's configuration, and how many of its layers have about the weights of the small model."""
+
+    family: str
+    num_draft_layers: int
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+SHAPES = {
+    "gpt2-xl": Shape("gpt2", 4, {"n_embd": 1600, "n_layer": 48, "n_head": 25, "vocab_size": 50_257}),
+    "opt-13b": Shape(
+        "opt", 4,
+        {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20_480, "num_hidden_layers": 40,
+         "num_attention_heads": 40, "vocab_size": 50_272, "max_position_embeddings": 2048},
+    ),
+    "llama3-8b": Shape(
+        "llama", 3,
+        {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 8192,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WrittenPair:
+    """Where a pair lies, and what was made."""
+
+    target: str
+    draft: str
+    scale: float
+    acceptance: float  # on random texts, as calibrated
+    target_bytes: int  # of weights that a pass reads
+    draft_bytes: int
+
+
+def make_target(shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> PreTrainedModel:
+    """Return the random target, its further layers not yet scaled."""
+    torch.manual_seed(seed)
+    special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False}
+    config = AutoConfig.for_model(shape.family, **(special | shape.config))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    norm = model.get_submodule(FAMILIES[shape.family].final_norm)
+    with torch.no_grad():
+        norm.weight.mul_(LOGIT_STD / (INIT_STD * math.sqrt(config.hidden_size)))
+    return model
+
+
+def make_draft(target: PreTrainedModel, shape: Shape) -> PreTrainedModel:
+    """Return the target's first layers as a model; it holds its own weights."""
+    config = type(target.config)(
+        **(target.config.to_dict() | {FAMILIES[shape.family].num_layers_field: shape.num_draft_layers})
+    )
+    with torch.device(target.device):
+        draft = AutoModelForCausalLM.from_config(config, dtype=target.dtype).eval()
+    weights = target.state_dict()
+    draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
+    return draft
+
+
+def further_outputs(target: PreTrainedModel, shape: Shape) -> list[torch.nn.Module]:
+    """Return the modules through which the layers that the draft has not add to the residual stream."""
+    family = FAMILIES[shape.family]
+    layers = list(target.get_submodule(family.layers).children())[shape.num_draft_layers :]
+    return [layer.get_submodule(name) for layer in layers for name in family.residual_outputs]
+
+
+@contextmanager
+def scaled(modules: list[torch.nn.Module], scale: float) -> Iterator[None]:
+    """Multiply what the modules return by `scale` meanwhile."""
+    handles = [module.register_forward_hook(lambda module, inputs, output: output * scale) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def scale_weights(modules: list[torch.nn.Module], scale: float) -> None:
+    """Multiply what the modules return by `scale` for good."""
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.mul_(scale)
+
+
+def acceptance_rate(target_logits: torch.Tensor, draft_logits: torch.Tensor, max_support: int = 256) -> float:
+    """Return the mean over rows of Σ min(p, q), which is how often a proposal drawn from q is accepted.
+
+    Args:
+        target_logits, draft_logits: `[T, V]`; q is the draft's law truncated to its likeliest tokens, as it proposes.
+    """
+    target, draft = (logits.float().softmax(-1) for logits in (target_logits, draft_logits))
+    likeliest, ids = draft.topk(min(max_support, draft.shape[-1]), dim=-1)
+    likeliest /= likeliest.sum(-1, keepdim=True)
+    return torch.minimum(likeliest, target.gather(-1, ids)).sum(-1).mean().item()
+
+
+def bisect(falling: Callable[[float], float], aim: float, tolerance: float, max_steps: int = 40) -> float:
+    """Return an x in [0, 1024] at which `falling` is within `tolerance` of `aim`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    low, high = 0.0, 1.0
+    while falling(high) > aim and high < 1024:
+        low, high = high, 2 * high
+    for _ in range(max_steps):
+        middle = (low + high) / 2
+        value = falling(middle)
+        if abs(value - aim) <= tolerance:
+            return middle
+        low, high = (middle, high) if value > aim else (low, middle)
+    raise ValueError(f"{aim} is out of reach: the nearest is {value:.3f}")
+
+
+@torch.inference_mode()
+def calibrate(target: PreTrainedModel, draft: PreTrainedModel, shape: Shape, aim: float) -> tuple[float, float]:
+    """Return the scale at which `aim` of the proposals is accepted, and the acceptance rate there."""
+    generator = torch.Generator().manual_seed(1)
+    vocab_size = target.get_output_embeddings().weight.shape[0]
+    length = min(NUM_CALIBRATION_TOKENS, target.config.max_position_embeddings)
+    token_ids = torch.randint(vocab_size, (1, length), generator=generator).to(target.device)
+    draft_logits, modules = draft(token_ids, use_cache=False).logits[0], further_outputs(target, shape)
+
+    def rate(scale: float) -> float:
+        with scaled(modules, scale):
+            return acceptance_rate(target(token_ids, use_cache=False).logits[0], draft_logits)
+
+    scale = bisect(rate, aim, ACCEPTANCE_TOLERANCE)
+    return scale, rate(scale)
+
+
+def bytes_per_pass(model: PreTrainedModel, shape: Shape) -> int:
+    """Return the bytes of weights that a forward pass reads: all but the tables of which it takes a few rows."""
+    tables = FAMILIES[shape.family].embeddings
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(tables)
+    )
+
+
+def write_pair(shape: Shape, aim: float, folder: Path, dtype: torch.dtype, device: str) -> WrittenPair:
+    """Make a pair that accepts `aim` of its proposals, save it below `folder`, and note in pair.json what was made."""
+    target = make_target(shape, dtype, device)
+    draft = make_draft(target, shape)
+    scale, acceptance = calibrate(target, draft, shape, aim)
+    scale_weights(further_outputs(target, shape), scale)
+    pair = WrittenPair(
+        target=str(folder / "target"),
+        draft=str(folder / "draft"),
+        scale=scale,
+        acceptance=acceptance,
+        target_bytes=bytes_per_pass(target, shape),
+        draft_bytes=bytes_per_pass(draft, shape),
+    )
+    target.save_pretrained(pair.target)
+    draft.save_pretrained(pair.draft)
+    (folder / "pair.json").write_text(json.dumps(vars(pair)), encoding="utf-8")
+    return pair

@@ -1,0 +1,141 @@
+"""Attention to caches in pages, all sequences of a pass in one call.
+
+`torch.nn.attention.varlen.varlen_attn` does it on GPUs, in half precision. Anywhere else a reference of the same
+signature stands for it, which is also what tests compare with.
+
+Shapes: T tokens in the packed row, N sequences, P pages in the pool, B pages that one sequence can have, Hq query
+heads, H key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+VarlenAttention = Callable[..., Any]  # varlen_attn's signature
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """Where the sequences of a pass and their caches lie, on the device. See attention.AttentionBatch.
+
+    Rows of the packed row behind cu_seq_q[N] belong to no sequence: they write to the scratch page, and what attention
+    returns for them is arbitrary.
+    """
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [P, page_size, H, D] of each layer
+    varlen_attn: VarlenAttention
+    slots: torch.Tensor  # [T] int64, page · page_size + offset of each new token's entries
+    cu_seq_q: torch.Tensor  # [N + 1] int32, where each sequence's tokens begin, and where the last one's end
+    seqused_k: torch.Tensor  # [N] int32, each sequence's length after the pass
+    block_table: torch.Tensor  # [N, B] int32
+    max_q: int  # no sequence has more new tokens
+    max_length: int  # no sequence is longer after the pass
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """See AttentionBatch.
+
+        Raises:
+            TypeError: the model caps its scores, which varlen_attn does not.
+        """
+        if softcap is not None:
+            raise TypeError("paged attention does not cap scores")
+        keys, values = self.layers[layer]
+        for entries, new in ((keys, key), (values, value)):
+            entries.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
+        mixed = self.varlen_attn(
+            query[0].transpose(0, 1),
+            keys,
+            values,
+            self.cu_seq_q,
+            self.cu_seq_q,  # the kernel wants some, and with a block table reads seqused_k in its place
+            self.max_q,
+            self.max_length,
+            scale=scaling,
+            window_size=self._window(sliding_window),
+            enable_gqa=query.shape[1] != key.shape[1],
+            seqused_k=self.seqused_k,
+            block_table=self.block_table,
+        )
+        return mixed[None]
+
+    def _window(self, sliding_window: int | None) -> tuple[int, int]:
+        """Return how many keys before and behind its own each query may see, -1 for all.
+
+        One query is its sequence's last, so that nothing is to be hidden from it; saying so lets the kernel take the
+        query heads that share a key-value head together.
+        """
+        if sliding_window is not None:
+            return sliding_window - 1, 0
+        return (-1, -1) if self.max_q == 1 else (-1, 0)
+
+
+def reference_varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: torch.Tensor,
+    block_table: torch.Tensor,
+) -> torch.Tensor:
+    """Do what varlen_attn does with a block table: gather each sequence's pages, and attend with torch's own function.
+
+    Args:
+        query: `[T, Hq, D]`.
+        key, value: `[P, page_size, H, D]`.
+
+    Returns:
+        `[T, Hq, D]`; NaN for rows that belong to no sequence, so that nobody can have used them unseen.
+    """
+    output = torch.full_like(query, torch.nan)
+    bounds, lengths = cu_seq_q.tolist(), seqused_k.tolist()
+    assert max(end - start for start, end in itertools.pairwise(bounds)) <= max_q
+    assert max(lengths) <= max_k
+    for (start, end), length, pages in zip(itertools.pairwise(bounds), lengths, block_table, strict=True):
+        if start == end:
+            continue
+        keys, values = (entries[pages].flatten(0, 1)[:length].transpose(0, 1) for entries in (key, value))
+        mixed = F.scaled_dot_product_attention(
+            query[start:end].transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=_visible(end - start, length, window_size, query.device),
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        output[start:end] = mixed[0].transpose(0, 1)
+    return output
+
+
+def _visible(num_queries: int, num_keys: int, window_size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Return which keys each query may see, `[queries, keys]`: the queries are the last positions."""
+    queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    keys = torch.arange(num_keys, device=device)[None]
+    before, behind = window_size
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    if before >= 0:
+        visible &= keys >= queries - before
+    if behind >= 0:
+        visible &= keys <= queries + behind
+    return visible

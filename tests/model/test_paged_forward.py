@@ -1,0 +1,320 @@
+"""The paged path gives what the plain one gives, whatever is interleaved, padded, rolled back, evicted and reused.
+
+Both run the same forward pass in float64, and only the attention differs: gathered pages with a reference that stands
+for varlen_attn, or each sequence's own buffer. test_families says where TOLERANCE comes from. Rows that belong to no
+sequence are NaN in the reference, so that a result which used one would be NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+from random import Random
+
+import pytest
+import torch
+
+from outrider.engine import attention
+from outrider.engine.engine import Demand, Engine, Sequence
+from outrider.engine.graphs import Buckets, EagerRunner
+from outrider.engine.llama import LlamaForward
+from outrider.engine.loader import ModelOptions, choose_forward_pass, load
+from outrider.engine.paged import EntryShape, PagePool
+from outrider.engine.paged_attention import PagedBatch, reference_varlen_attn
+from outrider.engine.paged_choice import CacheOptions, cached_tokens_that_fit, choose_runner, why_no_pages
+from outrider.engine.paged_runner import PagedRunner, StagedInputs
+from outrider.engine.runner import Feed, ForwardPass, ModelRunner, TransformersForward
+from outrider.tokens import TokenLog
+from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save
+
+TOLERANCE = 1e-11
+LENGTHS = (3, 19, 34, 47)
+PAGE_SIZE = 4
+VARIANTS = {
+    "llama": ("llama", {}),
+    "qwen2_with_window": ("qwen2", {}),
+    "mistral_with_window": ("mistral", {}),
+    "mistral_without_window": ("mistral", {"sliding_window": None}),
+    "one_key_value_head": ("llama", {"num_key_value_heads": 1}),
+    "as_many_key_value_heads": ("llama", {"num_key_value_heads": 4}),
+    "gpt2": ("gpt2", {}),
+    "opt": ("opt", {}),
+    "phi3": ("phi3", {}),
+}
+SMALL_BUCKETS = Buckets(max_sequences=4, max_tokens_per_sequence=16, max_tokens=32)  # some passes are beyond them
+
+
+@functools.cache
+def forward_pass_of(variant: str) -> ForwardPass:
+    family, changes = VARIANTS[variant]
+    return choose_forward_pass(make_model(family, 5, **changes))
+
+
+class CountingRunner(EagerRunner):
+    """The stand-in for CUDA graphs, which counts."""
+
+    def __init__(self) -> None:
+        self.num_captured = self.num_replayed = 0
+
+    def capture(self, function):
+        self.num_captured += 1
+
+        def replay() -> None:
+            self.num_replayed += 1
+            function()
+
+        return replay
+
+
+def paged(forward_pass: ForwardPass, graphs: EagerRunner | None, buckets: Buckets = SMALL_BUCKETS) -> PagedRunner:
+    plain = ModelRunner(forward_pass)
+    cache = plain.new_cache()
+    plain.forward([Feed(cache, [1], 1)])
+    shape = EntryShape(cache.num_layers, *next(iter(cache.entry_kinds)))
+    pool = PagePool(4 * CONTEXT_LENGTH, PAGE_SIZE, shape)
+    for keys, values in pool.layers:  # memory that nobody has written is to harm nobody
+        keys.fill_(torch.nan)
+        values.fill_(torch.nan)
+    return PagedRunner(forward_pass, pool, CONTEXT_LENGTH, reference_varlen_attn, graphs, buckets)
+
+
+def texts(seed: int) -> list[list[int]]:
+    random = Random(seed)
+    return [random.choices(range(VOCAB_SIZE), k=length) for length in LENGTHS]
+
+
+def interleaved_rows(runner, all_ids: list[list[int]], seed: int, longest: int = 9) -> list[torch.Tensor]:
+    """Return rows `[n, V]` of every text, fed side by side in chunks, with wrong tokens taken back on the way."""
+    random = Random(seed)
+    caches = [runner.new_cache() for _ in all_ids]
+    rows: list[list[torch.Tensor]] = [[] for _ in all_ids]
+    while any(cache.length < len(ids) for cache, ids in zip(caches, all_ids, strict=True)):
+        feeds, owners = [], []
+        for index, (cache, ids) in enumerate(zip(caches, all_ids, strict=True)):
+            if cache.length == len(ids) or random.random() < 0.3:
+                continue
+            right = ids[cache.length : cache.length + random.randint(1, longest)]
+            wrong = random.choices(range(VOCAB_SIZE), k=random.choice([0, 0, 1, 4])) if longest > 1 else []
+            feeds.append(Feed(cache, [*right, *wrong], len(right) + len(wrong)))
+            owners.append((index, len(right), cache.length + len(right)))
+        if feeds:
+            logits = runner.forward(feeds).split([feed.num_rows for feed in feeds])
+            for (index, num_right, length), part in zip(owners, logits, strict=True):
+                rows[index].append(part[:num_right])
+                caches[index].truncate(length)
+    for cache in caches:
+        cache.clear()
+    return [torch.cat(parts) for parts in rows]
+
+
+def distance(runner, forward_pass: ForwardPass, seed: int, longest: int = 9) -> float:
+    """Return how far the rows of some texts are from those of plain caches; NaN is infinitely far."""
+    all_ids = texts(seed)
+    actual = torch.cat(interleaved_rows(runner, all_ids, seed, longest))
+    expected = torch.cat(interleaved_rows(ModelRunner(forward_pass), all_ids, seed, longest))
+    return (actual - expected).abs().nan_to_num(torch.inf).max().item()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("with_graphs", [True, False], ids=["graphs", "no_graphs"])
+@pytest.mark.parametrize("longest", [9, 1], ids=["chunks", "one_token_each"])
+def test_rows_are_those_of_plain_caches(variant, with_graphs, longest):
+    """Twice with one runner, so that the second texts get used pages and used buffers."""
+    graphs = CountingRunner() if with_graphs else None
+    runner = paged(forward_pass_of(variant), graphs)
+    for seed in (0, 1):
+        assert distance(runner, forward_pass_of(variant), seed, longest) < TOLERANCE
+    if graphs:
+        assert graphs.num_captured < graphs.num_replayed
+
+
+def test_passes_beyond_the_largest_bucket_run_as_they_are_and_the_others_are_replayed():
+    graphs = CountingRunner()
+    runner = paged(forward_pass_of("llama"), graphs)
+    cache = runner.new_cache()
+    for size, num_replayed in ((20, 0), (8, 1), (1, 2), (17, 2), (5, 3)):
+        runner.forward([Feed(cache, [1] * size, 1)])
+        assert graphs.num_replayed == num_replayed
+    assert graphs.num_captured == 2  # of 8 and of 1 token
+
+
+def test_all_buckets_can_be_recorded_beforehand():
+    graphs = CountingRunner()
+    runner = paged(forward_pass_of("llama"), graphs)
+    runner.record_all()
+    assert graphs.num_captured == len(SMALL_BUCKETS.all())
+    assert distance(runner, forward_pass_of("llama"), 0) < TOLERANCE
+    assert graphs.num_captured == len(SMALL_BUCKETS.all())
+
+
+def test_rows_outlive_the_next_pass_of_the_same_bucket():
+    runner = paged(forward_pass_of("llama"), EagerRunner())
+    cache = runner.new_cache()
+    rows = runner.forward([Feed(cache, [3, 1, 4], 3)])
+    kept = rows.clone()
+    assert not torch.equal(runner.forward([Feed(cache, [1, 5, 9], 3)]), kept)
+    assert torch.equal(rows, kept)
+
+
+def test_a_prefill_wants_no_rows():
+    runner = paged(forward_pass_of("llama"), EagerRunner())
+    for size in (3, 20):
+        assert runner.forward([Feed(runner.new_cache(), [1] * size, 0)]).shape == (0, VOCAB_SIZE)
+
+
+def test_a_pass_that_raises_leaves_length_and_pool():
+    def fails(*arguments, **settings):
+        raise RuntimeError("no kernel")
+
+    runner = paged(forward_pass_of("llama"), None)
+    cache = runner.new_cache()
+    runner.forward([Feed(cache, [1] * 6, 1)])
+    num_free = runner._pool.num_free
+    runner._varlen_attn = fails
+    with pytest.raises(RuntimeError, match="no kernel"):
+        runner.forward([Feed(cache, [1] * 30, 1)])
+    assert (cache.length, runner._pool.num_free) == (6, num_free)
+
+
+class TestSabotage:
+    """Each fault of the bookkeeping that can be thought of moves the rows far beyond the tolerance."""
+
+    @staticmethod
+    def worst(monkeypatch, method: str, sabotage) -> float:
+        original = getattr(StagedInputs, method)
+
+        def sabotaged(inputs, *arguments):
+            result = original(inputs, *arguments)
+            sabotage(inputs._arrays, *arguments)
+            return result
+
+        monkeypatch.setattr(StagedInputs, method, sabotaged)
+        forward_pass = forward_pass_of("llama")
+        return max(distance(paged(forward_pass, EagerRunner()), forward_pass, seed) for seed in (0, 1))
+
+    def test_padding_that_writes_to_a_live_page_is_found(self, monkeypatch):
+        """Page 1 is the first sequence's."""
+
+        def sabotage(arrays, feeds, slots):
+            arrays["slots"][sum(map(len, slots)) :] = PAGE_SIZE
+
+        assert self.worst(monkeypatch, "_fill", sabotage) > 0.01
+
+    def test_a_length_that_is_not_brought_up_to_date_is_found(self, monkeypatch):
+        def sabotage(arrays, feeds, slots):
+            for index, feed in enumerate(feeds):
+                arrays["seqused_k"][index] = max(len(feed.token_ids), feed.cache.length)
+
+        assert self.worst(monkeypatch, "_fill", sabotage) > 0.01
+
+    def test_a_page_table_that_is_not_brought_up_to_date_is_found(self, monkeypatch):
+        def sabotage(arrays, feeds, slots):
+            arrays["block_table"][:] = 1
+
+        assert self.worst(monkeypatch, "_fill", sabotage) > 0.01
+
+
+@pytest.mark.parametrize("max_cached_tokens", [1000, 56])
+def test_an_engine_that_evicts_gives_the_rows_of_plain_caches(max_cached_tokens):
+    """Three sequences of up to 50 tokens; 56 tokens are 14 pages."""
+    forward_pass, random = forward_pass_of("llama"), Random(8)
+    runner = paged(forward_pass, EagerRunner())
+    plain = ModelRunner(forward_pass)
+    engine = Engine(runner, max_cached_tokens, 1000)
+    sequences = [Sequence(TokenLog(random.choices(range(VOCAB_SIZE), k=length))) for length in (9, 20, 14)]
+    for sequence in sequences:
+        engine.add(sequence)
+    for _ in range(5):
+        demands = [Demand(sequence, len(sequence.tokens), 2, index) for index, sequence in enumerate(sequences)]
+        waiting = demands
+        while waiting:
+            finished = engine.run_pass(waiting)
+            waiting = [demand for demand in waiting if demand not in finished]
+        for demand in demands:
+            tokens = demand.sequence.tokens[:]
+            expected = plain.forward([Feed(plain.new_cache(), tokens, 2)])
+            assert (torch.cat(demand.rows) - expected).abs().max() < TOLERANCE
+        for sequence in sequences:
+            start = len(sequence.tokens) - random.randint(0, 5)
+            sequence.rewrite(start, random.choices(range(VOCAB_SIZE), k=random.randint(5, 6)))
+            sequence.cache.truncate(min(sequence.cache.length, len(sequence.tokens) - 3))
+    assert (engine.stats.num_evictions > 0) == (max_cached_tokens == 56)
+
+
+class TestChoice:
+    def test_a_cpu_keeps_plain_caches_unless_asked(self):
+        forward_pass = forward_pass_of("llama")
+        runner, max_cached_tokens = choose_runner(forward_pass, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions())
+        assert isinstance(runner, ModelRunner)
+        assert max_cached_tokens == 16 * CONTEXT_LENGTH
+
+    def test_pages_are_taken_when_asked_for(self, tmp_path):
+        folder = save(make_model("llama", 0), tmp_path)
+        model = load(ModelOptions(folder, device="cpu", caches=CacheOptions(max_cached_tokens=300, paged=True)))
+        assert isinstance(model.runner, PagedRunner)
+        assert model.max_cached_tokens == 300
+        assert model.runner._pool.num_free == model.runner._pool.num_pages == -(-300 // 16)
+
+    def test_soft_caps_are_left_to_plain_caches(self, caplog):
+        forward_pass = choose_forward_pass(make_model("gemma2", 0))
+        runner, _ = choose_runner(forward_pass, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
+        assert isinstance(runner, ModelRunner)
+        assert "does not cap scores" in caplog.text
+
+    def test_pages_that_give_other_rows_are_not_used(self, monkeypatch, caplog):
+        """As a kernel that reads the block table in another way would."""
+        monkeypatch.setattr(PagedBatch, "_window", lambda batch, window: (0, 0))
+        runner, _ = choose_runner(forward_pass_of("llama"), CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
+        assert isinstance(runner, ModelRunner)
+        assert "rows differ" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("dtype", "head_dim", "capability", "reason"),
+        [
+            (torch.bfloat16, 128, (9, 0), None),
+            (torch.float16, 256, (8, 0), None),
+            (torch.float32, 128, (9, 0), "--dtype bfloat16"),
+            (torch.bfloat16, 100, (9, 0), "multiples of 8"),
+            (torch.bfloat16, 264, (9, 0), "up to 256"),
+            (torch.bfloat16, 64, (7, 5), "Ampere"),
+        ],
+    )
+    def test_kernels_say_what_they_take(self, monkeypatch, dtype, head_dim, capability, reason):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        actual = why_no_pages(EntryShape(2, 2, head_dim, dtype), torch.device("cuda"))
+        assert actual is None if reason is None else reason in (actual or "")
+
+    @pytest.mark.parametrize(
+        ("wanted", "free_bytes", "expected"), [(512, 10**9, 512), (10**6, 10**9, 3814), (512, 0, 256)]
+    )
+    def test_a_pool_whose_size_nobody_set_takes_half_of_the_free_memory_at_most(self, wanted, free_bytes, expected):
+        """Llama-3 8B caches 2 x 32 x 8 x 128 numbers of 2 bytes a token, 131,072 bytes; 256 tokens are a page."""
+        assert cached_tokens_that_fit(wanted, free_bytes, EntryShape(32, 8, 128, torch.bfloat16)) == expected
+
+    def test_layers_of_different_sizes_are_left_to_plain_caches(self):
+        assert why_no_pages(None, torch.device("cpu"))
+
+
+class TestHalfPrecision:
+    """LlamaForward beside transformers, both in one type, and both beside the same weights in float64."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+    def test_it_is_as_close_to_float64_as_transformers_is(self, family, dtype):
+        """Twice as far at most, over 4 × 40 rows of logits: rounding is random, a fault in the formula is not."""
+        model = make_model(family, 5).to(dtype)
+        attention.register()
+        model.set_attn_implementation(attention.ATTENTION_NAME)
+        exact = make_model(family, 5)
+        exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
+        exact.set_attn_implementation(attention.ATTENTION_NAME)
+        rows = {}
+        for name, forward_pass in {
+            "exact": TransformersForward(exact),
+            "transformers": TransformersForward(model),
+            "ours": LlamaForward(model),
+        }.items():
+            runner = ModelRunner(forward_pass)
+            feeds = [Feed(runner.new_cache(), text, len(text)) for text in texts(3)]
+            rows[name] = runner.forward(feeds).double()
+        theirs, ours = ((rows[name] - rows["exact"]).square().mean().sqrt() for name in ("transformers", "ours"))
+        assert 0 < ours < 2 * theirs

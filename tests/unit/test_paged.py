@@ -1,0 +1,291 @@
+"""Pages are never lost, shared or handed out twice, and the inputs of a padded pass say what the feeds say.
+
+Shapes: T rows of the packed row, N sequences.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.engine.engine import Demand, Engine, Sequence
+from outrider.engine.graphs import Buckets, EagerRunner, GraphKey
+from outrider.engine.paged import SCRATCH_PAGE, EntryShape, PagedCache, PagePool
+from outrider.engine.paged_runner import StagedInputs
+from outrider.engine.runner import Feed
+from outrider.tokens import TokenLog
+
+PAGE_SIZE = 4
+MAX_LENGTH = 30  # of a sequence: 8 pages
+SHAPE = EntryShape(num_layers=1, num_kv_heads=1, head_dim=1, dtype=torch.float64)
+CPU = torch.device("cpu")
+
+
+def pool_of(max_cached_tokens: int) -> PagePool:
+    return PagePool(max_cached_tokens, PAGE_SIZE, SHAPE)
+
+
+def grow(cache: PagedCache, num_new: int) -> np.ndarray:
+    slots = cache.reserve(num_new)
+    cache.advance(num_new)
+    return slots
+
+
+class TestPool:
+    def test_it_holds_one_sequence_of_the_tokens_asked_for(self):
+        """And the scratch page beside, which nobody gets."""
+        pool = pool_of(9)
+        assert (pool.num_pages, pool.num_free) == (3, 3)
+        assert {pool.take() for _ in range(3)} == {1, 2, 3}
+        assert [tuple(keys.shape) for keys, _ in pool.layers] == [(4, PAGE_SIZE, 1, 1)]
+
+    def test_bytes_of_an_entry_are_those_of_keys_and_values_in_all_layers(self):
+        assert EntryShape(num_layers=3, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16).num_bytes == 2 * 3 * 2 * 8 * 2
+
+    def test_an_empty_pool_says_so(self):
+        pool = pool_of(4)
+        pool.take()
+        with pytest.raises(AssertionError, match="more be cached"):
+            pool.take()
+
+
+class TestCache:
+    def test_a_slot_is_page_and_offset(self):
+        pool = pool_of(40)
+        first, second = PagedCache(pool, MAX_LENGTH), PagedCache(pool, MAX_LENGTH)
+        grow(first, 3)
+        grow(second, 2)
+        slots = grow(first, 3)  # the last of page 1, then two of page 3
+        assert (first.pages, second.pages) == ([1, 3], [2])
+        assert slots.tolist() == [1 * PAGE_SIZE + 3, 3 * PAGE_SIZE, 3 * PAGE_SIZE + 1]
+
+    def test_pages_behind_the_length_are_given_back_at_once(self):
+        pool = pool_of(40)
+        cache = PagedCache(pool, MAX_LENGTH)
+        grow(cache, 11)
+        for length, num_pages in ((9, 3), (8, 2), (5, 2), (4, 1), (0, 0)):
+            cache.truncate(length)
+            assert (cache.length, len(cache.pages), pool.num_free) == (length, num_pages, 10 - num_pages)
+            assert cache.page_table[num_pages:].tolist() == [SCRATCH_PAGE] * (8 - num_pages)
+
+    def test_what_was_reserved_and_not_used_is_given_back_by_a_truncation_to_the_length(self):
+        pool = pool_of(40)
+        cache = PagedCache(pool, MAX_LENGTH)
+        grow(cache, 3)
+        cache.reserve(9)
+        assert pool.num_free == 7
+        cache.truncate(cache.length)
+        assert (cache.length, cache.pages, pool.num_free) == (3, [1], 9)
+
+    def test_tokens_cost_whole_pages(self):
+        cache = PagedCache(pool_of(40), MAX_LENGTH)
+        assert [cache.cost(number) for number in (0, 1, 4, 5)] == [0, 4, 4, 8]
+
+    @given(length=st.integers(0, MAX_LENGTH), budget=st.integers(0, 20))
+    def test_what_fits_costs_no_more_than_the_budget_and_one_token_more_does(self, length, budget):
+        cache = PagedCache(pool_of(100), 100)
+        grow(cache, length)
+        number = cache.num_fitting(budget)
+        assert cache.cost(length + number) - cache.cost(length) <= budget
+        assert cache.cost(length + number + 1) - cache.cost(length) > budget
+
+
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["append", "append", "truncate", "clear", "fail"]), st.integers(0, 3), st.integers(0, 12)
+    ),
+    max_size=60,
+)
+
+
+@given(operations=OPERATIONS)
+def test_any_history_of_several_sequences_is_that_of_plain_lists(operations):
+    """Each token is written to its slot; the slots of a sequence then read as its list, and no page is lost."""
+    pool = pool_of(4 * 32)
+    memory = pool.layers[0][0].flatten()
+    caches = [PagedCache(pool, MAX_LENGTH) for _ in range(4)]
+    lists: list[list[int]] = [[] for _ in caches]
+    for step, (kind, index, number) in enumerate(operations):
+        cache, tokens = caches[index], lists[index]
+        number = min(number, MAX_LENGTH - len(tokens))
+        if kind == "append":
+            new = [1000 * step + offset for offset in range(number)]
+            memory[torch.from_numpy(grow(cache, number))] = torch.tensor(new, dtype=torch.float64)
+            tokens += new
+        elif kind == "fail":  # a pass that raised
+            memory[torch.from_numpy(cache.reserve(number))] = -1.0
+            cache.truncate(cache.length)
+        else:
+            length = min(number, len(tokens)) if kind == "truncate" else 0
+            cache.truncate(length) if kind == "truncate" else cache.clear()
+            del tokens[length:]
+        check(pool, caches, lists, memory)
+    for cache in caches:
+        cache.clear()
+    assert sorted(pool.take() for _ in range(pool.num_pages)) == list(range(1, pool.num_pages + 1))
+
+
+@pytest.mark.parametrize(
+    "give_back",
+    [
+        lambda pool, page: None,
+        lambda pool, page: pool._free.extend([page, page]),
+        lambda pool, page: pool._free.append(page % pool.num_pages + 1),
+    ],
+    ids=["lost", "twice", "anothers"],
+)
+def test_pages_that_are_given_back_wrongly_are_found(monkeypatch, give_back):
+    monkeypatch.setattr(PagePool, "give_back", give_back)
+    operations = [("append", 0, 9), ("append", 1, 9), ("truncate", 0, 2), ("append", 2, 9)]
+    with pytest.raises(AssertionError):
+        test_any_history_of_several_sequences_is_that_of_plain_lists.hypothesis.inner_test(operations)
+
+
+def check(pool: PagePool, caches: list[PagedCache], lists: list[list[int]], memory: torch.Tensor) -> None:
+    held = [page for cache in caches for page in cache.pages]
+    assert len(set(held)) == len(held)
+    assert SCRATCH_PAGE not in held
+    assert len(held) + pool.num_free == pool.num_pages
+    assert len(held) * PAGE_SIZE == sum(cache.cost(cache.length) for cache in caches)
+    for cache, tokens in zip(caches, lists, strict=True):
+        read = [memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] for page in cache.pages]
+        assert torch.cat([torch.empty(0), *read])[: cache.length].tolist() == tokens
+        assert cache.length == len(tokens)
+
+
+class PageRunner:
+    """Stands for PagedRunner: it takes pages, and computes nothing."""
+
+    device = CPU
+
+    def __init__(self, max_cached_tokens: int):
+        self.pool = pool_of(max_cached_tokens)
+
+    def new_cache(self) -> PagedCache:
+        return PagedCache(self.pool, MAX_LENGTH)
+
+    def forward(self, feeds) -> torch.Tensor:
+        for feed in feeds:
+            grow(feed.cache, len(feed.token_ids))
+        return torch.zeros(sum(feed.num_rows for feed in feeds), 1)
+
+
+@given(data=st.data(), max_cached_tokens=st.integers(MAX_LENGTH, 60), max_batch_tokens=st.integers(1, 20))
+def test_the_pool_holds_whatever_the_engines_cap_lets_in(data, max_cached_tokens, max_batch_tokens):
+    """Sequences roll back, grow and are evicted; the pool says so when it runs dry, and every demand is served."""
+    runner = PageRunner(max_cached_tokens)
+    engine = Engine(runner, max_cached_tokens, max_batch_tokens)
+    sequences = [Sequence(TokenLog([0])) for _ in range(4)]
+    for sequence in sequences:
+        engine.add(sequence)
+    for _ in range(6):
+        for sequence in sequences:
+            length = min(len(sequence.tokens), MAX_LENGTH - 1)
+            start = data.draw(st.integers(max(1, length - 6), length))
+            sequence.rewrite(start, [1] * data.draw(st.integers(1, min(12, MAX_LENGTH - start))))
+        waiting = [
+            Demand(sequence, len(sequence.tokens), 0, arrival)
+            for arrival, sequence in enumerate(sequences)
+            if sequence.cache.length < len(sequence.tokens)
+        ]
+        for _ in range(len(waiting) * MAX_LENGTH):
+            finished = engine.run_pass(waiting) if waiting else []
+            waiting = [demand for demand in waiting if demand not in finished]
+        assert not waiting
+
+
+class TestBuckets:
+    BUCKETS = Buckets(max_sequences=8, max_tokens_per_sequence=4, max_tokens=16)
+
+    @pytest.mark.parametrize(
+        ("sizes", "key"),
+        [
+            ([1], (1, 1)),
+            ([1, 1, 1], (4, 1)),
+            ([3], (1, 4)),
+            ([1, 3], (2, 4)),
+            ([2, 2, 2], (4, 2)),
+            ([4, 4, 4, 4], (4, 4)),
+            ([1] * 8, (8, 1)),
+            ([2] * 8, (8, 2)),
+            ([3] * 8, None),
+            ([5], None),
+            ([1] * 9, None),
+        ],
+    )
+    def test_the_smallest_that_holds_the_pass_is_taken(self, sizes, key):
+        assert self.BUCKETS.key_for(sizes) == (key and GraphKey(*key))
+
+    @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=9))
+    def test_a_pass_fits_its_bucket_and_every_bucket_is_among_the_keys(self, sizes):
+        key = self.BUCKETS.key_for(sizes)
+        if key is None:
+            return
+        assert key in self.BUCKETS.all()
+        assert len(sizes) <= key.num_sequences < 2 * len(sizes)
+        assert max(sizes) <= key.tokens_per_sequence < 2 * max(sizes)
+        assert sum(sizes) <= key.num_tokens <= 16
+        assert key.tokens_per_sequence > 1 or set(sizes) == {1}
+
+    def test_the_largest_come_first(self):
+        sizes = [key.num_tokens for key in self.BUCKETS.all()]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(set(self.BUCKETS.all())) == len(sizes) == 11
+
+
+class TestStagedInputs:
+    def feeds(self, lengths: list[int], sizes: list[int]) -> tuple[list[Feed], list[np.ndarray]]:
+        pool = pool_of(100)
+        caches = [PagedCache(pool, MAX_LENGTH) for _ in lengths]
+        for cache, length in zip(caches, lengths, strict=True):
+            grow(cache, length)
+        feeds = [Feed(cache, list(range(50, 50 + size)), num_rows=1) for cache, size in zip(caches, sizes, strict=True)]
+        return feeds, [feed.cache.reserve(len(feed.token_ids)) for feed in feeds]
+
+    def test_ragged_feeds_are_packed_and_padded_with_scratch(self):
+        inputs = StagedInputs(num_sequences=4, num_tokens=8, max_pages=8, device=CPU)
+        assert inputs.send(*self.feeds([3, 0], [3, 2])) == 2
+        assert inputs["token_ids"].tolist() == [50, 51, 52, 50, 51, 0, 0, 0]
+        assert inputs["positions"].tolist() == [3, 4, 5, 0, 1, 0, 0, 0]
+        assert inputs["slots"].tolist() == [7, 8, 9, 12, 13, 0, 0, 0]  # pages 1 and 2, page 3
+        assert inputs["rows"][:2].tolist() == [2, 4]
+        assert inputs["cu_seq_q"].tolist() == [0, 3, 5, 5, 5]
+        assert inputs["seqused_k"].tolist() == [6, 2, 1, 1]
+        assert inputs["block_table"].tolist() == [[1, 2, *[0] * 6], [3, *[0] * 7], [0] * 8, [0] * 8]
+
+    def test_where_each_sequence_feeds_one_token_padding_does_too(self):
+        inputs = StagedInputs(num_sequences=4, num_tokens=4, max_pages=8, device=CPU)
+        inputs.send(*self.feeds([3, 0], [1, 1]))
+        assert inputs["cu_seq_q"].tolist() == [0, 1, 2, 3, 4]
+        assert inputs["seqused_k"].tolist() == [4, 1, 1, 1]
+        assert inputs["slots"].tolist() == [7, 8, 0, 0]
+
+    def test_nothing_of_a_larger_pass_stays(self):
+        inputs, fresh = (StagedInputs(4, 8, 8, CPU) for _ in range(2))
+        inputs.send(*self.feeds([20, 9, 9, 4], [2, 2, 2, 2]))
+        inputs.send(*self.feeds([3], [2]))
+        fresh.send(*self.feeds([3], [2]))
+        for name in ("token_ids", "positions", "slots", "cu_seq_q", "seqused_k", "block_table"):
+            assert torch.equal(inputs[name], fresh[name]), name
+        assert inputs["rows"][0] == fresh["rows"][0]
+
+    def test_arrays_stay_where_they_are(self):
+        """A recorded pass reads its inputs by address."""
+        inputs = StagedInputs(4, 8, 8, CPU)
+        names = ("token_ids", "positions", "slots", "rows", "cu_seq_q", "seqused_k", "block_table")
+        addresses = [inputs[name].data_ptr() for name in names]
+        inputs.send(*self.feeds([3, 0], [3, 2]))
+        assert [inputs[name].data_ptr() for name in names] == addresses
+        assert len(set(addresses)) == len(names)
+
+
+def test_the_stand_in_runs_on_what_the_tensors_hold_then():
+    source, result = torch.zeros(1), torch.zeros(1)
+    replay = EagerRunner().capture(lambda: result.copy_(source) and None)
+    source.fill_(7)
+    assert result.item() == 0
+    replay()
+    assert result.item() == 7
