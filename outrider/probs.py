@@ -17,7 +17,7 @@ import torch
 
 from outrider.race import race, race_among
 from outrider.rng import Noise
-from outrider.scales import WEIGHTS, round_down, weight_codes
+from outrider.scales import round_down, whole_weights
 from outrider.warping import Warping
 
 MIN_SUPPORT_PROB = 1e-4
@@ -65,7 +65,7 @@ class Draft:
 
     token_id: int
     support_ids: np.ndarray  # [num_support] int64, ascending
-    weight_codes: np.ndarray  # [num_support] uint8; outrider.scales
+    weights: np.ndarray  # [num_support] int64, whole; outrider.scales
     token_prob: float  # its share of the support's weights
 
 
@@ -74,16 +74,15 @@ def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], numbers: Seque
 
     The support is every token of at least `MIN_SUPPORT_PROB`, or as the likeliest, and of these the row's
     `max_supports` likeliest. Dropping by probability, not by mass, loses the least acceptance for the number of ids.
-    The token is drawn from the weights that are returned as codes, divided by their sum, so that the receiver knows
+    The token is drawn from the whole weights that are returned, divided by their sum, so that the receiver knows
     the law to the letter. Each row has a uniform, or the noise of its position.
     """
     likeliest = probs.amax(-1, keepdim=True)
     cells = _nonzero(probs >= likeliest.clamp(max=MIN_SUPPORT_PROB))
     rows, ids = np.divmod(cells, probs.shape[-1])
     kept = probs.take(torch.from_numpy(cells).to(probs.device)).cpu().numpy()
-    codes = weight_codes(kept, likeliest[:, 0].cpu().numpy()[rows])
     starts = np.searchsorted(rows, np.arange(1, len(probs)))
-    parts = zip(*(np.split(array, starts) for array in (ids, kept, codes)), max_supports, numbers, strict=True)
+    parts = zip(*(np.split(array, starts) for array in (ids, kept)), max_supports, numbers, strict=True)
     return [_draw_draft(*_likeliest(*arrays, max_support), number) for *arrays, max_support, number in parts]
 
 
@@ -94,27 +93,27 @@ def _nonzero(mask: torch.Tensor) -> np.ndarray:
     return mask.view(-1).nonzero()[:, 0].cpu().numpy()
 
 
-def _likeliest(ids: np.ndarray, probs: np.ndarray, codes: np.ndarray, most: int) -> tuple[np.ndarray, ...]:
+def _likeliest(ids: np.ndarray, probs: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the `most` likeliest of the tokens, in the order they have."""
     if len(ids) <= most:
-        return ids, probs, codes
+        return ids, probs
     kept = np.sort(np.argpartition(-probs, most - 1)[:most])
-    return ids[kept], probs[kept], codes[kept]
+    return ids[kept], probs[kept]
 
 
-def _draw_draft(ids: np.ndarray, probs: np.ndarray, codes: np.ndarray, number: float | Noise) -> Draft:
+def _draw_draft(ids: np.ndarray, probs: np.ndarray, number: float | Noise) -> Draft:
     if isinstance(number, Noise):
         index = race_among(ids, probs, number)
-        return Draft(int(ids[index]), ids[:0], codes[:0], float(probs[index] / probs.sum()))
-    weights = WEIGHTS[codes]
+        return Draft(int(ids[index]), ids[:0], ids[:0], float(probs[index] / probs.sum()))
+    weights = whole_weights(probs)
     cumulative = weights.cumsum()
     index = min(int(np.searchsorted(cumulative, number * cumulative[-1], side="right")), len(ids) - 1)
-    return Draft(int(ids[index]), ids, codes, float(weights[index] / cumulative[-1]))
+    return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]))
 
 
 def greedy_drafts(logits: torch.Tensor) -> list[Draft]:
     """Return what draw_drafts draws when every row of `logits` `[N, V]` is greedy: the likeliest token alone."""
-    alone = np.zeros(1, dtype=np.uint8)
+    alone = whole_weights(np.ones(1))
     return [Draft(token_id, np.array([token_id]), alone, 1.0) for token_id in logits.argmax(-1).tolist()]
 
 

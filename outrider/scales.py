@@ -1,8 +1,7 @@
-"""The scales on which probabilities cross the wire. Nothing is lost by either: both are taken before a token is drawn.
+"""The scales on which probabilities cross the wire. Both are taken before a token is drawn, so that no law is changed.
 
-A drafted token's weight is one of 256 steps: the code c stands for 2^(32 − c/16), rounded to an integer. Integers make
-sums exact, so that the receiver of the codes knows to the letter the law that the token was drawn from. A step is 4.4 %,
-and the scale ends at 1.6e-5 of the largest weight.
+A drafted token is drawn in proportion to whole weights: the probabilities in units of 2^-13, rounded, at least 1. Sums
+of whole numbers are exact, so that the receiver of the weights knows to the letter what the token was drawn from.
 
 The target's probabilities are rounded down to multiples of 2^-18. What rounding takes away goes to the mass outside the
 support, and takes part in the draw from there.
@@ -10,19 +9,19 @@ support, and takes part in the draw from there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-STEPS_PER_OCTAVE = 16
-WEIGHTS = np.rint(2.0 ** (32 - np.arange(256) / STEPS_PER_OCTAVE))  # [256] float64, of integers
+WEIGHT_UNIT = 2.0**-13
 PROB_UNIT = 2.0**-18
 
 
-def weight_codes(probs: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """Return the codes nearest to positive `probs` `[n]` on a scale that begins at `largest` `[n]`; `[n] uint8`."""
-    steps = STEPS_PER_OCTAVE * np.log2(largest / probs)
-    return np.rint(steps).clip(0, len(WEIGHTS) - 1).astype(np.uint8)
+def whole_weights(probs: np.ndarray) -> np.ndarray:
+    """Return the weights of probabilities `[n]`, `[n] int64`."""
+    return np.rint(probs / WEIGHT_UNIT).astype(np.int64).clip(1)
 
 
-def round_down(probs):
-    """Return probabilities, a numpy array or a torch tensor in float64, rounded down to multiples of PROB_UNIT."""
-    return (probs // PROB_UNIT) * PROB_UNIT
+def round_down(probs: Any) -> Any:
+    """Return probabilities, a number, an array or a tensor in float64, rounded down to multiples of PROB_UNIT."""
+    return probs // PROB_UNIT * PROB_UNIT

@@ -11,9 +11,9 @@ from typing import TypeVar
 import numpy as np
 
 from outrider.errors import InvalidArgumentError
-from outrider.scales import PROB_UNIT, WEIGHTS
+from outrider.nibbles import MalformedError, pack_numbers, unpack_numbers
+from outrider.scales import PROB_UNIT
 from outrider.v1 import common_pb2
-from outrider.varints import MalformedError, pack_varints, unpack_varints
 from outrider.warping import Warping
 
 ID_DTYPE = np.dtype("<u4")
@@ -40,8 +40,8 @@ def unpack_ids(data: bytes, field: str, vocab_size: int) -> np.ndarray:
 
 
 def pack_supports(supports: Sequence[np.ndarray]) -> list[bytes]:
-    """Return each support `[S] int64`, ascending, as the varints of how many ids are skipped before each id."""
-    return pack_varints([np.diff(support, prepend=-1) - 1 for support in supports])
+    """Return each support `[S] int64`, ascending, as numbers: how many ids are skipped before each id."""
+    return pack_numbers([np.diff(support, prepend=-1) - 1 for support in supports])
 
 
 def unpack_supports(fields: Sequence[bytes], name: str, vocab_size: int) -> list[np.ndarray]:
@@ -51,11 +51,11 @@ def unpack_supports(fields: Sequence[bytes], name: str, vocab_size: int) -> list
         name: of the fields in an error, with `{}` for the index.
 
     Raises:
-        InvalidArgumentError: a field is cut short, or holds no varint, or an id outside the vocabulary.
+        InvalidArgumentError: a field is cut short, or holds an id outside the vocabulary.
     """
 
     def unpack(fields: Sequence[bytes]) -> list[np.ndarray]:
-        num_skipped, counts = unpack_varints(fields)
+        num_skipped, counts = unpack_numbers(fields)
         ends = np.cumsum(counts)
         positions = np.concatenate(([0], (num_skipped + 1).cumsum()))  # of all supports laid end to end
         starts = positions[ends - counts]
@@ -67,15 +67,31 @@ def unpack_supports(fields: Sequence[bytes], name: str, vocab_size: int) -> list
     return _unpack_all(unpack, fields, name)
 
 
-def unpack_weights(fields: Sequence[bytes]) -> list[np.ndarray]:
-    """Return the weights that the codes of each field stand for, `[S] float64`."""
-    weights = WEIGHTS[np.frombuffer(b"".join(fields), dtype=np.uint8)]
-    return np.split(weights, np.cumsum([len(field) for field in fields])[:-1])
+def pack_weights(rows: Sequence[np.ndarray]) -> list[bytes]:
+    """Return each row of whole weights `[S]`, at least 1, as numbers, each less by one."""
+    return pack_numbers([row - 1 for row in rows])
+
+
+def unpack_weights(fields: Sequence[bytes], name: str) -> list[np.ndarray]:
+    """Return each row of weights, `[S] float64`, exactly as it was packed.
+
+    Args:
+        name: as in unpack_supports.
+
+    Raises:
+        InvalidArgumentError: a field is cut short, or holds a number that is too long.
+    """
+
+    def unpack(fields: Sequence[bytes]) -> list[np.ndarray]:
+        numbers, counts = unpack_numbers(fields)
+        return np.split(numbers + 1.0, np.cumsum(counts)[:-1])
+
+    return _unpack_all(unpack, fields, name)
 
 
 def pack_probs(rows: Sequence[np.ndarray]) -> list[bytes]:
-    """Return each row of probabilities `[S]`, multiples of PROB_UNIT, as the varints of the multiples."""
-    return pack_varints([row / PROB_UNIT for row in rows])
+    """Return each row of probabilities `[S]`, multiples of PROB_UNIT, as the numbers of units."""
+    return pack_numbers([row / PROB_UNIT for row in rows])
 
 
 def unpack_probs(fields: Sequence[bytes], name: str) -> list[np.ndarray]:
@@ -85,11 +101,11 @@ def unpack_probs(fields: Sequence[bytes], name: str) -> list[np.ndarray]:
         name: as in unpack_supports.
 
     Raises:
-        InvalidArgumentError: a field is cut short, or holds no varint, or a value above 1.
+        InvalidArgumentError: a field is cut short, or holds a value above 1.
     """
 
     def unpack(fields: Sequence[bytes]) -> list[np.ndarray]:
-        multiples, counts = unpack_varints(fields)
+        multiples, counts = unpack_numbers(fields)
         probs = multiples * PROB_UNIT
         if len(probs) and probs.max() > 1:
             raise MalformedError(f"holds {probs.max()}, which is no probability")

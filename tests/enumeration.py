@@ -24,7 +24,7 @@ import torch
 
 from client.acceptance import Decision, Proposal, TargetRow
 from outrider.probs import draw_drafts, probability_rows, read_target_rows
-from outrider.scales import WEIGHTS, round_down
+from outrider.scales import round_down
 from outrider.warping import Warping
 
 VOCAB_SIZE = 5
@@ -94,7 +94,7 @@ class Pair:
         """Return every proposal that the draft can make, with its probability."""
         probs = probability_rows(DRAFT.logits(prefix), [self.draft_warping])
         [draft] = draw_drafts(probs, [self.max_support], [0.5])
-        ids, weights = draft.support_ids, WEIGHTS[draft.weight_codes]
+        ids, weights = draft.support_ids, draft.weights
         claimed = self.claimed_probs(ids, weights, probs[0].numpy())
         draft_probs = normalised(weights)
         return [

@@ -33,7 +33,7 @@ from outrider.errors import FailedPreconditionError
 from outrider.probs import MIN_SUPPORT_PROB
 from outrider.race import race_among
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
-from outrider.scales import WEIGHTS, round_down, weight_codes
+from outrider.scales import round_down, whole_weights
 from outrider.tokens import TokenLog
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
@@ -87,10 +87,10 @@ def draft_proposal(model: ToyModel, tokens: TokenLog, number: float | Noise, max
     ids, probs = draft_law(model, tokens, max_support)
     if isinstance(number, Noise):
         return draft_pb2.Proposal(token_id=ids[race_among(ids, probs, number)])
-    codes = weight_codes(probs, probs.max())
-    [support_ids] = wire.pack_supports([ids])
+    weights = whole_weights(probs)
+    [support_ids], [support_weights] = wire.pack_supports([ids]), wire.pack_weights([weights])
     return draft_pb2.Proposal(
-        token_id=ids[draw(WEIGHTS[codes], number)], support_ids=support_ids, weight_codes=codes.tobytes()
+        token_id=ids[draw(weights, number)], support_ids=support_ids, support_weights=support_weights
     )
 
 
@@ -179,7 +179,7 @@ class ToyDraft:
         position = len(tokens)
         proposal = draft_proposal(self._model, tokens, self._numbers.at(position), self._max_support)
         ids, probs = draft_law(self._model, tokens, self._max_support)
-        weights = probs if self._is_coupled else WEIGHTS[weight_codes(probs, probs.max())]
+        weights = probs if self._is_coupled else whole_weights(probs)
         tokens.extend([proposal.token_id])
         prob = weights[ids == proposal.token_id].sum() / weights.sum()
         self._is_stopped = bool(prob < self._min_draft_prob)
@@ -380,7 +380,7 @@ class Law:
         draft_model = ToyModel(DRAFT_LOGITS, 0.0 if self.greedy_draft else self.temperature)
         message = draft_proposal(draft_model, tokens, self._uniform(Purpose.DRAFT, tokens), self.max_support)
         [support] = wire.unpack_supports([message.support_ids], "ids", VOCAB_SIZE)
-        [weights] = wire.unpack_weights([message.weight_codes])
+        [weights] = wire.unpack_weights([message.support_weights], "weights")
         proposal = Proposal.from_weights(message.token_id, support, weights)
         uniforms = (self._uniform(purpose, tokens) for purpose in (Purpose.ACCEPT, Purpose.RESIDUAL))
         accept, residual = uniforms

@@ -139,23 +139,24 @@ def truncated(probs: np.ndarray, max_support: int) -> np.ndarray:
     return result
 
 
-def varints(data: bytes) -> list[int]:
+def numbers(data: bytes) -> list[int]:
     """Return the numbers of a field, read as common.proto says."""
-    numbers, number, shift = [], 0, 0
-    for byte in data:
-        number |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            numbers.append(number)
+    found, number, shift = [], 0, 0
+    halves = [half for byte in data for half in (byte & 15, byte >> 4)]
+    for half in halves[:-1] if halves[-1:] == [8] else halves:
+        number |= (half & 7) << shift
+        shift += 3
+        if half < 8:
+            found.append(number)
             number, shift = 0, 0
     assert shift == 0
-    return numbers
+    return found
 
 
 def support_of(data: bytes) -> list[int]:
     """Return the ids of a support, read as common.proto says."""
     ids: list[int] = []
-    for num_skipped in varints(data):
+    for num_skipped in numbers(data):
         ids.append((ids[-1] if ids else -1) + 1 + num_skipped)
     return ids
 
@@ -167,7 +168,7 @@ def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -
     supports = [support for _, support in proposals] or [[]]
     assert len(rows) == len(supports)
     for offset, (row, probs, support) in enumerate(zip(rows, law, supports, strict=True)):
-        units = np.array(varints(row.support_probs), dtype=np.int64)
+        units = np.array(numbers(row.support_probs), dtype=np.int64)
         assert units.tolist() == np.floor(probs[support] * 2**18).tolist()
         outside = probs.copy()
         outside[support] -= units / 2**18
@@ -178,7 +179,13 @@ def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -
 
 
 def check_proposals(
-    model, proposals, prefix: Sequence[int], max_support: int = VOCAB_SIZE, vocab_size=VOCAB_SIZE, branch: int = 0, **sampling
+    model,
+    proposals,
+    prefix: Sequence[int],
+    max_support: int = VOCAB_SIZE,
+    vocab_size=VOCAB_SIZE,
+    branch: int = 0,
+    **sampling,
 ):
     """Assert that `proposals` behind `prefix` are drawn by the design, from the distributions that come with them."""
     drafted = [proposal.token_id for proposal in proposals]
@@ -188,9 +195,8 @@ def check_proposals(
         expected = truncated(probs / probs.sum(), max_support)
         support = support_of(proposal.support_ids)
         assert support == np.flatnonzero(expected).tolist()
-        octaves = np.log2(expected.max() / expected[support])
-        assert list(proposal.weight_codes) == np.rint(16 * octaves).tolist()
-        weights = np.array([round(2 ** (32 - code / 16)) for code in proposal.weight_codes], dtype=np.float64)
+        weights = np.array(numbers(proposal.support_weights)) + 1
+        assert weights.tolist() == np.maximum(np.rint(expected[support] * 2**13), 1).tolist()
         index = draw(weights, len(prefix) + offset, Purpose.DRAFT, branch)
         assert proposal.token_id == support[index]
 

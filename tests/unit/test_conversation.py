@@ -524,7 +524,7 @@ class TestTargetFails:
             elif change == "no_rows":
                 del message.rows[:]
             elif change == "row_length":
-                message.rows[0].support_probs += b"\0"
+                message.rows[0].support_probs += b"\x80"
             elif change == "nan_mass":
                 message.rows[0].outside_mass = float("nan")
             else:
@@ -709,9 +709,9 @@ class TestDraftFails:
             elif change == "token_id":
                 proposal.token_id = toys.VOCAB_SIZE + 1
             elif change == "support":
-                proposal.support_ids += b"\x80"
+                proposal.support_ids += b"\x88"
             else:
-                proposal.weight_codes = proposal.weight_codes[1:]
+                proposal.support_weights += b"\x80"
 
         world = World()
         world.on_response = spoil

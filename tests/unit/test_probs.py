@@ -22,7 +22,7 @@ from outrider.probs import (
     read_target_rows,
 )
 from outrider.rng import Purpose, uniforms
-from outrider.scales import PROB_UNIT, WEIGHTS
+from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 from outrider.warping import Warping
 
 VOCAB_SIZE = 50
@@ -142,22 +142,20 @@ class TestDrafts:
         assert 30 in sizes
         assert min(sizes) < 30
 
-    def test_ids_ascend_and_weights_are_the_rows_own_to_half_a_step(self):
+    def test_ids_ascend_and_weights_are_the_rows_own_to_half_a_unit(self):
         for row, draft in zip(self.PROBS, self.drafts(20), strict=True):
             assert np.array_equal(draft.support_ids, np.unique(draft.support_ids))
-            told, probs = WEIGHTS[draft.weight_codes], row[draft.support_ids].numpy()
-            octaves = np.log2(told / told.max()) - np.log2(probs / probs.max())
-            assert np.abs(octaves).max() <= 1 / 32 + 1e-9  # weights are rounded to integers of at least 2^16
+            assert np.abs(draft.weights - row[draft.support_ids].numpy() / WEIGHT_UNIT).max() <= 0.5
+            assert draft.weights.min() >= 1
 
     def test_the_token_is_drawn_from_the_weights_that_are_sent(self):
         """Inverse transform of the addressed uniform on the normalised weights, as a receiver would compute it."""
         points = uniforms(7, np.arange(64), Purpose.DRAFT)
         for draft, point in zip(self.drafts(20), points, strict=True):
-            weights = WEIGHTS[draft.weight_codes]
-            cumulative = weights.cumsum()
+            cumulative = draft.weights.cumsum()
             index = int(np.searchsorted(cumulative, point * cumulative[-1], side="right"))
             assert draft.token_id == draft.support_ids[index]
-            assert draft.token_prob == pytest.approx(weights[index] / cumulative[-1], rel=1e-12)
+            assert draft.token_prob == pytest.approx(draft.weights[index] / cumulative[-1], rel=1e-12)
 
     def test_a_mixed_batch_gives_each_row_what_it_gets_alone(self):
         limits = [1 + row % 9 for row in range(64)]
@@ -167,14 +165,14 @@ class TestDrafts:
             [alone] = draw_drafts(self.PROBS[row : row + 1], limits[row : row + 1], points[row : row + 1])
             assert alone.token_id == together[row].token_id
             assert np.array_equal(alone.support_ids, together[row].support_ids)
-            assert np.array_equal(alone.weight_codes, together[row].weight_codes)
+            assert np.array_equal(alone.weights, together[row].weights)
 
     def test_a_greedy_row_has_a_support_of_one(self):
         drafts = draw_drafts(
             probability_rows(logits_of(4, seed=9), [Warping(0.0)] * 4), [256] * 4, [0.0, 0.3, 0.6, 0.999]
         )
         assert [draft.support_ids.tolist() for draft in drafts] == [[draft.token_id] for draft in drafts]
-        assert [draft.weight_codes.tolist() for draft in drafts] == [[0]] * 4
+        assert [draft.weights.tolist() for draft in drafts] == [[8192]] * 4
         assert [draft.token_id for draft in drafts] == logits_of(4, seed=9).argmax(-1).tolist()
 
     def test_tokens_without_probability_are_in_no_support(self):
@@ -254,4 +252,4 @@ def test_greedy_drafts_are_those_of_one_hot_rows():
     for draft, other in zip(greedy_drafts(logits), expected, strict=True):
         assert (draft.token_id, draft.token_prob) == (other.token_id, other.token_prob)
         assert np.array_equal(draft.support_ids, other.support_ids)
-        assert np.array_equal(draft.weight_codes, other.weight_codes)
+        assert np.array_equal(draft.weights, other.weights)

@@ -166,7 +166,7 @@ def test_a_draft_chooses_among_its_support_and_sends_the_token_alone():
     for address in noises(50):
         [draft] = draw_drafts(probs, [VOCAB_SIZE], [address])
         assert [draft.token_id] == race(probs, [address])
-        assert len(draft.support_ids) == len(draft.weight_codes) == 0
+        assert len(draft.support_ids) == len(draft.weights) == 0
         assert draft.token_prob == pytest.approx(DRAFT_PROBS[draft.token_id])
     [draft] = draw_drafts(probs, [2], noises(1))
     assert draft.token_id in (2, 6)

@@ -124,14 +124,13 @@ def commit_of(
 
 def message_of(item: Drafted) -> draft_pb2.ProposeResponse:
     supports = wire.pack_supports([draft.support_ids for draft in item.drafts])
+    weights = wire.pack_weights([draft.weights for draft in item.drafts])
     return draft_pb2.ProposeResponse(
         commit_index=item.commit_index,
         start_position=item.start_position,
         proposals=[
-            draft_pb2.Proposal(
-                token_id=draft.token_id, support_ids=support_ids, weight_codes=draft.weight_codes.tobytes()
-            )
-            for draft, support_ids in zip(item.drafts, supports, strict=True)
+            draft_pb2.Proposal(token_id=draft.token_id, support_ids=support_ids, support_weights=support_weights)
+            for draft, support_ids, support_weights in zip(item.drafts, supports, weights, strict=True)
         ],
         stopped=item.stopped,
         cache=common_pb2.CacheState(num_cached_tokens=item.num_cached_tokens, digest=item.cache_digest),
