@@ -180,9 +180,10 @@ def _proposals_from_proto(messages: Sequence[draft_pb2.Proposal], vocab_size: in
     try:
         if is_coupled:
             return [Proposal.of_token(wire.check_token_id(it.token_id, "token_id", vocab_size)) for it in messages]
-        supports = wire.unpack_supports([it.support_ids for it in messages], "proposals[{}].support_ids", vocab_size)
+        packed = [it.support_ids for it in messages]
+        supports = wire.unpack_supports(packed, "proposals[{}].support_ids", vocab_size)
         weights = wire.unpack_weights([it.support_weights for it in messages], "proposals[{}].support_weights")
         token_ids = [it.token_id for it in messages]
-        return [Proposal.from_weights(*parts) for parts in zip(token_ids, supports, weights, strict=True)]
+        return [Proposal.from_weights(*parts) for parts in zip(token_ids, supports, weights, packed, strict=True)]
     except (InvalidArgumentError, InvalidProposalError) as error:
         raise ServiceFailedError(f"the draft sent a proposal that is none: {error}") from error

@@ -78,14 +78,13 @@ class Generation:
 
     def round_request(self) -> target_pb2.VerifyRequest:
         """Return the present round's request; sending it again is safe, and so is sending it to a new session."""
-        supports = wire.pack_supports([proposal.support_ids for proposal in self._in_round])
         return target_pb2.VerifyRequest(
             round=target_pb2.Round(
                 round_index=self._round_index,
                 committed=self.span_from(self._target_told),
                 proposals=[
-                    target_pb2.ProposedToken(token_id=proposal.token_id, support_ids=support_ids)
-                    for proposal, support_ids in zip(self._in_round, supports, strict=True)
+                    target_pb2.ProposedToken(token_id=proposal.token_id, support_ids=proposal.packed_support)
+                    for proposal in self._in_round
                 ],
             )
         )

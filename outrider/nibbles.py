@@ -2,7 +2,7 @@
 
 Most of the numbers that travel are below 64, so that half bytes take a quarter less than whole ones would.
 
-Shapes: F fields, n numbers of all of them together, h half bytes.
+Shapes: F fields, n numbers of all of them together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 MAX_DIGITS = 12  # octal
-MORE = 8  # the bit of a half byte that another of the same number follows; alone, it fills up a field
+MORE = 8  # the bit of a half byte that another of the same number follows
 _FIRST_OF_SIZE = 1 << (3 * np.arange(1, MAX_DIGITS))  # the least numbers of two, three, … digits
 
 
@@ -22,21 +22,26 @@ class MalformedError(Exception):
 
 
 def pack_numbers(arrays: Sequence[np.ndarray]) -> list[bytes]:
-    """Return the bytes of each array of whole numbers, which are at least 0 and below 2^36."""
+    """Return the bytes of each array of whole numbers, which are at least 0 and below 2^33."""
     if not arrays:
         return []
     numbers = np.concatenate(arrays).astype(np.int64)
     sizes = np.searchsorted(_FIRST_OF_SIZE, numbers, side="right") + 1
+    last = np.cumsum([len(array) for array in arrays])
+    _make_even(sizes, last)
     ends = np.concatenate(([0], sizes.cumsum()))
     places = np.arange(ends[-1]) - np.repeat(ends[:-1], sizes)
-    digits = (np.repeat(numbers, sizes) >> (3 * places)) & 7
-    halves = np.where(places + 1 < np.repeat(sizes, sizes), digits | MORE, digits)
-    field_ends = ends[np.cumsum([0, *map(len, arrays)])]
-    is_odd = np.diff(field_ends) % 2
-    halves = np.insert(halves, field_ends[1:][is_odd == 1], MORE).astype(np.uint8)
+    halves = ((np.repeat(numbers, sizes) >> (3 * places)) & 7 | MORE).astype(np.uint8)
+    halves[ends[1:] - 1] -= MORE
     data = (halves[0::2] | halves[1::2] << 4).tobytes()
-    borders = ((field_ends + np.concatenate(([0], is_odd.cumsum()))) // 2).tolist()
+    borders = [0, *(ends[last] // 2).tolist()]
     return [data[start:end] for start, end in itertools.pairwise(borders)]
+
+
+def _make_even(sizes: np.ndarray, last: np.ndarray) -> None:
+    """Give the last number of each field a leading zero where its field has an odd number of digits."""
+    before = np.concatenate(([0], sizes.cumsum()))[np.concatenate(([0], last))]
+    sizes[last[np.diff(before) % 2 == 1] - 1] += 1
 
 
 def unpack_numbers(fields: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -45,28 +50,20 @@ def unpack_numbers(fields: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         MalformedError: a field ends within a number, or a number has more than twelve digits.
     """
-    halves, field_ends = _halves(fields)
-    ends = np.flatnonzero(halves < MORE) + 1
-    if len(ends) == 0:
-        return ends, np.zeros(len(fields), dtype=np.int64)
-    sizes = np.diff(ends, prepend=0)
-    if sizes.max() > MAX_DIGITS:
-        raise MalformedError(f"holds a number of more than {MAX_DIGITS} digits")
-    starts = ends - sizes
-    places = np.arange(len(halves)) - np.repeat(starts, sizes)
-    numbers = np.add.reduceat((halves & 7) << (3 * places), starts)
-    return numbers, np.diff(np.searchsorted(ends, field_ends, side="right"))
-
-
-def _halves(fields: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the half bytes of all fields, `[h] int64`, without those that fill up, and the borders `[F + 1]`."""
-    data = np.frombuffer(b"".join(fields), dtype=np.uint8).astype(np.int64)
-    halves = np.stack([data & 15, data >> 4], axis=1).reshape(-1)
-    lengths = 2 * np.array([0, *map(len, fields)])
-    is_filled = np.array([False, *(field[-1:] != b"" and field[-1] >> 4 == MORE for field in fields)])
-    fillers = lengths.cumsum()[is_filled] - 1
-    borders = (lengths - is_filled).cumsum()
-    halves = np.delete(halves, fillers)
-    if np.any(halves[borders[1:][lengths[1:] > 0] - 1] >= MORE):
+    data = np.frombuffer(b"".join(fields), dtype=np.uint8)
+    if any(field and field[-1] >> 4 >= MORE for field in fields):
         raise MalformedError("ends within a number")
-    return halves, borders
+    halves = np.empty(2 * len(data), dtype=np.uint8)
+    halves[0::2], halves[1::2] = data & 15, data >> 4
+    ends = np.flatnonzero(halves < MORE) + 1
+    starts = np.concatenate(([0], ends[:-1]))[: len(ends)]
+    sizes = ends - starts
+    if sizes.max(initial=0) > MAX_DIGITS:
+        raise MalformedError(f"holds a number of more than {MAX_DIGITS} digits")
+    digits = halves & 7
+    numbers = digits[starts].astype(np.int64)
+    for place in range(1, sizes.max(initial=0)):
+        where = np.flatnonzero(sizes > place)
+        numbers[where] |= digits[starts[where] + place].astype(np.int64) << (3 * place)
+    field_ends = 2 * np.cumsum([0, *map(len, fields)])
+    return numbers, np.diff(np.searchsorted(ends, field_ends, side="right"))

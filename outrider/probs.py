@@ -83,7 +83,7 @@ def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], numbers: Seque
     kept = probs.take(torch.from_numpy(cells).to(probs.device)).cpu().numpy()
     starts = np.searchsorted(rows, np.arange(1, len(probs)))
     parts = zip(*(np.split(array, starts) for array in (ids, kept)), max_supports, numbers, strict=True)
-    return [_draw_draft(*_likeliest(*arrays, max_support), number) for *arrays, max_support, number in parts]
+    return [_draw_draft(*_likeliest(*part), number) for *part, number in parts]
 
 
 def _nonzero(mask: torch.Tensor) -> np.ndarray:

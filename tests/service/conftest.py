@@ -142,8 +142,7 @@ def truncated(probs: np.ndarray, max_support: int) -> np.ndarray:
 def numbers(data: bytes) -> list[int]:
     """Return the numbers of a field, read as common.proto says."""
     found, number, shift = [], 0, 0
-    halves = [half for byte in data for half in (byte & 15, byte >> 4)]
-    for half in halves[:-1] if halves[-1:] == [8] else halves:
+    for half in (half for byte in data for half in (byte & 15, byte >> 4)):
         number |= (half & 7) << shift
         shift += 3
         if half < 8:

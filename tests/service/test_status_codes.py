@@ -73,7 +73,7 @@ VERIFY = {
     "prompt id out of range": ([open_with(span([3, VOCAB_SIZE]))], INVALID, "open.committed.token_ids"),
     "prompt of odd bytes": ([open_with(ODD)], INVALID, "open.committed.token_ids"),
     "opened in the middle": ([open_with(span([3], 1, [8]))], INVALID, "open.committed.start_position"),
-    "proposal out of range": (rounds(VOCAB_SIZE, b"\x83"), INVALID, "proposals[0].token_id"),
+    "proposal out of range": (rounds(VOCAB_SIZE, b"\x0b"), INVALID, "proposals[0].token_id"),
     "support out of range": (rounds(3, wire.pack_supports([[3, VOCAB_SIZE]])[0]), INVALID, "proposals[0].support_ids"),
     "support cut short": (rounds(3, b"\3\x8f"), INVALID, "proposals[0].support_ids"),
     "support of too many digits": (rounds(3, b"\xff" * 6 + b"\1"), INVALID, "proposals[0].support_ids"),

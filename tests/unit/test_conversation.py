@@ -524,7 +524,7 @@ class TestTargetFails:
             elif change == "no_rows":
                 del message.rows[:]
             elif change == "row_length":
-                message.rows[0].support_probs += b"\x80"
+                message.rows[0].support_probs += b"\x08"
             elif change == "nan_mass":
                 message.rows[0].outside_mass = float("nan")
             else:
@@ -711,7 +711,7 @@ class TestDraftFails:
             elif change == "support":
                 proposal.support_ids += b"\x88"
             else:
-                proposal.support_weights += b"\x80"
+                proposal.support_weights += b"\x08"
 
         world = World()
         world.on_response = spoil

@@ -46,7 +46,7 @@ def response(
         commit_index=commit_index,
         start_position=position,
         proposals=[
-            draft_pb2.Proposal(token_id=token_id, support_ids=support_ids, support_weights=b"\x80")
+            draft_pb2.Proposal(token_id=token_id, support_ids=support_ids, support_weights=b"\x08")
             for token_id, support_ids in zip(token_ids, wire.pack_supports([[it] for it in token_ids]), strict=True)
         ],
         stopped=stopped,
@@ -72,7 +72,7 @@ def answer(
     proposed_ids = [proposal.token_id for proposal in request.round.proposals]
     [certain] = wire.pack_probs([np.ones(1)])
     rows = [target_pb2.TargetRow(support_probs=certain) for _ in proposed_ids[:num_accepted]] + [
-        target_pb2.TargetRow(support_probs=b"\x80", outside_mass=1.0, outside_token_id=token_id)
+        target_pb2.TargetRow(support_probs=b"\x08", outside_mass=1.0, outside_token_id=token_id)
         for _ in proposed_ids[num_accepted:]
     ]
     if not proposed_ids:
