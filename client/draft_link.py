@@ -108,10 +108,10 @@ class DraftLink:
         self.is_on_trial = False  # it speaks, even if what it says is void by now
         if response.commit_index < self._valid_from:
             return
-        for offset, message in enumerate(response.proposals):
-            position = response.start_position + offset
-            if not self._take(position, message):
-                return
+        if not self._agrees(response):
+            return
+        num_decided = max(0, len(self._generation.tokens) - response.start_position)
+        self._take(response.start_position + num_decided, response.proposals[num_decided:])
         if response.commit_index == self._commit_index:
             self.has_stopped = response.stopped
         if response.start_position + len(response.proposals) > len(self._generation.tokens):
@@ -128,21 +128,26 @@ class DraftLink:
         ahead = generation.speculation.num_ahead(generation.length)
         return min(generation.length, generation.num_left, most, limit, ahead)
 
-    def _take(self, position: int, message: draft_pb2.Proposal) -> bool:
-        """Take one proposal; return False when it, and all behind it, turns out to be void."""
-        tokens = self._generation.tokens
-        if position < len(tokens):
-            if tokens[position : position + 1] == [message.token_id]:
-                return True
-            self._void(position)
-            return False
-        if position != len(tokens) + len(self.proposals):
-            raise ServiceFailedError(f"the draft proposed for position {position}, out of order")
-        generation = self._generation
-        self.proposals.append(
-            _proposal_from_proto(message, generation.target_info.vocab_size, generation.speculation.is_coupled)
-        )
+    def _agrees(self, response: draft_pb2.ProposeResponse) -> bool:
+        """Return whether the proposals for committed positions are what was committed; else all of them are void."""
+        start = response.start_position
+        committed = self._generation.tokens[start : start + len(response.proposals)]
+        for offset, (token_id, message) in enumerate(zip(committed, response.proposals, strict=False)):
+            if message.token_id != token_id:
+                self._void(start + offset)
+                return False
         return True
+
+    def _take(self, position: int, messages: Sequence[draft_pb2.Proposal]) -> None:
+        """Take proposals for undecided positions, the first of which is `position`."""
+        if not messages:
+            return
+        generation = self._generation
+        if position != len(generation.tokens) + len(self.proposals):
+            raise ServiceFailedError(f"the draft proposed for position {position}, out of order")
+        self.proposals += _proposals_from_proto(
+            messages, generation.target_info.vocab_size, generation.speculation.is_coupled
+        )
 
     def _void(self, position: int) -> None:
         """Drop all proposals, and those to come that were drafted before the commit that decided `position`."""
@@ -171,12 +176,14 @@ class DraftLink:
         return max(end, len(generation.tokens))
 
 
-def _proposal_from_proto(message: draft_pb2.Proposal, vocab_size: int, is_coupled: bool) -> Proposal:
+def _proposals_from_proto(messages: Sequence[draft_pb2.Proposal], vocab_size: int, is_coupled: bool) -> list[Proposal]:
     try:
         if is_coupled:
-            return Proposal.of_token(wire.check_token_id(message.token_id, "token_id", vocab_size))
-        support_ids = wire.unpack_support(message.support_ids, "support_ids", vocab_size)
-        weights = wire.unpack_probs(message.support_probs, "support_probs")
-        return Proposal.from_weights(message.token_id, support_ids, weights)
+            return [Proposal.of_token(wire.check_token_id(it.token_id, "token_id", vocab_size)) for it in messages]
+        packed = [it.support_ids for it in messages]
+        supports = wire.unpack_supports(packed, "proposals[{}].support_ids", vocab_size)
+        weights = wire.unpack_weights([it.support_weights for it in messages], "proposals[{}].support_weights")
+        token_ids = [it.token_id for it in messages]
+        return [Proposal.from_weights(*parts) for parts in zip(token_ids, supports, weights, packed, strict=True)]
     except (InvalidArgumentError, InvalidProposalError) as error:
         raise ServiceFailedError(f"the draft sent a proposal that is none: {error}") from error

@@ -9,9 +9,8 @@ always pending: it is in neither cache until the round after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-import numpy as np
 
 from client.acceptance import Decision, Proposal, TargetRow, decide, decide_block, decide_coupled
 from client.draft_link import DraftLink
@@ -84,9 +83,7 @@ class Generation:
                 round_index=self._round_index,
                 committed=self.span_from(self._target_told),
                 proposals=[
-                    target_pb2.ProposedToken(
-                        token_id=proposal.token_id, support_ids=wire.pack_ids(proposal.support_ids)
-                    )
+                    target_pb2.ProposedToken(token_id=proposal.token_id, support_ids=proposal.packed_support)
                     for proposal in self._in_round
                 ],
             )
@@ -174,14 +171,13 @@ class Generation:
 def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[Proposal]) -> list[TargetRow]:
     sizes = [len(proposal.support_ids) for proposal in proposals] or [0]
     try:
-        decoded = [
-            TargetRow(wire.unpack_probs(row.support_probs, "support_probs"), row.outside_mass, row.outside_token_id)
-            for row in rows
-        ]
+        probs = wire.unpack_probs([row.support_probs for row in rows], "rows[{}].support_probs")
     except InvalidArgumentError as error:
         raise ServiceFailedError(f"the target sent a row that is none: {error}") from error
-    if any(len(row.probs) != size for row, size in zip(decoded, sizes, strict=True)):
+    if [len(row_probs) for row_probs in probs] != sizes:
         raise ServiceFailedError("the target sent a row of another length than the support")
-    if not np.isfinite([row.outside_mass for row in decoded]).all():
+    if not all(math.isfinite(row.outside_mass) for row in rows):
         raise ServiceFailedError("the target sent an outside mass that is no number")
-    return decoded
+    return [
+        TargetRow(row_probs, row.outside_mass, row.outside_token_id) for row_probs, row in zip(probs, rows, strict=True)
+    ]

@@ -26,7 +26,7 @@ class ServiceOptions:
     max_sessions: int = 64
     max_cached_tokens: int = 0
     max_batch_tokens: int = 512
-    max_support: int = 256
+    max_support: int = 1024
     max_proposals: int = 64
     kv_cache: bool = True
     cuda_graphs: bool = True
@@ -67,7 +67,7 @@ def service_options(default_model: str, default_port: int) -> Callable:
         click.option("--max-sessions", type=click.IntRange(1), default=64, help="Sessions at once; more are refused with RESOURCE_EXHAUSTED."),
         click.option("--max-cached-tokens", type=click.IntRange(0), default=0, help="Tokens in all KV caches together; 0 is sixteen times the context, on a GPU at most what half of its free memory holds."),
         click.option("--max-batch-tokens", type=click.IntRange(1), default=512, help="Tokens fed in one forward pass; longer prompts are fed in chunks."),
-        click.option("--max-support", type=click.IntRange(1), default=256, help="Most tokens in the support of one proposal."),
+        click.option("--max-support", type=click.IntRange(1), default=1024, help="Most tokens in the support of one proposal."),
         click.option("--max-proposals", type=click.IntRange(1), default=64, help="Most proposals in one round."),
         click.option("--kv-cache/--no-kv-cache", default=True, help="Without: recompute everything in each pass, an ablation."),
         click.option("--cuda-graphs/--no-cuda-graphs", default=True, help="Without: launch every operation of a pass by itself, which GPUs wait for."),

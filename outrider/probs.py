@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from outrider.race import race, race_among
 from outrider.rng import Noise
+from outrider.scales import round_down, whole_weights
 from outrider.warping import Warping
 
-SUPPORT_MASS = 1 - 1e-3
+MIN_SUPPORT_PROB = 1e-4
 
 
 def probability_rows(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
@@ -67,42 +69,67 @@ class Draft:
 
     token_id: int
     support_ids: np.ndarray  # [num_support] int64, ascending
-    support_probs: np.ndarray  # [num_support] float32, positive
-    token_prob: float  # its share of the support's probabilities
+    weights: np.ndarray  # [num_support] int64, whole; outrider.scales
+    token_prob: float  # its share of the support's weights
 
 
 def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], numbers: Sequence[float | Noise]) -> list[Draft]:
     """Truncate each row of `probs` `[N, V]` to its support and draw a token from what is left; return N drafts.
 
-    The support is the smallest set of likeliest tokens that holds `SUPPORT_MASS`, at most the row's `max_supports`.
-    The token is drawn from the float32 weights that are returned, divided by their sum, so that the receiver knows
+    The support is every token of at least `MIN_SUPPORT_PROB`, or as the likeliest, and of these the row's
+    `max_supports` likeliest. Dropping by probability, not by mass, loses the least acceptance for the number of ids.
+    The token is drawn from the whole weights that are returned, divided by their sum, so that the receiver knows
     the law to the letter. Each row has a uniform, or the noise of its position.
     """
-    num_kept = min(max(max_supports), probs.shape[-1])
-    likeliest, ids = on_host(*probs.topk(num_kept, dim=-1))
-    mass_before = likeliest.cumsum(-1, dtype=np.float64) - likeliest
-    kept = (mass_before < SUPPORT_MASS) & (likeliest.astype(np.float32) > 0)  # a prefix of each row
-    sizes = np.minimum(kept.sum(-1), max_supports)
-    return [
-        _draw_draft(ids[row, :size], likeliest[row, :size], number)
-        for row, (size, number) in enumerate(zip(sizes, numbers, strict=True))
-    ]
+    supports = (
+        _supports_on_host(probs.numpy()) if lies_on_host(probs) else _supports_on_device(probs, max(max_supports))
+    )
+    parts = zip(supports, max_supports, numbers, strict=True)
+    return [_draw_draft(*_likeliest(*support, max_support), number) for support, max_support, number in parts]
+
+
+def _supports_on_host(probs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return ids and probabilities of each row's support, whatever their number."""
+    thresholds = np.minimum(probs.max(-1, keepdims=True), MIN_SUPPORT_PROB)
+    cells = np.flatnonzero(probs >= thresholds)
+    rows, ids = np.divmod(cells, probs.shape[-1])
+    ends = np.searchsorted(rows, np.arange(len(probs) + 1))
+    kept = probs.ravel()[cells]
+    return [(ids[start:end], kept[start:end]) for start, end in pairwise(ends)]
+
+
+def _supports_on_device(probs: torch.Tensor, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the same for at most `most` tokens a row; only they leave the device."""
+    likeliest, ids = on_host(*probs.topk(min(most, probs.shape[-1]), dim=-1))
+    sizes = (likeliest >= np.minimum(likeliest[:, :1], MIN_SUPPORT_PROB)).sum(-1)
+    supports = []
+    for row, size in enumerate(sizes):
+        order = ids[row, :size].argsort()
+        supports.append((ids[row, :size][order], likeliest[row, :size][order]))
+    return supports
+
+
+def _likeliest(ids: np.ndarray, probs: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `most` likeliest of the tokens, in the order they have."""
+    if len(ids) <= most:
+        return ids, probs
+    kept = np.sort(np.argpartition(-probs, most - 1)[:most])
+    return ids[kept], probs[kept]
 
 
 def _draw_draft(ids: np.ndarray, probs: np.ndarray, number: float | Noise) -> Draft:
     if isinstance(number, Noise):
         index = race_among(ids, probs, number)
-        return Draft(int(ids[index]), ids[:0], probs[:0], float(probs[index] / probs.sum()))
-    order = ids.argsort()
-    ids, weights = ids[order], probs[order].astype(np.float32)
-    cumulative = weights.cumsum(dtype=np.float64)
+        return Draft(int(ids[index]), ids[:0], ids[:0], float(probs[index] / probs.sum()))
+    weights = whole_weights(probs)
+    cumulative = weights.cumsum()
     index = min(int(np.searchsorted(cumulative, number * cumulative[-1], side="right")), len(ids) - 1)
     return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]))
 
 
 def greedy_drafts(logits: torch.Tensor) -> list[Draft]:
     """Return what draw_drafts draws when every row of `logits` `[N, V]` is greedy: the likeliest token alone."""
-    alone = np.ones(1, dtype=np.float32)
+    alone = whole_weights(np.ones(1))
     return [Draft(token_id, np.array([token_id]), alone, 1.0) for token_id in logits.argmax(-1).tolist()]
 
 
@@ -121,9 +148,9 @@ def inverse_cdf(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Tenso
 
 @dataclass(frozen=True)
 class TargetRows:
-    """The target's distribution on each proposal's support, and one draw from outside it."""
+    """The target's distribution on each proposal's support, rounded down, and one draw from what that leaves of it."""
 
-    support_probs: list[np.ndarray]  # N of [num_support] float32
+    support_probs: list[np.ndarray]  # N of [num_support] float64, multiples of scales.PROB_UNIT
     outside_masses: list[float]  # [N]
     outside_token_ids: list[int]  # [N]
 
@@ -131,21 +158,23 @@ class TargetRows:
 def read_target_rows(
     probs: torch.Tensor, supports: Sequence[np.ndarray], numbers: Sequence[float | Noise]
 ) -> TargetRows:
-    """Read `probs` `[N, V]` on `supports` (N of `[num_support] int64`) and draw a token outside each.
+    """Read `probs` `[N, V]` on `supports` (N of `[num_support] int64`) and draw a token from what is left.
 
     Each row has a uniform, or the noise of its position; with noise and an empty support, y is the target's own choice.
-    The mass outside is summed, not subtracted from 1, so that a small one keeps its precision.
+    Left are the other ids and what rounding takes from those of the support, so that nothing of the law is lost. The
+    mass outside is summed, not subtracted from 1, so that a small one keeps its precision.
     """
     sizes = [len(support) for support in supports]
     flat_ids = np.concatenate(supports)
     flat_ids += np.repeat(np.arange(len(supports)) * probs.shape[1], sizes)
     cells = torch.from_numpy(flat_ids).to(probs.device)
-    support_probs = probs.take(cells).float()
     outside = probs.to(torch.float64, copy=True)
-    outside.view(-1)[cells] = 0.0
-    on_support, masses, token_ids = on_host(support_probs, outside.sum(-1), _draw_rows(outside, numbers))
+    on_support = outside.take(cells)
+    told = round_down(on_support)
+    outside.view(-1)[cells] = on_support - told
+    told_probs, masses, token_ids = on_host(told, outside.sum(-1), _draw_rows(outside, numbers))
     return TargetRows(
-        support_probs=np.split(on_support, np.cumsum(sizes)[:-1]),
+        support_probs=np.split(told_probs, np.cumsum(sizes)[:-1]),
         outside_masses=masses.tolist(),
         outside_token_ids=token_ids.tolist(),
     )
@@ -157,7 +186,7 @@ def greedy_target_rows(logits: torch.Tensor, supports: Sequence[np.ndarray]) -> 
     on_support = [support == token_id for support, token_id in zip(supports, likeliest, strict=True)]
     are_outside = [not hits.any() for hits in on_support]
     return TargetRows(
-        support_probs=[hits.astype(np.float32) for hits in on_support],
+        support_probs=[hits.astype(np.float64) for hits in on_support],
         outside_masses=[float(is_outside) for is_outside in are_outside],
         outside_token_ids=[token_id * outside for token_id, outside in zip(likeliest, are_outside, strict=True)],
     )

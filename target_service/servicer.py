@@ -92,21 +92,23 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                 f"proposals has {len(message.proposals)} elements: this service takes at most {limit}"
             )
         vocab_size = self._host.vocab_size
-        proposed_ids, supports = [], []
         for index, proposal in enumerate(message.proposals):
-            field = f"proposals[{index}]"
-            proposed_ids.append(wire.check_token_id(proposal.token_id, f"{field}.token_id", vocab_size))
-            support = wire.unpack_support(proposal.support_ids, f"{field}.support_ids", vocab_size)
-            if len(support) == 0 and not is_coupled:
-                raise InvalidArgumentError(
-                    f"{field}.support_ids is empty: send the ids that the proposal was drawn from"
-                )
-            if len(support) and is_coupled:
-                raise InvalidArgumentError(
-                    f"{field}.support_ids is not empty: with coupling gumbel, send the token alone"
-                )
-            supports.append(support)
-        return Round(self._span(message.committed, "round.committed"), proposed_ids, supports)
+            wire.check_token_id(proposal.token_id, f"proposals[{index}].token_id", vocab_size)
+            _check_support(proposal.support_ids, f"proposals[{index}].support_ids", is_coupled)
+        return Round(
+            self._span(message.committed, "round.committed"),
+            [proposal.token_id for proposal in message.proposals],
+            wire.unpack_supports(
+                [proposal.support_ids for proposal in message.proposals], "proposals[{}].support_ids", vocab_size
+            ),
+        )
+
+
+def _check_support(support_ids: bytes, field: str, is_coupled: bool) -> None:
+    if not support_ids and not is_coupled:
+        raise InvalidArgumentError(f"{field} is empty: send the ids that the proposal was drawn from")
+    if support_ids and is_coupled:
+        raise InvalidArgumentError(f"{field} is not empty: with coupling gumbel, send the token alone")
 
 
 def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
@@ -114,9 +116,9 @@ def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
     return target_pb2.VerifyResponse(
         round_index=round_index,
         rows=[
-            target_pb2.TargetRow(support_probs=wire.pack_probs(probs), outside_mass=mass, outside_token_id=token_id)
+            target_pb2.TargetRow(support_probs=probs, outside_mass=mass, outside_token_id=token_id)
             for probs, mass, token_id in zip(
-                rows.support_probs, rows.outside_masses, rows.outside_token_ids, strict=True
+                wire.pack_probs(rows.support_probs), rows.outside_masses, rows.outside_token_ids, strict=True
             )
         ],
         cache=common_pb2.CacheState(num_cached_tokens=verdict.num_cached_tokens, digest=verdict.cache_digest),

@@ -24,6 +24,7 @@ import torch
 
 from client.acceptance import Decision, Proposal, TargetRow
 from outrider.probs import draw_drafts, probability_rows, read_target_rows
+from outrider.scales import round_down
 from outrider.warping import Warping
 
 VOCAB_SIZE = 5
@@ -80,7 +81,8 @@ class Pair:
     draft_warping: Warping
     max_support: int = VOCAB_SIZE
     claimed_probs: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = whole_row
-    probs_dtype: type = np.float64  # of p on the support and outside; on the wire it is float32
+    read_rows: Callable = read_target_rows
+    mass_dtype: type = np.float64  # of the mass outside; on the wire it is float32
 
     @functools.cache  # noqa: B019 - a test's own object
     def target_probs(self, prefix: Prefix) -> torch.Tensor:
@@ -92,7 +94,7 @@ class Pair:
         """Return every proposal that the draft can make, with its probability."""
         probs = probability_rows(DRAFT.logits(prefix), [self.draft_warping])
         [draft] = draw_drafts(probs, [self.max_support], [0.5])
-        ids, weights = draft.support_ids, draft.support_probs.astype(np.float64)
+        ids, weights = draft.support_ids, draft.weights
         claimed = self.claimed_probs(ids, weights, probs[0].numpy())
         draft_probs = normalised(weights)
         return [
@@ -110,14 +112,15 @@ class Pair:
         """Return the target's row on a support with every token it can draw outside, and that one's probability."""
         probs, ids = self.target_probs(prefix), np.array(support, dtype=np.int64)
         outside = probs[0].numpy().copy()
-        outside[list(support)] = 0.0
+        outside[ids] -= round_down(outside[ids])
         cells = middles(outside) or [(1.0, 0.5)]  # nothing outside: any token, without meaning
         points = [point for _, point in cells]
-        read = read_target_rows(probs.expand(len(cells), -1), [ids] * len(cells), points)
-        on_support = probs[0][ids].numpy().astype(self.probs_dtype).astype(np.float64)
+        read = self.read_rows(probs.expand(len(cells), -1), [ids] * len(cells), points)
         return [
-            (weight, TargetRow(on_support, float(self.probs_dtype(mass)), token_id))
-            for (weight, _), mass, token_id in zip(cells, read.outside_masses, read.outside_token_ids, strict=True)
+            (weight, TargetRow(on_support, float(self.mass_dtype(mass)), token_id))
+            for (weight, _), on_support, mass, token_id in zip(
+                cells, read.support_probs, read.outside_masses, read.outside_token_ids, strict=True
+            )
         ]
 
 

@@ -30,9 +30,10 @@ from client.results import Chunk, GenerationResult
 from client.text import TextStream
 from outrider import wire
 from outrider.errors import FailedPreconditionError
-from outrider.probs import SUPPORT_MASS
+from outrider.probs import MIN_SUPPORT_PROB
 from outrider.race import race_among
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
+from outrider.scales import round_down, whole_weights
 from outrider.tokens import TokenLog
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
@@ -74,23 +75,22 @@ def numbers_of(opening: Any, purpose: Purpose, branch: int = 0) -> AddressedUnif
 
 
 def draft_law(model: ToyModel, tokens: TokenLog, max_support: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the support `[S]` of the draft's law behind `tokens`, and its weights `[S] float32`."""
+    """Return the support `[S]` of the draft's law behind `tokens`, and its probabilities `[S]`."""
     probs = model.probs(tokens, len(tokens))
-    likeliest = np.argsort(-probs, kind="stable")
-    mass_before = probs[likeliest].cumsum() - probs[likeliest]
-    ids = np.sort(likeliest[mass_before < SUPPORT_MASS][: max_support or VOCAB_SIZE])
-    return ids, probs[ids].astype(np.float32)
+    likeliest = np.argsort(-probs, kind="stable")[: max_support or VOCAB_SIZE]
+    ids = np.sort(likeliest[probs[likeliest] >= MIN_SUPPORT_PROB])
+    return ids, probs[ids]
 
 
 def draft_proposal(model: ToyModel, tokens: TokenLog, number: float | Noise, max_support: int) -> draft_pb2.Proposal:
     """Return the proposal for the position behind `tokens`."""
-    ids, weights = draft_law(model, tokens, max_support)
+    ids, probs = draft_law(model, tokens, max_support)
     if isinstance(number, Noise):
-        return draft_pb2.Proposal(token_id=ids[race_among(ids, weights, number)])
+        return draft_pb2.Proposal(token_id=ids[race_among(ids, probs, number)])
+    weights = whole_weights(probs)
+    [support_ids], [support_weights] = wire.pack_supports([ids]), wire.pack_weights([weights])
     return draft_pb2.Proposal(
-        token_id=ids[draw(weights.astype(np.float64), number)],
-        support_ids=wire.pack_ids(ids),
-        support_probs=wire.pack_probs(weights),
+        token_id=ids[draw(weights, number)], support_ids=support_ids, support_weights=support_weights
     )
 
 
@@ -99,10 +99,12 @@ def target_row(
 ) -> target_pb2.TargetRow:
     """Return the row after the first `length` tokens on a support `[S]`."""
     probs = model.probs(tokens, length)
+    told = round_down(probs[support])
     outside = probs.copy()
-    outside[support] = 0.0
+    outside[support] -= told
+    [support_probs] = wire.pack_probs([told])
     return target_pb2.TargetRow(
-        support_probs=wire.pack_probs(probs[support]),
+        support_probs=support_probs,
         outside_mass=outside.sum(),
         outside_token_id=draw(outside, number) if outside.any() else 0,
     )
@@ -129,7 +131,7 @@ class ToyTarget:
         proposed_ids = [proposal.token_id for proposal in work.proposals]
         tokens.rewrite(span.start_position, [*committed_ids, *proposed_ids[:-1]])
         first = span.start_position + len(committed_ids)
-        supports = [wire.unpack_support(it.support_ids, "ids", VOCAB_SIZE) for it in work.proposals]
+        supports = wire.unpack_supports([it.support_ids for it in work.proposals], "ids", VOCAB_SIZE)
         rows = [
             target_row(self._model, tokens, position, support, self._numbers.at(position))
             for position, support in enumerate(supports or [np.empty(0, np.int64)], start=first)
@@ -147,6 +149,7 @@ class ToyDraft:
         self._model = ToyModel(DRAFT_LOGITS, 0.0 if opening.greedy else opening.sampling.temperature)
         self._opening, self.branch = opening, opening.branch
         self._numbers = numbers_of(opening, Purpose.DRAFT, opening.branch)
+        self._is_coupled = opening.sampling.coupling == common_pb2.COUPLING_GUMBEL
         self._max_support, self._min_draft_prob = opening.max_support, opening.min_draft_prob
         self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE).tolist())
         self._window = opening.window
@@ -175,9 +178,10 @@ class ToyDraft:
         tokens = self._tokens
         position = len(tokens)
         proposal = draft_proposal(self._model, tokens, self._numbers.at(position), self._max_support)
-        ids, weights = draft_law(self._model, tokens, self._max_support)
+        ids, probs = draft_law(self._model, tokens, self._max_support)
+        weights = probs if self._is_coupled else whole_weights(probs)
         tokens.extend([proposal.token_id])
-        prob = weights[ids == proposal.token_id].sum() / weights.sum(dtype=np.float64)
+        prob = weights[ids == proposal.token_id].sum() / weights.sum()
         self._is_stopped = bool(prob < self._min_draft_prob)
         return draft_pb2.ProposeResponse(
             commit_index=self._commit_index,
@@ -375,8 +379,8 @@ class Law:
         tokens = TokenLog(token_ids)
         draft_model = ToyModel(DRAFT_LOGITS, 0.0 if self.greedy_draft else self.temperature)
         message = draft_proposal(draft_model, tokens, self._uniform(Purpose.DRAFT, tokens), self.max_support)
-        support = wire.unpack_ids(message.support_ids, "ids", VOCAB_SIZE)
-        weights = wire.unpack_probs(message.support_probs, "probs")
+        [support] = wire.unpack_supports([message.support_ids], "ids", VOCAB_SIZE)
+        [weights] = wire.unpack_weights([message.support_weights], "weights")
         proposal = Proposal.from_weights(message.token_id, support, weights)
         uniforms = (self._uniform(purpose, tokens) for purpose in (Purpose.ACCEPT, Purpose.RESIDUAL))
         accept, residual = uniforms
@@ -407,4 +411,5 @@ class Law:
     def _row(self, tokens: TokenLog, support: np.ndarray) -> TargetRow:
         model = ToyModel(TARGET_LOGITS, self.temperature)
         row = target_row(model, tokens, len(tokens), support, self._uniform(Purpose.OUTSIDE, tokens))
-        return TargetRow(wire.unpack_probs(row.support_probs, "probs"), row.outside_mass, row.outside_token_id)
+        [probs] = wire.unpack_probs([row.support_probs], "probs")
+        return TargetRow(probs, row.outside_mass, row.outside_token_id)

@@ -39,7 +39,7 @@ FAMILY = (
 # The services compute in float64 as transformers does, and round to float32 once: half a unit in the last of 24 bits.
 # Twice that leaves room for sums in another order (1e-15).
 FLOAT32_TOLERANCE = 2.0**-23
-SUPPORT_MASS = 1 - 1e-3  # of a draft's support, as the design has it
+MIN_SUPPORT_PROB = 1e-4  # in a draft's support, as the design has it
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,33 @@ def draw(weights: np.ndarray, position: int, purpose: Purpose, branch: int = 0) 
 
 
 def truncated(probs: np.ndarray, max_support: int) -> np.ndarray:
-    """Return `probs` `[V]` on the smallest set that holds SUPPORT_MASS, at most `max_support`; 0 elsewhere."""
-    order = np.argsort(-probs, kind="stable")
-    mass_before = probs[order].cumsum() - probs[order]
-    kept = order[(mass_before < SUPPORT_MASS) & (np.arange(len(probs)) < max_support) & (probs[order] > 0)]
+    """Return `probs` `[V]` on the at most `max_support` likeliest of at least MIN_SUPPORT_PROB; 0 elsewhere."""
+    likeliest = np.argsort(-probs, kind="stable")[:max_support]
+    kept = likeliest[probs[likeliest] >= MIN_SUPPORT_PROB]
     result = np.zeros_like(probs)
     result[kept] = probs[kept]
     return result
+
+
+def numbers(data: bytes) -> list[int]:
+    """Return the numbers of a field, read as common.proto says."""
+    found, number, shift = [], 0, 0
+    for half in (half for byte in data for half in (byte & 15, byte >> 4)):
+        number |= (half & 7) << shift
+        shift += 3
+        if half < 8:
+            found.append(number)
+            number, shift = 0, 0
+    assert shift == 0
+    return found
+
+
+def support_of(data: bytes) -> list[int]:
+    """Return the ids of a support, read as common.proto says."""
+    ids: list[int] = []
+    for num_skipped in numbers(data):
+        ids.append((ids[-1] if ids else -1) + 1 + num_skipped)
+    return ids
 
 
 def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -> None:
@@ -147,19 +167,24 @@ def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -
     supports = [support for _, support in proposals] or [[]]
     assert len(rows) == len(supports)
     for offset, (row, probs, support) in enumerate(zip(rows, law, supports, strict=True)):
-        on_support = np.frombuffer(row.support_probs, "<f4")
-        np.testing.assert_allclose(on_support, probs[support], rtol=FLOAT32_TOLERANCE, atol=1e-14)
+        units = np.array(numbers(row.support_probs), dtype=np.int64)
+        assert units.tolist() == np.floor(probs[support] * 2**18).tolist()
         outside = probs.copy()
-        outside[support] = 0
+        outside[support] -= units / 2**18
         assert row.outside_mass == pytest.approx(outside.sum(), rel=FLOAT32_TOLERANCE, abs=1e-14)
-        # Each of the S + 1 float32 values is off by at most half a unit of its own size, and they sum to 1.
-        assert on_support.sum(dtype=np.float64) + row.outside_mass == pytest.approx(1, abs=FLOAT32_TOLERANCE)
+        assert units.sum() / 2**18 + row.outside_mass == pytest.approx(1, abs=FLOAT32_TOLERANCE)
         if row.outside_mass > 0:
             assert row.outside_token_id == draw(outside, len(prefix) + offset, Purpose.OUTSIDE)
 
 
 def check_proposals(
-    model, proposals, prefix: Sequence[int], max_support: int = 256, vocab_size=VOCAB_SIZE, branch: int = 0, **sampling
+    model,
+    proposals,
+    prefix: Sequence[int],
+    max_support: int = VOCAB_SIZE,
+    vocab_size=VOCAB_SIZE,
+    branch: int = 0,
+    **sampling,
 ):
     """Assert that `proposals` behind `prefix` are drawn by the design, from the distributions that come with them."""
     drafted = [proposal.token_id for proposal in proposals]
@@ -167,11 +192,11 @@ def check_proposals(
     law[:, vocab_size:] = 0
     for offset, (proposal, probs) in enumerate(zip(proposals, law, strict=True)):
         expected = truncated(probs / probs.sum(), max_support)
-        support = np.frombuffer(proposal.support_ids, "<u4")
-        weights = np.frombuffer(proposal.support_probs, "<f4")
-        assert support.tolist() == np.flatnonzero(expected).tolist()
-        np.testing.assert_allclose(weights, expected[support], rtol=FLOAT32_TOLERANCE)
-        index = draw(weights.astype(np.float64), len(prefix) + offset, Purpose.DRAFT, branch)
+        support = support_of(proposal.support_ids)
+        assert support == np.flatnonzero(expected).tolist()
+        weights = np.array(numbers(proposal.support_weights)) + 1
+        assert weights.tolist() == np.maximum(np.rint(expected[support] * 2**13), 1).tolist()
+        index = draw(weights, len(prefix) + offset, Purpose.DRAFT, branch)
         assert proposal.token_id == support[index]
 
 
@@ -199,13 +224,14 @@ def open_verification(token_ids: Sequence[int] = PROMPT, **sampling: Any) -> tar
 
 def round_of(committed: common_pb2.TokenSpan, proposals=(), round_index: int = 1) -> target_pb2.VerifyRequest:
     """Return a round; `proposals` are pairs of a token and its support."""
+    supports = wire.pack_supports([support for _, support in proposals])
     return target_pb2.VerifyRequest(
         round=target_pb2.Round(
             round_index=round_index,
             committed=committed,
             proposals=[
-                target_pb2.ProposedToken(token_id=token_id, support_ids=wire.pack_ids(support))
-                for token_id, support in proposals
+                target_pb2.ProposedToken(token_id=token_id, support_ids=support_ids)
+                for (token_id, _), support_ids in zip(proposals, supports, strict=True)
             ],
         )
     )

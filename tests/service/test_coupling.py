@@ -69,4 +69,4 @@ def test_proposals_are_the_drafts_own_choices(draft, models, sampling, max_suppo
         choice(truncated(probs, max_support or VOCAB_SIZE), position)
         for position, probs in enumerate(law, start=len(PROMPT))
     ]
-    assert all((proposal.support_ids, proposal.support_probs) == (b"", b"") for proposal in proposals)
+    assert all((proposal.support_ids, proposal.support_weights) == (b"", b"") for proposal in proposals)

@@ -514,7 +514,7 @@ class TestTargetFails:
         assert result.token_ids == TEXT
         assert result.stats.num_cache_mismatches == 0
 
-    @pytest.mark.parametrize("change", ["round_index", "no_rows", "row_length", "nan_mass", "nan_prob"])
+    @pytest.mark.parametrize("change", ["round_index", "no_rows", "row_length", "nan_mass", "support_probs"])
     def test_an_answer_that_is_none_is_an_error(self, change):
         def spoil(stream, message):
             if stream.link is not Link.TARGET or message.round_index < 3:
@@ -524,7 +524,7 @@ class TestTargetFails:
             elif change == "no_rows":
                 del message.rows[:]
             elif change == "row_length":
-                message.rows[0].support_probs += b"\0\0\0\0"
+                message.rows[0].support_probs += b"\x08"
             elif change == "nan_mass":
                 message.rows[0].outside_mass = float("nan")
             else:
@@ -698,7 +698,7 @@ class TestDraftFails:
         assert all(count == 0 for position, count in world.num_proposals_at.items() if position > end)
         assert world.num_timeouts == 0
 
-    @pytest.mark.parametrize("change", ["position", "token_id", "unsorted", "weights", "no_weight"])
+    @pytest.mark.parametrize("change", ["position", "token_id", "support", "weights"])
     def test_a_proposal_that_is_none_is_an_error(self, change):
         def spoil(stream, message):
             if stream.link is not Link.DRAFT:
@@ -708,12 +708,10 @@ class TestDraftFails:
                 message.start_position += 3
             elif change == "token_id":
                 proposal.token_id = toys.VOCAB_SIZE + 1
-            elif change == "unsorted":
-                proposal.support_ids = proposal.support_ids[::-1]
-            elif change == "weights":
-                proposal.support_probs = proposal.support_probs[4:]
+            elif change == "support":
+                proposal.support_ids += b"\x88"
             else:
-                proposal.support_probs = b"\0" * len(proposal.support_probs)
+                proposal.support_weights += b"\x08"
 
         world = World()
         world.on_response = spoil

@@ -121,7 +121,7 @@ def test_tokens_alone_are_exchanged():
     def look_at_response(stream: Stream, message) -> None:
         if stream.link is Link.DRAFT:
             supports = [
-                part for proposal in message.proposals for part in (proposal.support_ids, proposal.support_probs)
+                part for proposal in message.proposals for part in (proposal.support_ids, proposal.support_weights)
             ]
         else:
             supports = [row.support_probs for row in message.rows]

@@ -16,6 +16,8 @@ import torch
 
 from client import acceptance
 from client.acceptance import Decision, Proposal, TargetRow, decide
+from outrider.probs import TargetRows, inverse_cdf
+from outrider.scales import round_down
 from outrider.warping import Warping
 from tests.enumeration import (
     DRAFT,
@@ -110,12 +112,15 @@ def test_one_position_follows_the_target(warping, draft_warping, max_support):
 @every_draft
 @every_support_size
 def test_a_proposal_is_accepted_with_the_mass_that_both_share(warping, draft_warping, max_support):
-    """The probability of acceptance is the sum of min(p, q) over the support (Leviathan et al., Theorem 3.5)."""
+    """The probability of acceptance is the sum of min(p, q) over the support (Leviathan et al., Theorem 3.5).
+
+    Of p, what is told of it: rounded down to units.
+    """
     pair = pair_of(warping, draft_warping, max_support)
     for prefix in PREFIXES:
         accepted = sum(prob for prob, decision in rounds(pair, prefix, 1, outcomes) if decision.num_accepted)
         drafts = pair.drafts(prefix)
-        shared = sum(min(prob, pair.target_probs(prefix)[0, it.token_id].item()) for prob, it in drafts)
+        shared = sum(min(prob, round_down(pair.target_probs(prefix)[0, it.token_id].item())) for prob, it in drafts)
         assert accepted == pytest.approx(shared, abs=TOLERANCE)
 
 
@@ -136,15 +141,14 @@ def test_whole_strings_follow_the_target(warping, draft_warping, max_support, nu
 
 @every_support_size
 def test_float32_on_the_wire_moves_the_law_by_no_more_than_its_rounding(max_support):
-    """q is exact, since the token is drawn from the weights as they travel. p and m are rounded by r = 2^-24 of
-    their size.
+    """q is exact, since the token is drawn from the weights as they travel, and so is what is told of p.
 
-    So p moves by r in all, and with it min(p, q); max(0, p - q) moves by r, and its normalisation by r: the law of
-    one position moves by 3 r in all, which is a total variation of 1.5 r. The positions' variations add up.
+    Only m is rounded, by r = 2^-24 of its size. So the residual's weight moves by r in one of its parts, and a
+    normalised law with it by at most r of total variation. The positions' variations add up.
     """
-    pair = pair_of("plain", "same", max_support, probs_dtype=np.float32)
+    pair = pair_of("plain", "same", max_support, mass_dtype=np.float32)
     moved = distance(string_law(pair, 3, outcomes), target_law(pair))
-    assert moved < NUM_TOKENS * 1.5 * 2**-24
+    assert moved < NUM_TOKENS * 2**-24
 
 
 def residual_from_target(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> np.ndarray:
@@ -178,6 +182,11 @@ def untruncated_row(ids: np.ndarray, weights: np.ndarray, probs: np.ndarray) -> 
     return probs[ids]
 
 
+def unrounded_row(ids: np.ndarray, weights: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Broken: q of the row as it was before its weights were rounded to those that the token is drawn from."""
+    return probs[ids] / probs[ids].sum()
+
+
 BROKEN_FUNCTIONS = [
     ("residual_weights", residual_from_target),
     ("residual_weights", residual_without_outside),
@@ -199,6 +208,28 @@ def test_a_broken_formula_is_found(monkeypatch, name, broken, num_speculative_to
 def test_a_q_that_was_not_sampled_from_is_found(max_support):
     pair = pair_of("plain", "same", max_support, claimed_probs=untruncated_row)
     assert distance(string_law(pair, 3, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
+
+
+@pytest.mark.parametrize("max_support", [2, 3, VOCAB_SIZE])
+def test_a_q_from_before_rounding_is_found(max_support):
+    """Rounding moves each q by at most 2^-14 = 6e-5: little, but 10^6 times the tolerance."""
+    pair = pair_of("plain", "same", max_support, claimed_probs=unrounded_row)
+    assert distance(string_law(pair, 3, outcomes), target_law(pair)) > 1e-6
+
+
+def rows_without_remainders(probs: torch.Tensor, supports: list[np.ndarray], points: list[float]) -> TargetRows:
+    """Broken: rounds p down, but forgets what that leaves on the support."""
+    outside = probs.clone()
+    outside[:, supports[0]] = 0.0
+    told = round_down(probs[0, supports[0]].numpy())
+    return TargetRows([told] * len(supports), outside.sum(-1).tolist(), inverse_cdf(outside, points).tolist())
+
+
+@pytest.mark.parametrize("max_support", [2, 3])
+def test_a_remainder_that_is_forgotten_is_found(max_support):
+    """It is below 2^-18 = 4e-6 of the mass an id: little, but 10^5 times the tolerance."""
+    pair = pair_of("plain", "same", max_support, read_rows=rows_without_remainders)
+    assert distance(string_law(pair, 3, outcomes), target_law(pair)) > 1e-7
 
 
 def test_one_uniform_for_all_positions_is_found():

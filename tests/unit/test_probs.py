@@ -14,7 +14,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from outrider import probs as probs_module
 from outrider.probs import (
-    SUPPORT_MASS,
+    MIN_SUPPORT_PROB,
     draw_drafts,
     greedy_drafts,
     greedy_target_rows,
@@ -24,6 +24,7 @@ from outrider.probs import (
     read_target_rows,
 )
 from outrider.rng import Purpose, uniforms
+from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 from outrider.warping import Warping
 
 VOCAB_SIZE = 50
@@ -121,7 +122,7 @@ def test_a_row_without_weight_draws_index_0():
 
 
 class TestDrafts:
-    """The support is the smallest set of likeliest tokens that holds SUPPORT_MASS, cut at the row's own limit."""
+    """The support is every token of at least MIN_SUPPORT_PROB, cut at the row's own limit."""
 
     PROBS = probability_rows(logits_of(64, seed=6, std=3.0), [Warping()] * 64)
 
@@ -129,35 +130,34 @@ class TestDrafts:
         return draw_drafts(self.PROBS, [max_support] * 64, uniforms(7, np.arange(64), Purpose.DRAFT).tolist())
 
     @pytest.mark.parametrize("max_support", [1, 3, VOCAB_SIZE, 10 * VOCAB_SIZE])
-    def test_supports_are_the_smallest_that_hold_the_mass(self, max_support):
+    def test_supports_are_the_likeliest_tokens(self, max_support):
         for row, draft in zip(self.PROBS, self.drafts(max_support), strict=True):
             ids = torch.from_numpy(draft.support_ids)
-            mass = row[ids].sum()
             rest = row.clone().index_fill_(0, ids, 0.0)
-            assert mass >= SUPPORT_MASS or len(ids) == max_support
-            assert mass - row[ids].min() < SUPPORT_MASS
-            assert row[ids].min() >= rest.max()
+            assert rest.max() < MIN_SUPPORT_PROB or len(ids) == max_support
+            assert row[ids].min() >= max(rest.max(), MIN_SUPPORT_PROB)
             assert len(ids) <= max_support
 
-    def test_some_support_is_cut_by_the_mass_and_some_by_the_limit(self):
+    def test_some_support_is_cut_by_the_probability_and_some_by_the_limit(self):
         """Else the test above proves less than it says."""
         sizes = {len(draft.support_ids) for draft in self.drafts(30)}
         assert 30 in sizes
         assert min(sizes) < 30
 
-    def test_ids_ascend_and_weights_are_the_rows_own_in_float32(self):
+    def test_ids_ascend_and_weights_are_the_rows_own_to_half_a_unit(self):
         for row, draft in zip(self.PROBS, self.drafts(20), strict=True):
             assert np.array_equal(draft.support_ids, np.unique(draft.support_ids))
-            assert np.array_equal(draft.support_probs, row[draft.support_ids].float().numpy())
+            assert np.abs(draft.weights - row[draft.support_ids].numpy() / WEIGHT_UNIT).max() <= 0.5
+            assert draft.weights.min() >= 1
 
     def test_the_token_is_drawn_from_the_weights_that_are_sent(self):
         """Inverse transform of the addressed uniform on the normalised weights, as a receiver would compute it."""
         points = uniforms(7, np.arange(64), Purpose.DRAFT)
         for draft, point in zip(self.drafts(20), points, strict=True):
-            cumulative = draft.support_probs.astype(np.float64).cumsum()
+            cumulative = draft.weights.cumsum()
             index = int(np.searchsorted(cumulative, point * cumulative[-1], side="right"))
             assert draft.token_id == draft.support_ids[index]
-            assert draft.token_prob == pytest.approx(draft.support_probs[index] / cumulative[-1], rel=1e-12)
+            assert draft.token_prob == pytest.approx(draft.weights[index] / cumulative[-1], rel=1e-12)
 
     def test_a_mixed_batch_gives_each_row_what_it_gets_alone(self):
         limits = [1 + row % 9 for row in range(64)]
@@ -167,26 +167,32 @@ class TestDrafts:
             [alone] = draw_drafts(self.PROBS[row : row + 1], limits[row : row + 1], points[row : row + 1])
             assert alone.token_id == together[row].token_id
             assert np.array_equal(alone.support_ids, together[row].support_ids)
-            assert np.array_equal(alone.support_probs, together[row].support_probs)
+            assert np.array_equal(alone.weights, together[row].weights)
 
     def test_a_greedy_row_has_a_support_of_one(self):
         drafts = draw_drafts(
             probability_rows(logits_of(4, seed=9), [Warping(0.0)] * 4), [256] * 4, [0.0, 0.3, 0.6, 0.999]
         )
         assert [draft.support_ids.tolist() for draft in drafts] == [[draft.token_id] for draft in drafts]
-        assert [draft.support_probs.tolist() for draft in drafts] == [[1.0]] * 4
+        assert [draft.weights.tolist() for draft in drafts] == [[8192]] * 4
         assert [draft.token_id for draft in drafts] == logits_of(4, seed=9).argmax(-1).tolist()
 
     def test_tokens_without_probability_are_in_no_support(self):
-        """Masked ids and probabilities that vanish in float32 alike: a support's weights are positive."""
+        """Masked ids and probabilities that vanish alike."""
         logits = torch.tensor([[0.0, -torch.inf, 1.0, -200.0]], dtype=torch.float64)
         [draft] = draw_drafts(probability_rows(logits, [Warping()]), [4], [0.5])
         assert draft.support_ids.tolist() == [0, 2]
-        assert (draft.support_probs > 0).all()
+
+    def test_a_row_without_likely_tokens_keeps_the_likeliest(self):
+        """Over a large vocabulary, a flat row may have none of MIN_SUPPORT_PROB."""
+        probs = torch.full((1, 20_000), 0.99 / 20_000)
+        probs[0, 77] = 0.9 * MIN_SUPPORT_PROB
+        [draft] = draw_drafts(probs, [9], [0.5])
+        assert draft.support_ids.tolist() == [77]
 
 
 class TestTargetRows:
-    """A row is told by its probabilities on the support, the mass outside, and one draw from outside."""
+    """A row is told by its probabilities on the support, rounded down, and the mass and one draw of what is left."""
 
     PROBS = probability_rows(logits_of(4, seed=10), [Warping()] * 4)
     SUPPORTS = tuple(np.array(ids, dtype=np.int64) for ids in ([], [3], [0, 7, 49], range(VOCAB_SIZE)))
@@ -196,11 +202,12 @@ class TestTargetRows:
         for probs, support, on_support, mass in zip(
             self.PROBS, self.SUPPORTS, rows.support_probs, rows.outside_masses, strict=True
         ):
-            assert np.array_equal(on_support, probs[support].float().numpy())
-            assert mass == pytest.approx(1 - probs[support].sum().item(), abs=1e-14)
+            assert np.array_equal(on_support, np.floor(probs[support].numpy() / PROB_UNIT) * PROB_UNIT)
+            assert mass == pytest.approx(1 - on_support.sum(), abs=1e-14)
 
-    def test_a_full_support_leaves_exactly_nothing_outside(self):
-        assert read_target_rows(self.PROBS, self.SUPPORTS, [0.5] * 4).outside_masses[3] == 0.0
+    def test_a_full_support_leaves_what_rounding_cuts_off(self):
+        mass = read_target_rows(self.PROBS, self.SUPPORTS, [0.5] * 4).outside_masses[3]
+        assert 0 < mass < VOCAB_SIZE * PROB_UNIT
 
     def test_a_small_mass_outside_keeps_its_precision(self):
         """1 - p(S) would give 0 or 1.1e-16 where the mass is e^-40 = 4.2e-18."""
@@ -247,7 +254,7 @@ def test_greedy_drafts_are_those_of_one_hot_rows():
     for draft, other in zip(greedy_drafts(logits), expected, strict=True):
         assert (draft.token_id, draft.token_prob) == (other.token_id, other.token_prob)
         assert np.array_equal(draft.support_ids, other.support_ids)
-        assert np.array_equal(draft.support_probs, other.support_probs)
+        assert np.array_equal(draft.weights, other.weights)
 
 
 class TestOnHost:
@@ -287,7 +294,7 @@ class TestOnHost:
         for draft, expected in zip(elsewhere, draw_drafts(probs, [8] * 5, points), strict=True):
             assert (draft.token_id, draft.token_prob) == (expected.token_id, expected.token_prob)
             assert np.array_equal(draft.support_ids, expected.support_ids)
-            assert np.array_equal(draft.support_probs, expected.support_probs)
+            assert np.array_equal(draft.weights, expected.weights)
 
     def test_the_targets_rows_take_one_copy_and_are_what_they_were(self, copies, monkeypatch):
         probs = logits_of(3, seed=7).softmax(-1)
@@ -299,5 +306,5 @@ class TestOnHost:
         assert elsewhere.outside_masses == expected.outside_masses
         assert elsewhere.outside_token_ids == expected.outside_token_ids
         for actual, row in zip(elsewhere.support_probs, expected.support_probs, strict=True):
-            assert actual.dtype == np.float32
+            assert actual.dtype == np.float64
             assert np.array_equal(actual, row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from outrider import wire
 from outrider.errors import InvalidArgumentError
+from outrider.scales import PROB_UNIT
 from outrider.v1 import common_pb2
 from outrider.warping import Warping
 
@@ -24,47 +25,106 @@ def test_ids_come_back_as_they_went(ids):
     assert unpacked.dtype == np.int64
 
 
-@given(probs=st.lists(st.floats(0, 1, width=32)))
-def test_probabilities_come_back_as_float32_to_the_letter(probs):
-    unpacked = wire.unpack_probs(wire.pack_probs(np.array(probs)), "probs")
-    assert unpacked.tolist() == probs
-    assert unpacked.dtype == np.float64
-
-
-def test_arrays_are_little_endian_without_padding():
+def test_tokens_are_little_endian_without_padding():
     assert wire.pack_ids([1, 0x01020304]) == b"\x01\0\0\0\x04\x03\x02\x01"
-    assert wire.pack_probs(np.array([0.25, 1.0])) == struct.pack("<2f", 0.25, 1.0)
 
 
-def test_a_support_comes_back_in_its_order():
-    assert wire.unpack_support(wire.pack_ids([0, 7, 99]), "support_ids", VOCAB_SIZE).tolist() == [0, 7, 99]
+sorted_ids = st.lists(st.integers(0, 2**32 - 1), unique=True).map(sorted)
+units = st.lists(st.integers(0, 2**18))
+
+
+@given(supports=st.lists(sorted_ids, max_size=5))
+def test_supports_come_back_as_they_went(supports):
+    unpacked = wire.unpack_supports(wire.pack_supports(supports), "supports[{}]", 2**32)
+    assert [ids.tolist() for ids in unpacked] == supports
+    assert all(ids.dtype == np.int64 for ids in unpacked)
+
+
+@given(rows=st.lists(units, max_size=5))
+def test_probabilities_come_back_as_they_went(rows):
+    probs = [np.array(row, dtype=np.float64) * PROB_UNIT for row in rows]
+    unpacked = wire.unpack_probs(wire.pack_probs(probs), "rows[{}]")
+    assert [row.tolist() for row in unpacked] == [row.tolist() for row in probs]
+
+
+@given(rows=st.lists(st.lists(st.integers(1, 2**33)), max_size=5))
+def test_weights_come_back_as_they_went(rows):
+    unpacked = wire.unpack_weights(wire.pack_weights([np.array(row, dtype=np.int64) for row in rows]), "rows[{}]")
+    assert [row.tolist() for row in unpacked] == rows
 
 
 @pytest.mark.parametrize(
-    ("unpack", "data"),
+    ("ids", "data"),
     [
-        pytest.param(lambda data: wire.unpack_ids(data, "field", VOCAB_SIZE), b"\0\0\0", id="ids_of_three_bytes"),
-        pytest.param(lambda data: wire.unpack_probs(data, "field"), b"\0" * 5, id="probs_of_five_bytes"),
-        pytest.param(
-            lambda data: wire.unpack_ids(data, "field", VOCAB_SIZE), wire.pack_ids([3, 100]), id="id_too_large"
-        ),
-        pytest.param(
-            lambda data: wire.unpack_ids(data, "field", VOCAB_SIZE), wire.pack_ids([2**32 - 1]), id="largest_uint32"
-        ),
-        pytest.param(
-            lambda data: wire.unpack_support(data, "field", VOCAB_SIZE), wire.pack_ids([5, 4]), id="support_unsorted"
-        ),
-        pytest.param(
-            lambda data: wire.unpack_support(data, "field", VOCAB_SIZE), wire.pack_ids([4, 5, 5]), id="support_repeats"
-        ),
-        pytest.param(lambda data: wire.unpack_probs(data, "field"), wire.pack_probs(np.array([-0.1])), id="negative"),
-        pytest.param(lambda data: wire.unpack_probs(data, "field"), wire.pack_probs(np.array([np.nan])), id="nan"),
-        pytest.param(lambda data: wire.unpack_probs(data, "field"), wire.pack_probs(np.array([np.inf])), id="infinite"),
+        ([], b""),
+        ([3, 4, 15], b"\x03\x1a"),  # the example in common.proto
+        ([7], b"\x0f"),
+        ([0, 64, 65], b"\xf0\x07"),
+        ([64], b"\x88\x09"),
+        ([2**32 - 1], b"\xff\xff\xff\xff\xff\x0b"),
     ],
 )
-def test_a_bad_array_is_refused_by_the_name_of_its_field(unpack, data):
-    with pytest.raises(InvalidArgumentError, match=r"^field"):
+def test_a_support_is_octal_digits_of_how_many_ids_are_skipped(ids, data):
+    assert wire.pack_supports([ids]) == [data]
+    assert wire.unpack_supports([data], "support_ids", 2**32)[0].tolist() == ids
+
+
+def test_probabilities_are_whole_units():
+    assert wire.pack_probs([np.array([0.0, 2.0**-18, 2.0**-15, 1.0])]) == [b"\x10\x18\x88\x88\x88\x09"]
+
+
+def test_weights_are_less_by_one():
+    assert wire.pack_weights([np.array([1, 2, 9])]) == [b"\x10\x18"]
+
+
+def ids_of(data: bytes) -> None:
+    wire.unpack_ids(data, "field", VOCAB_SIZE)
+
+
+def support_of(data: bytes) -> None:
+    """Unpack the field between two that are right."""
+    wire.unpack_supports([b"\x0d", data, b"\x0e"], "field[{}]", VOCAB_SIZE)
+
+
+def probs_of(data: bytes) -> None:
+    wire.unpack_probs([b"\x0d", data, b"\x0e"], "field[{}]")
+
+
+@pytest.mark.parametrize(
+    ("unpack", "data", "message"),
+    [
+        pytest.param(ids_of, b"\0\0\0", "field has 3 bytes", id="ids_of_three_bytes"),
+        pytest.param(ids_of, wire.pack_ids([3, 100]), "field holds id 100", id="id_too_large"),
+        pytest.param(ids_of, wire.pack_ids([2**32 - 1]), "field holds id 4294967295", id="largest_uint32"),
+        pytest.param(support_of, b"\xcc\x09", "field[1] holds id 100", id="support_id_too_large"),
+        pytest.param(support_of, b"\x6a\x6a", "field[1] holds id 101", id="support_sum_too_large"),
+        pytest.param(support_of, b"\xff\xff\xff\xff\xff\x7f" * 9, "field[1] holds id", id="support_far_too_large"),
+        pytest.param(support_of, b"\1\x8f", "field[1] ends within", id="support_cut_short"),
+        pytest.param(
+            support_of, b"\x88" * 6 + b"\x08", "field[1] holds a number of more", id="support_thirteen_digits"
+        ),
+        pytest.param(probs_of, b"\1\x8f", "field[1] ends within", id="probs_cut_short"),
+        pytest.param(probs_of, b"\x88" * 6 + b"\x08", "field[1] holds a number of more", id="probs_thirteen_digits"),
+        pytest.param(probs_of, b"\x89\x88\x88\x09", "field[1] holds 1.0000038", id="prob_above_1"),
+    ],
+)
+def test_a_bad_array_is_refused_by_the_name_of_its_field(unpack, data, message):
+    with pytest.raises(InvalidArgumentError, match=f"^{re.escape(message)}"):
         unpack(data)
+
+
+@given(fields=st.lists(st.binary(max_size=40), max_size=4))
+def test_any_bytes_are_read_or_refused(fields):
+    """Whatever is read is a support: ascending ids of the vocabulary."""
+    try:
+        supports = wire.unpack_supports(fields, "fields[{}]", VOCAB_SIZE)
+    except InvalidArgumentError as error:
+        index = int(re.match(r"fields\[(\d)\]", str(error))[1])
+        with pytest.raises(InvalidArgumentError, match=r"^fields\[0\]"):
+            wire.unpack_supports([fields[index]], "fields[{}]", VOCAB_SIZE)
+        return
+    for ids in supports:
+        assert ids.tolist() == sorted({*ids.tolist()} & {*range(VOCAB_SIZE)})
 
 
 def test_token_ids_up_to_the_vocabulary_pass():

@@ -1,0 +1,27 @@
+"""The scales on which probabilities cross the wire. Both are taken before a token is drawn, so that no law is changed.
+
+A drafted token is drawn in proportion to whole weights: the probabilities in units of 2^-13, rounded, at least 1. Sums
+of whole numbers are exact, so that the receiver of the weights knows to the letter what the token was drawn from.
+
+The target's probabilities are rounded down to multiples of 2^-18. What rounding takes away goes to the mass outside the
+support, and takes part in the draw from there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+WEIGHT_UNIT = 2.0**-13
+PROB_UNIT = 2.0**-18
+
+
+def whole_weights(probs: np.ndarray) -> np.ndarray:
+    """Return the weights of probabilities `[n]`, `[n] int64`."""
+    return np.rint(probs / WEIGHT_UNIT).astype(np.int64).clip(1)
+
+
+def round_down(probs: Any) -> Any:
+    """Return probabilities, a number, an array or a tensor in float64, rounded down to multiples of PROB_UNIT."""
+    return probs // PROB_UNIT * PROB_UNIT
