@@ -98,6 +98,10 @@ class DraftLink:
                 return
         del self.proposals[: len(token_ids)]
 
+    def void(self) -> None:
+        """Drop all proposals, and those to come from before the next commit."""
+        self._void(len(self._generation.tokens))
+
     def on_response(self, response: draft_pb2.ProposeResponse) -> None:
         """Take the proposals of a response that stand on what is committed.
 

@@ -116,9 +116,11 @@ class Generation:
         num_accepted = min(decision.num_accepted, num_kept)
         self._count_round(num_kept, num_drafted, num_accepted)
         self._target_told = len(self.tokens)
-        if self.speculation.acceptance == "block" and decision.num_accepted + 1 < len(self._in_round):
-            self.branch = len(self.tokens) + len(kept)  # proposals behind the end took part in deciding on it
+        is_new_branch = self.speculation.acceptance == "block" and decision.num_accepted + 1 < len(self._in_round)
         self._commit(kept)
+        if is_new_branch:  # proposals behind the end took part in deciding on it
+            self.branch = len(self.tokens)
+            self.draft.void()
         self._in_round = []
 
     def _count_round(self, num_kept: int, num_drafted: int, num_accepted: int) -> None:

@@ -168,7 +168,10 @@ class Drafter:
 
     def commit(self, session: Session, commit: Commit) -> None:
         """Apply a commit before the next pass; an error that only the session's state shows is emitted."""
-        self._check_window(commit.window, commit.start_position + len(commit.token_ids))
+        end = commit.start_position + len(commit.token_ids)
+        if end == 0:
+            raise InvalidArgumentError("commit.span leaves no token: give at least the first")
+        self._check_window(commit.window, end)
         self.thread.post(lambda: self._commit(session, commit))
 
     def close(self, session: Session) -> None:
@@ -198,10 +201,13 @@ class Drafter:
         except ServiceError as error:
             self._fail(session, error)
             return
-        if tokens.num_agreeing(commit.start_position, commit.token_ids) < len(commit.token_ids):
+        is_new_branch = commit.branch != session.branch
+        if is_new_branch or tokens.num_agreeing(commit.start_position, commit.token_ids) < len(commit.token_ids):
             session.sequence.rewrite(commit.start_position, commit.token_ids)
+            cache = session.sequence.cache
+            cache.truncate(min(cache.length, len(tokens) - 1))  # the last token is fed, again if need be, for its row
             session.demand, session.held = None, []
-        if commit.branch != session.branch:
+        if is_new_branch:
             session.draw_under(commit.branch)
         num_undecided = max(0, len(tokens) - commit.start_position - len(commit.token_ids))
         session.held = session.held[-num_undecided:] if num_undecided else []

@@ -167,9 +167,10 @@ class ToyDraft:
         tokens.check_span(commit.span.start_position, commit.span.prefix_digest)
         token_ids = wire.unpack_ids(commit.span.token_ids, "ids", VOCAB_SIZE).tolist()
         assert commit.span.start_position + len(token_ids) <= commit.window, "window out of range"
-        if tokens.num_agreeing(commit.span.start_position, token_ids) < len(token_ids):
+        is_new_branch = commit.branch != self.branch
+        if is_new_branch or tokens.num_agreeing(commit.span.start_position, token_ids) < len(token_ids):
             tokens.rewrite(commit.span.start_position, token_ids)
-        if commit.branch != self.branch:
+        if is_new_branch:
             self.branch = commit.branch
             self._numbers = numbers_of(self._opening, Purpose.DRAFT, commit.branch)
         self._commit_index, self._window, self._is_stopped = commit.commit_index, commit.window, False

@@ -135,14 +135,15 @@ def test_a_commit_may_rewrite_what_was_committed(draft, models):
 
 
 def test_a_commit_may_begin_another_branch_of_random_numbers(draft, models):
-    """What was drafted before it stays; what is drafted from then on is drawn anew."""
+    """What was drafted behind it is discarded, although the commit agrees with it, and drawn anew."""
     with RawStream(draft.stub.Propose, open_proposals(ahead=2)) as stream:
-        kept, _ = receive_proposals(stream, 2)
-        agreed = [proposal.token_id for proposal in kept]
-        stream.send(commit_of(1, span(agreed[:1], len(PROMPT), PROMPT), window=len(PROMPT) + 2 + AHEAD, branch=9))
-        anew, _ = receive_proposals(stream, AHEAD)
-    check_proposals(models.draft, kept, PROMPT)
-    check_proposals(models.draft, anew, [*PROMPT, *agreed], branch=9)
+        first, _ = receive_proposals(stream, 2)
+        agreed = first[0].token_id
+        stream.send(commit_of(1, span([agreed], len(PROMPT), PROMPT), window=len(PROMPT) + 1 + AHEAD, branch=9))
+        anew, response = receive_proposals(stream, AHEAD)
+    assert response.start_position + len(response.proposals) == len(PROMPT) + 1 + AHEAD
+    check_proposals(models.draft, first, PROMPT)
+    check_proposals(models.draft, anew, [*PROMPT, agreed], branch=9)
 
 
 def test_a_window_that_moves_back_discards_nothing(draft, models):

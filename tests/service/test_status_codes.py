@@ -127,6 +127,7 @@ PROPOSE = {
     "commit id out of range": (
         commits(commit_of(1, span([VOCAB_SIZE], T, PROMPT), window=T + 2)), INVALID, "commit.span.token_ids",
     ),
+    "commit without a token": (commits(commit_of(1, span([]), window=T + 2)), INVALID, "commit.span"),
     "commit of odd bytes": (commits(commit_of(1, ODD, window=T + 2)), INVALID, "commit.span.token_ids"),
     "window behind the commit": (commits(commit_of(1, span([3, 4], T, PROMPT), window=T + 1)), INVALID, "window"),
     "commit's window beyond the context": (

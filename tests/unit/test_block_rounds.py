@@ -8,6 +8,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from client import acceptance
 from client.conversation import Link
 from client.generation import Generation
 from outrider.rng import uniforms
@@ -107,6 +108,16 @@ def test_no_random_number_of_a_proposal_decides_twice(monkeypatch, num_speculati
         assert numbers.decided
         assert numbers.num_repeated == 0
         monkeypatch.undo()
+
+
+def test_a_rejected_token_that_comes_back_keeps_no_proposal_behind_it(monkeypatch):
+    """What is left of the target's law may hold the proposal itself, so that a commit agrees with what it rejects."""
+    monkeypatch.setattr(acceptance, "draw_recovered", lambda proposal, *rest: proposal.token_id)
+    for order in range(20):
+        numbers = Numbers(monkeypatch)
+        result = run(World(order, draft_speed=(0.5, 10.0)[order % 2]), num_speculative_tokens=4)
+        assert result.stats.num_accepted_tokens < NUM_TOKENS
+        assert numbers.num_repeated == 0
 
 
 def test_a_draft_that_is_not_told_of_branches_is_noticed(monkeypatch):
