@@ -25,6 +25,7 @@ MARGIN = 0.03  # K = 0 is left only for a gain of more than this share
 PROBE_EVERY = 48  # rounds between looks at the other side of the border between K = 0 and K ≥ 1
 LONGEST_PAUSE = 384
 PROBE_ROUNDS = 3  # the first of them finds a draft that has stood still, and is not learned from
+REVIEW_EVERY = 4  # rounds between looks at the rates, which cost a tenth of a millisecond
 VARY_EVERY = 6  # rounds between small steps away from the best K, which the line needs
 
 
@@ -186,6 +187,7 @@ class LengthController:
         """With `may_be_zero` off, K is at least 1: then one seed gives one text."""
         self._speed, self._may_be_zero, self._most = speed, may_be_zero, most
         self._num_rounds = 0
+        self._rates: list[float] = []
         self._rounds_on_side = 0  # rounds in a row with K = 0, or with K ≥ 1
         self._pause = PROBE_EVERY  # rounds on one side before the next look at the other
         self._is_zero = False
@@ -201,7 +203,9 @@ class LengthController:
 
     def next_length(self) -> int:
         """Return K of the next round."""
-        rates = self._speed.rates(self._most)
+        if self._num_rounds % REVIEW_EVERY == 0:
+            self._rates = self._speed.rates(self._most)
+        rates = self._rates
         self._num_rounds += 1
         best = max(range(1, self._most + 1), key=rates.__getitem__) if any(rates[1:]) else min(FIRST, self._most)
         if not self._may_be_zero:

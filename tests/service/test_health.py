@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import outrider.service
 from outrider.engine.loader import ModelRefusedError
-from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream
+from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import open_proposals, open_verification, round_of, span
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -66,6 +66,7 @@ def test_a_shutdown_is_announced_and_lets_running_sessions_end(services, models,
     )
     assert next(watch).status == SERVING
     with opening_call(kind, server) as stream:
+        eventually(lambda: server.num_sessions == 1, "the session is open")
         stopping = threading.Thread(target=server.stop, args=[PATIENCE_S])
         stopping.start()
         assert next(watch).status == NOT_SERVING
