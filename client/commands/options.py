@@ -68,7 +68,11 @@ class Length(click.ParamType):
     name = "integer|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int | str:
-        return value if value == AUTO else click.IntRange(0).convert(value, param, context)
+        if value == AUTO or (isinstance(value, int) and value >= 0):
+            return value
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is neither `{AUTO}` nor a whole number from 0 on", param, context)
+        return int(value)
 
 
 rule_options = add_options(
