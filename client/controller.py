@@ -14,7 +14,10 @@ slope of the target's forward time stand in. R(0), which leaves the draft out, i
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
+from operator import mul
 
 MOST = 16  # proposals in a round
 FIRST = 3  # before anything is known
@@ -25,7 +28,7 @@ MARGIN = 0.03  # K = 0 is left only for a gain of more than this share
 PROBE_EVERY = 48  # rounds between looks at the other side of the border between K = 0 and K ≥ 1
 LONGEST_PAUSE = 384
 PROBE_ROUNDS = 3  # the first of them finds a draft that has stood still, and is not learned from
-REVIEW_EVERY = 4  # rounds between looks at the rates, which cost a tenth of a millisecond
+REVIEW_EVERY = 4  # rounds between looks at the rates, which move slowly
 VARY_EVERY = 6  # rounds between small steps away from the best K, which the line needs
 
 
@@ -95,23 +98,20 @@ class Acceptance:
             self.judged[place] = MEMORY * self.judged[place] + 1.0
             self.accepted[place] = MEMORY * self.accepted[place] + (place < num_accepted)
 
-    def prob(self, place: int) -> float:
-        """Return the probability that the proposal is accepted if those before it were.
+    def probs(self) -> Iterator[float]:
+        """Yield a_1, a_2, …: the probability of each place that its proposal is accepted if those before it were.
 
         Far places are judged rarely, so each leans on the one before it.
         """
-        expected, weight = PRIOR_ACCEPTANCE, PRIOR_ROUNDS
-        for judged, accepted in zip(self.judged[: place + 1], self.accepted[: place + 1], strict=True):
-            expected = (accepted + weight * expected) / (judged + weight)
-        return expected
+        prob = PRIOR_ACCEPTANCE
+        for judged, accepted in zip(self.judged, self.accepted, strict=True):
+            prob = (accepted + PRIOR_ROUNDS * prob) / (judged + PRIOR_ROUNDS)
+            yield prob
 
     def expected_tokens(self, most: int) -> list[float]:
-        """Return E(0) … E(most)."""
-        tokens, reached = [1.0], 1.0
-        for place in range(most):
-            tokens.append(reached if place == 0 else tokens[-1] + reached)
-            reached *= self.prob(place)
-        return tokens
+        """Return E(0) … E(most), for at most MOST."""
+        reached = accumulate(self.probs(), mul, initial=1.0)  # 1, a_1, a_1 a_2, …
+        return [1.0, *accumulate(islice(reached, most))]
 
 
 @dataclass
@@ -122,7 +122,6 @@ class PairSpeed:
     forward: Line = field(default_factory=Line)  # the target's seconds over its rows
     round_alone: Average = field(default_factory=Average)  # K = 0
     draft_token: Average = field(default_factory=Average)
-    overhead: Average = field(default_factory=Average)  # of K = 0 rounds and, until there are some, guessed from others
     acceptance: Acceptance = field(default_factory=Acceptance)
     lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -245,12 +245,16 @@ class Drafter:
     def _draft(self, sessions: list[Session]) -> None:
         """Draw one token for each session whose row is there; a row with NaN or infinity ends its own session alone."""
         rows = [session.demand.rows[-1] for session in sessions if session.demand]
-        finite = are_rows_finite(joined(rows)) if rows else []
+        if not rows:
+            return
+        logits = joined(rows)
+        finite = are_rows_finite(logits)
         for session in compress(sessions, map(operator.not_, finite)):
             self._fail(session, InternalError("the model returned NaN or infinity for this session"))
         healthy = list(compress(sessions, finite))
-        drafts = _draw(joined(list(compress(rows, finite))), healthy) if healthy else []
-        for session, draft in zip(healthy, drafts, strict=True):
+        if len(healthy) < len(sessions):
+            logits = logits[torch.tensor(finite, device=logits.device)]
+        for session, draft in zip(healthy, _draw(logits, healthy) if healthy else [], strict=True):
             self._append(session, draft)
 
     def _append(self, session: Session, draft: Draft) -> None:

@@ -35,7 +35,7 @@ def unpack_ids(data: bytes, field: str, vocab_size: int) -> np.ndarray:
         raise InvalidArgumentError(f"{field} has {len(data)} bytes: give {ID_DTYPE.itemsize} for each id")
     ids = np.frombuffer(data, ID_DTYPE).astype(np.int64)
     if len(ids) and ids.max() >= vocab_size:
-        raise InvalidArgumentError(f"{field} holds {_beyond(ids.max(), vocab_size)}")
+        raise InvalidArgumentError(f"{field} holds id {_beyond(ids.max(), vocab_size)}")
     return ids
 
 
@@ -61,7 +61,7 @@ def unpack_supports(fields: Sequence[bytes], name: str, vocab_size: int) -> list
         starts = positions[ends - counts]
         ids = positions[1:] - np.repeat(starts, counts) - 1
         if len(ids) and ids.max() >= vocab_size:
-            raise MalformedError(f"holds {_beyond(ids.max(), vocab_size)}")
+            raise MalformedError(f"holds id {_beyond(ids.max(), vocab_size)}")
         return np.split(ids, ends[:-1])
 
     return _unpack_all(unpack, fields, name)
@@ -128,13 +128,13 @@ def _unpack_all(unpack: Callable[[Sequence[bytes]], list[T]], fields: Sequence[b
 
 
 def _beyond(token_id: int, vocab_size: int) -> str:
-    return f"id {token_id}: the model's vocabulary has {vocab_size} ids, from 0"
+    return f"{token_id}: the model's vocabulary has {vocab_size} ids, from 0"
 
 
 def check_token_id(token_id: int, field: str, vocab_size: int) -> int:
     """Return the id, or raise InvalidArgumentError when it is outside the vocabulary."""
     if token_id >= vocab_size:
-        raise InvalidArgumentError(f"{field} is {token_id}: the model's vocabulary has {vocab_size} ids, from 0")
+        raise InvalidArgumentError(f"{field} is {_beyond(token_id, vocab_size)}")
     return token_id
 
 
