@@ -35,27 +35,16 @@ class Cache(Protocol):
         """Forget everything and give the memory back."""
 
 
-class SequenceCache:
-    """Keys and values of every layer for the first `length` tokens of one sequence."""
+class TokenCountedCache:
+    """What caches have in common whose memory follows their length: a token costs a token."""
 
     def __init__(self) -> None:
         self._length = 0
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def length(self) -> int:
         """Number of tokens whose entries every layer holds."""
         return self._length
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers that have written entries."""
-        return len(self._layers)
-
-    @property
-    def entry_kinds(self) -> set[tuple[int, int, torch.dtype]]:
-        """H, D and type of the layers' entries: one of each where all layers are alike."""
-        return {(keys.shape[0], keys.shape[2], keys.dtype) for keys, _ in self._layers.values()}
 
     def cost(self, num_tokens: int) -> int:
         """Return what `num_tokens` tokens of one sequence count against the cap: themselves."""
@@ -69,6 +58,28 @@ class SequenceCache:
         """Keep the first `length` tokens."""
         assert 0 <= length <= self._length
         self._length = length
+
+    def advance(self, num_new: int) -> None:
+        """Count the entries that a finished forward pass has written in every layer."""
+        self._length += num_new
+
+
+class SequenceCache(TokenCountedCache):
+    """Keys and values of every layer for the first `length` tokens of one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that have written entries."""
+        return len(self._layers)
+
+    @property
+    def entry_kinds(self) -> set[tuple[int, int, torch.dtype]]:
+        """H, D and type of the layers' entries: one of each where all layers are alike."""
+        return {(keys.shape[0], keys.shape[2], keys.dtype) for keys, _ in self._layers.values()}
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""
@@ -89,10 +100,6 @@ class SequenceCache:
         held[0][:, self._length : end] = keys
         held[1][:, self._length : end] = values
         return held[0][:, :end], held[1][:, :end]
-
-    def advance(self, num_new: int) -> None:
-        """Count the entries that a finished forward pass has written in every layer."""
-        self._length += num_new
 
     def _grown(self, held: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
         """Return a larger buffer with the cached entries; half as much again, so that growing stays linear."""

@@ -174,9 +174,6 @@ class LlamaForward:
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         weights = [part.weight.detach() for part in parts]
         biases = [part.bias.detach() for part in parts if part.bias is not None]
-        window = getattr(attention, "sliding_window", None)
-        if config.model_type == "mistral":  # it reads its configuration instead
-            window = getattr(config, "sliding_window", None)
         attention_norm, feed_forward_norm = (
             self._norm_of(norm, config) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
@@ -192,7 +189,7 @@ class LlamaForward:
             ),
             down=make_product(mlp.down_proj.weight.detach()),
             scaling=attention.scaling,
-            sliding_window=window,
+            sliding_window=sliding_window(attention, config),
         )
 
     def _norm_of(self, norm: Any, config: Any) -> _Norm:
@@ -208,3 +205,10 @@ class LlamaForward:
         """Put the rows of each head from (x0 x1 … y0 y1 …), as transformers rotates them, to (x0 y0 x1 y1 …)."""
         halves = part.view(-1, 2, self._head_dim // 2, *part.shape[1:])
         return halves.transpose(1, 2).reshape(part.shape)
+
+
+def sliding_window(attention: Any, config: Any) -> int | None:
+    """Return how many positions a layer's `attention` sees, itself included; None for all."""
+    if config.model_type == "mistral":  # it reads its configuration instead
+        return getattr(config, "sliding_window", None)
+    return getattr(attention, "sliding_window", None)

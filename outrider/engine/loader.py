@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from outrider.engine import attention
+from outrider.engine.compiled.choice import choose_compiled
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.llama import LlamaForward
 from outrider.engine.paged_choice import CacheOptions, choose_runner
@@ -105,6 +106,9 @@ def load(options: ModelOptions) -> LoadedModel:
         "device": str(forward_pass.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    compiled = None
+    if not options.caches.paged:
+        compiled = choose_compiled(model, ModelRunner(forward_pass), facts["vocab_size"])
     del model  # a forward pass of our own has the weights: their memory is for the caches
     try:
         runner, max_cached_tokens = choose_runner(
@@ -115,7 +119,7 @@ def load(options: ModelOptions) -> LoadedModel:
             f"the caches of {options.model} do not fit into the memory of {facts['device']}: lower --max-cached-tokens"
         ) from error
     tokenizer = _load_tokenizer(options, source)
-    return LoadedModel(options, runner, max_cached_tokens, tokenizer, **facts)
+    return LoadedModel(options, compiled or runner, max_cached_tokens, tokenizer, **facts)
 
 
 def load_plain(options: ModelOptions) -> PreTrainedModel:

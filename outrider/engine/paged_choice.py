@@ -1,7 +1,4 @@
-"""Whether a model runs on paged caches: on GPUs whose attention kernels know its type and head size.
-
-Shapes: R rows, V vocabulary size.
-"""
+"""Whether a model runs on paged caches: on GPUs whose attention kernels know its type and head size."""
 
 from __future__ import annotations
 
@@ -15,7 +12,8 @@ from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.paged import EntryShape, PagePool
 from outrider.engine.paged_attention import VarlenAttention, reference_varlen_attn
 from outrider.engine.paged_runner import PagedRunner
-from outrider.engine.runner import Feed, ForwardPass, ModelRunner, Runner
+from outrider.engine.probe import probe_rows, total_variation
+from outrider.engine.runner import ForwardPass, ModelRunner, Runner
 
 DEFAULT_CONTEXTS_CACHED = 16
 KERNEL_PAGE_SIZE = 256  # FlashAttention 2, which torch has, takes multiples of it
@@ -24,7 +22,6 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 KERNEL_MAX_HEAD_DIM = 256
 KERNEL_CAPABILITY = (8, 0)  # Ampere
 SHARE_OF_FREE_MEMORY = 0.5  # for a cache whose size nobody has set: draft and target may share a GPU
-_PROBE_LENGTH = 13
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +49,9 @@ def choose_runner(
     max_cached_tokens = options.max_cached_tokens or DEFAULT_CONTEXTS_CACHED * context_length
     if device.type != "cuda" and not options.paged:
         return plain, max_cached_tokens
-    expected, caches = probe_rows(plain, vocab_size)
-    shape = _entry_shape(caches)
+    cache = plain.new_cache()
+    expected = probe_rows(plain, vocab_size, cache)
+    shape = _entry_shape(cache)
     reason = why_no_pages(shape, device)
     if reason or shape is None:
         log.info("caches are not paged: %s", reason)
@@ -64,7 +62,7 @@ def choose_runner(
         max_cached_tokens = cached_tokens_that_fit(max_cached_tokens, free_bytes, shape)
     paged = _make(forward_pass, context_length, max_cached_tokens, shape, options.cuda_graphs)
     try:
-        distance = _total_variation(probe_rows(paged, vocab_size)[0], expected)
+        distance = total_variation(probe_rows(paged, vocab_size), expected)
     except (RuntimeError, TypeError) as error:
         log.warning("caches are not paged: %s", error)
         return plain, max_cached_tokens
@@ -95,27 +93,8 @@ def why_no_pages(shape: EntryShape | None, device: torch.device) -> str | None:
     return None
 
 
-@torch.inference_mode()
-def probe_rows(runner: Runner, vocab_size: int) -> tuple[torch.Tensor, SequenceCache | None]:
-    """Return rows `[R, V]` of a short text, fed with a rollback on the way and with one token alone.
-
-    The plain runner's cache comes along, which shows what the model caches.
-    """
-    token_ids = [index * 7919 % vocab_size for index in range(_PROBE_LENGTH)]
-    cache = runner.new_cache()
-    runner.forward([Feed(cache, token_ids[:7], 1)])
-    cache.truncate(5)
-    rows = [runner.forward([Feed(cache, token_ids[5:-1], _PROBE_LENGTH - 6)])]
-    rows.append(runner.forward([Feed(cache, token_ids[-1:], 1)]))
-    if isinstance(cache, SequenceCache):
-        return torch.cat(rows), cache
-    cache.clear()
-    return torch.cat(rows), None
-
-
-def _entry_shape(cache: SequenceCache | None) -> EntryShape | None:
+def _entry_shape(cache: SequenceCache) -> EntryShape | None:
     """Return what the layers have cached; None where they differ."""
-    assert cache is not None
     kinds = list(cache.entry_kinds)
     return EntryShape(cache.num_layers, *kinds[0]) if len(kinds) == 1 else None
 
@@ -142,8 +121,3 @@ def _kernel() -> VarlenAttention:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
-
-
-def _total_variation(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest total variation of two laws in rows of logits `[R, V]`."""
-    return (actual.float().softmax(-1) - expected.float().softmax(-1)).abs().sum(-1).max().item() / 2

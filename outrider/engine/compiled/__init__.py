@@ -1,0 +1,1 @@
+"""The Llama family on a CPU, as one call of compiled code a pass."""

@@ -1,0 +1,45 @@
+"""The KV cache of one sequence in the panels that the compiled products read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from outrider.engine.kv_cache import TokenCountedCache
+
+_GROWTH = 256  # positions, a multiple of every panel's width
+
+
+class PanelCache(TokenCountedCache):
+    """All layers in one block of memory `[L, 2, H, N D]` float32.
+
+    Keys lie as `[N / width, D, width]`, values as `[D / width, N, width]`; `kernels` has the widths.
+    """
+
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, width: int):
+        super().__init__()
+        self._shape, self._head_dim, self._width = (num_layers, 2, num_kv_heads), head_dim, width
+        self._memory = np.empty(0, dtype=np.float32)
+        self.capacity = 0  # positions
+        self.address = 0
+
+    def reserve(self, length: int) -> None:
+        """Have room for `length` tokens; half as much again when it grows, so that growing stays linear."""
+        if length <= self.capacity:
+            return
+        capacity = -(-max(length, self.capacity * 3 // 2) // _GROWTH) * _GROWTH
+        memory = np.empty((*self._shape, capacity * self._head_dim), dtype=np.float32)
+        if self._length:
+            self._copy_to(memory, capacity)
+        self._memory, self.capacity, self.address = memory, capacity, memory.ctypes.data
+
+    def clear(self) -> None:
+        """Forget everything and give the memory back."""
+        self._length = self.capacity = self.address = 0
+        self._memory = np.empty(0, dtype=np.float32)
+
+    def _copy_to(self, memory: np.ndarray, capacity: int) -> None:
+        old, new = self._memory, memory
+        new[:, 0, :, : old.shape[-1]] = old[:, 0]  # panels of keys follow each other
+        panels = (*self._shape[:1], self._shape[2], self._head_dim // self._width)
+        old_values = old[:, 1].reshape(*panels, self.capacity, self._width)
+        new[:, 1].reshape(*panels, capacity, self._width)[..., : self.capacity, :] = old_values

@@ -1,0 +1,176 @@
+"""Runs a Llama-family model by compiled code; see kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from outrider.engine.compiled import kernels
+from outrider.engine.compiled.cache import PanelCache
+from outrider.engine.compiled.kernels import PANEL, Batch, Scratch, Sizes, Weights
+from outrider.engine.llama import LlamaForward, sliding_window
+from outrider.engine.runner import Feed
+
+_NUM_TOKENS, _NUM_POSITIONS = 64, 1024  # that there is room for at first
+
+
+class CompiledLlamaRunner:
+    """Holds its own copy of the weights, and runs passes on one thread. See Runner."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: PreTrainedModel):
+        """`model` must be one that `can_run` accepts; it is read and not changed."""
+        config: Any = model.config
+        decoder: Any = model.model
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        windows = [sliding_window(layer.self_attn, config) or 0 for layer in decoder.layers]
+        self._sizes = Sizes(
+            num_layers=len(decoder.layers),
+            num_query_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            feed_forward=config.intermediate_size,
+            sliding_windows=np.array(windows, dtype=np.int64),
+            scaling=decoder.layers[0].self_attn.scaling,
+            eps=config.rms_norm_eps,
+        )
+        self._rotary = decoder.rotary_emb
+        self._weights = _weights_of(model, *self._angles_up_to(_NUM_POSITIONS))
+        self._vocab_size = model.get_output_embeddings().weight.shape[0]
+        self._width = kernels.attention_width(head_dim)
+        self._scratch = self._scratch_for(_NUM_TOKENS, _NUM_POSITIONS)
+
+    @staticmethod
+    def can_run(model: PreTrainedModel) -> bool:
+        """Return whether the model is float32, on a CPU, of the family, and cut into heads that panels fit."""
+        config: Any = model.config
+        if not LlamaForward.can_run(model) or model.dtype != torch.float32 or model.device.type != "cpu":
+            return False
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim % kernels.LANES == 0
+
+    def new_cache(self) -> PanelCache:
+        """See Runner."""
+        sizes = self._sizes
+        return PanelCache(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, self._width)
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """See Runner."""
+        batch = _batch_of(feeds)
+        longest = int((batch.lengths + np.diff(batch.starts)).max())
+        self._make_room(len(batch.token_ids), longest)
+        logits = np.empty((len(batch.rows), self._weights.head.shape[0] * PANEL), dtype=np.float32)
+        kernels.forward(batch, self._sizes, self._weights, self._scratch, logits)
+        for feed in feeds:
+            feed.cache.advance(len(feed.token_ids))
+        rows = torch.from_numpy(logits)
+        return rows if logits.shape[1] == self._vocab_size else rows[:, : self._vocab_size].contiguous()
+
+    def _make_room(self, num_tokens: int, longest: int) -> None:
+        if longest > len(self._weights.cosines):
+            cosines, sines = self._angles_up_to(max(longest, 2 * len(self._weights.cosines)))
+            self._weights = self._weights._replace(cosines=cosines, sines=sines)
+        has_tokens, has_positions = len(self._scratch.hidden), self._scratch.scores.shape[1]
+        if num_tokens > has_tokens or longest > has_positions:
+            self._scratch = self._scratch_for(max(num_tokens, has_tokens), max(longest, has_positions))
+
+    def _scratch_for(self, num_tokens: int, longest: int) -> Scratch:
+        weights, sizes = self._weights, self._sizes
+
+        def room(num_rows: int, num_columns: int) -> np.ndarray:
+            return np.zeros((num_rows, _padded(num_columns)), dtype=np.float32)
+
+        hidden_size, mixed_size = weights.norms.shape[1], sizes.num_query_heads * sizes.head_dim
+        return Scratch(
+            hidden=room(num_tokens, hidden_size),
+            normed=room(num_tokens, hidden_size),
+            projected=room(num_tokens, weights.biases.shape[1]),
+            mixed=np.zeros((num_tokens, mixed_size), dtype=np.float32),
+            gates=room(num_tokens, 2 * sizes.feed_forward),
+            scores=room(kernels.CHUNK, longest),
+        )
+
+    def _angles_up_to(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return cosines and sines `[length, D / 2]` of rotary embedding."""
+        parts = self._rotary(torch.empty(0), torch.arange(length)[None])
+        cosines, sines = (part[0, :, : part.shape[-1] // 2].contiguous().numpy() for part in parts)
+        return cosines, sines
+
+
+def _batch_of(feeds: Sequence[Feed]) -> Batch:
+    token_ids: list[int] = []
+    starts, rows = [0], []
+    for feed in feeds:
+        token_ids.extend(feed.token_ids)
+        starts.append(len(token_ids))
+        rows.extend(range(len(token_ids) - feed.num_rows, len(token_ids)))
+        feed.cache.reserve(feed.cache.length + len(feed.token_ids))
+    caches = [(feed.cache.length, feed.cache.address, feed.cache.capacity) for feed in feeds]
+    lengths, addresses, capacities = np.array(caches, dtype=np.int64).T.copy()
+    return Batch(
+        token_ids=np.array(token_ids, dtype=np.int64),
+        starts=np.array(starts, dtype=np.int64),
+        lengths=lengths,
+        caches=addresses,
+        capacities=capacities,
+        rows=np.array(rows, dtype=np.int64),
+    )
+
+
+def _weights_of(model: PreTrainedModel, cosines: np.ndarray, sines: np.ndarray) -> Weights:
+    """Return the model's numbers as the kernels read them."""
+    decoder: Any = model.model
+    layers = list(decoder.layers)
+    embedding = decoder.embed_tokens.weight.detach()
+    head = model.get_output_embeddings().weight.detach()
+    projections = [
+        [getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")] for layer in layers
+    ]
+    matrices = {
+        "query_key_value": [torch.cat([part.weight.detach() for part in parts]) for parts in projections],
+        "output": [layer.self_attn.o_proj.weight.detach() for layer in layers],
+        "gate_up": [torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]).detach() for layer in layers],
+        "down": [layer.mlp.down_proj.weight.detach() for layer in layers],
+    }
+    store = _storage_for([embedding, head, *(matrix for group in matrices.values() for matrix in group)])
+    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    return Weights(
+        embedding=store(embedding),
+        norms=torch.stack([norm.weight.detach() for norm in [*norms, decoder.norm]]).numpy().copy(),
+        biases=np.stack([_bias_of(parts) for parts in projections]),
+        head=_panels_of(store(head)),
+        cosines=cosines,
+        sines=sines,
+        **{name: np.stack([_panels_of(store(matrix)) for matrix in group]) for name, group in matrices.items()},
+    )
+
+
+def _bias_of(parts: list[Any]) -> np.ndarray:
+    """Return the joined bias of projections, 0 where there is none and behind them up to the panels' end."""
+    biases = [torch.zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts]
+    joined = torch.cat(biases).numpy()
+    return np.pad(joined, (0, _padded(len(joined)) - len(joined)))
+
+
+def _storage_for(matrices: Sequence[torch.Tensor]):
+    """Return a function that stores a matrix: in 16 bits when these hold every number of all `matrices` exactly."""
+    for half, tag in ((torch.float16, kernels.FLOAT16), (torch.bfloat16, kernels.BFLOAT16)):
+        if all(torch.equal(matrix.to(half).float(), matrix) for matrix in matrices):
+            return lambda matrix, half=half, tag=tag: matrix.to(half).view(torch.int16).numpy().view(tag)
+    return lambda matrix: matrix.numpy().copy()
+
+
+def _panels_of(matrix: np.ndarray) -> np.ndarray:
+    """Return `matrix` `[O, I]` as panels `[O / PANEL, I, PANEL]`, with zeros behind the last output."""
+    num_outputs, num_inputs = matrix.shape
+    padded = np.pad(matrix, ((0, _padded(num_outputs) - num_outputs), (0, 0)))
+    return np.ascontiguousarray(padded.reshape(-1, PANEL, num_inputs).transpose(0, 2, 1))
+
+
+def _padded(size: int) -> int:
+    return -(-size // PANEL) * PANEL
