@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 
+from outrider.host_rows import draw_whole, likely_tokens, read_rows
 from outrider.race import race, race_among
 from outrider.rng import Noise
 from outrider.scales import round_down, whole_weights
@@ -90,12 +90,7 @@ def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], numbers: Seque
 
 def _supports_on_host(probs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return ids and probabilities of each row's support, whatever their number."""
-    thresholds = np.minimum(probs.max(-1, keepdims=True), MIN_SUPPORT_PROB)
-    cells = np.flatnonzero(probs >= thresholds)
-    rows, ids = np.divmod(cells, probs.shape[-1])
-    ends = np.searchsorted(rows, np.arange(len(probs) + 1))
-    kept = probs.ravel()[cells]
-    return [(ids[start:end], kept[start:end]) for start, end in pairwise(ends)]
+    return [likely_tokens(row, MIN_SUPPORT_PROB) for row in probs]
 
 
 def _supports_on_device(probs: torch.Tensor, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -121,10 +116,8 @@ def _draw_draft(ids: np.ndarray, probs: np.ndarray, number: float | Noise) -> Dr
     if isinstance(number, Noise):
         index = race_among(ids, probs, number)
         return Draft(int(ids[index]), ids[:0], ids[:0], float(probs[index] / probs.sum()))
-    weights = whole_weights(probs)
-    cumulative = weights.cumsum()
-    index = min(int(np.searchsorted(cumulative, number * cumulative[-1], side="right")), len(ids) - 1)
-    return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]))
+    weights, index = draw_whole(probs, number)
+    return Draft(int(ids[index]), ids, weights, float(weights[index] / weights.sum()))
 
 
 def greedy_drafts(logits: torch.Tensor) -> list[Draft]:
@@ -135,6 +128,8 @@ def greedy_drafts(logits: torch.Tensor) -> list[Draft]:
 
 def are_rows_finite(logits: torch.Tensor) -> list[bool]:
     """Return for each row of `logits` `[N, V]` whether it is a law: no NaN, no +infinity, and not all −infinity."""
+    if lies_on_host(logits):
+        return np.isfinite(logits.numpy().max(-1)).tolist()
     return logits.amax(-1).isfinite().tolist()
 
 
@@ -166,18 +161,25 @@ def read_target_rows(
     """
     sizes = [len(support) for support in supports]
     flat_ids = np.concatenate(supports)
-    flat_ids += np.repeat(np.arange(len(supports)) * probs.shape[1], sizes)
+    if lies_on_host(probs) and not any(isinstance(number, Noise) for number in numbers):
+        read = read_rows(probs.numpy(), flat_ids, np.array(sizes), np.array(numbers))
+    else:
+        read = _read_with_torch(probs, flat_ids, sizes, numbers)
+    told, masses, token_ids = read
+    return TargetRows(np.split(told, np.cumsum(sizes)[:-1]), masses.tolist(), token_ids.tolist())
+
+
+def _read_with_torch(
+    probs: torch.Tensor, flat_ids: np.ndarray, sizes: list[int], numbers: Sequence[float | Noise]
+) -> list[np.ndarray]:
+    """Return what host_rows.read_rows returns, for rows of any device and for noise."""
+    flat_ids = flat_ids + np.repeat(np.arange(len(sizes)) * probs.shape[1], sizes)
     cells = torch.from_numpy(flat_ids).to(probs.device)
     outside = probs.to(torch.float64, copy=True)
     on_support = outside.take(cells)
     told = round_down(on_support)
     outside.view(-1)[cells] = on_support - told
-    told_probs, masses, token_ids = on_host(told, outside.sum(-1), _draw_rows(outside, numbers))
-    return TargetRows(
-        support_probs=np.split(told_probs, np.cumsum(sizes)[:-1]),
-        outside_masses=masses.tolist(),
-        outside_token_ids=token_ids.tolist(),
-    )
+    return on_host(told, outside.sum(-1), _draw_rows(outside, numbers))
 
 
 def greedy_target_rows(logits: torch.Tensor, supports: Sequence[np.ndarray]) -> TargetRows:

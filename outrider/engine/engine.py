@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 
@@ -109,13 +110,14 @@ class Engine:
 
         The others keep what they got; call again with them.
         """
-        shares = self._shares(sorted(demands, key=lambda demand: demand.arrival))
+        shares = self._shares(sorted(demands, key=_arrival))
         started_at = time.monotonic()
         feeds = [self._feed(demand, num_tokens) for demand, num_tokens in shares]
         logits = self.runner.forward(feeds)
         self._count(feeds, time.monotonic() - started_at)
         ended_at = time.monotonic()
-        for (demand, _), rows in zip(shares, logits.split([feed.num_rows for feed in feeds]), strict=True):
+        parts = [logits] if len(feeds) == 1 else logits.split([feed.num_rows for feed in feeds])
+        for (demand, _), rows in zip(shares, parts, strict=True):
             if len(rows):
                 demand.rows.append(rows)
             demand.started_at = demand.started_at or started_at
@@ -182,6 +184,9 @@ class Engine:
         self.stats.num_evictions += 1
 
 
+_arrival = attrgetter("arrival")
+
+
 def _cost(cache: Cache) -> int:
     return cache.cost(cache.length)
 
@@ -200,6 +205,8 @@ def fair_shares(wanted: SequenceOf[int], budget: int) -> list[int]:
 
     With at most `budget` wishes, every wish gets at least 1.
     """
+    if sum(wanted) <= budget:
+        return list(wanted)
     shares = [0] * len(wanted)
     left = budget
     for num_served, index in enumerate(sorted(range(len(wanted)), key=lambda index: wanted[index])):

@@ -303,7 +303,7 @@ class TestOnHost:
         assert len(copies) == 1
         monkeypatch.undo()
         expected = read_target_rows(probs, supports, [0.1, 0.5, 0.9])
-        assert elsewhere.outside_masses == expected.outside_masses
+        assert elsewhere.outside_masses == pytest.approx(expected.outside_masses, rel=1e-14)
         assert elsewhere.outside_token_ids == expected.outside_token_ids
         for actual, row in zip(elsewhere.support_probs, expected.support_probs, strict=True):
             assert actual.dtype == np.float64

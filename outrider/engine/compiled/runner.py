@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,9 @@ class CompiledLlamaRunner:
 
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """See Runner."""
+        longest = max(feed.cache.length + len(feed.token_ids) for feed in feeds)
+        self._make_room(sum(len(feed.token_ids) for feed in feeds), longest)
         batch = _batch_of(feeds)
-        longest = int((batch.lengths + np.diff(batch.starts)).max())
-        self._make_room(len(batch.token_ids), longest)
         logits = np.empty((len(batch.rows), self._weights.head.shape[0] * PANEL), dtype=np.float32)
         kernels.forward(batch, self._sizes, self._weights, self._scratch, logits)
         for feed in feeds:
@@ -104,22 +105,18 @@ class CompiledLlamaRunner:
 
 def _batch_of(feeds: Sequence[Feed]) -> Batch:
     token_ids: list[int] = []
-    starts, rows = [0], []
+    starts, rows, caches = [0], [], []
     for feed in feeds:
+        cache = feed.cache
         token_ids.extend(feed.token_ids)
         starts.append(len(token_ids))
         rows.extend(range(len(token_ids) - feed.num_rows, len(token_ids)))
-        feed.cache.reserve(feed.cache.length + len(feed.token_ids))
-    caches = [(feed.cache.length, feed.cache.address, feed.cache.capacity) for feed in feeds]
-    lengths, addresses, capacities = np.array(caches, dtype=np.int64).T.copy()
-    return Batch(
-        token_ids=np.array(token_ids, dtype=np.int64),
-        starts=np.array(starts, dtype=np.int64),
-        lengths=lengths,
-        caches=addresses,
-        capacities=capacities,
-        rows=np.array(rows, dtype=np.int64),
-    )
+        cache.reserve(cache.length + len(feed.token_ids))
+        caches.append((cache.length, cache.address, cache.capacity))
+    parts = [token_ids, starts, *zip(*caches, strict=True), rows]
+    numbers = np.array(list(chain.from_iterable(parts)), dtype=np.int64)  # one array: each costs as much as its numbers
+    ends = list(accumulate(map(len, parts)))
+    return Batch(*(numbers[start:end] for start, end in pairwise([0, *ends])))
 
 
 def _weights_of(model: PreTrainedModel, cosines: np.ndarray, sines: np.ndarray) -> Weights:
