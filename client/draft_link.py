@@ -9,6 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from client.acceptance import InvalidProposalError, Proposal
 from client.errors import ServiceFailedError
 from outrider import wire
@@ -184,10 +186,13 @@ def _proposals_from_proto(messages: Sequence[draft_pb2.Proposal], vocab_size: in
     try:
         if is_coupled:
             return [Proposal.of_token(wire.check_token_id(it.token_id, "token_id", vocab_size)) for it in messages]
-        packed = [it.support_ids for it in messages]
-        supports = wire.unpack_supports(packed, "proposals[{}].support_ids", vocab_size)
-        weights = wire.unpack_weights([it.support_weights for it in messages], "proposals[{}].support_weights")
-        token_ids = [it.token_id for it in messages]
-        return [Proposal.from_weights(*parts) for parts in zip(token_ids, supports, weights, packed, strict=True)]
+        return [_proposal_from_proto(it, vocab_size) for it in messages]
     except (InvalidArgumentError, InvalidProposalError) as error:
         raise ServiceFailedError(f"the draft sent a proposal that is none: {error}") from error
+
+
+def _proposal_from_proto(message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
+    gaps = message.support_gaps[:]
+    support = wire.support_of(gaps, "support_gaps", vocab_size)
+    weights = np.array(message.support_weights[:], dtype=np.float64)
+    return Proposal.from_weights(message.token_id, support, weights, gaps)

@@ -83,7 +83,7 @@ class Generation:
                 round_index=self._round_index,
                 committed=self.span_from(self._target_told),
                 proposals=[
-                    target_pb2.ProposedToken(token_id=proposal.token_id, support_ids=proposal.packed_support)
+                    target_pb2.ProposedToken(token_id=proposal.token_id, support_gaps=proposal.support_gaps)
                     for proposal in self._in_round
                 ],
             )
@@ -173,7 +173,7 @@ class Generation:
 def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[Proposal]) -> list[TargetRow]:
     sizes = [len(proposal.support_ids) for proposal in proposals] or [0]
     try:
-        probs = wire.unpack_probs([row.support_probs for row in rows], "rows[{}].support_probs")
+        probs = [wire.probs_of(row.support_units[:], f"rows[{index}].support_units") for index, row in enumerate(rows)]
     except InvalidArgumentError as error:
         raise ServiceFailedError(f"the target sent a row that is none: {error}") from error
     if [len(row_probs) for row_probs in probs] != sizes:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 
 import torch
 
@@ -21,7 +19,7 @@ from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread
 from outrider.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ServiceError
-from outrider.probs import Draft, are_rows_finite, draw_drafts, greedy_drafts, probability_rows
+from outrider.probs import Draft, draft_tokens
 from outrider.rng import AddressedUniforms, Purpose, SharedNoise
 from outrider.warping import Warping
 
@@ -247,15 +245,11 @@ class Drafter:
         rows = [session.demand.rows[-1] for session in sessions if session.demand]
         if not rows:
             return
-        logits = joined(rows)
-        finite = are_rows_finite(logits)
-        for session in compress(sessions, map(operator.not_, finite)):
-            self._fail(session, InternalError("the model returned NaN or infinity for this session"))
-        healthy = list(compress(sessions, finite))
-        if len(healthy) < len(sessions):
-            logits = logits[torch.tensor(finite, device=logits.device)]
-        for session, draft in zip(healthy, _draw(logits, healthy) if healthy else [], strict=True):
-            self._append(session, draft)
+        for session, draft in zip(sessions, _draw(joined(rows), sessions), strict=True):
+            if draft is None:
+                self._fail(session, InternalError("the model returned NaN or infinity for this session"))
+            else:
+                self._append(session, draft)
 
     def _append(self, session: Session, draft: Draft) -> None:
         """Take the drafted token into the sequence, and send it when it is time."""
@@ -281,17 +275,15 @@ class Drafter:
             session.emit(session.take_held())
 
 
-def _draw(logits: torch.Tensor, sessions: Sequence[Session]) -> list[Draft]:
-    """Return a draft for each session's row of `logits` `[N, V]`."""
+def _draw(logits: torch.Tensor, sessions: Sequence[Session]) -> list[Draft | None]:
+    """Return a draft for each session's row of `logits` `[N, V]`; None where the row is no law."""
     if any(session.options.vocab_size < logits.shape[1] for session in sessions):
         logits = logits.clone()
         for row, session in zip(logits, sessions, strict=True):
             row[session.options.vocab_size :] = -torch.inf
-    warpings = [session.options.warping for session in sessions]
-    if all(warping.is_greedy for warping in warpings) and not any(session.options.is_coupled for session in sessions):
-        return greedy_drafts(logits)
-    return draw_drafts(
-        probability_rows(logits, warpings),
+    return draft_tokens(
+        logits,
+        [session.options.warping for session in sessions],
         [session.options.max_support for session in sessions],
         [session.numbers.at(len(session.sequence.tokens)) for session in sessions],
     )

@@ -125,14 +125,16 @@ async def _responses(outbox: asyncio.Queue) -> AsyncIterator[draft_pb2.ProposeRe
 
 
 def _response(drafted: Drafted) -> draft_pb2.ProposeResponse:
-    supports = wire.pack_supports([draft.support_ids for draft in drafted.drafts])
-    weights = wire.pack_weights([draft.weights for draft in drafted.drafts])
     return draft_pb2.ProposeResponse(
         commit_index=drafted.commit_index,
         start_position=drafted.start_position,
         proposals=[
-            draft_pb2.Proposal(token_id=draft.token_id, support_ids=support_ids, support_weights=support_weights)
-            for draft, support_ids, support_weights in zip(drafted.drafts, supports, weights, strict=True)
+            draft_pb2.Proposal(
+                token_id=draft.token_id,
+                support_gaps=wire.support_gaps(draft.support_ids),
+                support_weights=draft.weights.tolist(),
+            )
+            for draft in drafted.drafts
         ],
         stopped=drafted.stopped,
         cache=common_pb2.CacheState(num_cached_tokens=drafted.num_cached_tokens, digest=drafted.cache_digest),

@@ -1,6 +1,8 @@
-"""Compiled code that reads rows of probabilities where the CPU has them. Pure functions on numpy arrays.
+"""Compiled code that reads rows where the CPU has them. Pure functions on numpy arrays.
 
-A row of numpy or torch operations on a few thousand numbers takes many times as long to begin as to compute.
+A row needs a dozen operations on some thousand numbers, which in numpy or torch take many times as long to begin as to
+compute. A row of logits becomes probabilities on the way, by its temperature; a row whose temperature is 0 holds
+probabilities already.
 
 Shapes: N rows, V vocabulary size, S tokens of a support.
 """
@@ -9,76 +11,146 @@ from __future__ import annotations
 
 import numpy as np
 
-from outrider.compiling import compiled
+from outrider.compiling import compiled, exponential, largest
 from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 
 _BLOCK = 64  # weights that are summed before the draw looks for its place among them
 
 
 @compiled()
-def likely_tokens(probs, min_prob):
-    """Return ids `[S] int64`, ascending, and probabilities `[S]` of a row `[V]`: those of at least `min_prob`.
+def draft_rows(rows, temperatures, min_prob, max_supports, uniforms):
+    """Truncate each of `rows` `[N, V]` to its support, round that to whole weights, and draw a token.
 
-    Where no token has that much, the likeliest are returned.
-    """
-    largest = probs[0]
-    for token_id in range(len(probs)):
-        largest = max(largest, probs[token_id])
-    threshold = min(largest, min_prob)
-    count = 0
-    for token_id in range(len(probs)):
-        count += probs[token_id] >= threshold
-    ids, kept = np.empty(count, dtype=np.int64), np.empty(count, dtype=probs.dtype)
-    place = 0
-    for token_id in range(len(probs)):
-        if probs[token_id] >= threshold:
-            ids[place], kept[place] = token_id, probs[token_id]
-            place += 1
-    return ids, kept
-
-
-@compiled()
-def draw_whole(probs, uniform):
-    """Return the whole weights `[S] int64` of `probs` `[S]` (outrider.scales), and an index drawn by them."""
-    weights = np.empty(len(probs), dtype=np.int64)
-    total = 0
-    for index in range(len(probs)):
-        weights[index] = max(1, np.int64(np.rint(probs[index] / WEIGHT_UNIT)))
-        total += weights[index]
-    point, cumulative = uniform * total, 0
-    for index in range(len(probs)):
-        cumulative += weights[index]
-        if cumulative > point:
-            return weights, index
-    return weights, len(probs) - 1
-
-
-@compiled()
-def read_rows(probs, ids, sizes, uniforms):
-    """Read `probs` `[N, V]` on supports, and draw a token from what rounding down and the other ids leave.
+    The support is every token of at least `min_prob`, or as the likeliest; of these the `max_supports` likeliest.
 
     Args:
-        ids: the supports' ids one after the other, int64.
-        sizes: `[N]`, how many each row has.
-        uniforms: `[N] float64`.
+        temperatures, max_supports, uniforms: `[N]` float64, int64, float64.
 
     Returns:
-        The rounded probabilities like `ids`, and for each row the mass left over, float64, and the token drawn from it.
+        Ids and weights of all supports one after the other, int64; for each row the size of its support, the place of
+        the token in it, and whether the row is finite. Where it is not, the support is empty.
     """
-    num_rows, vocab_size = probs.shape
-    told, masses, token_ids = np.empty(len(ids)), np.empty(num_rows), np.empty(num_rows, dtype=np.int64)
-    left, sums = np.empty(vocab_size), np.empty(-(-vocab_size // _BLOCK))
+    num_rows, vocab_size = rows.shape
+    ids, weights = np.empty(num_rows * vocab_size, np.int64), np.empty(num_rows * vocab_size, np.int64)
+    sizes, places, finite = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64), np.zeros(num_rows, np.bool_)
+    probs = np.empty(vocab_size, rows.dtype)
     first = 0
     for row in range(num_rows):
-        left[:] = probs[row]
-        for place in range(first, first + sizes[row]):
+        total = _probabilities(rows[row], temperatures[row], probs)
+        if not np.isfinite(total):
+            continue
+        finite[row] = True
+        size = _support(probs, total, min_prob, max_supports[row], ids[first:], weights[first:])
+        sizes[row], places[row] = size, _place(weights[first : first + size], uniforms[row])
+        first += size
+    return ids[:first].copy(), weights[:first].copy(), sizes, places, finite
+
+
+@compiled()
+def target_rows(rows, temperatures, ids, sizes, uniforms):
+    """Read `rows` `[N, V]` on supports, and draw a token from what rounding down and the other ids leave of each.
+
+    Args:
+        temperatures, sizes, uniforms: `[N]` float64, int64, float64; `sizes` are those of the supports.
+        ids: the supports' ids one after the other, int64.
+
+    Returns:
+        The rounded probabilities like `ids`, float64; for each row the mass left over, float64, the token drawn from
+        it, and whether the row is finite.
+    """
+    num_rows, vocab_size = rows.shape
+    told, masses, token_ids = np.zeros(len(ids)), np.zeros(num_rows), np.zeros(num_rows, np.int64)
+    finite = np.zeros(num_rows, np.bool_)
+    probs, left = np.empty(vocab_size, rows.dtype), np.empty(vocab_size)
+    sums = np.empty(-(-vocab_size // _BLOCK))
+    end = 0
+    for row in range(num_rows):
+        first, end = end, end + sizes[row]
+        total = _probabilities(rows[row], temperatures[row], probs)
+        if not np.isfinite(total):
+            continue
+        finite[row] = True
+        scale = 1 / total
+        for token_id in range(vocab_size):
+            left[token_id] = probs[token_id] * scale
+        for place in range(first, end):
             prob = left[ids[place]]
             told[place] = np.floor(prob / PROB_UNIT) * PROB_UNIT
             left[ids[place]] = prob - told[place]
-        first += sizes[row]
         masses[row] = _block_sums(left, sums)
         token_ids[row] = _draw(left, sums, uniforms[row] * masses[row])
-    return told, masses, token_ids
+    return told, masses, token_ids, finite
+
+
+@compiled(on_disk=False)
+def _probabilities(row, temperature, probs):
+    """Write numbers in proportion to the row's probabilities, and return their sum; NaN where the row is no law."""
+    if temperature == 0:
+        probs[:] = row
+        return 1.0
+    top, inverse = largest(row), np.float32(1 / temperature)
+    if not np.isfinite(top):
+        return np.nan
+    for token_id in range(len(row)):
+        below = (row[token_id] - top) * inverse
+        probs[token_id] = exponential(below)
+    return _sum(probs)
+
+
+@compiled(fastmath={"reassoc", "contract"}, on_disk=False)
+def _sum(numbers):
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
+
+
+@compiled(on_disk=False)
+def _support(probs, total, min_prob, max_support, ids, weights):
+    """Write ids and whole weights (outrider.scales) of a row's support; return its size."""
+    threshold = min(largest(probs), min_prob * total)
+    size = 0
+    for token_id in range(len(probs)):
+        if probs[token_id] >= threshold:
+            ids[size] = token_id
+            size += 1
+    if size > max_support:
+        size = _likeliest(probs, ids[:size], max_support)
+    for place in range(size):
+        weights[place] = max(1, np.int64(np.rint(probs[ids[place]] / total / WEIGHT_UNIT)))
+    return size
+
+
+@compiled(on_disk=False)
+def _likeliest(probs, ids, most):
+    """Keep the `most` likeliest of `ids` at its front, in the order they have, the lowest where some are equal."""
+    last = np.sort(probs[ids])[len(ids) - most]
+    num_equal = most
+    for token_id in ids:
+        num_equal -= probs[token_id] > last
+    size = 0
+    for place in range(len(ids)):
+        token_id = ids[place]
+        if probs[token_id] < last or (probs[token_id] == last and num_equal == 0):
+            continue
+        num_equal -= probs[token_id] == last
+        ids[size] = token_id
+        size += 1
+    return size
+
+
+@compiled(on_disk=False)
+def _place(weights, uniform):
+    """Return an index drawn by whole `weights` `[S]`."""
+    total = 0
+    for weight in weights:
+        total += weight
+    point, cumulative = uniform * total, 0
+    for index in range(len(weights)):
+        cumulative += weights[index]
+        if cumulative > point:
+            return index
+    return len(weights) - 1
 
 
 @compiled(fastmath={"reassoc", "contract"}, on_disk=False)

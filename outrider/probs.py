@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from outrider.host_rows import draw_whole, likely_tokens, read_rows
+from outrider.host_rows import draft_rows, target_rows
 from outrider.race import race, race_among
 from outrider.rng import Noise
 from outrider.scales import round_down, whole_weights
 from outrider.warping import Warping
 
-MIN_SUPPORT_PROB = 1e-4
+MIN_SUPPORT_PROB = 2e-4
 
 
 def probability_rows(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
@@ -81,16 +82,33 @@ def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], numbers: Seque
     The token is drawn from the whole weights that are returned, divided by their sum, so that the receiver knows
     the law to the letter. Each row has a uniform, or the noise of its position.
     """
-    supports = (
-        _supports_on_host(probs.numpy()) if lies_on_host(probs) else _supports_on_device(probs, max(max_supports))
-    )
+    if lies_on_host(probs):
+        drafts = _drafts_on_host(probs.numpy(), np.zeros(len(probs)), max_supports, numbers)
+        return [draft for draft in drafts if draft]
+    supports = _supports_on_device(probs, max(max_supports))
     parts = zip(supports, max_supports, numbers, strict=True)
     return [_draw_draft(*_likeliest(*support, max_support), number) for support, max_support, number in parts]
 
 
-def _supports_on_host(probs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return ids and probabilities of each row's support, whatever their number."""
-    return [likely_tokens(row, MIN_SUPPORT_PROB) for row in probs]
+def _drafts_on_host(
+    rows: np.ndarray, temperatures: np.ndarray, max_supports: Sequence[int], numbers: Sequence[float | Noise]
+) -> list[Draft | None]:
+    """Return a draft for each of `rows` `[N, V]`, as host_rows reads them; None where the row is no law."""
+    uniforms = np.array([0.0 if isinstance(number, Noise) else number for number in numbers])
+    parts = draft_rows(rows, temperatures, MIN_SUPPORT_PROB, np.array(max_supports), uniforms)
+    all_ids, all_weights, *by_row = parts
+    drafts: list[Draft | None] = []
+    first = 0
+    for row, number, size, place, is_finite in zip(rows, numbers, *(part.tolist() for part in by_row), strict=True):
+        ids, weights = all_ids[first : first + size], all_weights[first : first + size]
+        first += size
+        if not is_finite:
+            drafts.append(None)
+        elif isinstance(number, Noise):
+            drafts.append(_draw_draft(ids, row[ids], number))
+        else:
+            drafts.append(Draft(int(ids[place]), ids, weights, float(weights[place] / weights.sum())))
+    return drafts
 
 
 def _supports_on_device(probs: torch.Tensor, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -116,8 +134,46 @@ def _draw_draft(ids: np.ndarray, probs: np.ndarray, number: float | Noise) -> Dr
     if isinstance(number, Noise):
         index = race_among(ids, probs, number)
         return Draft(int(ids[index]), ids[:0], ids[:0], float(probs[index] / probs.sum()))
-    weights, index = draw_whole(probs, number)
-    return Draft(int(ids[index]), ids, weights, float(weights[index] / weights.sum()))
+    weights = whole_weights(probs)
+    cumulative = weights.cumsum()
+    index = min(int(np.searchsorted(cumulative, number * cumulative[-1], side="right")), len(ids) - 1)
+    return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]))
+
+
+def draft_tokens(
+    logits: torch.Tensor, warpings: Sequence[Warping], max_supports: Sequence[int], numbers: Sequence[float | Noise]
+) -> list[Draft | None]:
+    """Draw a token for each row of `logits` `[N, V]` under its warping, as draw_drafts does; None for no law."""
+    if _are_plain(logits, warpings, numbers):
+        return _drafts_on_host(logits.numpy(), _temperatures(warpings), max_supports, numbers)
+    logits, finite = _only_finite(logits)
+    if all(warping.is_greedy for warping in warpings) and not any(isinstance(number, Noise) for number in numbers):
+        drafts = greedy_drafts(logits)
+    else:
+        drafts = draw_drafts(probability_rows(logits, warpings), max_supports, numbers)
+    return [draft if is_finite else None for draft, is_finite in zip(drafts, finite, strict=True)]
+
+
+def _are_plain(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Sequence[float | Noise]) -> bool:
+    """Return whether compiled code reads the rows from their logits on: all but filters, noise and float64."""
+    return (
+        lies_on_host(logits)
+        and logits.dtype == torch.float32
+        and not any(warping.is_greedy or warping.has_filters for warping in warpings)
+        and not any(isinstance(number, Noise) for number in numbers)
+    )
+
+
+def _temperatures(warpings: Sequence[Warping]) -> np.ndarray:
+    return np.array([warping.temperature for warping in warpings])
+
+
+def _only_finite(logits: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+    """Return the rows with zeros for those that are no law, and which are."""
+    finite = are_rows_finite(logits)
+    if all(finite):
+        return logits, finite
+    return logits.where(torch.tensor(finite, device=logits.device)[:, None], 0.0), finite
 
 
 def greedy_drafts(logits: torch.Tensor) -> list[Draft]:
@@ -128,8 +184,6 @@ def greedy_drafts(logits: torch.Tensor) -> list[Draft]:
 
 def are_rows_finite(logits: torch.Tensor) -> list[bool]:
     """Return for each row of `logits` `[N, V]` whether it is a law: no NaN, no +infinity, and not all −infinity."""
-    if lies_on_host(logits):
-        return np.isfinite(logits.numpy().max(-1)).tolist()
     return logits.amax(-1).isfinite().tolist()
 
 
@@ -149,6 +203,11 @@ class TargetRows:
     outside_masses: list[float]  # [N]
     outside_token_ids: list[int]  # [N]
 
+    def part(self, start: int, end: int) -> TargetRows:
+        """Return some of the rows."""
+        where = slice(start, end)
+        return TargetRows(self.support_probs[where], self.outside_masses[where], self.outside_token_ids[where])
+
 
 def read_target_rows(
     probs: torch.Tensor, supports: Sequence[np.ndarray], numbers: Sequence[float | Noise]
@@ -160,19 +219,28 @@ def read_target_rows(
     mass outside is summed, not subtracted from 1, so that a small one keeps its precision.
     """
     sizes = [len(support) for support in supports]
-    flat_ids = np.concatenate(supports)
     if lies_on_host(probs) and not any(isinstance(number, Noise) for number in numbers):
-        read = read_rows(probs.numpy(), flat_ids, np.array(sizes), np.array(numbers))
-    else:
-        read = _read_with_torch(probs, flat_ids, sizes, numbers)
-    told, masses, token_ids = read
+        return _rows_on_host(probs.numpy(), np.zeros(len(probs)), supports, numbers)[0]
+    told, masses, token_ids = _read_with_torch(probs, np.concatenate(supports), sizes, numbers)
     return TargetRows(np.split(told, np.cumsum(sizes)[:-1]), masses.tolist(), token_ids.tolist())
+
+
+def _rows_on_host(
+    rows: np.ndarray, temperatures: np.ndarray, supports: Sequence[np.ndarray], uniforms: Sequence[Any]
+) -> tuple[TargetRows, list[bool]]:
+    """Return what `rows` `[N, V]` are on their supports, as host_rows reads them, and which of them are laws."""
+    sizes = np.array([len(support) for support in supports])
+    parts = target_rows(rows, temperatures, np.concatenate(supports), sizes, np.array(uniforms))
+    told, masses, token_ids, finite = parts
+    ends = sizes.cumsum().tolist()
+    told_by_row = [told[end - len(support) : end] for end, support in zip(ends, supports, strict=True)]
+    return TargetRows(told_by_row, masses.tolist(), token_ids.tolist()), finite.tolist()
 
 
 def _read_with_torch(
     probs: torch.Tensor, flat_ids: np.ndarray, sizes: list[int], numbers: Sequence[float | Noise]
 ) -> list[np.ndarray]:
-    """Return what host_rows.read_rows returns, for rows of any device and for noise."""
+    """Return what is told of each id, the masses left over and the tokens drawn from them, on any device."""
     flat_ids = flat_ids + np.repeat(np.arange(len(sizes)) * probs.shape[1], sizes)
     cells = torch.from_numpy(flat_ids).to(probs.device)
     outside = probs.to(torch.float64, copy=True)
@@ -180,6 +248,21 @@ def _read_with_torch(
     told = round_down(on_support)
     outside.view(-1)[cells] = on_support - told
     return on_host(told, outside.sum(-1), _draw_rows(outside, numbers))
+
+
+def read_logits(
+    logits: torch.Tensor,
+    warpings: Sequence[Warping],
+    supports: Sequence[np.ndarray],
+    numbers: Sequence[float | Noise],
+) -> tuple[TargetRows, list[bool]]:
+    """Read `logits` `[N, V]` under their warpings as read_target_rows reads laws; tell also which rows are laws."""
+    if _are_plain(logits, warpings, numbers):
+        return _rows_on_host(logits.numpy(), _temperatures(warpings), supports, numbers)
+    logits, finite = _only_finite(logits)
+    if all(warping.is_greedy for warping in warpings):
+        return greedy_target_rows(logits, supports), finite
+    return read_target_rows(probability_rows(logits, warpings), supports, numbers), finite
 
 
 def greedy_target_rows(logits: torch.Tensor, supports: Sequence[np.ndarray]) -> TargetRows:

@@ -5,19 +5,16 @@ Shapes: S support.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 
 from outrider.errors import InvalidArgumentError
-from outrider.nibbles import MalformedError, pack_numbers, unpack_numbers
 from outrider.scales import PROB_UNIT
 from outrider.v1 import common_pb2
 from outrider.warping import Warping
 
 ID_DTYPE = np.dtype("<u4")
-T = TypeVar("T")
 
 
 def pack_ids(token_ids: Sequence[int] | np.ndarray) -> bytes:
@@ -39,92 +36,38 @@ def unpack_ids(data: bytes, field: str, vocab_size: int) -> np.ndarray:
     return ids
 
 
-def pack_supports(supports: Sequence[np.ndarray]) -> list[bytes]:
-    """Return each support `[S] int64`, ascending, as numbers: how many ids are skipped before each id."""
-    return pack_numbers([np.diff(support, prepend=-1) - 1 for support in supports])
+def support_gaps(support: np.ndarray) -> list[int]:
+    """Return a support `[S] int64`, ascending, as it travels: how many ids are skipped before each id."""
+    return (np.diff(support, prepend=-1) - 1).tolist()
 
 
-def unpack_supports(fields: Sequence[bytes], name: str, vocab_size: int) -> list[np.ndarray]:
-    """Return the ids of each support, `[S] int64`, which ascend by their encoding.
-
-    Args:
-        name: of the fields in an error, with `{}` for the index.
+def support_of(gaps: Sequence[int], field: str, vocab_size: int) -> np.ndarray:
+    """Return the ids `[S] int64` of a support, which ascend by their encoding.
 
     Raises:
-        InvalidArgumentError: a field is cut short, or holds an id outside the vocabulary.
+        InvalidArgumentError: an id is outside the vocabulary.
     """
-
-    def unpack(fields: Sequence[bytes]) -> list[np.ndarray]:
-        num_skipped, counts = unpack_numbers(fields)
-        ends = np.cumsum(counts)
-        positions = np.concatenate(([0], (num_skipped + 1).cumsum()))  # of all supports laid end to end
-        starts = positions[ends - counts]
-        ids = positions[1:] - np.repeat(starts, counts) - 1
-        if len(ids) and ids.max() >= vocab_size:
-            raise MalformedError(f"holds id {_beyond(ids.max(), vocab_size)}")
-        return np.split(ids, ends[:-1])
-
-    return _unpack_all(unpack, fields, name)
+    ids = (np.array(gaps, dtype=np.int64) + 1).cumsum() - 1
+    if len(ids) and ids[-1] >= vocab_size:
+        raise InvalidArgumentError(f"{field} holds id {_beyond(ids[-1], vocab_size)}")
+    return ids
 
 
-def pack_weights(rows: Sequence[np.ndarray]) -> list[bytes]:
-    """Return each row of whole weights `[S]`, at least 1, as numbers, each less by one."""
-    return pack_numbers([row - 1 for row in rows])
+def prob_units(probs: np.ndarray) -> list[int]:
+    """Return probabilities `[S]`, multiples of PROB_UNIT, as numbers of units."""
+    return (probs / PROB_UNIT).astype(np.int64).tolist()
 
 
-def unpack_weights(fields: Sequence[bytes], name: str) -> list[np.ndarray]:
-    """Return each row of weights, `[S] float64`, exactly as it was packed.
-
-    Args:
-        name: as in unpack_supports.
+def probs_of(units: Sequence[int], field: str) -> np.ndarray:
+    """Return the probabilities `[S] float64` that so many units are.
 
     Raises:
-        InvalidArgumentError: a field is cut short, or holds a number that is too long.
+        InvalidArgumentError: one is above 1.
     """
-
-    def unpack(fields: Sequence[bytes]) -> list[np.ndarray]:
-        numbers, counts = unpack_numbers(fields)
-        return np.split(numbers + 1.0, np.cumsum(counts)[:-1])
-
-    return _unpack_all(unpack, fields, name)
-
-
-def pack_probs(rows: Sequence[np.ndarray]) -> list[bytes]:
-    """Return each row of probabilities `[S]`, multiples of PROB_UNIT, as the numbers of units."""
-    return pack_numbers([row / PROB_UNIT for row in rows])
-
-
-def unpack_probs(fields: Sequence[bytes], name: str) -> list[np.ndarray]:
-    """Return each row of probabilities, `[S] float64`, exactly as it was packed.
-
-    Args:
-        name: as in unpack_supports.
-
-    Raises:
-        InvalidArgumentError: a field is cut short, or holds a value above 1.
-    """
-
-    def unpack(fields: Sequence[bytes]) -> list[np.ndarray]:
-        multiples, counts = unpack_numbers(fields)
-        probs = multiples * PROB_UNIT
-        if len(probs) and probs.max() > 1:
-            raise MalformedError(f"holds {probs.max()}, which is no probability")
-        return np.split(probs, np.cumsum(counts)[:-1])
-
-    return _unpack_all(unpack, fields, name)
-
-
-def _unpack_all(unpack: Callable[[Sequence[bytes]], list[T]], fields: Sequence[bytes], name: str) -> list[T]:
-    """Unpack all fields at once; one by one only to name the first that cannot be."""
-    try:
-        return unpack(fields) if fields else []
-    except MalformedError:
-        for index, field in enumerate(fields):
-            try:
-                unpack([field])
-            except MalformedError as error:
-                raise InvalidArgumentError(f"{name.format(index)} {error}") from None
-        raise
+    probs = np.array(units, dtype=np.float64) * PROB_UNIT
+    if len(probs) and probs.max() > 1:
+        raise InvalidArgumentError(f"{field} holds {probs.max()}, which is no probability")
+    return probs
 
 
 def _beyond(token_id: int, vocab_size: int) -> str:

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import pairwise
 
 import numpy as np
-import torch
 
 from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread, new_reply
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError
-from outrider.probs import TargetRows, are_rows_finite, greedy_target_rows, probability_rows, read_target_rows
+from outrider.probs import TargetRows, read_logits
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.warping import Warping
 
@@ -194,15 +192,12 @@ class Scheduler:
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Read the rows of all finished rounds together; a row with NaN or infinity fails its own round alone."""
-        logits = [joined(job.demand.rows) for job in jobs]
-        finite = [all(are_rows_finite(rows)) for rows in logits]
-        for job in compress(jobs, map(operator.not_, finite)):
-            job.session.sequence.cache.clear()
-            job.reply.set_exception(InternalError("the model returned NaN or infinity for this session"))
-        healthy = list(compress(zip(jobs, logits, strict=True), finite))
-        rows_by_job = _read_rows(healthy) if healthy else []
-        for (job, _), rows in zip(healthy, rows_by_job, strict=True):
+        for job, rows in zip(jobs, _read_rows(jobs) if jobs else [], strict=True):
             sequence, demand = job.session.sequence, job.demand
+            if rows is None:
+                sequence.cache.clear()
+                job.reply.set_exception(InternalError("the model returned NaN or infinity for this session"))
+                continue
             assert demand.started_at is not None
             job.reply.set_result(
                 Verdict(
@@ -216,28 +211,20 @@ class Scheduler:
             )
 
 
-def _read_rows(jobs: list[tuple[_Job, torch.Tensor]]) -> list[TargetRows]:
-    """Return each job's rows, read from one batch of logits."""
-    sizes = [len(logits) for _, logits in jobs]
+def _read_rows(jobs: list[_Job]) -> list[TargetRows | None]:
+    """Return each job's rows, read from one batch of logits; None where one of them is no law."""
+    logits = [joined(job.demand.rows) for job in jobs]
     warpings: list[Warping] = []
     supports: list[np.ndarray] = []
     numbers: list[float | Noise] = []
+    ends: list[int] = []
     no_support = np.empty(0, dtype=np.int64)
-    for (job, _), size in zip(jobs, sizes, strict=True):
-        first = job.round.committed.end
+    for job, part in zip(jobs, logits, strict=True):
+        first, size = job.round.committed.end, len(part)
         warpings += [job.session.warping] * size
         supports += job.round.supports or [no_support]
         numbers += [job.session.numbers.at(first + offset) for offset in range(size)]
-    logits = joined([logits for _, logits in jobs])
-    if all(warping.is_greedy for warping in warpings):
-        rows = greedy_target_rows(logits, supports)
-    else:
-        rows = read_target_rows(probability_rows(logits, warpings), supports, numbers)
-    if len(jobs) == 1:
-        return [rows]
-    parts, start = [], 0
-    for size in sizes:
-        where = slice(start, start + size)
-        parts.append(TargetRows(rows.support_probs[where], rows.outside_masses[where], rows.outside_token_ids[where]))
-        start += size
-    return parts
+        ends.append(len(supports))
+    rows, finite = read_logits(joined(logits), warpings, supports, numbers)
+    borders = list(pairwise([0, *ends]))
+    return [rows.part(start, end) if all(finite[start:end]) else None for start, end in borders]

@@ -6,6 +6,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 
+import numpy as np
+
 from outrider import wire
 from outrider.errors import InvalidArgumentError, NotFoundError
 from outrider.options import ServiceOptions
@@ -92,23 +94,25 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                 f"proposals has {len(message.proposals)} elements: this service takes at most {limit}"
             )
         vocab_size = self._host.vocab_size
+        supports = []
         for index, proposal in enumerate(message.proposals):
             wire.check_token_id(proposal.token_id, f"proposals[{index}].token_id", vocab_size)
-            _check_support(proposal.support_ids, f"proposals[{index}].support_ids", is_coupled)
+            supports.append(
+                _support(proposal.support_gaps[:], f"proposals[{index}].support_gaps", vocab_size, is_coupled)
+            )
         return Round(
             self._span(message.committed, "round.committed"),
             [proposal.token_id for proposal in message.proposals],
-            wire.unpack_supports(
-                [proposal.support_ids for proposal in message.proposals], "proposals[{}].support_ids", vocab_size
-            ),
+            supports,
         )
 
 
-def _check_support(support_ids: bytes, field: str, is_coupled: bool) -> None:
-    if not support_ids and not is_coupled:
+def _support(gaps: list[int], field: str, vocab_size: int, is_coupled: bool) -> np.ndarray:
+    if not gaps and not is_coupled:
         raise InvalidArgumentError(f"{field} is empty: send the ids that the proposal was drawn from")
-    if support_ids and is_coupled:
+    if gaps and is_coupled:
         raise InvalidArgumentError(f"{field} is not empty: with coupling gumbel, send the token alone")
+    return wire.support_of(gaps, field, vocab_size)
 
 
 def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
@@ -116,9 +120,13 @@ def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
     return target_pb2.VerifyResponse(
         round_index=round_index,
         rows=[
-            target_pb2.TargetRow(support_probs=probs, outside_mass=mass, outside_token_id=token_id)
+            target_pb2.TargetRow(
+                support_units=wire.prob_units(probs) if len(probs) else (),
+                outside_mass=mass,
+                outside_token_id=token_id,
+            )
             for probs, mass, token_id in zip(
-                wire.pack_probs(rows.support_probs), rows.outside_masses, rows.outside_token_ids, strict=True
+                rows.support_probs, rows.outside_masses, rows.outside_token_ids, strict=True
             )
         ],
         cache=common_pb2.CacheState(num_cached_tokens=verdict.num_cached_tokens, digest=verdict.cache_digest),
