@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 
 import torch
 from transformers import PreTrainedModel
@@ -18,10 +17,13 @@ log = logging.getLogger(__name__)
 
 def choose_compiled(model: PreTrainedModel, reference: Runner, vocab_size: int) -> Runner | None:
     """Return a runner for the model, compared with `reference` on a short text; None where it should run otherwise."""
-    if torch.get_num_threads() != 1 or find_spec("numba") is None:
+    if torch.get_num_threads() != 1:
         return None
-    from outrider.engine.compiled.runner import CompiledLlamaRunner  # numba is slow to import
-
+    try:
+        from outrider.engine.compiled.runner import CompiledLlamaRunner  # numba is slow to import
+    except ImportError as error:  # it also refuses a numpy that it does not know
+        log.warning("the model runs uncompiled: %s", error)
+        return None
     if not CompiledLlamaRunner.can_run(model):
         return None
     log.info("compiling the forward pass, if this machine has not done so before")

@@ -2,8 +2,8 @@
 
 A pass of a few tokens takes as long as it takes to read the weights once. So they are stored in the 16 bits of their
 checkpoint where these hold them exactly, and widened on the way into the registers: all arithmetic is float32. They lie
-in *panels*: PANEL outputs side by side, input after input, so that one product reads memory from front to end, and up to
-ROWS rows are multiplied with every number read. Attention is the same product twice: keys of PANEL positions, and
+in *panels*: PANEL outputs side by side, input after input, so that one product reads memory from front to end, and up
+to ROWS rows are multiplied with every number read. Attention is the same product twice: keys of PANEL positions, and
 values of PANEL channels, are panels of the cache.
 
 Every output is one chain of additions in the order of its inputs, whatever rows are beside it: logits do not depend on
@@ -431,7 +431,21 @@ def _attend(layer, sizes, batch, scratch):
                     scores.ctypes.data,
                     scores.shape[1],
                 )
-                _mix(head, start, num_tokens, num_seen, sizes, window, width, scaling, scores, mixed, value_address + base, capacity, mixed_size)  # noqa: E501
+                _mix(
+                    head,
+                    start,
+                    num_tokens,
+                    num_seen,
+                    sizes,
+                    window,
+                    width,
+                    scaling,
+                    scores,
+                    mixed,
+                    value_address + base,
+                    capacity,
+                    mixed_size,
+                )
 
 
 @njit(nogil=True, error_model="numpy")
@@ -485,6 +499,7 @@ def _on_disk(function: Callable) -> Any:
 def forward(batch, sizes, weights, scratch, logits):
     """Run the model over a packed row: write caches, and write the logits of `batch.rows` `[R, V]`."""
     num_tokens, num_rows = len(batch.token_ids), len(batch.rows)
+    num_turned = sizes.num_query_heads + sizes.num_kv_heads
     hidden, normed, projected, gates = scratch.hidden, scratch.normed, scratch.projected, scratch.gates
     for token in range(num_tokens):
         embedded = weights.embedding[batch.token_ids[token]]
@@ -498,8 +513,8 @@ def forward(batch, sizes, weights, scratch, logits):
         for sequence in range(len(batch.lengths)):
             for token in range(batch.starts[sequence], batch.starts[sequence + 1]):
                 position = batch.lengths[sequence] + token - batch.starts[sequence]
-                num_turned = sizes.num_query_heads + sizes.num_kv_heads
-                _rotate(projected[token], num_turned, sizes.head_dim, weights.cosines[position], weights.sines[position])
+                cosines, sines = weights.cosines[position], weights.sines[position]
+                _rotate(projected[token], num_turned, sizes.head_dim, cosines, sines)
         _attend(layer, sizes, batch, scratch)
         multiply(scratch.mixed, num_tokens, weights.output[layer], hidden, True)
         _norm(hidden, weights.norms[2 * layer + 1], sizes.eps, normed, num_tokens)

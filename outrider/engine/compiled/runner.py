@@ -128,9 +128,7 @@ def _weights_of(model: PreTrainedModel, cosines: np.ndarray, sines: np.ndarray) 
     layers = list(decoder.layers)
     embedding = decoder.embed_tokens.weight.detach()
     head = model.get_output_embeddings().weight.detach()
-    projections = [
-        [getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")] for layer in layers
-    ]
+    projections = [[getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")] for layer in layers]
     matrices = {
         "query_key_value": [torch.cat([part.weight.detach() for part in parts]) for parts in projections],
         "output": [layer.self_attn.o_proj.weight.detach() for layer in layers],
