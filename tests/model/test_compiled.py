@@ -2,8 +2,8 @@
 
 The references are transformers' own models of the same numbers in float64. An output is a sum of some hundred terms of
 size 1 to 10 with a rounding of 2^-24 each, so that a product is off by less than 10 x 100 x 2^-24 = 6e-5, and a pass
-through three layers and a head by less than 2.4e-4 where all roundings fall on one side; the largest seen is a fifth of
-TOLERANCE. One wrong entry of a cache and a window off by one are a hundred times TOLERANCE, as tests show.
+through three layers and a head by less than TOLERANCE where all roundings fall on one side; the largest seen is two
+fifths of it. Wrong entries of a cache and windows off by one are a hundred times TOLERANCE, as tests show.
 """
 
 from __future__ import annotations
@@ -108,14 +108,12 @@ class TestTransformersGivesTheSame:
         assert moved[6:].min() > TOLERANCE
         assert moved[6:].max() > SABOTAGED
 
-    @pytest.mark.parametrize("sliding_window", [1, 2, 8, 16, 33])
-    @pytest.mark.parametrize("off_by", [-1, 1])
-    def test_but_not_where_a_window_is_off_by_one(self, sliding_window, off_by):
-        if sliding_window + off_by == 0:
-            pytest.skip("a window holds the token itself")
-        wrong = CompiledLlamaRunner(make_float32("mistral", sliding_window=sliding_window + off_by))
-        ids = random_ids(47)
-        assert distance(make_float32("mistral", sliding_window=sliding_window), ids, at_once(wrong, ids)) > SABOTAGED
+    @pytest.mark.parametrize(
+        ("right", "wrong"), [(1, 2), (2, 1), (8, 7), (8, 9), (16, 15), (16, 17), (33, 32), (33, 34)]
+    )
+    def test_but_not_where_a_window_is_off_by_one(self, right, wrong):
+        ids, runner = random_ids(47), CompiledLlamaRunner(make_float32("mistral", sliding_window=wrong))
+        assert distance(make_float32("mistral", sliding_window=right), ids, at_once(runner, ids)) > SABOTAGED
 
 
 def exact_in(dtype: torch.dtype) -> PreTrainedModel:
@@ -316,11 +314,9 @@ class TestPanelCache:
         assert sorted(set(capacities)) == [0, 256, 512, 768, 1280, 2048, 3072, 4608]
 
     def test_entries_survive_a_growth_after_a_truncation(self):
-        """270 tokens, back to 250, then 300 more, which moves what is left."""
+        """270 tokens, back to 250, then 300 more, for which what is left moves."""
         runner, ids = CompiledLlamaRunner(make_float32("llama", head_dim=48)), random_ids(550)
         cache = runner.new_cache()
-        runner.forward([Feed(cache, random_ids(270)[:20] + ids[20:250] + random_ids(270)[250:], 1)])
-        cache.truncate(0)
         runner.forward([Feed(cache, [*ids[:250], *random_ids(20)], 1)])
         cache.truncate(250)
         assert torch.equal(runner.forward([Feed(cache, ids[250:], 300)]), at_once(runner, ids)[250:])
@@ -399,6 +395,15 @@ class TestChoice:
         with caplog.at_level(logging.WARNING):
             assert self.choose(make_float32("llama")) is None
         assert "numba" in caplog.text
+
+    def test_says_why_where_compiling_fails(self, monkeypatch, caplog):
+        def fail(*arguments):
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(kernels, "forward", fail)
+        with caplog.at_level(logging.WARNING):
+            assert self.choose(make_float32("llama")) is None
+        assert "the model runs uncompiled: no space left on device" in caplog.text
 
     @pytest.mark.parametrize("wrong", [0.1, math.nan], ids=str)
     def test_falls_on_the_reference_where_results_differ(self, monkeypatch, caplog, wrong):

@@ -20,10 +20,15 @@ def choose_compiled(model: PreTrainedModel, reference: Runner, vocab_size: int) 
     if torch.get_num_threads() != 1:
         return None
     try:
-        from outrider.engine.compiled.runner import CompiledLlamaRunner  # numba is slow to import
-    except ImportError as error:  # it also refuses a numpy that it does not know
+        return _compiled(model, reference, vocab_size)
+    except Exception as error:  # numba refuses a numpy that it does not know, LLVM a processor, a full disk the code
         log.warning("the model runs uncompiled: %s", error)
         return None
+
+
+def _compiled(model: PreTrainedModel, reference: Runner, vocab_size: int) -> Runner | None:
+    from outrider.engine.compiled.runner import CompiledLlamaRunner  # numba is slow to import
+
     if not CompiledLlamaRunner.can_run(model):
         return None
     log.info("compiling the forward pass, if this machine has not done so before")

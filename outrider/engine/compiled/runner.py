@@ -104,7 +104,8 @@ class CompiledLlamaRunner:
 
 def _batch_of(feeds: Sequence[Feed]) -> Batch:
     token_ids: list[int] = []
-    starts, rows = [0], []
+    starts = [0]
+    rows: list[int] = []
     for feed in feeds:
         token_ids.extend(feed.token_ids)
         starts.append(len(token_ids))
