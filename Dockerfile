@@ -59,13 +59,15 @@ RUN --mount=type=cache,target=/cache/pip \
     if [ "${VARIANT}" = cuda ]; then extras=serve,gguf,quantization; else extras=serve,gguf; fi && \
     /app/bin/pip install "$1[${extras}]"
 
-# The hub cache is made here, so that a volume mounted on it belongs to the user who writes it.
+# The caches of the hub and of compiled code are made here, so that volumes mounted on them belong to the user who
+# writes them. Code is compiled at the first start, not here: it is for the processor that runs it.
 FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
 RUN useradd --uid 10001 --user-group --create-home outrider && \
-    install --directory --owner=outrider --group=outrider /cache/huggingface
+    install --directory --owner=outrider --group=outrider /cache/huggingface /cache/numba
 ENV PATH=/app/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    HF_HOME=/cache/huggingface
+    HF_HOME=/cache/huggingface \
+    NUMBA_CACHE_DIR=/cache/numba
 WORKDIR /home/outrider
 USER 10001:10001
 

@@ -25,27 +25,12 @@ from outrider.engine.llama import LlamaForward
 from outrider.engine.loader import choose_forward_pass
 from outrider.engine.products import PREPACKED_FROM, make_product
 from outrider.engine.runner import Feed, ForwardPass, ModelRunner, TransformersForward
+from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, own_logits, texts
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_model
 
 TOLERANCE = 1e-11
-LENGTHS = (3, 19, 34, 47)  # shorter and longer than the sliding windows of 8
-SOFT_CAPPED = ("gemma2",)
 WITH_WINDOW = ("qwen2", "mistral", "phi3", "gemma2")
 FAST_FAMILIES = ("llama", "qwen2", "mistral")
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA_VARIANTS = {
-    "llama": ("llama", {}),
-    "qwen2_with_biases": ("qwen2", {}),
-    "mistral_with_window": ("mistral", {}),
-    "mistral_without_window": ("mistral", {"sliding_window": None}),
-    "one_key_value_head": ("llama", {"num_key_value_heads": 1}),
-    "as_many_key_value_heads": ("llama", {"num_key_value_heads": 4}),
-    "wide_heads": ("llama", {"head_dim": 16}),
-    "tied_embeddings": ("llama", {"tie_word_embeddings": True}),
-    "rope_theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
-    "rope_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
-    "rope_llama3": ("llama", {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": 32}}),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +44,6 @@ def float64_softmax(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "softmax", keep_float64)
 
 
-def own_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
-    """Return the logits `[n, V]` of a text under the model's own attention, without any cache."""
-    own = copy.deepcopy(model)
-    own.set_attn_implementation("eager" if model.config.model_type in SOFT_CAPPED else "sdpa")
-    with torch.inference_mode():
-        return own(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
-
-
 def packed_pass(model: PreTrainedModel) -> TransformersForward:
     attention.register()
     packed = copy.deepcopy(model)
@@ -74,37 +51,9 @@ def packed_pass(model: PreTrainedModel) -> TransformersForward:
     return TransformersForward(packed)
 
 
-def texts(seed: int, vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
-    random = Random(seed)
-    return [random.choices(range(vocab_size), k=length) for length in LENGTHS]
-
-
-def interleaved_logits(forward_pass: ForwardPass, all_ids: list[list[int]], seed: int) -> list[torch.Tensor]:
-    """Return the logits `[n, V]` of every text, fed side by side in chunks, with wrong tokens taken back on the way."""
-    random, runner = Random(seed), ModelRunner(forward_pass)
-    caches = [SequenceCache() for _ in all_ids]
-    rows: list[list[torch.Tensor]] = [[] for _ in all_ids]
-    while any(cache.length < len(ids) for cache, ids in zip(caches, all_ids, strict=True)):
-        feeds, owners = [], []
-        for index, (cache, ids) in enumerate(zip(caches, all_ids, strict=True)):
-            if cache.length == len(ids) or random.random() < 0.3:
-                continue
-            right = ids[cache.length : cache.length + random.randint(1, 9)]
-            wrong = random.choices(range(VOCAB_SIZE), k=random.choice([0, 0, 1, 4]))
-            feeds.append(Feed(cache, [*right, *wrong], len(right) + len(wrong)))
-            owners.append((index, len(right), cache.length + len(right)))
-        if not feeds:
-            continue
-        logits = runner.forward(feeds).split([feed.num_rows for feed in feeds])
-        for (index, num_right, length), part in zip(owners, logits, strict=True):
-            rows[index].append(part[:num_right])
-            caches[index].truncate(length)
-    return [torch.cat(parts) for parts in rows]
-
-
 def assert_same(forward_pass: ForwardPass, model: PreTrainedModel, seed: int = 0) -> None:
     all_ids = texts(seed)
-    for ids, logits in zip(all_ids, interleaved_logits(forward_pass, all_ids, seed), strict=True):
+    for ids, logits in zip(all_ids, interleaved_logits(ModelRunner(forward_pass), all_ids, seed), strict=True):
         assert (logits - own_logits(model, ids)).abs().max() < TOLERANCE
 
 
@@ -174,11 +123,7 @@ class TestLlamaForward:
     def model(self, family: str, **changes) -> PreTrainedModel:
         """Return a model whose norms stay in float64 and whose weights of norms and biases are not 1 and 0."""
         model = make_model(family, 5, **changes)
-        generator = torch.Generator().manual_seed(6)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name or name.endswith("bias"):
-                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        make_uneven(model)
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = lambda hidden, norm=module: torch.nn.functional.rms_norm(

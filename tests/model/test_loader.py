@@ -13,7 +13,6 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.loader import (
     FINGERPRINT_BLOCK,
     LoadedModel,
@@ -48,7 +47,8 @@ class TestLoaded:
 
     def test_rows_are_those_of_the_saved_weights(self, llama):
         ids = [5, 80, 255, 7]
-        rows = load_from(llama).runner.forward([Feed(SequenceCache(), ids, 4)])
+        runner = load_from(llama).runner
+        rows = runner.forward([Feed(runner.new_cache(), ids, 4)])
         own = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
         with torch.inference_mode():
             expected = own(input_ids=torch.tensor([ids])).logits[0]
@@ -59,7 +59,7 @@ class TestLoaded:
         """On a CPU, auto is float32 whatever the checkpoint has: half precision is slow there."""
         model = load_from(llama, dtype=dtype)
         assert model.dtype == ("float32" if dtype == "auto" else dtype)
-        rows = model.runner.forward([Feed(SequenceCache(), [5, 80, 255], 1)])
+        rows = model.runner.forward([Feed(model.runner.new_cache(), [5, 80, 255], 1)])
         assert rows.isfinite().all()
 
     def test_the_vocabulary_is_that_of_the_head_and_the_pieces_those_of_the_tokenizer(self, llama):
@@ -134,7 +134,8 @@ class TestGguf:
         assert loaded.eos_token_ids == (1,)
         with torch.inference_mode():
             expected = model(input_ids=torch.tensor([ids])).logits[0]
-        assert (loaded.runner.forward([Feed(SequenceCache(), ids, 4)]) - expected).abs().max() < 1e-4
+        rows = loaded.runner.forward([Feed(loaded.runner.new_cache(), ids, 4)])
+        assert (rows - expected).abs().max() < 1e-4
         assert loaded.tokenizer is not None
         tokenizer = Tokenizer.from_str(loaded.tokenizer.tokenizer_json.decode())
         assert tokenizer.decode(tokenizer.encode("the € end").ids) == "the € end"

@@ -226,13 +226,15 @@ def test_the_client_container_is_the_command_line_and_bench_takes_its_addresses(
     assert (context.params["draft"], context.params["target"]) == ("draft:50051", "target:50052")
 
 
-def test_images_run_as_a_numbered_user_and_keep_the_hub_cache_in_the_volume():
+def test_images_run_as_a_numbered_user_and_keep_caches_that_it_owns_in_volumes():
     instructions = DOCKERFILE.read_text()
     runtime = instructions[instructions.index(" AS runtime") :]
     assert re.findall(r"^USER (.*)$", runtime, re.M) == ["10001:10001"]
-    (cache,) = re.findall(r"HF_HOME=(\S+)", runtime)
+    (hub,) = re.findall(r"HF_HOME=(\S+)", runtime)
+    (code,) = re.findall(r"NUMBA_CACHE_DIR=(\S+)", runtime)
+    assert f"install --directory --owner=outrider --group=outrider {hub} {code}\n" in runtime
     for name in SERVICES:
-        assert compose()[name]["volumes"] == [f"hub-cache:{cache}"]
+        assert compose()[name]["volumes"] == [f"hub-cache:{hub}", f"code-cache:{code}"]
 
 
 def test_images_are_built_from_stages_and_arguments_that_the_dockerfile_has():

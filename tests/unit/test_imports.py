@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("outrider", "draft_service", "target_service", "client")
 PEERS = ("draft_service", "target_service", "client")  # each may import outrider, none another
-HEAVY = {"torch", "transformers", "safetensors", "accelerate"}
+HEAVY = {"torch", "transformers", "safetensors", "accelerate", "numba", "llvmlite"}
 COMPARING = "client.bench.transformers_peer"  # of the client, this module alone may import them, behind an extra
 
 

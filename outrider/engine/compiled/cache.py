@@ -18,7 +18,7 @@ class PanelCache(TokenCountedCache):
     def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, width: int):
         super().__init__()
         self._shape, self._head_dim, self._width = (num_layers, 2, num_kv_heads), head_dim, width
-        self._memory = np.empty(0, dtype=np.float32)
+        self._memory: np.ndarray = np.empty(0, dtype=np.float32)
         self.capacity = 0  # positions
         self.address = 0
 

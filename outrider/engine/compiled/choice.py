@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 
 import torch
 from transformers import PreTrainedModel
@@ -18,8 +17,16 @@ log = logging.getLogger(__name__)
 
 def choose_compiled(model: PreTrainedModel, reference: Runner, vocab_size: int) -> Runner | None:
     """Return a runner for the model, compared with `reference` on a short text; None where it should run otherwise."""
-    if torch.get_num_threads() != 1 or find_spec("numba") is None:
+    if torch.get_num_threads() != 1:
         return None
+    try:
+        return _compiled(model, reference, vocab_size)
+    except Exception as error:  # numba refuses a numpy that it does not know, LLVM a processor, a full disk the code
+        log.warning("the model runs uncompiled: %s", error)
+        return None
+
+
+def _compiled(model: PreTrainedModel, reference: Runner, vocab_size: int) -> Runner | None:
     from outrider.engine.compiled.runner import CompiledLlamaRunner  # numba is slow to import
 
     if not CompiledLlamaRunner.can_run(model):

@@ -2,15 +2,12 @@
 
 A pass of a few tokens takes as long as it takes to read the weights once. So they are stored in the 16 bits of their
 checkpoint where these hold them exactly, and widened on the way into the registers: all arithmetic is float32. They lie
-in *panels*: PANEL outputs side by side, input after input, so that one product reads memory from front to end, and up to
-ROWS rows are multiplied with every number read. Attention is the same product twice: keys of PANEL positions, and
+in *panels*: PANEL outputs side by side, input after input, so that one product reads memory from front to end, and up
+to ROWS rows are multiplied with every number read. Attention is the same product twice: keys of PANEL positions, and
 values of PANEL channels, are panels of the cache.
 
 Every output is one chain of additions in the order of its inputs, whatever rows are beside it: logits do not depend on
 how a text is cut into passes, nor on other sequences of the pass, to the last bit.
-
-numba compiles all of this at the first call and keeps the machine code on disk. It notices changes of this file alone,
-which is why this file needs no other of the project.
 
 Shapes: T new tokens in the packed row, S sequences, R rows read, V vocabulary, E hidden size, Hq query heads, H
 key-value heads, D head size, F feed-forward size, L layers, N positions that a cache has room for.
@@ -24,20 +21,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from outrider.compiling import EXACT, SUMS, compiled, exponential, largest
+
 LANES = 16  # numbers in a vector; LLVM splits it where registers are shorter
-ROWS = 4  # rows multiplied at once
+ROWS = 6  # most rows multiplied at once
 # Sums of ROWS x PANEL stay in registers: AVX-512 has 32 for 16 numbers, AVX2 16 for 8, NEON 32 for 4.
 PANEL = 64 if get_host_cpu_features().get("avx512f") else 16
 CHUNK = 16  # tokens of a sequence that attend at once, which limits the room for scores
 
 FLOAT16, BFLOAT16, FLOAT32 = np.dtype(np.uint16), np.dtype(np.int16), np.dtype(np.float32)  # how weights are stored
-
-_SUMS = {"reassoc", "contract", "nsz"}  # sums in vectors; NaN and infinity keep their meaning
-_EXACT = {"contract"}
 
 
 class Sizes(NamedTuple):
@@ -190,24 +186,29 @@ def _block_intrinsic(num_rows: int, width: int) -> Callable:
 
 def _product_function(width: int) -> Callable:
     """Return compiled code for products with panels of `width` outputs."""
-    one, two, three, four = (_block_intrinsic(num_rows, width) for num_rows in range(1, ROWS + 1))
+    one, two, three, four, five, six = (_block_intrinsic(num_rows, width) for num_rows in range(1, ROWS + 1))
 
-    @njit(nogil=True, error_model="numpy", inline="never")
+    @compiled(on_disk=False)
     def product(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, adds):
         """y `[num_rows, num_panels width]` = x `[num_rows, num_inputs]` @ panels, added to what y holds where `adds`.
 
         x, panels and y are addresses, `panel_stride` is in bytes; `weights` only names the storage of the panels.
         """
+        num_blocks = -(-num_rows // ROWS)
         for index in range(num_panels):
             panel, part = panels + index * panel_stride, y + index * width * 4
-            for row in range(0, num_rows, ROWS):
+            for block in range(num_blocks):
+                row, end = num_rows * block // num_blocks, num_rows * (block + 1) // num_blocks
                 source, sink = x + row * x_stride * 4, part + row * y_stride * 4
-                left = num_rows - row
-                if left >= ROWS:
+                if end - row == 6:
+                    six(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
+                elif end - row == 5:
+                    five(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
+                elif end - row == 4:
                     four(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif left == 3:
+                elif end - row == 3:
                     three(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif left == 2:
+                elif end - row == 2:
                     two(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
                 else:
                     one(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
@@ -220,7 +221,7 @@ _product_32 = _product_function(32)
 _product_16 = _product_function(16)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled(on_disk=False)
 def multiply(x, num_rows, panels, y, adds):
     """y `[rows, outputs]` = x `[rows, inputs]` @ panels `[outputs / PANEL, inputs, PANEL]`, added where `adds`."""
     _product(
@@ -238,7 +239,7 @@ def multiply(x, num_rows, panels, y, adds):
     )
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@compiled(on_disk=False)
 def _product_by_width(width, weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride):
     """A product with panels of the cache, whose width depends on the size of a head."""
     if width == PANEL:
@@ -277,49 +278,7 @@ def _widened(typing_context, stored):
     return types.float32(stored), codegen
 
 
-@intrinsic
-def _float_of_bits(typing_context, bits):
-    def codegen(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], _FLOAT)
-
-    return types.float32(types.int32), codegen
-
-
-@intrinsic
-def _larger(typing_context, left, right):
-    """The larger of two numbers, and NaN where one is: in a form that runs in vectors."""
-
-    def codegen(context, builder, signature, arguments):
-        kind = ir.FunctionType(_FLOAT, [_FLOAT] * 2)
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.maximum.f32"), arguments)
-
-    return types.float32(types.float32, types.float32), codegen
-
-
-_ONE = np.float32(1)
-_LOG2_E = np.float32(1.4426950408889634)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_ROUNDER = np.float32(1.5 * 2**23)  # added and subtracted, it rounds to a whole number
-_BIAS, _UNIT = np.float32(127), np.float32(2**23)  # of the exponent in a float32's bits
-_LEAST_EXPONENT, _GREATEST_EXPONENT = np.float32(-87.0), np.float32(88.0)
-# Cephes' expf: e^r = 1 + r + r² p(r) for |r| ≤ ln 2 / 2.
-_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-
-
-@njit(nogil=True, error_model="numpy", fastmath=_EXACT)
-def exponential(x):
-    """e^x to 2 units in the last place, in arithmetic that runs in vectors; NaN stays NaN."""
-    bounded = x if x > _LEAST_EXPONENT else _LEAST_EXPONENT
-    bounded = bounded if bounded < _GREATEST_EXPONENT else _GREATEST_EXPONENT
-    whole = (bounded * _LOG2_E + _ROUNDER) - _ROUNDER
-    rest = (bounded - whole * _LN2_HIGH) - whole * _LN2_LOW
-    series = ((((_P0 * rest + _P1) * rest + _P2) * rest + _P3) * rest + _P4) * rest + _P5
-    power = (series * rest * rest + rest + _ONE) * _float_of_bits(np.int32((whole + _BIAS) * _UNIT))
-    return power if x == x else x
-
-
-@njit(nogil=True, error_model="numpy", fastmath=_SUMS)
+@compiled(fastmath=SUMS, on_disk=False)
 def _norm(hidden, weight, eps, normed, num_rows):
     """normed `[T, E]` = hidden `[T, E]` / √(mean of squares + eps) · weight `[E]`."""
     size = len(weight)
@@ -332,7 +291,7 @@ def _norm(hidden, weight, eps, normed, num_rows):
             normed[row, index] = hidden[row, index] * scale * weight[index]
 
 
-@njit(nogil=True, error_model="numpy", fastmath=_EXACT)
+@compiled(fastmath=EXACT, on_disk=False)
 def _rotate(heads, num_heads, head_dim, cosines, sines):
     """Turn the first `num_heads` heads of one token's row by its angles `[D / 2]`, halves against each other."""
     half = head_dim // 2
@@ -344,24 +303,16 @@ def _rotate(heads, num_heads, head_dim, cosines, sines):
             heads[first + half + index] = right * cosines[index] + left * sines[index]
 
 
-@njit(nogil=True, error_model="numpy", fastmath=_EXACT)
+@compiled(fastmath=EXACT, on_disk=False)
 def _gate(gates, num_rows, size):
     """Write silu(gate) · up to the first half of each row of `gates` `[T, 2 F]`."""
     for row in range(num_rows):
         for index in range(size):
             gate = gates[row, index]
-            gates[row, index] = gate / (_ONE + exponential(-gate)) * gates[row, size + index]
+            gates[row, index] = gate / (np.float32(1) + exponential(-gate)) * gates[row, size + index]
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
-def _largest(numbers):
-    largest = numbers[0]
-    for index in range(len(numbers)):
-        largest = _larger(largest, numbers[index])
-    return largest
-
-
-@njit(nogil=True, error_model="numpy", fastmath=_SUMS)
+@compiled(fastmath=SUMS, on_disk=False)
 def _total(numbers):
     total = np.float32(0)
     for index in range(len(numbers)):
@@ -369,19 +320,19 @@ def _total(numbers):
     return total
 
 
-@njit(nogil=True, error_model="numpy", fastmath=_EXACT)
+@compiled(fastmath=EXACT, on_disk=False)
 def _weigh(scores, start, end, scaling):
     """Turn scores `[N]` into weights e^(scaling (score − largest)), 0 outside `[start, end)`; return their sum."""
     seen = scores[start:end]
-    largest = _largest(seen)
+    top = largest(seen)
     for index in range(len(seen)):
-        seen[index] = exponential((seen[index] - largest) * scaling)
+        seen[index] = exponential((seen[index] - top) * scaling)
     scores[:start] = np.float32(0)
     scores[end:] = np.float32(0)
     return _total(seen)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled(on_disk=False)
 def _remember(row, sizes, width, keys, values, capacity, position):
     """Write one token's keys and values, which stand behind the query heads in its row, to the cache of a layer."""
     head_dim = sizes.head_dim
@@ -396,7 +347,7 @@ def _remember(row, sizes, width, keys, values, capacity, position):
             values[channel] = row[value + index]
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled(on_disk=False)
 def _attend(layer, sizes, batch, scratch):
     """Write keys and values of the new tokens and mix the values they attend to into scratch.mixed."""
     head_dim, group = sizes.head_dim, sizes.num_query_heads // sizes.num_kv_heads
@@ -431,10 +382,24 @@ def _attend(layer, sizes, batch, scratch):
                     scores.ctypes.data,
                     scores.shape[1],
                 )
-                _mix(head, start, num_tokens, num_seen, sizes, window, width, scaling, scores, mixed, value_address + base, capacity, mixed_size)  # noqa: E501
+                _mix(
+                    head,
+                    start,
+                    num_tokens,
+                    num_seen,
+                    sizes,
+                    window,
+                    width,
+                    scaling,
+                    scores,
+                    mixed,
+                    value_address + base,
+                    capacity,
+                    mixed_size,
+                )
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled(on_disk=False)
 def _mix(head, start, num_tokens, num_seen, sizes, window, width, scaling, scores, mixed, values, capacity, mixed_size):
     """Mix the values of one head for a chunk's tokens."""
     head_dim = sizes.head_dim
@@ -457,12 +422,12 @@ def _mix(head, start, num_tokens, num_seen, sizes, window, width, scaling, score
         mixed_size,
     )
     for token in range(num_tokens):
-        scale = _ONE / totals[token]
+        scale = np.float32(1) / totals[token]
         for index in range(head * head_dim, (head + 1) * head_dim):
             mixed[start + token, index] *= scale
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled(on_disk=False)
 def attention_width(head_dim):
     """Return the width of the cache's panels: the largest that divides a head."""
     if head_dim % PANEL == 0:
@@ -473,18 +438,11 @@ def attention_width(head_dim):
 # --- the pass ---------------------------------------------------------------------------------------------------------
 
 
-def _on_disk(function: Callable) -> Any:
-    """Compile a function, once for this machine where there is a place to keep the code."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's can be written
-        return njit(nogil=True)(function)
-
-
-@_on_disk
+@compiled()
 def forward(batch, sizes, weights, scratch, logits):
     """Run the model over a packed row: write caches, and write the logits of `batch.rows` `[R, V]`."""
     num_tokens, num_rows = len(batch.token_ids), len(batch.rows)
+    num_turned = sizes.num_query_heads + sizes.num_kv_heads
     hidden, normed, projected, gates = scratch.hidden, scratch.normed, scratch.projected, scratch.gates
     for token in range(num_tokens):
         embedded = weights.embedding[batch.token_ids[token]]
@@ -498,8 +456,8 @@ def forward(batch, sizes, weights, scratch, logits):
         for sequence in range(len(batch.lengths)):
             for token in range(batch.starts[sequence], batch.starts[sequence + 1]):
                 position = batch.lengths[sequence] + token - batch.starts[sequence]
-                num_turned = sizes.num_query_heads + sizes.num_kv_heads
-                _rotate(projected[token], num_turned, sizes.head_dim, weights.cosines[position], weights.sines[position])
+                cosines, sines = weights.cosines[position], weights.sines[position]
+                _rotate(projected[token], num_turned, sizes.head_dim, cosines, sines)
         _attend(layer, sizes, batch, scratch)
         multiply(scratch.mixed, num_tokens, weights.output[layer], hidden, True)
         _norm(hidden, weights.norms[2 * layer + 1], sizes.eps, normed, num_tokens)

@@ -105,7 +105,9 @@ class CompiledLlamaRunner:
 
 def _batch_of(feeds: Sequence[Feed]) -> Batch:
     token_ids: list[int] = []
-    starts, rows, caches = [0], [], []
+    starts = [0]
+    rows: list[int] = []
+    caches: list[tuple[int, int, int]] = []
     for feed in feeds:
         cache = feed.cache
         token_ids.extend(feed.token_ids)
