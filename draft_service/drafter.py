@@ -19,13 +19,14 @@ from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread
 from outrider.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ServiceError
-from outrider.probs import Draft, draft_tokens
-from outrider.rng import AddressedUniforms, Purpose, SharedNoise
+from outrider.probs import Draft, PlainSampling, draft_tokens
+from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.warping import Warping
 
 log = logging.getLogger(__name__)
 
 GREEDY = Warping(temperature=0.0)
+LONGEST_DEAFNESS_S = 0.002  # commits wait no longer for drafts that are made in one go
 LONGEST_HOLD_S = 0.01  # a drafted token waits for no others longer; slower drafts send each token as it comes
 
 
@@ -110,6 +111,18 @@ class Session:
     @property
     def wants_token(self) -> bool:
         return not self.is_stopped and len(self.sequence.tokens) < self.window
+
+    @property
+    def num_wanted(self) -> int:
+        """How many tokens may be drafted before somebody looks: up to what is sent together, and to a likely stop."""
+        if self.options.min_draft_prob:
+            return 1
+        end = len(self.sequence.tokens)
+        return (self.batch_until if end < self.batch_until else self.window) - end
+
+    def number_of(self, index: int) -> float | Noise:
+        """Return the random number of the token `index` positions behind the sequence's end."""
+        return self.numbers.at(len(self.sequence.tokens) + index)
 
     @property
     def must_send(self) -> bool:
@@ -231,8 +244,9 @@ class Drafter:
                     session.sequence, len(session.sequence.tokens), 1, session.arrival
                 )
             try:
-                finished = set(self._engine.run_pass([session.demand for session in wanting if session.demand]))
-                self._draft([session for session in wanting if session.demand in finished])
+                if not self._draft_several(wanting):
+                    finished = set(self._engine.run_pass([session.demand for session in wanting if session.demand]))
+                    self._draft([session for session in wanting if session.demand in finished])
             except Exception:
                 log.exception("a forward pass failed; its sessions are told")
                 for session in wanting:
@@ -240,23 +254,57 @@ class Drafter:
                 return False
         return any(session.wants_token for session in self._sessions)
 
+    def _draft_several(self, sessions: list[Session]) -> bool:
+        """Draft what the sessions want in one go, if the engine can; return whether it did.
+
+        A commit has to wait meanwhile, so that there are only so many as it can wait for.
+        """
+        num_draws = min(min(session.num_wanted for session in sessions), self._num_quick_draws)
+        demands = [session.demand for session in sessions if session.demand]
+        if num_draws < 2 or not self._engine.can_draft(demands, num_draws):
+            return False
+        sampling = PlainSampling.of(
+            [session.options.warping for session in sessions],
+            [session.options.max_support for session in sessions],
+            [[session.number_of(index) for session in sessions] for index in range(num_draws)],
+        )
+        if sampling is None:
+            return False
+        for session, drafts in zip(sessions, self._engine.draft(demands, sampling), strict=True):
+            for draft in drafts:
+                if not self._take(session, draft, num_draws):
+                    break
+            session.demand = None
+        return True
+
+    @property
+    def _num_quick_draws(self) -> int:
+        """How many tokens are drafted in LONGEST_DEAFNESS_S, as passes have been so far."""
+        stats = self._engine.stats
+        return int(LONGEST_DEAFNESS_S * stats.num_forward_passes / max(stats.forward_seconds, 1e-9))
+
     def _draft(self, sessions: list[Session]) -> None:
         """Draw one token for each session whose row is there; a row with NaN or infinity ends its own session alone."""
         rows = [session.demand.rows[-1] for session in sessions if session.demand]
         if not rows:
             return
         for session, draft in zip(sessions, _draw(joined(rows), sessions), strict=True):
-            if draft is None:
-                self._fail(session, InternalError("the model returned NaN or infinity for this session"))
-            else:
-                self._append(session, draft)
+            self._take(session, draft)
+            session.demand = None
 
-    def _append(self, session: Session, draft: Draft) -> None:
+    def _take(self, session: Session, draft: Draft | None, num_draws: int = 1) -> bool:
+        """Append the draft, one of `num_draws` of its session's demand, or fail the session without it."""
+        if draft is None:
+            self._fail(session, InternalError("the model returned NaN or infinity for this session"))
+            return False
+        self._append(session, draft, num_draws)
+        return True
+
+    def _append(self, session: Session, draft: Draft, num_draws: int) -> None:
         """Take the drafted token into the sequence, and send it when it is time."""
         demand = session.demand
         assert demand is not None
         assert demand.started_at is not None
-        session.demand = None
         session.sequence.tokens.extend([draft.token_id])
         session.is_stopped = draft.token_prob < session.options.min_draft_prob
         session.held.append(
@@ -264,7 +312,7 @@ class Drafter:
                 draft=draft,
                 drawn_at=time.monotonic(),
                 queue_ms=max(0.0, demand.started_at - session.committed_at) * 1000,
-                forward_ms=(demand.ended_at - demand.started_at) * 1000,
+                forward_ms=(demand.ended_at - demand.started_at) * 1000 / num_draws,
                 batch_size=demand.batch_size,
             )
         )
@@ -285,5 +333,5 @@ def _draw(logits: torch.Tensor, sessions: Sequence[Session]) -> list[Draft | Non
         logits,
         [session.options.warping for session in sessions],
         [session.options.max_support for session in sessions],
-        [session.numbers.at(len(session.sequence.tokens)) for session in sessions],
+        [session.number_of(0) for session in sessions],
     )

@@ -95,19 +95,25 @@ def _drafts_on_host(
 ) -> list[Draft | None]:
     """Return a draft for each of `rows` `[N, V]`, as host_rows reads them; None where the row is no law."""
     uniforms = np.array([0.0 if isinstance(number, Noise) else number for number in numbers])
-    parts = draft_rows(rows, temperatures, MIN_SUPPORT_PROB, np.array(max_supports), uniforms)
+    drafts = drafts_of(draft_rows(rows, temperatures, MIN_SUPPORT_PROB, np.array(max_supports), uniforms))
+    for index, (row, number, draft) in enumerate(zip(rows, numbers, drafts, strict=True)):
+        if draft and isinstance(number, Noise):
+            drafts[index] = _draw_draft(draft.support_ids, row[draft.support_ids], number)
+    return drafts
+
+
+def drafts_of(parts: Sequence[np.ndarray]) -> list[Draft | None]:
+    """Return the drafts that host_rows.draft_rows tells by its parts; None for rows that are no law."""
     all_ids, all_weights, *by_row = parts
     drafts: list[Draft | None] = []
-    first = 0
-    for row, number, size, place, is_finite in zip(rows, numbers, *(part.tolist() for part in by_row), strict=True):
-        ids, weights = all_ids[first : first + size], all_weights[first : first + size]
-        first += size
+    end = 0
+    for size, place, is_finite in zip(*(part.tolist() for part in by_row), strict=True):
+        first, end = end, end + size
         if not is_finite:
             drafts.append(None)
-        elif isinstance(number, Noise):
-            drafts.append(_draw_draft(ids, row[ids], number))
-        else:
-            drafts.append(Draft(int(ids[place]), ids, weights, float(weights[place] / weights.sum())))
+            continue
+        ids, weights = all_ids[first:end], all_weights[first:end]
+        drafts.append(Draft(int(ids[place]), ids, weights, float(weights[place] / weights.sum())))
     return drafts
 
 
@@ -152,6 +158,25 @@ def draft_tokens(
     else:
         drafts = draw_drafts(probability_rows(logits, warpings), max_supports, numbers)
     return [draft if is_finite else None for draft, is_finite in zip(drafts, finite, strict=True)]
+
+
+@dataclass(frozen=True)
+class PlainSampling:
+    """How compiled code draws n tokens for each of N sequences one after the other: without filters and noise."""
+
+    temperatures: np.ndarray  # [N] float64
+    max_supports: np.ndarray  # [N] int64
+    uniforms: np.ndarray  # [n, N] float64
+
+    @classmethod
+    def of(
+        cls, warpings: Sequence[Warping], max_supports: Sequence[int], numbers: Sequence[Sequence[float | Noise]]
+    ) -> PlainSampling | None:
+        """Return it for `numbers` `[n, N]`; None where it is not so plain."""
+        has_noise = any(isinstance(number, Noise) for number in numbers[0])
+        if has_noise or any(warping.has_filters for warping in warpings):
+            return None
+        return cls(_temperatures(warpings), np.array(max_supports), np.array(numbers))
 
 
 def _are_plain(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Sequence[float | Noise]) -> bool:

@@ -17,7 +17,8 @@ from operator import attrgetter
 import torch
 
 from outrider.engine.kv_cache import Cache, SequenceCache
-from outrider.engine.runner import Feed, Runner
+from outrider.engine.runner import DraftingRunner, Feed, Runner
+from outrider.probs import Draft, PlainSampling
 from outrider.tokens import TokenLog
 
 
@@ -129,6 +130,34 @@ class Engine:
                 demand.sequence.cache.clear()
         return finished
 
+    def can_draft(self, demands: SequenceOf[Demand], num_draws: int) -> bool:
+        """Return whether `draft` can be called: the runner can, and all fits into one pass and into the caches."""
+        if not isinstance(self.runner, DraftingRunner) or not self._keep_caches:
+            return False
+        num_tokens = sum(demand.num_left for demand in demands)
+        return num_tokens <= self._max_batch_tokens and num_tokens + num_draws * len(demands) <= self._free()
+
+    def draft(self, demands: SequenceOf[Demand], sampling: PlainSampling) -> list[list[Draft | None]]:
+        """Finish `demands` of one row each, and draw from the rows, draw after draw; return the drafts of each demand.
+
+        See DraftingRunner.draft. Whoever asks extends the sequences by what was drawn.
+        """
+        assert isinstance(self.runner, DraftingRunner)
+        num_draws, num_sequences = sampling.uniforms.shape
+        started_at = time.monotonic()
+        feeds = [self._feed(demand, demand.num_left) for demand in demands]
+        drafts = self.runner.draft(feeds, sampling)
+        ended_at = time.monotonic()
+        self._count(feeds, ended_at - started_at)
+        self.stats.num_forward_passes += num_draws - 1
+        self.stats.num_passes_by_batch_size[num_sequences] += num_draws - 1
+        self.stats.num_tokens_fed += (num_draws - 1) * num_sequences
+        self.stats.num_rows += (num_draws - 1) * num_sequences
+        for demand in demands:
+            demand.started_at, demand.ended_at, demand.batch_size = started_at, ended_at, num_sequences
+            demand.sequence.last_used = self.stats.num_forward_passes
+        return [drafts[index::num_sequences] for index in range(num_sequences)]
+
     def _feed(self, demand: Demand, num_tokens: int) -> Feed:
         sequence, start = demand.sequence, demand.sequence.cache.length
         self.stats.num_tokens_recomputed += max(0, min(sequence.num_evicted, start + num_tokens) - start)
@@ -148,7 +177,7 @@ class Engine:
         demands = demands[: self._max_batch_tokens]
         wanted = fair_shares([demand.num_left for demand in demands], self._max_batch_tokens)
         shares: list[tuple[Demand, int]] = []
-        free = self._max_cost - sum(_cost(sequence.cache) for sequence in self._sequences)
+        free = self._free()
         for index, demand in enumerate(demands):
             cache = demand.sequence.cache
             free = self._make_room(_cost_of_growing(cache, wanted[index]), free, demands, index)
@@ -157,6 +186,9 @@ class Engine:
                 shares.append((demand, num_tokens))
                 free -= _cost_of_growing(cache, num_tokens)
         return shares
+
+    def _free(self) -> int:
+        return self._max_cost - sum(_cost(sequence.cache) for sequence in self._sequences)
 
     def _make_room(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
         """Drop caches until `needed` is free for `demands[index]`, or none is left to drop; return what is free then.

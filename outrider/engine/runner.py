@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from outrider.engine.attention import AttentionBatch, PackedBatch
 from outrider.engine.kv_cache import Cache, SequenceCache
+from outrider.probs import Draft, PlainSampling
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class Runner(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
+
+
+@runtime_checkable
+class DraftingRunner(Runner, Protocol):
+    """A runner that also draws tokens itself, several in one call."""
+
+    def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
+        """Feed all of `feeds`, whose rows are one each, draw a token for each, feed these, and so on.
+
+        Returns:
+            The n · N drafts of n draws for N feeds, draw by draw; None for a row that is no law, behind which those of
+            its feed mean nothing. The caches hold all but the last draw.
+        """
 
 
 def wait_for(device: torch.device) -> None:

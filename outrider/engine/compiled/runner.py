@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from outrider.engine.compiled import kernels
+from outrider.engine.compiled import drafting, kernels
 from outrider.engine.compiled.cache import PanelCache
 from outrider.engine.compiled.kernels import PANEL, Batch, Scratch, Sizes, Weights
 from outrider.engine.llama import LlamaForward, sliding_window
 from outrider.engine.runner import Feed
+from outrider.probs import MIN_SUPPORT_PROB, Draft, PlainSampling, drafts_of
 
 _NUM_TOKENS, _NUM_POSITIONS = 64, 1024  # that there is room for at first
 
@@ -72,6 +73,27 @@ class CompiledLlamaRunner:
         rows = torch.from_numpy(logits)
         return rows if logits.shape[1] == self._vocab_size else rows[:, : self._vocab_size].contiguous()
 
+    def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
+        """See DraftingRunner."""
+        num_draws = len(sampling.uniforms)
+        longest = max(feed.cache.length + len(feed.token_ids) for feed in feeds) + num_draws - 1
+        self._make_room(sum(len(feed.token_ids) for feed in feeds), longest)
+        batch = _batch_of(feeds, num_draws - 1)
+        parts = drafting.draft(
+            batch,
+            self._sizes,
+            self._weights,
+            self._scratch,
+            self._vocab_size,
+            sampling.temperatures,
+            MIN_SUPPORT_PROB,
+            sampling.max_supports,
+            sampling.uniforms,
+        )
+        for feed in feeds:
+            feed.cache.advance(len(feed.token_ids) + num_draws - 1)
+        return drafts_of(parts)
+
     def _make_room(self, num_tokens: int, longest: int) -> None:
         if longest > len(self._weights.cosines):
             cosines, sines = self._angles_up_to(max(longest, 2 * len(self._weights.cosines)))
@@ -103,7 +125,8 @@ class CompiledLlamaRunner:
         return cosines, sines
 
 
-def _batch_of(feeds: Sequence[Feed]) -> Batch:
+def _batch_of(feeds: Sequence[Feed], num_more: int = 0) -> Batch:
+    """Return the arrays for `feeds`, whose caches get room for `num_more` tokens behind them."""
     token_ids: list[int] = []
     starts = [0]
     rows: list[int] = []
@@ -113,7 +136,7 @@ def _batch_of(feeds: Sequence[Feed]) -> Batch:
         token_ids.extend(feed.token_ids)
         starts.append(len(token_ids))
         rows.extend(range(len(token_ids) - feed.num_rows, len(token_ids)))
-        cache.reserve(cache.length + len(feed.token_ids))
+        cache.reserve(cache.length + len(feed.token_ids) + num_more)
         caches.append((cache.length, cache.address, cache.capacity))
     parts = [token_ids, starts, *zip(*caches, strict=True), rows]
     numbers = np.array(list(chain.from_iterable(parts)), dtype=np.int64)  # one array: each costs as much as its numbers
