@@ -19,8 +19,8 @@ _BLOCK = 64  # weights that are summed before the draw looks for its place among
 
 
 @compiled()
-def draft_rows(rows, temperatures, min_prob, max_supports, uniforms):
-    """Truncate each of `rows` `[N, V]` to its support, round that to whole weights, and draw a token.
+def draft_rows(rows, vocab_size, temperatures, min_prob, max_supports, uniforms):
+    """Truncate each of `rows` `[N, at least V]` to its support, round that to whole weights, and draw a token.
 
     The support is every token of at least `min_prob`, or as the likeliest; of these the `max_supports` likeliest.
 
@@ -31,13 +31,13 @@ def draft_rows(rows, temperatures, min_prob, max_supports, uniforms):
         Ids and weights of all supports one after the other, int64; for each row the size of its support, the place of
         the token in it, and whether the row is finite. Where it is not, the support is empty.
     """
-    num_rows, vocab_size = rows.shape
+    num_rows = len(rows)
     ids, weights = np.empty(num_rows * vocab_size, np.int64), np.empty(num_rows * vocab_size, np.int64)
     sizes, places, finite = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64), np.zeros(num_rows, np.bool_)
     probs = np.empty(vocab_size, rows.dtype)
     first = 0
     for row in range(num_rows):
-        total = _probabilities(rows[row], temperatures[row], probs)
+        total = _probabilities(rows[row, :vocab_size], temperatures[row], probs)
         if not np.isfinite(total):
             continue
         finite[row] = True

@@ -95,7 +95,9 @@ def _drafts_on_host(
 ) -> list[Draft | None]:
     """Return a draft for each of `rows` `[N, V]`, as host_rows reads them; None where the row is no law."""
     uniforms = np.array([0.0 if isinstance(number, Noise) else number for number in numbers])
-    drafts = drafts_of(draft_rows(rows, temperatures, MIN_SUPPORT_PROB, np.array(max_supports), uniforms))
+    drafts = drafts_of(
+        draft_rows(rows, rows.shape[1], temperatures, MIN_SUPPORT_PROB, np.array(max_supports), uniforms)
+    )
     for index, (row, number, draft) in enumerate(zip(rows, numbers, drafts, strict=True)):
         if draft and isinstance(number, Noise):
             drafts[index] = _draw_draft(draft.support_ids, row[draft.support_ids], number)

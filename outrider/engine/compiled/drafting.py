@@ -34,7 +34,7 @@ def draft(batch, sizes, model, scratch, vocab_size, temperatures, min_prob, max_
         part = Batch(token_ids, starts, lengths, batch.caches, batch.capacities, rows)
         forward(part, sizes, model, scratch, logits)
         ids, weights, supports, places, finite = draft_rows(
-            logits[:, :vocab_size], temperatures, min_prob, max_supports, uniforms[index]
+            logits, vocab_size, temperatures, min_prob, max_supports, uniforms[index]
         )
         all_ids[end : end + len(ids)], all_weights[end : end + len(ids)] = ids, weights
         end += len(ids)
