@@ -261,7 +261,9 @@ class PairSpeed:
             self._num_rounds += 1
             return self._num_rounds
 
-    def add(self, times: RoundTimes, num_sessions: float, is_steady: bool, has_choice: bool = True) -> None:
+    def add(
+        self, times: RoundTimes, num_sessions: float = 1.0, is_steady: bool = True, has_choice: bool = True
+    ) -> None:
         """Learn from one round.
 
         Args:
