@@ -9,10 +9,21 @@ tokens (the last one decided is committed whether it was accepted or replaced), 
 seconds are taken to be R(K) = c + b K for K ≥ 1: b is what one more proposal costs, in drafting and in verifying. The
 line is fitted to the rounds that there were; where they say nothing yet about b, drafting time per token and the
 slope of the target's forward time stand in. R(0), which leaves the draft out, is measured by itself.
+
+Trying the draft costs time where it is of no use, so it is done on a budget, as a conservative bandit does (Wu et al.,
+arXiv 1602.04282). The account is kept in tokens: a round with K ≥ 1 that took s seconds for n tokens has won
+n − s / R(0) of them against the target alone, and every token of the text adds INCOME. Below 0 the target goes on
+alone. So over N tokens at most INCOME · N + CREDIT are lost, and what a look at the draft that has begun can lose
+beyond an empty account: that is PROBE_PROPOSALS rounds.
+
+Sessions of one client share what they learn, and decide together: when many share a target, a session that speculates
+makes every other wait, so that one which tries K = 0 by itself among others that do not learns nothing about what
+would be if all did. Seconds are kept for each load apart.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,16 +31,29 @@ from itertools import accumulate, islice
 from operator import mul
 
 MOST = 16  # proposals in a round
-FIRST = 3  # before anything is known
+FIRST = 2  # with which a look at the draft begins
 MEMORY = 0.985  # weight of a round, against the one after it
-PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.6, 2.0
+PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.65, 3.0
 PRIOR_SLOPE_ROUNDS = 3.0  # weight of the stand-in for b
 MARGIN = 0.03  # K = 0 is left only for a gain of more than this share
-PROBE_EVERY = 48  # rounds between looks at the other side of the border between K = 0 and K ≥ 1
-LONGEST_PAUSE = 384
-PROBE_ROUNDS = 3  # the first of them finds a draft that has stood still, and is not learned from
 REVIEW_EVERY = 4  # rounds between looks at the rates, which move slowly
 VARY_EVERY = 6  # rounds between small steps away from the best K, which the line needs
+
+# Of each session, where there are several.
+START_ROUNDS = 3  # of the target alone before the draft is tried: what they take is the measure of all others
+SETTLE_ROUNDS = 2  # of the target alone after others, which are not learned from: the draft is still at work
+PROBE_EVERY = 64  # rounds between looks at the other side of the border between K = 0 and K ≥ 1
+LONGEST_PAUSE = 256
+MOST_CLEARNESS = 4.0  # times as fast, by which looks become rarer
+LONGEST_PROBE = 8  # K of a look
+PROBE_PROPOSALS, PROBE_ALONE = 2, 4  # rounds of a look; the first ones are not learned from
+CREDIT = 4.0  # tokens that may be lost before the draft has brought any
+LEAST_BALANCE = 1.0  # tokens with which rounds with proposals begin
+PROBE_BALANCE = 4.0  # tokens with which they begin although they are known to be slower
+MOST_BALANCE = 16.0
+
+INCOME = 0.015  # tokens to lose, for each token of the text
+LOAD_MEMORY = 0.7  # weight of a session's last sight of the load, against the one before
 
 
 @dataclass(frozen=True)
@@ -42,11 +66,16 @@ class RoundTimes:
     target_forward_s: float
     draft_token_s: float  # the draft's forward pass for one token; 0 when unknown
 
+    @property
+    def num_committed(self) -> int:
+        return min(self.num_accepted + 1, max(1, self.num_proposals))
+
 
 @dataclass
 class Line:
     """A decayed least-squares line y = intercept + slope · x, with a prior on the slope."""
 
+    memory: float = MEMORY
     weight: float = 0.0
     x: float = 0.0  # decayed sums
     y: float = 0.0
@@ -54,8 +83,9 @@ class Line:
     xy: float = 0.0
 
     def add(self, x: float, y: float) -> None:
-        for name, value in (("weight", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
-            setattr(self, name, MEMORY * getattr(self, name) + value)
+        memory = self.memory
+        self.weight, self.x, self.y = memory * self.weight + 1.0, memory * self.x + x, memory * self.y + y
+        self.xx, self.xy = memory * self.xx + x * x, memory * self.xy + x * y
 
     def slope(self, prior: float) -> float:
         """Return the slope, at least 0, pulled towards `prior` as if by rounds that differ by one in x."""
@@ -74,11 +104,12 @@ class Line:
 class Average:
     """A decayed mean."""
 
+    memory: float = MEMORY
     weight: float = 0.0
     total: float = 0.0
 
     def add(self, value: float) -> None:
-        self.weight, self.total = MEMORY * self.weight + 1.0, MEMORY * self.total + value
+        self.weight, self.total = self.memory * self.weight + 1.0, self.memory * self.total + value
 
     @property
     def mean(self) -> float:
@@ -115,43 +146,181 @@ class Acceptance:
 
 
 @dataclass
-class PairSpeed:
-    """What is known of a pair's speed and agreement: shared by the generations of one client, one after another."""
+class Side:
+    """Whether rounds have proposals, at one load. Counts are of rounds of all sessions."""
 
-    rounds: Line = field(default_factory=Line)  # seconds over K, K ≥ 1
-    forward: Line = field(default_factory=Line)  # the target's seconds over its rows
-    round_alone: Average = field(default_factory=Average)  # K = 0
-    draft_token: Average = field(default_factory=Average)
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    is_alone: bool = True
+    num_rounds: int = 0  # on this side, since the last look at the other
+    pause: int = 0  # rounds of a session before the next look
+    probe_rounds_left: int = 0
+    probe_length: int = FIRST  # K of a look from K = 0
+
+    def on_accepted_in_full(self, num_proposals: int) -> None:
+        """Go on with a look at a draft that is always right: a slow one is worth its time in long rounds alone."""
+        if self.is_alone and self.probe_length <= num_proposals < LONGEST_PROBE:
+            self.probe_length = min(2 * num_proposals, LONGEST_PROBE)
+            self.probe_rounds_left += 1
+
+    def next_is_alone(self, rate_alone: float, rate_pair: float, balance: float, num_sessions: int) -> bool:
+        """Return whether the next round goes without proposals.
+
+        Args:
+            rate_alone, rate_pair: tokens per second; 0 where nothing is known.
+            balance: tokens of a session that may be lost.
+        """
+        if not rate_alone:
+            return True
+        if self.probe_rounds_left:
+            self.probe_rounds_left -= 1
+            return not self.is_alone
+        is_alone = self._is_alone_better(rate_alone, rate_pair, balance)
+        if is_alone != self.is_alone:
+            self.is_alone, self.num_rounds, self.pause = is_alone, 0, PROBE_EVERY
+        self.num_rounds += 1
+        # The longer one side has been the better, and the clearer, the rarer are looks at the other.
+        clearness = min(MOST_CLEARNESS, max(rate_alone / rate_pair, rate_pair / rate_alone)) if rate_pair else 1.0
+        is_early = self.num_rounds <= self.pause * clearness * num_sessions
+        if is_early or not self._can_afford_look(rate_pair, balance):
+            return is_alone
+        self.num_rounds, self.pause = 0, min(max(PROBE_EVERY, 2 * self.pause), LONGEST_PAUSE)
+        self.probe_length = FIRST
+        self.probe_rounds_left = (PROBE_PROPOSALS if is_alone else PROBE_ALONE) * num_sessions - 1
+        return not is_alone
+
+    def _is_alone_better(self, rate_alone: float, rate_pair: float, balance: float) -> bool:
+        if balance < (LEAST_BALANCE if self.is_alone else 0.0):
+            return True
+        return rate_pair < rate_alone * (1 + MARGIN if self.is_alone else 1 - MARGIN)
+
+    def _can_afford_look(self, rate_pair: float, balance: float) -> bool:
+        return not self.is_alone or balance >= (PROBE_BALANCE if rate_pair else LEAST_BALANCE)
+
+
+class LoadSpeed:
+    """Seconds of rounds while `num_sessions` run at once, about."""
+
+    def __init__(self, num_sessions: int):
+        memory = MEMORY ** (1 / num_sessions)
+        self.num_sessions = num_sessions
+        self.num_rounds = 0
+        self.rounds = Line(memory)  # seconds over K, K ≥ 1
+        self.forward = Line(memory)  # the target's seconds over K
+        self.round_alone = Average(memory)  # K = 0
+        self.draft_token = Average(memory)
+        self.longest = FIRST  # K that there was so far
+        self.side = Side()
 
     def add(self, times: RoundTimes) -> None:
-        """Learn from one round."""
-        with self.lock:
-            self.forward.add(max(1, times.num_proposals), times.target_forward_s)
-            if times.draft_token_s:
-                self.draft_token.add(times.draft_token_s)
+        if not times.num_proposals:
+            self.round_alone.add(times.round_s)
+            return
+        self.longest = max(self.longest, times.num_proposals)
+        self.rounds.add(times.num_proposals, times.round_s)
+        self.forward.add(times.num_proposals, times.target_forward_s)
+        if times.draft_token_s:
+            self.draft_token.add(times.draft_token_s)
+
+    @property
+    def alone_s(self) -> float:
+        """R(0); 0 until it has been seen often enough."""
+        few = self.round_alone.weight < (START_ROUNDS - 0.5) * self.num_sessions
+        return 0.0 if few else self.round_alone.mean
+
+    def rates(self, tokens: list[float]) -> list[float]:
+        """Return the predicted tokens per second for each K, of which `tokens` are the tokens; 0 where not known.
+
+        A line says little of places far from all that it has seen, so K at most doubles.
+        """
+        rates = [0.0] * len(tokens)
+        if self.alone_s:
+            rates[0] = tokens[0] / self.alone_s
+        if not self.rounds.weight:
+            return rates
+        slope = self.rounds.slope(self.draft_token.mean + self.forward.slope(0.0))
+        for length in range(1, min(2 * self.longest + 1, len(tokens))):
+            seconds = self.rounds.at(length, slope)
+            rates[length] = tokens[length] / seconds if seconds > 0 else 0.0
+        return rates
+
+
+class PairSpeed:
+    """What is known of a pair's speed and agreement: shared by a client's generations, at once and one by one."""
+
+    def __init__(self) -> None:
+        self._acceptance = Acceptance()
+        self._loads: dict[int, LoadSpeed] = {}
+        self._num_rounds = 0
+        self._most_sessions = 0
+        self._lock = threading.Lock()
+        self.num_sessions = 1.0  # at once, as a session has last seen it
+        self.balance = 0.0  # tokens that may be lost against the target alone
+
+    def count_round(self) -> int:
+        """Return the number of rounds of all sessions so far, this one included."""
+        with self._lock:
+            self._num_rounds += 1
+            return self._num_rounds
+
+    def add(
+        self, times: RoundTimes, num_sessions: float = 1.0, is_steady: bool = True, has_choice: bool = True
+    ) -> None:
+        """Learn from one round.
+
+        Args:
+            is_steady: whether its seconds are typical; the account takes them in any case.
+            has_choice: whether K might have been 0; the account is of such rounds.
+        """
+        with self._lock:
+            load = self._load(num_sessions)
             if times.num_proposals:
-                self.rounds.add(times.num_proposals, times.round_s)
-                self.acceptance.add(times.num_proposals, times.num_accepted)
-            else:
-                self.round_alone.add(times.round_s)
+                self._acceptance.add(times.num_proposals, times.num_accepted)
+            if has_choice:
+                self._book(times, load, is_steady)
+            is_full = times.num_proposals == times.num_accepted > 0
+            if has_choice and is_full and load.num_sessions == 1 and self.balance >= PROBE_BALANCE:
+                load.side.on_accepted_in_full(times.num_proposals)
+            if is_steady:
+                load.add(times)
 
     def rates(self, most: int) -> list[float]:
-        """Return the predicted tokens per second for K = 0 … most; 0.0 where nothing is known."""
-        with self.lock:
-            tokens = self.acceptance.expected_tokens(most)
-            forward_slope = self.forward.slope(0.0)
-            slope = self.rounds.slope(self.draft_token.mean + forward_slope)
-            seconds = [self._seconds_alone(slope)]
-            seconds += [self.rounds.at(length, slope) if self.rounds.weight else 0.0 for length in range(1, most + 1)]
-        return [count / time if time > 0 else 0.0 for count, time in zip(tokens, seconds, strict=True)]
+        """Return the predicted tokens per second for K = 0 … most at the present load; 0.0 where nothing is known."""
+        with self._lock:
+            return self._load(self.num_sessions).rates(self._acceptance.expected_tokens(most))
 
-    def _seconds_alone(self, slope: float) -> float:
-        """Return R(0): measured, or else a round of one row without its drafting, which flatters it a little."""
-        if self.round_alone.weight:
-            return self.round_alone.mean
-        return max(0.0, self.rounds.at(1, slope) - 2 * self.draft_token.mean) if self.rounds.weight else 0.0
+    def next_length(self, rate_alone: float, rate_pair: float, best: int) -> int:
+        """Return K of the next round: 0, `best`, or that of a look at the draft.
+
+        Args:
+            rate_alone, rate_pair: predicted tokens per second with K = 0 and with `best`; 0 where nothing is known.
+        """
+        with self._lock:
+            load = self._load(self.num_sessions)
+            side = load.side
+            if side.next_is_alone(rate_alone, rate_pair, self.balance / load.num_sessions, load.num_sessions):
+                return 0
+            return side.probe_length if side.is_alone else best
+
+    def next_wave(self) -> int:
+        """Return how many rounds a session has had at the present load, about: the same for sessions at one time."""
+        with self._lock:
+            load = self._load(self.num_sessions)
+            load.num_rounds += 1
+            return load.num_rounds // load.num_sessions
+
+    def _load(self, num_sessions: float) -> LoadSpeed:
+        """Return what is known of this load, to a factor of two."""
+        number = 1 << max(0, round(math.log2(num_sessions)))
+        if number > self._most_sessions:
+            self.balance += CREDIT * (number - self._most_sessions)
+            self._most_sessions = number
+        if number not in self._loads:
+            self._loads[number] = LoadSpeed(number)
+        return self._loads[number]
+
+    def _book(self, times: RoundTimes, load: LoadSpeed, is_steady: bool) -> None:
+        if load.alone_s and (times.num_proposals or not is_steady):
+            self.balance += times.num_committed - times.round_s / load.alone_s
+        self.balance = min(self.balance + INCOME * times.num_committed, MOST_BALANCE * load.num_sessions)
 
 
 class PairSpeeds:
@@ -186,51 +355,59 @@ class LengthController:
         """With `may_be_zero` off, K is at least 1: then one seed gives one text."""
         self._speed, self._may_be_zero, self._most = speed, may_be_zero, most
         self._num_rounds = 0
-        self._rates: list[float] = []
-        self._rounds_on_side = 0  # rounds in a row with K = 0, or with K ≥ 1
-        self._pause = PROBE_EVERY  # rounds on one side before the next look at the other
-        self._is_zero = False
-        self._probe_rounds_left = 0
-        self._follows_zero = True
+        self._rates = [0.0] * (most + 1)
+        self._had_proposals = False  # of the last round
+        self._num_on_side = 0  # rounds in a row with proposals, or without
+        self._counted = 0  # rounds of all sessions, when this one had its last
+        self._num_sessions: float | None = None  # at once, as this one sees it
 
     def learn(self, times: RoundTimes) -> None:
-        """Learn from a round, unless the draft came to it from standing still."""
-        is_warm = not times.num_proposals or not self._follows_zero
-        self._follows_zero = not times.num_proposals
-        if is_warm:
-            self._speed.add(times)
+        """Learn from a round.
+
+        The seconds of the first ones on either side say little: the draft comes to them from standing still or is
+        still at work, and other sessions are on the other side yet. Nothing is learned from the first round of a
+        session, which does not know yet beside how many others it runs.
+        """
+        self._see_load()
+        has_proposals = times.num_proposals > 0
+        self._num_on_side = self._num_on_side + 1 if has_proposals == self._had_proposals else 1
+        self._had_proposals = has_proposals
+        if self._num_sessions is not None:
+            is_steady = self._num_on_side > (1 if has_proposals else SETTLE_ROUNDS)
+            self._speed.add(times, self._num_sessions, is_steady, self._may_be_zero)
 
     def next_length(self) -> int:
         """Return K of the next round."""
-        if self._num_rounds % REVIEW_EVERY == 0:
+        awaits_alone = self._may_be_zero and not self._rates[0]
+        if self._num_rounds % REVIEW_EVERY == 0 or awaits_alone:
             self._rates = self._speed.rates(self._most)
-        rates = self._rates
         self._num_rounds += 1
-        best = max(range(1, self._most + 1), key=rates.__getitem__) if any(rates[1:]) else min(FIRST, self._most)
+        least = min(2, self._most) if self._may_be_zero else 1  # one proposal brings no more than none, and later
+        best = max(range(least, self._most + 1), key=self._rates.__getitem__)
+        if not self._rates[best]:
+            best = min(FIRST, self._most)
         if not self._may_be_zero:
-            return self._varied(best)
-        self._choose_side(rates[0], rates[best])
-        is_probe = self._probe_rounds_left > 0
-        return 0 if self._is_zero != is_probe else self._varied(best)
+            return self._varied(best, least)
+        length = self._speed.next_length(self._rates[0], self._rates[best], best)
+        return self._varied(best, least) if length == best else min(length, self._most)
 
-    def _choose_side(self, rate_alone: float, rate_pair: float) -> None:
-        """Decide between K = 0 and K ≥ 1, and whether this round looks at the other side."""
-        if self._probe_rounds_left > 1:
-            self._probe_rounds_left -= 1
-            return
-        margin = 1 + MARGIN if self._is_zero else 1 - MARGIN
-        is_zero = rate_alone > 0 and (rate_pair == 0 or rate_pair < rate_alone * margin)
-        if is_zero != self._is_zero:
-            self._is_zero, self._rounds_on_side, self._pause = is_zero, 0, PROBE_EVERY
-        self._rounds_on_side += 1
-        self._probe_rounds_left = 0
-        if self._rounds_on_side > self._pause:  # the longer one side has been the better, the rarer the looks
-            self._rounds_on_side, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
-            self._probe_rounds_left = PROBE_ROUNDS if is_zero else 1
+    def _see_load(self) -> None:
+        """Between two rounds of this session, each other that runs at once has had about one."""
+        counted = self._speed.count_round()
+        if self._counted:
+            seen = float(counted - self._counted)
+            before = seen if self._num_sessions is None else self._num_sessions
+            self._num_sessions = LOAD_MEMORY * before + (1 - LOAD_MEMORY) * seen
+            self._speed.num_sessions = self._num_sessions
+        self._counted = counted
 
-    def _varied(self, best: int) -> int:
-        """Return `best`, or now and then a neighbour: a line needs more than one place."""
-        if self._num_rounds % VARY_EVERY:
+    def _varied(self, best: int, least: int) -> int:
+        """Return `best`, or now and then a neighbour: a line needs more than one place.
+
+        Sessions step aside together, so that the line shows what it costs when all of them do.
+        """
+        wave = self._speed.next_wave()
+        if wave % VARY_EVERY:
             return best
-        step = 1 if self._num_rounds // VARY_EVERY % 2 else -1
-        return min(self._most, max(1, best + step))
+        step = 1 if wave // VARY_EVERY % 2 else -1
+        return min(self._most, max(least, best + step))
