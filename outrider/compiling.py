@@ -60,7 +60,7 @@ def _float_of_bits(typing_context, bits):
     return types.float32(types.int32), codegen
 
 
-@compiled(fastmath={"nnan", "nsz"}, on_disk=False)
+@compiled(fastmath={"nsz"}, on_disk=False)
 def largest(numbers):
     """Return the largest of at least one number; NaN where one is."""
     found = numbers[0]
