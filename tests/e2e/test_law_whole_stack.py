@@ -209,14 +209,14 @@ def break_uniforms(monkeypatch) -> None:
 
 def break_draft_probs(monkeypatch) -> None:
     """Tell the client the distribution before truncation, while tokens are drawn from the truncated one."""
-    draw = draft_service.drafter.draw_drafts
+    draw = draft_service.drafter.draft_tokens
 
-    def draw_and_tell_another(probs, max_supports, uniforms):
-        drawn = draw(probs, max_supports, uniforms)
-        whole = draw(probs, [VOCAB_SIZE] * len(max_supports), uniforms)
+    def draw_and_tell_another(logits, warpings, max_supports, uniforms):
+        drawn = draw(logits, warpings, max_supports, uniforms)
+        whole = draw(logits, warpings, [VOCAB_SIZE] * len(max_supports), uniforms)
         return [replace(told, token_id=true.token_id) for told, true in zip(whole, drawn, strict=True)]
 
-    monkeypatch.setattr(draft_service.drafter, "draw_drafts", draw_and_tell_another)
+    monkeypatch.setattr(draft_service.drafter, "draft_tokens", draw_and_tell_another)
 
 
 def break_joint_ratios(monkeypatch) -> None:
