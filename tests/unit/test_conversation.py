@@ -701,7 +701,16 @@ class TestDraftFails:
 
     @pytest.mark.parametrize(
         "change",
-        ["position", "token_id", "unknown_id", "far_unknown_id", "no_support", "more_gaps", "more_weights", "no_weight"],
+        [
+            "position",
+            "token_id",
+            "unknown_id",
+            "far_unknown_id",
+            "no_support",
+            "more_gaps",
+            "more_weights",
+            "no_weight",
+        ],
     )
     def test_a_proposal_that_is_none_is_an_error(self, change):
         def spoil(stream, message):

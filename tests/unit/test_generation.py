@@ -45,7 +45,8 @@ def response(
         commit_index=commit_index,
         start_position=position,
         proposals=[
-            draft_pb2.Proposal(token_id=token_id, support_gaps=[token_id], support_weights=[1]) for token_id in token_ids
+            draft_pb2.Proposal(token_id=token_id, support_gaps=[token_id], support_weights=[1])
+            for token_id in token_ids
         ],
         stopped=stopped,
         cache=common_pb2.CacheState(num_cached_tokens=len(cached), digest=cached.digest(len(cached))),

@@ -1,4 +1,4 @@
-"""Arrays come back from the wire as they went; what is no array, no id, no support and no probability is named and refused."""
+"""Arrays come back from the wire as they went; what is no array, id, support or probability is named and refused."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_any_numbers_are_a_support_or_refused(gaps):
 
 def test_a_message_full_of_the_largest_gaps_is_refused():
     """4 MiB, gRPC's limit, hold fewer than 2^20 gaps of 2^32: their sum is far below what int64 holds."""
-    with pytest.raises(InvalidArgumentError, match="^gaps holds id 4503599627370495:"):
+    with pytest.raises(InvalidArgumentError, match=r"^gaps holds id 4503599627370495:"):
         wire.support_of([2**32 - 1] * 2**20, "gaps", VOCAB_SIZE)
 
 
