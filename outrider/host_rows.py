@@ -1,8 +1,8 @@
 """Compiled code that reads rows where the CPU has them. Pure functions on numpy arrays.
 
 A row needs a dozen operations on some thousand numbers, which in numpy or torch take many times as long to begin as to
-compute. A row of logits becomes probabilities on the way, by its temperature; a row whose temperature is 0 holds
-probabilities already.
+compute. A row of logits becomes probabilities on the way, by its temperature, where 0 is the likeliest token alone; a row
+whose temperature is GIVEN holds probabilities already.
 
 Shapes: N rows, V vocabulary size, S tokens of a support.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from outrider.compiling import compiled, exponential, largest
 from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 
+GIVEN = -1.0
 _BLOCK = 64  # weights that are summed before the draw looks for its place among them
 
 
@@ -85,16 +86,30 @@ def target_rows(rows, temperatures, ids, sizes, uniforms):
 @compiled(on_disk=False)
 def _probabilities(row, temperature, probs):
     """Write numbers in proportion to the row's probabilities, and return their sum; NaN where the row is no law."""
-    if temperature == 0:
+    if temperature == GIVEN:
         probs[:] = row
         return 1.0
-    top, inverse = largest(row), np.float32(1 / temperature)
+    top = largest(row)
     if not np.isfinite(top):
         return np.nan
+    if temperature == 0:
+        _mark_first(row, top, probs)
+        return 1.0
+    inverse = np.float32(1 / temperature)
     for token_id in range(len(row)):
         below = (row[token_id] - top) * inverse
         probs[token_id] = exponential(below)
     return _sum(probs)
+
+
+@compiled(on_disk=False)
+def _mark_first(row, number, probs):
+    """Write 1 where `row` first holds the number, and 0 elsewhere."""
+    probs[:] = 0
+    for token_id in range(len(row)):
+        if row[token_id] == number:
+            probs[token_id] = 1
+            return
 
 
 @compiled(fastmath={"reassoc", "contract"}, on_disk=False)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from outrider.host_rows import draft_rows, target_rows
+from outrider.host_rows import GIVEN, draft_rows, target_rows
 from outrider.race import race, race_among
 from outrider.rng import Noise
 from outrider.scales import round_down, whole_weights
@@ -83,7 +83,7 @@ def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], numbers: Seque
     the law to the letter. Each row has a uniform, or the noise of its position.
     """
     if lies_on_host(probs):
-        drafts = _drafts_on_host(probs.numpy(), np.zeros(len(probs)), max_supports, numbers)
+        drafts = _drafts_on_host(probs.numpy(), np.full(len(probs), GIVEN), max_supports, numbers)
         return [draft for draft in drafts if draft]
     supports = _supports_on_device(probs, max(max_supports))
     parts = zip(supports, max_supports, numbers, strict=True)
@@ -159,7 +159,7 @@ def _are_plain(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Seque
     return (
         lies_on_host(logits)
         and logits.dtype == torch.float32
-        and not any(warping.is_greedy or warping.has_filters for warping in warpings)
+        and not any(warping.has_filters for warping in warpings)
         and not any(isinstance(number, Noise) for number in numbers)
     )
 
@@ -220,7 +220,7 @@ def read_target_rows(
     """
     sizes = [len(support) for support in supports]
     if lies_on_host(probs) and not any(isinstance(number, Noise) for number in numbers):
-        return _rows_on_host(probs.numpy(), np.zeros(len(probs)), supports, numbers)[0]
+        return _rows_on_host(probs.numpy(), np.full(len(probs), GIVEN), supports, numbers)[0]
     told, masses, token_ids = _read_with_torch(probs, np.concatenate(supports), sizes, numbers)
     return TargetRows(np.split(told, np.cumsum(sizes)[:-1]), masses.tolist(), token_ids.tolist())
 
