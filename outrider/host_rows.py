@@ -1,8 +1,8 @@
 """Compiled code that reads rows where the CPU has them. Pure functions on numpy arrays.
 
 A row needs a dozen operations on some thousand numbers, which in numpy or torch take many times as long to begin as to
-compute. A row of logits becomes probabilities on the way, by its temperature, where 0 is the likeliest token alone; a row
-whose temperature is GIVEN holds probabilities already.
+compute. A row of logits becomes probabilities on the way, by its temperature, where 0 is the likeliest token alone; a
+row whose temperature is GIVEN holds probabilities already.
 
 Shapes: N rows, V vocabulary size, S tokens of a support.
 """

@@ -165,7 +165,7 @@ def _are_plain(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Seque
 
 
 def _temperatures(warpings: Sequence[Warping]) -> np.ndarray:
-    return np.array([warping.temperature for warping in warpings])
+    return np.array([0.0 if warping.is_greedy else warping.temperature for warping in warpings])
 
 
 def _only_finite(logits: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:

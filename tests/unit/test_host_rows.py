@@ -12,7 +12,7 @@ import torch
 from outrider import host_rows
 from outrider import probs as probs_module
 from outrider.compiling import compiled, exponential, largest
-from outrider.host_rows import draft_rows, target_rows
+from outrider.host_rows import GIVEN, draft_rows, target_rows
 from outrider.probs import (
     MIN_SUPPORT_PROB,
     draft_tokens,
@@ -43,16 +43,23 @@ def logits_of(num_rows: int, vocab_size: int, seed: int = 0, std: float = 3.0) -
 
 def laws_of(rows: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
     """Return the laws `[N, V] float64` that rows stand for."""
-    scores = (rows - rows.max(-1, keepdims=True)) / np.where(temperatures, temperatures, 1)[:, None].astype(float)
-    weights = np.where(temperatures[:, None] == 0, rows, np.exp(scores.astype(float)))
-    return np.where(temperatures[:, None] == 0, weights, weights / weights.sum(-1, keepdims=True))
+    return np.stack([law_of(row.astype(float), it) for row, it in zip(rows, temperatures, strict=True)])
+
+
+def law_of(row: np.ndarray, temperature: float) -> np.ndarray:
+    if temperature == GIVEN:
+        return row
+    if temperature == 0:
+        return (np.arange(len(row)) == row.argmax()).astype(float)
+    weights = np.exp((row - row.max()) / temperature)
+    return weights / weights.sum()
 
 
 def mixed_rows(vocab_size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows `[N, V] float32` and their temperatures: logits, and with temperature 0 laws and one-hot rows."""
-    temperatures = np.array([*TEMPERATURES, 0.0, 0.0])
+    """Return rows `[N, V] float32` and their temperatures: logits, greedy ones too, and laws, one of them one-hot."""
+    temperatures = np.array([*TEMPERATURES, 0.0, GIVEN, GIVEN])
     rows = logits_of(len(temperatures), vocab_size, seed)
-    rows[-2] = laws_of(rows[-2:-1], np.ones(1))[0]
+    rows[-2] = law_of(rows[-2].astype(float), 1.0)
     rows[-1] = np.arange(vocab_size) == vocab_size // 2
     return rows, temperatures
 
@@ -148,6 +155,12 @@ class TestDraftRows:
             assert all(map(np.array_equal, alone, expected))
 
 
+def test_the_first_of_equal_tokens_is_the_greedy_one():
+    rows = np.array([[1, 3, 1, 3, 1], [-np.inf, 0, 0, 0, 0]], dtype=np.float32)
+    assert [ids.tolist() for ids, *_ in draft(rows, [0.0, 0.0], LAST)] == [[1], [1]]
+    assert [token_id for _, _, token_id, _ in read(rows, [0.0, 0.0], [[3], []], LAST)] == [1, 1]
+
+
 def test_of_equal_tokens_a_limit_keeps_the_lowest_ids():
     row = np.array([[1, 3, 1, 3, 1, 3, 0, 1]], dtype=np.float32)
     kept = [draft(row, [1.0], max_support=most)[0][0].tolist() for most in range(1, 9)]
@@ -229,7 +242,7 @@ def test_told_and_left_are_the_law_to_the_letter(vocab_size):
     """Mass left beside a support is that of the whole law less what is told of each id, without any tolerance."""
     law = dyadic_law(vocab_size)
     supports = [*random_supports(6, vocab_size), *([token_id] for token_id in range(0, vocab_size, 7))]
-    answers = read(law[None].repeat(len(supports), 0), np.zeros(len(supports)), supports)
+    answers = read(law[None].repeat(len(supports), 0), np.full(len(supports), GIVEN), supports)
     for support, (told, mass, _, _) in zip(supports, answers, strict=True):
         assert np.array_equal(told, np.floor(law[support] / PROB_UNIT) * PROB_UNIT)
         assert mass == 1 - told.sum()
@@ -243,7 +256,7 @@ def test_what_rounding_leaves_of_a_support_is_drawn_as_often_as_it_weighs(vocab_
     law = law if vocab_size > 1 else law - PROB_UNIT / 3  # else there is no remainder
     rest = law % PROB_UNIT
     many = law[None].repeat(num_points, 0)
-    answers = read(many, np.zeros(num_points), [support] * num_points, spread(num_points))
+    answers = read(many, np.full(num_points, GIVEN), [support] * num_points, spread(num_points))
     drawn = shares([token_id for _, _, token_id, _ in answers], vocab_size)
     assert answers[0][1] == rest.sum()
     assert np.abs(drawn - rest / rest.sum()).max() <= 1 / num_points + 1e-12
@@ -251,7 +264,7 @@ def test_what_rounding_leaves_of_a_support_is_drawn_as_often_as_it_weighs(vocab_
 
 def test_a_support_that_takes_all_leaves_nothing_and_draws_nothing():
     law = np.array([[0.5, 0.0, 0.25, 0.25]])
-    [(told, mass, token_id, _)] = read(law, [0.0], [[0, 2, 3]], LAST)
+    [(told, mass, token_id, _)] = read(law, [GIVEN], [[0, 2, 3]], LAST)
     assert told.sum() == 1
     assert (mass, token_id) == (0, 0)
 
@@ -285,7 +298,7 @@ NO_LAWS = {
 def test_a_row_that_is_no_law_is_marked_and_disturbs_no_other(spoil, vocab_size):
     healthy = logits_of(3, vocab_size)
     rows = np.stack([healthy[0], spoil(healthy[1]), healthy[1], spoil(healthy[2]), healthy[2]]).astype(np.float32)
-    temperatures, is_law = np.array([1.0, 0.7, 0.7, 1.5, 1.5]), np.array([True, False, True, False, True])
+    temperatures, is_law = np.array([1.0, 0.7, 0.7, 0.0, 0.0]), np.array([True, False, True, False, True])
     supports = random_supports(5, vocab_size)
     drafts, answers = draft(rows, temperatures), read(rows, temperatures, supports)
     assert [it[-1] for it in drafts] == [it[-1] for it in answers] == is_law.tolist()
@@ -304,7 +317,7 @@ class TestBothPaths:
     """Float32 logits are read by compiled code; told to go the general way, they give the same but for rounding."""
 
     NUM_ROWS = 60
-    WARPINGS = tuple(Warping(TEMPERATURES[row % len(TEMPERATURES)]) for row in range(NUM_ROWS))
+    WARPINGS = tuple(Warping([*TEMPERATURES, 0.0][row % 6]) for row in range(NUM_ROWS))
     LOGITS = torch.from_numpy(logits_of(NUM_ROWS, 700, seed=5))
     # torch's own softmax rounds each of its steps in float32 too.
     ERROR = 2 * FLOAT32_ERROR
@@ -361,10 +374,10 @@ class TestBothPaths:
     def test_the_coldest_temperatures_are_greedy(self, temperature, top_k, dtype):
         """Logits over them are beyond float32; a session beside it is not disturbed."""
         logits = self.LOGITS[:2].to(dtype)
-        warpings = [Warping(temperature, top_k), Warping()]
+        warpings = [Warping(temperature, top_k), Warping(1.0, top_k)]
         cold, other = draft_tokens(logits, warpings, [9, 9], [0.5, 0.5])
         assert cold.support_ids.tolist() == [cold.token_id] == [logits[0].argmax().item()]
-        assert len(other.support_ids) == 9
+        assert len(other.support_ids) == (top_k or 9)
         rows, are_laws = read_logits(logits, warpings, [np.array([cold.token_id])] * 2, [0.5, 0.5])
         assert are_laws == [True, True]
         assert (rows.support_probs[0].tolist(), rows.outside_masses[0]) == ([1.0], 0.0)

@@ -159,7 +159,7 @@ def test_float32_on_the_wire_moves_the_law_by_no_more_than_its_rounding(max_supp
     assert moved < NUM_TOKENS * 2**-24
 
 
-@pytest.mark.parametrize("warping", ["plain", "cold", "hot"])
+@pytest.mark.parametrize("warping", ["plain", "cold", "hot", "greedy"])
 @pytest.mark.parametrize("max_support", [1, 2, VOCAB_SIZE])
 def test_float32_logits_move_the_law_by_no_more_than_their_rounding(warping, max_support):
     """They are read by compiled code, and the law is that of the logits in float64."""
