@@ -20,7 +20,7 @@ from outrider.host_rows import GIVEN, draft_rows, target_rows
 from outrider.race import race, race_among
 from outrider.rng import Noise
 from outrider.scales import round_down, whole_weights
-from outrider.warping import Warping
+from outrider.warping import COLDEST, Warping
 
 MIN_SUPPORT_PROB = 2e-4
 
@@ -35,7 +35,7 @@ def probability_rows(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch
         return _one_hot(logits)
     scores = logits
     if any(warping.temperature != 1 for warping in warpings):
-        scores = logits / logits.new_tensor([warping.temperature or 1.0 for warping in warpings])[:, None]
+        scores = logits / logits.new_tensor([max(warping.temperature, COLDEST) for warping in warpings])[:, None]
     if any(warping.has_filters for warping in warpings):
         scores = scores.masked_fill(~_kept_by_filters(scores, warpings), -torch.inf)
     probs = scores.softmax(-1)
@@ -192,7 +192,7 @@ def _are_plain(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Seque
 
 
 def _temperatures(warpings: Sequence[Warping]) -> np.ndarray:
-    return np.array([warping.temperature for warping in warpings])
+    return np.array([0.0 if warping.is_greedy else warping.temperature for warping in warpings])
 
 
 def _only_finite(logits: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:

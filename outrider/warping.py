@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from outrider.errors import InvalidArgumentError
 
+COLDEST = 1e-30  # below it, logits over the temperature would leave float32's range
+
 
 @dataclass(frozen=True)
 class Warping:
@@ -16,7 +18,7 @@ class Warping:
         InvalidArgumentError: a value is out of range; the message names the field.
     """
 
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy, and so is what is colder than COLDEST
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0  # 0 and 1 keep all
     min_p: float = 0.0  # 0 keeps all
@@ -32,7 +34,7 @@ class Warping:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
     @property
     def has_filters(self) -> bool:

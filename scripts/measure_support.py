@@ -23,6 +23,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from outrider import probs, wire
+from outrider.v1 import draft_pb2, target_pb2
 
 MODELS = Path(str(files("outrider"))) / "models"
 THRESHOLDS = (5e-5, 1e-4, 2e-4, 5e-4)
@@ -57,15 +58,15 @@ def measure(p: torch.Tensor, q: torch.Tensor, max_support: int) -> list[str]:
         truncated[row] = np.minimum(on_p, on_q / on_q.sum()).sum()
         rounded[row] = np.minimum(told[row], draft.weights / draft.weights.sum()).sum()
     shared = torch.minimum(p, q).sum(-1).numpy()
-    packed = [
-        wire.pack_supports(supports),
-        wire.pack_weights([draft.weights for draft in drafts]),
-        wire.pack_probs(told),
+    fields = [
+        [target_pb2.ProposedToken(support_gaps=wire.support_gaps(ids)) for ids in supports],
+        [draft_pb2.Proposal(support_weights=draft.weights.tolist()) for draft in drafts],
+        [target_pb2.TargetRow(support_units=wire.prob_units(row)) for row in told],
     ]
     error = (shared - rounded).std() / len(p) ** 0.5
     return [
         f"{np.mean([len(ids) for ids in supports]):.0f}",
-        " + ".join(f"{np.mean([len(field) for field in fields]):.0f}" for fields in packed),
+        " + ".join(f"{np.mean([message.ByteSize() for message in messages]):.0f}" for messages in fields),
         f"{(shared - truncated).mean():.4f}",
         f"{(shared - rounded).mean():.4f} ± {error:.4f}",
     ]

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from client.acceptance import Decision, Proposal, TargetRow
-from outrider.probs import draw_drafts, probability_rows, read_target_rows
+from outrider.probs import draft_tokens, probability_rows, read_logits
 from outrider.scales import round_down
 from outrider.warping import Warping
 
@@ -81,19 +81,21 @@ class Pair:
     draft_warping: Warping
     max_support: int = VOCAB_SIZE
     claimed_probs: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = whole_row
-    read_rows: Callable = read_target_rows
+    read_rows: Callable = read_logits
+    dtype: torch.dtype = torch.float64  # of the logits; compiled code reads float32 ones, if nothing filters them
     mass_dtype: type = np.float64  # of the mass outside; on the wire it is float32
 
     @functools.cache  # noqa: B019 - a test's own object
     def target_probs(self, prefix: Prefix) -> torch.Tensor:
-        """Return p, `[1, V] float64`."""
+        """Return p, `[1, V] float64`, whatever the type of the logits that rows are read from."""
         return probability_rows(TARGET.logits(prefix), [self.warping])
 
     @functools.cache  # noqa: B019
     def drafts(self, prefix: Prefix) -> list[tuple[float, Proposal]]:
         """Return every proposal that the draft can make, with its probability."""
-        probs = probability_rows(DRAFT.logits(prefix), [self.draft_warping])
-        [draft] = draw_drafts(probs, [self.max_support], [0.5])
+        logits = DRAFT.logits(prefix)
+        probs = probability_rows(logits, [self.draft_warping])
+        [draft] = draft_tokens(logits.to(self.dtype), [self.draft_warping], [self.max_support], [0.5])
         ids, weights = draft.support_ids, draft.weights
         claimed = self.claimed_probs(ids, weights, probs[0].numpy())
         draft_probs = normalised(weights)
@@ -115,7 +117,8 @@ class Pair:
         outside[ids] -= round_down(outside[ids])
         cells = middles(outside) or [(1.0, 0.5)]  # nothing outside: any token, without meaning
         points = [point for _, point in cells]
-        read = self.read_rows(probs.expand(len(cells), -1), [ids] * len(cells), points)
+        logits = TARGET.logits(prefix).to(self.dtype).repeat(len(cells), 1)
+        read, _ = self.read_rows(logits, [self.warping] * len(cells), [ids] * len(cells), points)
         return [
             (weight, TargetRow(on_support, float(self.mass_dtype(mass)), token_id))
             for (weight, _), on_support, mass, token_id in zip(

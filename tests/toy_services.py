@@ -88,9 +88,10 @@ def draft_proposal(model: ToyModel, tokens: TokenLog, number: float | Noise, max
     if isinstance(number, Noise):
         return draft_pb2.Proposal(token_id=ids[race_among(ids, probs, number)])
     weights = whole_weights(probs)
-    [support_ids], [support_weights] = wire.pack_supports([ids]), wire.pack_weights([weights])
     return draft_pb2.Proposal(
-        token_id=ids[draw(weights, number)], support_ids=support_ids, support_weights=support_weights
+        token_id=ids[draw(weights, number)],
+        support_gaps=wire.support_gaps(ids),
+        support_weights=weights.tolist(),
     )
 
 
@@ -102,9 +103,8 @@ def target_row(
     told = round_down(probs[support])
     outside = probs.copy()
     outside[support] -= told
-    [support_probs] = wire.pack_probs([told])
     return target_pb2.TargetRow(
-        support_probs=support_probs,
+        support_units=wire.prob_units(told),
         outside_mass=outside.sum(),
         outside_token_id=draw(outside, number) if outside.any() else 0,
     )
@@ -131,7 +131,7 @@ class ToyTarget:
         proposed_ids = [proposal.token_id for proposal in work.proposals]
         tokens.rewrite(span.start_position, [*committed_ids, *proposed_ids[:-1]])
         first = span.start_position + len(committed_ids)
-        supports = wire.unpack_supports([it.support_ids for it in work.proposals], "ids", VOCAB_SIZE)
+        supports = [wire.support_of(it.support_gaps, "gaps", VOCAB_SIZE) for it in work.proposals]
         rows = [
             target_row(self._model, tokens, position, support, self._numbers.at(position))
             for position, support in enumerate(supports or [np.empty(0, np.int64)], start=first)
@@ -380,9 +380,8 @@ class Law:
         tokens = TokenLog(token_ids)
         draft_model = ToyModel(DRAFT_LOGITS, 0.0 if self.greedy_draft else self.temperature)
         message = draft_proposal(draft_model, tokens, self._uniform(Purpose.DRAFT, tokens), self.max_support)
-        [support] = wire.unpack_supports([message.support_ids], "ids", VOCAB_SIZE)
-        [weights] = wire.unpack_weights([message.support_weights], "weights")
-        proposal = Proposal.from_weights(message.token_id, support, weights)
+        support = wire.support_of(message.support_gaps, "gaps", VOCAB_SIZE)
+        proposal = Proposal.from_weights(message.token_id, support, np.array(message.support_weights, dtype=float))
         uniforms = (self._uniform(purpose, tokens) for purpose in (Purpose.ACCEPT, Purpose.RESIDUAL))
         accept, residual = uniforms
         return decide([proposal], [self._row(tokens, support)], [accept], [residual]).token_ids[0]
@@ -412,5 +411,4 @@ class Law:
     def _row(self, tokens: TokenLog, support: np.ndarray) -> TargetRow:
         model = ToyModel(TARGET_LOGITS, self.temperature)
         row = target_row(model, tokens, len(tokens), support, self._uniform(Purpose.OUTSIDE, tokens))
-        [probs] = wire.unpack_probs([row.support_probs], "probs")
-        return TargetRow(probs, row.outside_mass, row.outside_token_id)
+        return TargetRow(wire.probs_of(row.support_units, "units"), row.outside_mass, row.outside_token_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ FAMILY = (
 # The services compute in float64 as transformers does, and round to float32 once: half a unit in the last of 24 bits.
 # Twice that leaves room for sums in another order (1e-15).
 FLOAT32_TOLERANCE = 2.0**-23
-MIN_SUPPORT_PROB = 1e-4  # in a draft's support, as the design has it
+MIN_SUPPORT_PROB = 2e-4  # in a draft's support, as the design has it
 
 
 @dataclass(frozen=True)
@@ -139,25 +140,17 @@ def truncated(probs: np.ndarray, max_support: int) -> np.ndarray:
     return result
 
 
-def numbers(data: bytes) -> list[int]:
-    """Return the numbers of a field, read as common.proto says."""
-    found, number, shift = [], 0, 0
-    for half in (half for byte in data for half in (byte & 15, byte >> 4)):
-        number |= (half & 7) << shift
-        shift += 3
-        if half < 8:
-            found.append(number)
-            number, shift = 0, 0
-    assert shift == 0
-    return found
-
-
-def support_of(data: bytes) -> list[int]:
+def support_of(gaps: Sequence[int]) -> list[int]:
     """Return the ids of a support, read as common.proto says."""
     ids: list[int] = []
-    for num_skipped in numbers(data):
+    for num_skipped in gaps:
         ids.append((ids[-1] if ids else -1) + 1 + num_skipped)
     return ids
+
+
+def gaps_of(support: Sequence[int]) -> list[int]:
+    """Return a support as common.proto has it."""
+    return [token_id - before - 1 for before, token_id in pairwise([-1, *support])]
 
 
 def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -> None:
@@ -167,7 +160,7 @@ def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -
     supports = [support for _, support in proposals] or [[]]
     assert len(rows) == len(supports)
     for offset, (row, probs, support) in enumerate(zip(rows, law, supports, strict=True)):
-        units = np.array(numbers(row.support_probs), dtype=np.int64)
+        units = np.array(row.support_units, dtype=np.int64)
         assert units.tolist() == np.floor(probs[support] * 2**18).tolist()
         outside = probs.copy()
         outside[support] -= units / 2**18
@@ -192,9 +185,9 @@ def check_proposals(
     law[:, vocab_size:] = 0
     for offset, (proposal, probs) in enumerate(zip(proposals, law, strict=True)):
         expected = truncated(probs / probs.sum(), max_support)
-        support = support_of(proposal.support_ids)
+        support = support_of(proposal.support_gaps)
         assert support == np.flatnonzero(expected).tolist()
-        weights = np.array(numbers(proposal.support_weights)) + 1
+        weights = np.array(proposal.support_weights)
         assert weights.tolist() == np.maximum(np.rint(expected[support] * 2**13), 1).tolist()
         index = draw(weights, len(prefix) + offset, Purpose.DRAFT, branch)
         assert proposal.token_id == support[index]
@@ -224,14 +217,13 @@ def open_verification(token_ids: Sequence[int] = PROMPT, **sampling: Any) -> tar
 
 def round_of(committed: common_pb2.TokenSpan, proposals=(), round_index: int = 1) -> target_pb2.VerifyRequest:
     """Return a round; `proposals` are pairs of a token and its support."""
-    supports = wire.pack_supports([support for _, support in proposals])
     return target_pb2.VerifyRequest(
         round=target_pb2.Round(
             round_index=round_index,
             committed=committed,
             proposals=[
-                target_pb2.ProposedToken(token_id=token_id, support_ids=support_ids)
-                for (token_id, _), support_ids in zip(proposals, supports, strict=True)
+                target_pb2.ProposedToken(token_id=token_id, support_gaps=gaps_of(support))
+                for token_id, support in proposals
             ],
         )
     )

@@ -54,7 +54,7 @@ def test_rows_are_the_targets_own_choices(target, models, sampling, proposed_ids
     assert [row.outside_token_id for row in rows] == [
         choice(probs, position) for position, probs in enumerate(law, start=len(PROMPT))
     ]
-    assert all((row.support_probs, row.outside_mass) == (b"", pytest.approx(1, abs=2.0**-23)) for row in rows)
+    assert all((row.support_units, row.outside_mass) == ([], pytest.approx(1, abs=2.0**-23)) for row in rows)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
@@ -69,4 +69,4 @@ def test_proposals_are_the_drafts_own_choices(draft, models, sampling, max_suppo
         choice(truncated(probs, max_support or VOCAB_SIZE), position)
         for position, probs in enumerate(law, start=len(PROMPT))
     ]
-    assert all((proposal.support_ids, proposal.support_weights) == (b"", b"") for proposal in proposals)
+    assert all((proposal.support_gaps, proposal.support_weights) == ([], []) for proposal in proposals)

@@ -54,10 +54,10 @@ def open_with(committed: common_pb2.TokenSpan) -> target_pb2.VerifyRequest:
     return message
 
 
-def rounds(token_id: int, support_ids: bytes) -> list[target_pb2.VerifyRequest]:
-    """Return a session with a round of one proposal whose support is given in bytes."""
+def rounds(token_id: int, support_gaps: list[int]) -> list[target_pb2.VerifyRequest]:
+    """Return a session with a round of one proposal whose support is given as it travels."""
     message = round_of(span(PROMPT))
-    message.round.proposals.add(token_id=token_id, support_ids=support_ids)
+    message.round.proposals.add(token_id=token_id, support_gaps=support_gaps)
     return [open_verification(), message]
 
 
@@ -73,15 +73,16 @@ VERIFY = {
     "prompt id out of range": ([open_with(span([3, VOCAB_SIZE]))], INVALID, "open.committed.token_ids"),
     "prompt of odd bytes": ([open_with(ODD)], INVALID, "open.committed.token_ids"),
     "opened in the middle": ([open_with(span([3], 1, [8]))], INVALID, "open.committed.start_position"),
-    "proposal out of range": (rounds(VOCAB_SIZE, b"\x0b"), INVALID, "proposals[0].token_id"),
-    "support out of range": (rounds(3, wire.pack_supports([[3, VOCAB_SIZE]])[0]), INVALID, "proposals[0].support_ids"),
-    "support cut short": (rounds(3, b"\3\x8f"), INVALID, "proposals[0].support_ids"),
-    "support of too many digits": (rounds(3, b"\xff" * 6 + b"\1"), INVALID, "proposals[0].support_ids"),
-    "support empty": (rounds(3, b""), INVALID, "proposals[0].support_ids"),
+    "proposal out of range": (rounds(VOCAB_SIZE, [3]), INVALID, "proposals[0].token_id"),
+    "support out of range": (rounds(3, [3, VOCAB_SIZE - 4]), INVALID, "proposals[0].support_gaps"),
+    "support beyond 32 bits": (rounds(3, [3, 2**32 - 1]), INVALID, "proposals[0].support_gaps"),
+    "support of more ids than there are": (rounds(3, [0] * (VOCAB_SIZE + 1)), INVALID, "proposals[0].support_gaps"),
+    "support of as many gaps as a message holds": (rounds(3, [0] * 2_000_000), INVALID, "proposals[0].support_gaps"),
+    "support empty": (rounds(3, []), INVALID, "proposals[0].support_gaps"),
     "support with a coupling": (
         [open_verification(coupling=common_pb2.COUPLING_GUMBEL), round_of(span(PROMPT), [(3, [3, 4])])],
         INVALID,
-        "proposals[0].support_ids",
+        "proposals[0].support_gaps",
     ),
     "too many proposals": ([open_verification(), round_of(span(PROMPT), [(3, [3])] * 65)], INVALID, "proposals"),
     "round id out of range": (
@@ -282,7 +283,7 @@ def fail_once(monkeypatch, owner, name: str) -> None:
     monkeypatch.setattr(owner, name, call)
 
 
-@pytest.mark.parametrize("place", [(ModelRunner, "forward"), (scheduler, "read_target_rows")], ids=["model", "rows"])
+@pytest.mark.parametrize("place", [(ModelRunner, "forward"), (scheduler, "read_logits")], ids=["model", "rows"])
 def test_a_pass_that_fails_is_internal_and_tells_nothing_of_why(target, models, monkeypatch, place):
     fail_once(monkeypatch, *place)
     with RawStream(target.stub.Verify, open_verification([3]), round_of(span(PROMPT))) as stream:
@@ -292,7 +293,7 @@ def test_a_pass_that_fails_is_internal_and_tells_nothing_of_why(target, models, 
     check_target_serves(target, models.target)
 
 
-@pytest.mark.parametrize("place", [(ModelRunner, "forward"), (drafter, "draw_drafts")], ids=["model", "draws"])
+@pytest.mark.parametrize("place", [(ModelRunner, "forward"), (drafter, "draft_tokens")], ids=["model", "draws"])
 def test_a_draft_that_fails_is_internal_and_tells_nothing_of_why(draft, models, monkeypatch, place):
     fail_once(monkeypatch, *place)
     with RawStream(draft.stub.Propose, open_proposals()) as stream:

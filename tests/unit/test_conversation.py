@@ -27,6 +27,7 @@ from client.errors import (
 )
 from client.params import SamplingParams, SpeculationParams
 from client.results import GenerationResult
+from outrider import wire
 from outrider.v1 import common_pb2
 from tests import toy_services as toys
 from tests.toy_services import Law, Stream, World, make_conversation, model_info
@@ -514,7 +515,7 @@ class TestTargetFails:
         assert result.token_ids == TEXT
         assert result.stats.num_cache_mismatches == 0
 
-    @pytest.mark.parametrize("change", ["round_index", "no_rows", "row_length", "nan_mass", "support_probs"])
+    @pytest.mark.parametrize("change", ["round_index", "no_rows", "row_length", "nan_mass", "units_above_1"])
     def test_an_answer_that_is_none_is_an_error(self, change):
         def spoil(stream, message):
             if stream.link is not Link.TARGET or message.round_index < 3:
@@ -524,11 +525,11 @@ class TestTargetFails:
             elif change == "no_rows":
                 del message.rows[:]
             elif change == "row_length":
-                message.rows[0].support_probs += b"\x08"
+                message.rows[0].support_units.append(0)
             elif change == "nan_mass":
                 message.rows[0].outside_mass = float("nan")
             else:
-                message.rows[0].support_probs = b"\xff" * len(message.rows[0].support_probs)
+                message.rows[0].support_units[0] = 2**18 + 1
 
         world = World()
         world.on_response = spoil
@@ -698,20 +699,44 @@ class TestDraftFails:
         assert all(count == 0 for position, count in world.num_proposals_at.items() if position > end)
         assert world.num_timeouts == 0
 
-    @pytest.mark.parametrize("change", ["position", "token_id", "support", "weights"])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "position",
+            "token_id",
+            "unknown_id",
+            "far_unknown_id",
+            "no_support",
+            "more_gaps",
+            "more_weights",
+            "no_weight",
+        ],
+    )
     def test_a_proposal_that_is_none_is_an_error(self, change):
         def spoil(stream, message):
             if stream.link is not Link.DRAFT:
                 return
             proposal = message.proposals[0]
+            index = wire.support_of(proposal.support_gaps, "gaps", toys.VOCAB_SIZE).tolist().index(proposal.token_id)
             if change == "position":
                 message.start_position += 3
             elif change == "token_id":
                 proposal.token_id = toys.VOCAB_SIZE + 1
-            elif change == "support":
-                proposal.support_ids += b"\x88"
+            elif change == "unknown_id":
+                proposal.support_gaps.append(toys.VOCAB_SIZE)
+                proposal.support_weights.append(1)
+            elif change == "far_unknown_id":  # in 32 bits, the sum would be the token again
+                proposal.support_gaps.extend([2**32 - 1, 2**32 - 1])
+                proposal.support_weights.extend([1, 1])
+            elif change == "no_support":
+                del proposal.support_gaps[:]
+                del proposal.support_weights[:]
+            elif change == "more_gaps":
+                del proposal.support_weights[-1]
+            elif change == "more_weights":
+                proposal.support_weights.append(1)
             else:
-                proposal.support_weights += b"\x08"
+                proposal.support_weights[index] = 0
 
         world = World()
         world.on_response = spoil

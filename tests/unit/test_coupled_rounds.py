@@ -121,16 +121,16 @@ def test_tokens_alone_are_exchanged():
     def look_at_response(stream: Stream, message) -> None:
         if stream.link is Link.DRAFT:
             supports = [
-                part for proposal in message.proposals for part in (proposal.support_ids, proposal.support_weights)
+                part for proposal in message.proposals for part in (proposal.support_gaps, proposal.support_weights)
             ]
         else:
-            supports = [row.support_probs for row in message.rows]
+            supports = [row.support_units for row in message.rows]
         num_seen[stream.link] += len(supports)
         assert not any(supports)
 
     def look_at_request(stream: Stream, message) -> None:
         if stream.link is Link.TARGET:
-            assert not any(proposal.support_ids for proposal in message.round.proposals)
+            assert not any(proposal.support_gaps for proposal in message.round.proposals)
 
     world.on_response, world.on_arrival = look_at_response, look_at_request
     run(world)

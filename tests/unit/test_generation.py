@@ -6,7 +6,6 @@ wants it.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from client.draft_link import DraftLink
@@ -46,8 +45,8 @@ def response(
         commit_index=commit_index,
         start_position=position,
         proposals=[
-            draft_pb2.Proposal(token_id=token_id, support_ids=support_ids, support_weights=b"\x08")
-            for token_id, support_ids in zip(token_ids, wire.pack_supports([[it] for it in token_ids]), strict=True)
+            draft_pb2.Proposal(token_id=token_id, support_gaps=[token_id], support_weights=[1])
+            for token_id in token_ids
         ],
         stopped=stopped,
         cache=common_pb2.CacheState(num_cached_tokens=len(cached), digest=cached.digest(len(cached))),
@@ -70,9 +69,8 @@ def answer(
 ) -> target_pb2.VerifyResponse:
     """Return rows that accept the first `num_accepted` proposals and put `token_id` in the place of the next."""
     proposed_ids = [proposal.token_id for proposal in request.round.proposals]
-    [certain] = wire.pack_probs([np.ones(1)])
-    rows = [target_pb2.TargetRow(support_probs=certain) for _ in proposed_ids[:num_accepted]] + [
-        target_pb2.TargetRow(support_probs=b"\x08", outside_mass=1.0, outside_token_id=token_id)
+    rows = [target_pb2.TargetRow(support_units=[2**18]) for _ in proposed_ids[:num_accepted]] + [
+        target_pb2.TargetRow(support_units=[0], outside_mass=1.0, outside_token_id=token_id)
         for _ in proposed_ids[num_accepted:]
     ]
     if not proposed_ids:
@@ -123,7 +121,7 @@ class TestTargetMessages:
         assert (work.committed.start_position, ids_of(work.committed)) == (T, [])
         assert work.committed.prefix_digest == TokenLog(PROMPT_IDS).digest(T)
         assert [proposal.token_id for proposal in work.proposals] == [5, 6]
-        assert [proposal.support_ids for proposal in work.proposals] == wire.pack_supports([[5], [6]])
+        assert [proposal.support_gaps for proposal in work.proposals] == [[5], [6]]
 
     def test_a_later_round_carries_what_the_one_before_committed(self):
         """Two accepted and one recovered: the target's tokens are rewritten from the round's own beginning."""

@@ -16,7 +16,9 @@ import torch
 
 from client import acceptance
 from client.acceptance import Decision, Proposal, TargetRow, decide
-from outrider.probs import TargetRows, inverse_cdf
+from outrider import probs as probs_module
+from outrider.host_rows import target_rows
+from outrider.probs import TargetRows, inverse_cdf, probability_rows, read_logits
 from outrider.scales import round_down
 from outrider.warping import Warping
 from tests.enumeration import (
@@ -40,6 +42,12 @@ from tests.enumeration import (
     string_law,
     target_law,
 )
+
+# In units of 2^-24, half of float32's last place: logits here are below 6, so that each is off by 6, and a difference
+# of two by 12 more, at a temperature of 1/2 by twice as much. Dividing such a score, below 24, adds 2 · 24; the
+# exponential, the sum and the quotient 6. A probability is off by so much of itself, and a row's total variation is no
+# more than that.
+FLOAT32_DISTANCE = (2 * (6 + 6 + 12) + 2 * 24 + 6) * 2.0**-24
 
 
 def independent(acceptance_probs: list[float], num_accepted: int) -> float:
@@ -151,6 +159,15 @@ def test_float32_on_the_wire_moves_the_law_by_no_more_than_its_rounding(max_supp
     assert moved < NUM_TOKENS * 2**-24
 
 
+@pytest.mark.parametrize("warping", ["plain", "cold", "hot", "greedy"])
+@pytest.mark.parametrize("max_support", [1, 2, VOCAB_SIZE])
+def test_float32_logits_move_the_law_by_no_more_than_their_rounding(warping, max_support):
+    """They are read by compiled code, and the law is that of the logits in float64."""
+    pair = pair_of(warping, "same", max_support, dtype=torch.float32)
+    moved = distance(string_law(pair, 3, outcomes), target_law(pair))
+    assert moved < NUM_TOKENS * FLOAT32_DISTANCE
+
+
 def residual_from_target(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> np.ndarray:
     """Broken: samples from p where a proposal was rejected."""
     return np.append(row.probs, row.outside_mass)
@@ -217,12 +234,15 @@ def test_a_q_from_before_rounding_is_found(max_support):
     assert distance(string_law(pair, 3, outcomes), target_law(pair)) > 1e-6
 
 
-def rows_without_remainders(probs: torch.Tensor, supports: list[np.ndarray], points: list[float]) -> TargetRows:
+def rows_without_remainders(
+    logits: torch.Tensor, warpings: list[Warping], supports: list[np.ndarray], points: list[float]
+) -> tuple[TargetRows, list[bool]]:
     """Broken: rounds p down, but forgets what that leaves on the support."""
-    outside = probs.clone()
+    outside = probability_rows(logits, warpings)
+    told = round_down(outside[0, supports[0]].numpy())
     outside[:, supports[0]] = 0.0
-    told = round_down(probs[0, supports[0]].numpy())
-    return TargetRows([told] * len(supports), outside.sum(-1).tolist(), inverse_cdf(outside, points).tolist())
+    rows = TargetRows([told] * len(supports), outside.sum(-1).tolist(), inverse_cdf(outside, points).tolist())
+    return rows, [True] * len(supports)
 
 
 @pytest.mark.parametrize("max_support", [2, 3])
@@ -230,6 +250,14 @@ def test_a_remainder_that_is_forgotten_is_found(max_support):
     """It is below 2^-18 = 4e-6 of the mass an id: little, but 10^5 times the tolerance."""
     pair = pair_of("plain", "same", max_support, read_rows=rows_without_remainders)
     assert distance(string_law(pair, 3, outcomes), target_law(pair)) > 1e-7
+
+
+@pytest.mark.parametrize("max_support", [1, VOCAB_SIZE])
+def test_compiled_code_of_another_law_is_found(monkeypatch, max_support):
+    """Rows of float32 logits a tenth too hot; which shows too that compiled code reads them."""
+    monkeypatch.setattr(probs_module, "target_rows", lambda rows, hot, *rest: target_rows(rows, 1.1 * hot, *rest))
+    pair = pair_of("plain", "same", max_support, dtype=torch.float32, read_rows=functools.partial(read_logits))
+    assert distance(string_law(pair, 3, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
 
 
 def test_one_uniform_for_all_positions_is_found():

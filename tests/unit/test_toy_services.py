@@ -127,14 +127,16 @@ def commit_of(
 
 
 def message_of(item: Drafted) -> draft_pb2.ProposeResponse:
-    supports = wire.pack_supports([draft.support_ids for draft in item.drafts])
-    weights = wire.pack_weights([draft.weights for draft in item.drafts])
     return draft_pb2.ProposeResponse(
         commit_index=item.commit_index,
         start_position=item.start_position,
         proposals=[
-            draft_pb2.Proposal(token_id=draft.token_id, support_ids=support_ids, support_weights=support_weights)
-            for draft, support_ids, support_weights in zip(item.drafts, supports, weights, strict=True)
+            draft_pb2.Proposal(
+                token_id=draft.token_id,
+                support_gaps=wire.support_gaps(draft.support_ids),
+                support_weights=draft.weights.tolist(),
+            )
+            for draft in item.drafts
         ],
         stopped=item.stopped,
         cache=common_pb2.CacheState(num_cached_tokens=item.num_cached_tokens, digest=item.cache_digest),
@@ -245,7 +247,9 @@ def test_the_toy_target_is_the_scheduler(seed, is_coupled):
             )
             verdict = scheduler.submit(session, work).result(timeout=10)
             answer = toy.answer(round_of(index, span_of(tokens, told), proposed_ids, supports))
-            assert wire.pack_probs(verdict.rows.support_probs) == [row.support_probs for row in answer.rows]
+            assert [wire.prob_units(probs) for probs in verdict.rows.support_probs] == [
+                row.support_units for row in answer.rows
+            ]
             assert verdict.rows.outside_masses == pytest.approx([row.outside_mass for row in answer.rows], rel=2**-24)
             assert verdict.rows.outside_token_ids == [row.outside_token_id for row in answer.rows]
             assert (verdict.num_cached_tokens, verdict.cache_digest) == (
@@ -258,7 +262,7 @@ def test_the_toy_target_is_the_scheduler(seed, is_coupled):
 
 def round_of(index, committed, proposed_ids, supports) -> target_pb2.VerifyRequest:
     proposals = [
-        target_pb2.ProposedToken(token_id=token_id, support_ids=support_ids)
-        for token_id, support_ids in zip(proposed_ids, wire.pack_supports(supports), strict=True)
+        target_pb2.ProposedToken(token_id=token_id, support_gaps=wire.support_gaps(np.array(support, dtype=np.int64)))
+        for token_id, support in zip(proposed_ids, supports, strict=True)
     ]
     return target_pb2.VerifyRequest(round=target_pb2.Round(round_index=index, committed=committed, proposals=proposals))

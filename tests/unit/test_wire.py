@@ -1,7 +1,8 @@
-"""Arrays survive the wire bit for bit; what is no array, no id, no support and no probability is named and refused."""
+"""Arrays come back from the wire as they went; what is no array, id, support or probability is named and refused."""
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from outrider import wire
 from outrider.errors import InvalidArgumentError
 from outrider.scales import PROB_UNIT
-from outrider.v1 import common_pb2
+from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from outrider.warping import Warping
 
 VOCAB_SIZE = 100
@@ -29,102 +30,90 @@ def test_tokens_are_little_endian_without_padding():
     assert wire.pack_ids([1, 0x01020304]) == b"\x01\0\0\0\x04\x03\x02\x01"
 
 
-sorted_ids = st.lists(st.integers(0, 2**32 - 1), unique=True).map(sorted)
-units = st.lists(st.integers(0, 2**18))
+@given(ids=st.lists(st.integers(0, 2**32 - 1), unique=True).map(sorted))
+def test_supports_come_back_as_they_went(ids):
+    """Through a message, since its numbers have 32 bits."""
+    message = draft_pb2.Proposal(support_gaps=wire.support_gaps(np.array(ids, dtype=np.int64)))
+    support = wire.support_of(message.support_gaps[:], "support_gaps", 2**32)
+    assert support.tolist() == ids
+    assert support.dtype == np.int64
 
 
-@given(supports=st.lists(sorted_ids, max_size=5))
-def test_supports_come_back_as_they_went(supports):
-    unpacked = wire.unpack_supports(wire.pack_supports(supports), "supports[{}]", 2**32)
-    assert [ids.tolist() for ids in unpacked] == supports
-    assert all(ids.dtype == np.int64 for ids in unpacked)
-
-
-@given(rows=st.lists(units, max_size=5))
-def test_probabilities_come_back_as_they_went(rows):
-    probs = [np.array(row, dtype=np.float64) * PROB_UNIT for row in rows]
-    unpacked = wire.unpack_probs(wire.pack_probs(probs), "rows[{}]")
-    assert [row.tolist() for row in unpacked] == [row.tolist() for row in probs]
-
-
-@given(rows=st.lists(st.lists(st.integers(1, 2**33)), max_size=5))
-def test_weights_come_back_as_they_went(rows):
-    unpacked = wire.unpack_weights(wire.pack_weights([np.array(row, dtype=np.int64) for row in rows]), "rows[{}]")
-    assert [row.tolist() for row in unpacked] == rows
+@given(units=st.lists(st.integers(0, 2**18)))
+def test_probabilities_come_back_as_they_went(units):
+    probs = np.array(units, dtype=np.float64) * PROB_UNIT
+    message = target_pb2.TargetRow(support_units=wire.prob_units(probs))
+    assert message.support_units == units
+    assert wire.probs_of(message.support_units[:], "support_units").tolist() == probs.tolist()
 
 
 @pytest.mark.parametrize(
-    ("ids", "data"),
+    ("ids", "gaps"),
     [
-        ([], b""),
-        ([3, 4, 15], b"\x03\x1a"),  # the example in common.proto
-        ([7], b"\x0f"),
-        ([0, 64, 65], b"\xf0\x07"),
-        ([64], b"\x88\x09"),
-        ([2**32 - 1], b"\xff\xff\xff\xff\xff\x0b"),
+        ([], []),
+        ([3, 4, 15], [3, 0, 10]),  # the example in common.proto
+        ([0], [0]),
+        ([0, 64, 65], [0, 63, 0]),
+        ([2**32 - 1], [2**32 - 1]),
     ],
 )
-def test_a_support_is_octal_digits_of_how_many_ids_are_skipped(ids, data):
-    assert wire.pack_supports([ids]) == [data]
-    assert wire.unpack_supports([data], "support_ids", 2**32)[0].tolist() == ids
+def test_a_support_is_how_many_ids_are_skipped(ids, gaps):
+    assert wire.support_gaps(np.array(ids, dtype=np.int64)) == gaps
+    assert wire.support_of(gaps, "support_gaps", 2**32).tolist() == ids
 
 
-def test_probabilities_are_whole_units():
-    assert wire.pack_probs([np.array([0.0, 2.0**-18, 2.0**-15, 1.0])]) == [b"\x10\x18\x88\x88\x88\x09"]
-
-
-def test_weights_are_less_by_one():
-    assert wire.pack_weights([np.array([1, 2, 9])]) == [b"\x10\x18"]
+def test_small_numbers_take_one_byte():
+    """As common.proto says; the field's key and length take two."""
+    assert len(target_pb2.ProposedToken(support_gaps=[127] * 10).SerializeToString()) == 12
 
 
 def ids_of(data: bytes) -> None:
     wire.unpack_ids(data, "field", VOCAB_SIZE)
 
 
-def support_of(data: bytes) -> None:
-    """Unpack the field between two that are right."""
-    wire.unpack_supports([b"\x0d", data, b"\x0e"], "field[{}]", VOCAB_SIZE)
+def support_of(gaps: list[int]) -> None:
+    wire.support_of(gaps, "field", VOCAB_SIZE)
 
 
-def probs_of(data: bytes) -> None:
-    wire.unpack_probs([b"\x0d", data, b"\x0e"], "field[{}]")
+def probs_of(units: list[int]) -> None:
+    wire.probs_of(units, "field")
 
 
 @pytest.mark.parametrize(
-    ("unpack", "data", "message"),
+    ("read", "field", "message"),
     [
         pytest.param(ids_of, b"\0\0\0", "field has 3 bytes", id="ids_of_three_bytes"),
         pytest.param(ids_of, wire.pack_ids([3, 100]), "field holds id 100", id="id_too_large"),
         pytest.param(ids_of, wire.pack_ids([2**32 - 1]), "field holds id 4294967295", id="largest_uint32"),
-        pytest.param(support_of, b"\xcc\x09", "field[1] holds id 100", id="support_id_too_large"),
-        pytest.param(support_of, b"\x6a\x6a", "field[1] holds id 101", id="support_sum_too_large"),
-        pytest.param(support_of, b"\xff\xff\xff\xff\xff\x7f" * 9, "field[1] holds id", id="support_far_too_large"),
-        pytest.param(support_of, b"\1\x8f", "field[1] ends within", id="support_cut_short"),
-        pytest.param(
-            support_of, b"\x88" * 6 + b"\x08", "field[1] holds a number of more", id="support_thirteen_digits"
-        ),
-        pytest.param(probs_of, b"\1\x8f", "field[1] ends within", id="probs_cut_short"),
-        pytest.param(probs_of, b"\x88" * 6 + b"\x08", "field[1] holds a number of more", id="probs_thirteen_digits"),
-        pytest.param(probs_of, b"\x89\x88\x88\x09", "field[1] holds 1.0000038", id="prob_above_1"),
+        pytest.param(support_of, [100], "field holds id 100", id="support_id_too_large"),
+        pytest.param(support_of, [50, 50], "field holds id 101", id="support_sum_too_large"),
+        pytest.param(support_of, [3, 2**32 - 1], "field holds id 4294967299", id="sum_is_small_in_32_bits"),
+        pytest.param(support_of, [2**32 - 1] * 9, "field holds id 38654705663", id="support_far_too_large"),
+        pytest.param(support_of, [0] * 101, "field holds id 100", id="more_ids_than_there_are"),
+        pytest.param(probs_of, [0, 2**18 + 1], "field holds 1.0000038", id="prob_above_1"),
+        pytest.param(probs_of, [2**32 - 1], "field holds 16383.99", id="prob_far_above_1"),
     ],
 )
-def test_a_bad_array_is_refused_by_the_name_of_its_field(unpack, data, message):
+def test_a_bad_array_is_refused_by_the_name_of_its_field(read, field, message):
     with pytest.raises(InvalidArgumentError, match=f"^{re.escape(message)}"):
-        unpack(data)
+        read(field)
 
 
-@given(fields=st.lists(st.binary(max_size=40), max_size=4))
-def test_any_bytes_are_read_or_refused(fields):
-    """Whatever is read is a support: ascending ids of the vocabulary."""
-    try:
-        supports = wire.unpack_supports(fields, "fields[{}]", VOCAB_SIZE)
-    except InvalidArgumentError as error:
-        index = int(re.match(r"fields\[(\d)\]", str(error))[1])
-        with pytest.raises(InvalidArgumentError, match=r"^fields\[0\]"):
-            wire.unpack_supports([fields[index]], "fields[{}]", VOCAB_SIZE)
-        return
-    for ids in supports:
-        assert ids.tolist() == sorted({*ids.tolist()} & {*range(VOCAB_SIZE)})
+@given(gaps=st.lists(st.integers(0, 40) | st.integers(0, 2**32 - 1), max_size=12))
+def test_any_numbers_are_a_support_or_refused(gaps):
+    """Whatever is read is ascending ids of the vocabulary; whatever is refused is none."""
+    ids = list(itertools.accumulate(gaps, lambda last, gap: last + gap + 1, initial=-1))[1:]
+    if ids and ids[-1] >= VOCAB_SIZE:
+        with pytest.raises(InvalidArgumentError, match=f"^gaps holds id {ids[-1]}:"):
+            wire.support_of(gaps, "gaps", VOCAB_SIZE)
+    else:
+        assert wire.support_of(gaps, "gaps", VOCAB_SIZE).tolist() == ids
+
+
+def test_a_message_full_of_the_largest_gaps_is_refused():
+    """4 MiB, gRPC's limit, hold fewer than 2^20 gaps of 2^32: their sum is far below what int64 holds."""
+    with pytest.raises(InvalidArgumentError, match=r"^gaps holds id 4503599627370495:"):
+        wire.support_of([2**32 - 1] * 2**20, "gaps", VOCAB_SIZE)
 
 
 def test_token_ids_up_to_the_vocabulary_pass():
