@@ -53,6 +53,7 @@ class AsyncSpeculativeClient:
         self._target_stub = target_pb2_grpc.TargetServiceStub(self._target_channel)
         self._draft_stub = draft_pb2_grpc.DraftServiceStub(self._draft_channel) if draft else None
         self._target: Target | None = None
+        self._draft_info: common_pb2.ModelInfo | None = None  # of a draft that has not failed since
         self._lock = asyncio.Lock()
 
     async def __aenter__(self) -> AsyncSpeculativeClient:
@@ -259,11 +260,16 @@ class _Transport:
                 except asyncio.TimeoutError:  # another class than TimeoutError on Python 3.10
                     return None
             if stream in self._streams.values():
+                if isinstance(event, Broken) and event.link is Link.DRAFT:
+                    self._client._draft_info = None
                 return event
 
     async def _describe(self) -> common_pb2.ModelInfo | None:
-        description = await self._client._describe_draft()
-        if description is None:
-            return None
-        check_pair(description.model, self._target_info)
-        return description.model
+        client = self._client
+        if client._draft_info is None:
+            description = await client._describe_draft()
+            if description is None:
+                return None
+            check_pair(description.model, self._target_info)
+            client._draft_info = description.model
+        return client._draft_info

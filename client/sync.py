@@ -56,6 +56,7 @@ class SpeculativeClient:
         self._target_stub = target_pb2_grpc.TargetServiceStub(self._target_channel)
         self._draft_stub = draft_pb2_grpc.DraftServiceStub(self._draft_channel) if draft else None
         self._target: Target | None = None
+        self._draft_info: common_pb2.ModelInfo | None = None  # of a draft that has not failed since
         self._lock = threading.Lock()
 
     def __enter__(self) -> SpeculativeClient:
@@ -271,11 +272,16 @@ class _Transport:
             except queue.Empty:
                 return None
             if stream in self._streams.values():
+                if isinstance(event, Broken) and event.link is Link.DRAFT:
+                    self._client._draft_info = None
                 return event
 
     def _describe(self) -> common_pb2.ModelInfo | None:
-        description = self._client._describe_draft()
-        if description is None:
-            return None
-        check_pair(description.model, self._target_info)
-        return description.model
+        client = self._client
+        if client._draft_info is None:
+            description = client._describe_draft()
+            if description is None:
+                return None
+            check_pair(description.model, self._target_info)
+            client._draft_info = description.model
+        return client._draft_info

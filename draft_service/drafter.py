@@ -26,6 +26,7 @@ from outrider.warping import Warping
 log = logging.getLogger(__name__)
 
 GREEDY = Warping(temperature=0.0)
+WARM_UP_WINDOW = 8
 LONGEST_DEAFNESS_S = 0.002  # commits wait no longer for drafts that are made in one go
 LONGEST_HOLD_S = 0.01  # a drafted token waits for no others longer; slower drafts send each token as it comes
 
@@ -160,6 +161,18 @@ class Drafter:
         self.thread = ModelThread("draft-model", self._step)
         self._sessions: list[Session] = []
         self._arrivals = itertools.count()
+
+    def warm_up(self, vocab_size: int) -> None:
+        """Draft greedily and not, several tokens in one go and one by one; the thread must not run yet."""
+        for temperature, min_draft_prob in ((0.0, 0.0), (1.0, 0.0), (1.0, 1e-9)):
+            options = DraftOptions(Warping(temperature), 0, vocab_size, vocab_size, min_draft_prob)
+            window = min(WARM_UP_WINDOW, self._context_length)
+            session = Session(options, lambda _: None, next(self._arrivals), window)
+            session.sequence.tokens.extend([0])
+            self._begin(session)
+            while self._step():
+                pass
+            self._end(session)
 
     def open(self, options: DraftOptions, token_ids: Sequence[int], window: int, batch_until: int, emit) -> Session:
         """Return a new session, which drafts at once.

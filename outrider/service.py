@@ -13,7 +13,7 @@ import click
 import transformers
 
 from outrider import __version__
-from outrider.engine.engine import Demand, Engine, EngineStats, Sequence
+from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.paged_choice import CacheOptions
 from outrider.engine.thread import ModelThread
@@ -25,13 +25,15 @@ from outrider.v1 import common_pb2
 log = logging.getLogger(__name__)
 
 RETRY_DELAY_S = 1.0
-WARM_UP_SIZES = (1, 8, 1)
 
 
 class Worker(Protocol):
     """What a host drives: a scheduler or a drafter."""
 
     thread: ModelThread
+
+    def warm_up(self, vocab_size: int) -> None:
+        """Do a little of everything before the thread starts, so that no session pays for what is set up on first use."""
 
 
 WorkerT = TypeVar("WorkerT", bound=Worker)
@@ -71,10 +73,11 @@ class ModelHost(Generic[WorkerT]):
         self._max_cached_tokens = model.max_cached_tokens
         self._context_length = min(model.context_length, self._max_cached_tokens)
         self._engine = Engine(model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
-        _warm_up(self._engine)
-        self._model = model
         worker = self._make_worker(self._engine, self._context_length)
+        worker.warm_up(model.vocab_size)
+        self._engine.stats = EngineStats()
         worker.thread.start()
+        self._model = model
         self._worker = worker
 
     def close(self) -> None:
@@ -168,17 +171,6 @@ class ModelHost(Generic[WorkerT]):
             num_cached_tokens=self._engine.num_cached_tokens,
             forward_seconds=stats.forward_seconds,
         )
-
-
-def _warm_up(engine: Engine) -> None:
-    """Run a few small passes, so that the first session does not pay for what torch sets up on first use."""
-    sequence = Sequence()
-    engine.add(sequence)
-    for size in WARM_UP_SIZES:
-        sequence.tokens.extend([0] * size)
-        engine.run_pass([Demand(sequence, len(sequence.tokens), 1, 0)])
-    engine.remove(sequence)
-    engine.stats = EngineStats()
 
 
 def _fingerprint(tokenizer: TokenizerFiles) -> common_pb2.TokenizerFingerprint:

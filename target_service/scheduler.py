@@ -94,6 +94,18 @@ class Scheduler:
         self._jobs: dict[Session, _Job] = {}
         self._arrivals = itertools.count()
 
+    def warm_up(self, vocab_size: int) -> None:
+        """Answer rounds with and without proposals; the thread must not run yet."""
+        for num_proposals in (0, 2) if self._context_length > 2 else (0,):
+            session = Session(Warping(), AddressedUniforms(0, Purpose.OUTSIDE))
+            session.sequence.tokens.extend([0])
+            self._begin(session)
+            proposals, supports = [0] * num_proposals, [np.arange(min(2, vocab_size))] * num_proposals
+            self._enqueue(session, Round(Span(0, [0], 0), proposals, supports), time.monotonic(), new_reply())
+            while self._step():
+                pass
+            self._end(session)
+
     def open(self, warping: Warping, seed: int, committed: Span, is_coupled: bool = False) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.
 

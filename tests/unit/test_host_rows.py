@@ -68,7 +68,8 @@ def draft(rows, temperatures, uniform=0.5, max_support=10**6, min_prob=MIN_SUPPO
     """Return (ids, weights, place, is_finite) of each row; the same uniform for all, or one for each."""
     number = len(rows)
     points = np.broadcast_to(np.asarray(uniform, dtype=float), number).copy()
-    parts = draft_rows(rows, np.asarray(temperatures, dtype=float), min_prob, np.full(number, max_support), points)
+    limits = np.full(number, max_support)
+    parts = draft_rows(rows, rows.shape[1], np.asarray(temperatures, dtype=float), min_prob, limits, points)
     ids, weights, sizes, places, finite = parts
     assert len(ids) == len(weights) == sizes.sum()
     borders = sizes.cumsum()[:-1]
@@ -383,9 +384,9 @@ class TestBothPaths:
         assert (rows.support_probs[0].tolist(), rows.outside_masses[0]) == ([1.0], 0.0)
 
 
-def unfair_draft_rows(rows, temperatures, min_prob, max_supports, points):
+def unfair_draft_rows(rows, vocab_size, temperatures, min_prob, max_supports, points):
     """Broken: squares the uniforms, so that low ids are drawn too often."""
-    return host_rows.draft_rows(rows, temperatures, min_prob, max_supports, points**2)
+    return host_rows.draft_rows(rows, vocab_size, temperatures, min_prob, max_supports, points**2)
 
 
 def unfair_target_rows(rows, temperatures, ids, sizes, points):
