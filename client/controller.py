@@ -12,9 +12,8 @@ slope of the target's forward time stand in. R(0), which leaves the draft out, i
 
 Trying the draft costs time where it is of no use, so it is done on a budget, as a conservative bandit does (Wu et al.,
 arXiv 1602.04282). The account is kept in tokens: a round with K ≥ 1 that took s seconds for n tokens has won
-n − s / R(0) of them against the target alone, and every token of the text adds INCOME. Below 0 the target goes on
-alone. So over N tokens at most INCOME · N + CREDIT are lost, and what a look at the draft that has begun can lose
-beyond an empty account: that is PROBE_PROPOSALS rounds.
+n − s / R(0) of them against the target alone, and every token of the text adds INCOME. A look at the draft begins only
+when the account allows it. What a look has shown decides, whatever it has cost, until losses refute it.
 
 Sessions of one client share what they learn, and decide together: when many share a target, a session that speculates
 makes every other wait, so that one which tries K = 0 by itself among others that do not learns nothing about what
@@ -48,8 +47,10 @@ MOST_CLEARNESS = 4.0  # times as fast, by which looks become rarer
 LONGEST_PROBE = 8  # K of a look
 PROBE_PROPOSALS, PROBE_ALONE = 2, 4  # rounds of a look; the first ones are not learned from
 CREDIT = 4.0  # tokens that may be lost before the draft has brought any
-LEAST_BALANCE = 1.0  # tokens with which rounds with proposals begin
-PROBE_BALANCE = 4.0  # tokens with which they begin although they are known to be slower
+LEAST_BALANCE = 1.0  # tokens with which the first look begins
+PROBE_BALANCE = 4.0  # tokens with which another does, at a draft that is known to be slower
+LEAST_CREDIBLE = -4.0  # tokens below which predictions have been refuted: the target goes on alone
+MOST_LOST = 2.0  # tokens that one round is said to have lost
 MOST_BALANCE = 16.0
 
 INCOME = 0.015  # tokens to lose, for each token of the text
@@ -173,26 +174,23 @@ class Side:
         if self.probe_rounds_left:
             self.probe_rounds_left -= 1
             return not self.is_alone
-        is_alone = self._is_alone_better(rate_alone, rate_pair, balance)
+        margin = 1 + MARGIN if self.is_alone else 1 - MARGIN
+        is_alone = balance < LEAST_CREDIBLE or rate_pair < rate_alone * margin
         if is_alone != self.is_alone:
             self.is_alone, self.num_rounds, self.pause = is_alone, 0, PROBE_EVERY
         self.num_rounds += 1
         # The longer one side has been the better, and the clearer, the rarer are looks at the other.
         clearness = min(MOST_CLEARNESS, max(rate_alone / rate_pair, rate_pair / rate_alone)) if rate_pair else 1.0
         is_early = self.num_rounds <= self.pause * clearness * num_sessions
-        if is_early or not self._can_afford_look(rate_pair, balance):
+        if is_early or not self.can_afford_look(rate_pair, balance):
             return is_alone
         self.num_rounds, self.pause = 0, min(max(PROBE_EVERY, 2 * self.pause), LONGEST_PAUSE)
         self.probe_length = FIRST
         self.probe_rounds_left = (PROBE_PROPOSALS if is_alone else PROBE_ALONE) * num_sessions - 1
         return not is_alone
 
-    def _is_alone_better(self, rate_alone: float, rate_pair: float, balance: float) -> bool:
-        if balance < (LEAST_BALANCE if self.is_alone else 0.0):
-            return True
-        return rate_pair < rate_alone * (1 + MARGIN if self.is_alone else 1 - MARGIN)
-
-    def _can_afford_look(self, rate_pair: float, balance: float) -> bool:
+    def can_afford_look(self, rate_pair: float, balance: float) -> bool:
+        """Return whether the other side may be tried; arguments as for next_is_alone."""
         return not self.is_alone or balance >= (PROBE_BALANCE if rate_pair else LEAST_BALANCE)
 
 
@@ -300,6 +298,12 @@ class PairSpeed:
                 return 0
             return side.probe_length if side.is_alone else best
 
+    def may_look(self, rate_pair: float) -> bool:
+        """Return whether the account allows a look at the draft; `rate_pair` as for next_length."""
+        with self._lock:
+            load = self._load(self.num_sessions)
+            return load.side.can_afford_look(rate_pair, self.balance / load.num_sessions)
+
     def next_wave(self) -> int:
         """Return how many rounds a session has had at the present load, about: the same for sessions at one time."""
         with self._lock:
@@ -319,7 +323,8 @@ class PairSpeed:
 
     def _book(self, times: RoundTimes, load: LoadSpeed, is_steady: bool) -> None:
         if load.alone_s and (times.num_proposals or not is_steady):
-            self.balance += times.num_committed - times.round_s / load.alone_s
+            # A round that something else has held up says nothing of the next look.
+            self.balance += max(-MOST_LOST, times.num_committed - times.round_s / load.alone_s)
         self.balance = min(self.balance + INCOME * times.num_committed, MOST_BALANCE * load.num_sessions)
 
 
@@ -337,6 +342,8 @@ class PairSpeeds:
 
 class FixedLength:
     """The same K for every round."""
+
+    may_look = False
 
     def __init__(self, length: int):
         self._length = length
@@ -390,6 +397,11 @@ class LengthController:
             return self._varied(best, least)
         length = self._speed.next_length(self._rates[0], self._rates[best], best)
         return self._varied(best, least) if length == best else min(length, self._most)
+
+    @property
+    def may_look(self) -> bool:
+        """Whether rounds with proposals may come soon, if the next one has none."""
+        return self._speed.may_look(max(self._rates[1:]))
 
     def _see_load(self) -> None:
         """Between two rounds of this session, each other that runs at once has had about one."""

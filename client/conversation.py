@@ -172,6 +172,7 @@ class Conversation:
     def _rounds(self) -> Steps:
         yield from self._open(Link.TARGET, self._generation.open_target())
         self._generation.length = self._lengths.next_length()
+        yield from self._prepare_draft()
         while self._text.finish_reason is None:
             before, started_at, num_failures = self._stats.waits_s(), self._clock(), self._num_failures
             num_proposals = yield from self._gather_proposals()
@@ -282,6 +283,13 @@ class Conversation:
             yield from self._wait(left)
         self._stats.draft_wait_s += self._clock() - waited_from
         return min(wanted, len(self._draft.proposals))
+
+    def _prepare_draft(self) -> Steps:
+        """Open the draft before the first look at it, so that it processes the prompt while the target does."""
+        if self._speculation.uses_draft and not self._generation.length and self._lengths.may_look:
+            self._generation.length = 1
+            yield from self._reopen_draft()
+            self._generation.length = 0
 
     def _is_worth_waiting(self, wanted: int) -> bool:
         draft = self._draft

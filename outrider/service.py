@@ -33,7 +33,7 @@ class Worker(Protocol):
     thread: ModelThread
 
     def warm_up(self, vocab_size: int) -> None:
-        """Do a little of everything before the thread starts, so that no session pays for what is set up on first use."""
+        """Do a little of everything before the thread starts: no session shall pay for what is set up on first use."""
 
 
 WorkerT = TypeVar("WorkerT", bound=Worker)

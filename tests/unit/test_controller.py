@@ -169,14 +169,22 @@ class TestAccount:
     """The tokens that may be lost against the target alone."""
 
     def test_a_round_books_its_tokens_less_those_that_the_target_alone_had_made_meanwhile(self):
-        """Three rounds of 10 ms alone, then two tokens in 50 ms: 2 - 5, and the income of each token."""
+        """Three rounds of 10 ms alone, then two tokens in 35 ms: 2 - 3.5, and the income of each token."""
         speed = PairSpeed()
         for _ in range(3):
             speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0), num_sessions=1, is_steady=True)
         before = speed.balance
-        speed.add(RoundTimes(3, 1, 0.05, 0.005, 0.001), num_sessions=1, is_steady=False)
+        speed.add(RoundTimes(3, 1, 0.035, 0.005, 0.001), num_sessions=1, is_steady=False)
         assert before == pytest.approx(controller.CREDIT + 3 * controller.INCOME)
-        assert speed.balance - before == pytest.approx(2 - 5 + 2 * controller.INCOME)
+        assert speed.balance - before == pytest.approx(2 - 3.5 + 2 * controller.INCOME)
+
+    def test_a_round_that_was_held_up_costs_no_more_than_a_bad_one(self):
+        speed = PairSpeed()
+        for _ in range(3):
+            speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0), num_sessions=1, is_steady=True)
+        before = speed.balance
+        speed.add(RoundTimes(3, 1, 2.0, 0.005, 0.001), num_sessions=1, is_steady=False)
+        assert speed.balance - before == pytest.approx(2 * controller.INCOME - controller.MOST_LOST)
 
     def test_it_does_not_grow_without_end(self):
         speed = PairSpeed()
@@ -193,12 +201,11 @@ class TestAccount:
         rate_of(USELESS, speed, 100, 2, may_be_zero=False)
         assert speed.balance == before
 
-    def test_below_0_the_target_goes_on_alone_whatever_is_predicted(self):
+    def test_predictions_that_losses_refute_are_not_followed(self):
         side = Side(is_alone=False, pause=controller.PROBE_EVERY)
-        assert not side.next_is_alone(100.0, 200.0, 0.0, 1)
-        assert side.next_is_alone(100.0, 200.0, -0.1, 1)
-        assert side.next_is_alone(100.0, 200.0, controller.LEAST_BALANCE - 0.1, 1)
-        assert not side.next_is_alone(100.0, 200.0, controller.LEAST_BALANCE, 1)
+        assert not side.next_is_alone(100.0, 200.0, controller.LEAST_CREDIBLE, 1)
+        assert side.next_is_alone(100.0, 200.0, controller.LEAST_CREDIBLE - 0.1, 1)
+        assert not side.next_is_alone(100.0, 200.0, controller.LEAST_CREDIBLE, 1)
 
 
 class TestLooksAtTheOtherSide:

@@ -143,6 +143,10 @@ class AnyLengths:
     def next_length(self) -> int:
         return self._random.choice([0, 0, 1, 2, 3, 5])
 
+    @property
+    def may_look(self) -> bool:
+        return self._random.random() < 0.5
+
 
 class TestLengthsThatChange:
     """Rounds without proposals leave the draft as it was; the next commit tells it of all of them."""
