@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -184,10 +185,40 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
             transport.close()
 
 
+class _Events:
+    """Events of all streams of a conversation, for one that waits; quicker than a queue and a task with a timeout."""
+
+    def __init__(self) -> None:
+        self._events: deque[tuple[_Stream, Event]] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, stream: _Stream, event: Event) -> None:
+        self._events.append((stream, event))
+        self._wake()
+
+    async def get(self, timeout_s: float | None) -> tuple[_Stream, Event] | tuple[None, None]:
+        """Return the next event, or nothing when the time passes first; at once where it is 0 or less."""
+        if not self._events and (timeout_s is None or timeout_s > 0):
+            loop = asyncio.get_running_loop()
+            self._waiting = loop.create_future()
+            timer = None if timeout_s is None else loop.call_later(timeout_s, self._wake)
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+                if timer:
+                    timer.cancel()
+        return self._events.popleft() if self._events else (None, None)
+
+    def _wake(self) -> None:
+        if self._waiting and not self._waiting.done():
+            self._waiting.set_result(None)
+
+
 class _Stream:
     """One bidirectional call and the task that reads it."""
 
-    def __init__(self, link: Link, call: Any, events: asyncio.Queue):
+    def __init__(self, link: Link, call: Any, events: _Events):
         self._link, self._call, self._events = link, call, events
         self._reader = asyncio.ensure_future(self._read())
 
@@ -203,10 +234,10 @@ class _Stream:
     async def _read(self) -> None:
         try:
             async for message in self._call:
-                self._events.put_nowait((self, Received(self._link, message)))
-            self._events.put_nowait((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
+                self._events.put(self, Received(self._link, message))
+            self._events.put(self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream"))
         except grpc.RpcError as error:
-            self._events.put_nowait((self, broken(self._link, error)))
+            self._events.put(self, broken(self._link, error))
 
 
 class _Transport:
@@ -215,7 +246,7 @@ class _Transport:
     def __init__(self, client: AsyncSpeculativeClient, target_info: common_pb2.ModelInfo, timeout: float | None):
         self._client, self._target_info, self._timeout = client, target_info, timeout
         self._streams: dict[Link, _Stream] = {}
-        self._events: asyncio.Queue[tuple[_Stream, Event]] = asyncio.Queue()
+        self._events = _Events()
 
     async def perform(self, effect: Any) -> Any:
         match effect:
@@ -249,16 +280,9 @@ class _Transport:
         loop = asyncio.get_running_loop()
         until = None if timeout_s is None else loop.time() + timeout_s
         while True:
-            try:
-                stream, event = self._events.get_nowait()
-            except asyncio.QueueEmpty:
-                left = None if until is None else until - loop.time()
-                if left is not None and left <= 0:
-                    return None
-                try:
-                    stream, event = await asyncio.wait_for(self._events.get(), left)
-                except asyncio.TimeoutError:  # another class than TimeoutError on Python 3.10
-                    return None
+            stream, event = await self._events.get(None if until is None else until - loop.time())
+            if event is None:
+                return None
             if stream in self._streams.values():
                 if isinstance(event, Broken) and event.link is Link.DRAFT:
                     self._client._draft_info = None
