@@ -32,12 +32,9 @@ class Proposal:
     support_ids: np.ndarray  # [S] int64, ascending
     draft_probs: np.ndarray  # [S] float64, sums to 1: q on its support
     index: int  # of token_id in the support
-    support_gaps: Sequence[int] = ()  # support_ids as they came, to be sent on
 
     @classmethod
-    def from_weights(
-        cls, token_id: int, support_ids: np.ndarray, weights: np.ndarray, support_gaps: Sequence[int] = ()
-    ) -> Proposal:
+    def from_weights(cls, token_id: int, support_ids: np.ndarray, weights: np.ndarray) -> Proposal:
         """Normalise the weights `[S]` that travelled.
 
         Raises:
@@ -48,7 +45,7 @@ class Proposal:
             raise InvalidProposalError(f"token {token_id} is not in the support of its own proposal")
         if not weights[index] > 0:
             raise InvalidProposalError(f"token {token_id} has no probability in its own proposal")
-        return cls(token_id, support_ids, weights / weights.sum(), index, support_gaps)
+        return cls(token_id, support_ids, weights / weights.sum(), index)
 
     @classmethod
     def of_token(cls, token_id: int) -> Proposal:

@@ -229,6 +229,7 @@ class Conversation:
         self._response = None
         if self._failure is None:
             yield from self._send(Link.TARGET, request)
+            self._generation.read_round()
         while self._response is None and self._failure is None:
             yield from self._wait(None)
         failure, self._failure = self._failure, None

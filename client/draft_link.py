@@ -31,7 +31,7 @@ class DraftLink:
 
     def __init__(self, generation: Generation):
         self._generation = generation
-        self.proposals: list[Proposal] = []  # at t, t + 1, …
+        self.proposals: list[draft_pb2.Proposal] = []  # at t, t + 1, …
         self.has_stopped = False  # nothing more comes until the next commit
         self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
         self.is_on_trial = False  # opened again after a failure; nobody waits for it until it has spoken
@@ -151,9 +151,10 @@ class DraftLink:
         generation = self._generation
         if position != len(generation.tokens) + len(self.proposals):
             raise ServiceFailedError(f"the draft proposed for position {position}, out of order")
-        self.proposals += _proposals_from_proto(
-            messages, generation.target_info.vocab_size, generation.speculation.is_coupled
-        )
+        for message in messages:
+            if message.token_id >= generation.target_info.vocab_size:
+                raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
+        self.proposals += messages
 
     def _void(self, position: int) -> None:
         """Drop all proposals, and those to come that were drafted before the commit that decided `position`."""
@@ -182,17 +183,20 @@ class DraftLink:
         return max(end, len(generation.tokens))
 
 
-def _proposals_from_proto(messages: Sequence[draft_pb2.Proposal], vocab_size: int, is_coupled: bool) -> list[Proposal]:
+def read_proposals(messages: Sequence[draft_pb2.Proposal], vocab_size: int, is_coupled: bool) -> list[Proposal]:
+    """Return proposals with the distributions that they were drawn from.
+
+    Raises:
+        ServiceFailedError: one cannot have been drawn so.
+    """
     try:
         if is_coupled:
-            return [Proposal.of_token(wire.check_token_id(it.token_id, "token_id", vocab_size)) for it in messages]
+            return [Proposal.of_token(it.token_id) for it in messages]
         return [_proposal_from_proto(it, vocab_size) for it in messages]
     except (InvalidArgumentError, InvalidProposalError) as error:
         raise ServiceFailedError(f"the draft sent a proposal that is none: {error}") from error
 
 
 def _proposal_from_proto(message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
-    gaps = message.support_gaps[:]
-    support = wire.support_of(gaps, "support_gaps", vocab_size)
-    weights = np.array(message.support_weights[:], dtype=np.float64)
-    return Proposal.from_weights(message.token_id, support, weights, gaps)
+    support = wire.support_of(message.support_gaps[:], "support_gaps", vocab_size)
+    return Proposal.from_weights(message.token_id, support, np.array(message.support_weights[:], dtype=np.float64))

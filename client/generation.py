@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 from client.acceptance import Decision, Proposal, TargetRow, decide, decide_block, decide_coupled
-from client.draft_link import DraftLink
+from client.draft_link import DraftLink, read_proposals
 from client.errors import CacheMismatchError, ServiceFailedError
 from client.params import SpeculationParams
 from client.results import GenerationStats
@@ -21,7 +21,7 @@ from outrider import wire
 from outrider.errors import InvalidArgumentError
 from outrider.rng import AddressedUniforms, Purpose
 from outrider.tokens import TokenLog, extend_digest
-from outrider.v1 import common_pb2, target_pb2
+from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from outrider.warping import Warping
 
 
@@ -49,7 +49,8 @@ class Generation:
         self._round_index = 0
         self._target_told = 0  # committed tokens that the target had when the last round began
         self.branch = 0  # under which the draft draws; OpenProposals.branch in draft.proto
-        self._in_round: list[Proposal] = []
+        self._in_round: list[draft_pb2.Proposal] = []
+        self._read: list[Proposal] | None = None  # the round's proposals with their distributions
         self.draft = DraftLink(self)
 
     @property
@@ -72,7 +73,7 @@ class Generation:
 
     def begin_round(self, num_proposals: int) -> target_pb2.VerifyRequest:
         """Return the request that has the first `num_proposals` proposals verified."""
-        self._in_round = self.draft.proposals[:num_proposals]
+        self._in_round, self._read = self.draft.proposals[:num_proposals], None
         self._round_index += 1
         return self.round_request()
 
@@ -89,6 +90,18 @@ class Generation:
             )
         )
 
+    def read_round(self) -> list[Proposal]:
+        """Return the proposals of the present round with their distributions, which are read once.
+
+        The request needs none of it, so that this can be done while the target is at work.
+
+        Raises:
+            ServiceFailedError: a proposal breaks the protocol.
+        """
+        if self._read is None:
+            self._read = read_proposals(self._in_round, self.target_info.vocab_size, self.speculation.is_coupled)
+        return self._read
+
     def decide_round(self, response: target_pb2.VerifyResponse) -> Decision:
         """Return what the rows of the present round decide; nothing is committed yet.
 
@@ -96,7 +109,7 @@ class Generation:
             CacheMismatchError: the target's cache is not that of these tokens.
             ServiceFailedError: the response breaks the protocol.
         """
-        proposals = self._in_round
+        proposals = self.read_round()
         if response.round_index != self._round_index or len(response.rows) != max(1, len(proposals)):
             raise ServiceFailedError(f"the target answered round {self._round_index} with what is no answer to it")
         self.check_cache(response.cache, [proposal.token_id for proposal in proposals])

@@ -59,7 +59,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: asyncio.Queue) -> Session:
         loop = asyncio.get_running_loop()
         options = self._draft_options(message)
-        if message.HasField("tokenizer") and message.tokenizer != self._host.model_info().tokenizer:
+        if message.HasField("tokenizer") and message.tokenizer != self._host.tokenizer_fingerprint:
             raise InvalidArgumentError(
                 "open.tokenizer differs from the draft model's: serve a draft of the target's family"
             )
@@ -70,7 +70,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         def emit(item: Drafted | ServiceError) -> None:
             loop.call_soon_threadsafe(outbox.put_nowait, item)
 
-        return drafter.open(options, token_ids.tolist(), message.window, message.batch_until, emit)
+        return drafter.open(options, token_ids, message.window, message.batch_until, emit)
 
     def _draft_options(self, message: draft_pb2.OpenProposals) -> DraftOptions:
         limit = self._options.max_support
@@ -104,7 +104,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                     Commit(
                         index=commit.commit_index,
                         start_position=commit.span.start_position,
-                        token_ids=token_ids.tolist(),
+                        token_ids=token_ids,
                         prefix_digest=commit.span.prefix_digest,
                         window=commit.window,
                         batch_until=commit.batch_until,

@@ -48,6 +48,7 @@ class ModelHost(Generic[WorkerT]):
         self._model: LoadedModel | None = None
         self._engine: Engine | None = None
         self._worker: WorkerT | None = None
+        self._fingerprint: common_pb2.TokenizerFingerprint | None = None
         self._num_sessions = self._num_opened = self._num_refused = 0
 
     def load(self) -> None:
@@ -77,6 +78,7 @@ class ModelHost(Generic[WorkerT]):
         worker.warm_up(model.vocab_size)
         self._engine.stats = EngineStats()
         worker.thread.start()
+        self._fingerprint = _fingerprint(model.tokenizer) if model.tokenizer else None
         self._model = model
         self._worker = worker
 
@@ -99,6 +101,10 @@ class ModelHost(Generic[WorkerT]):
     @property
     def tokenizer(self) -> TokenizerFiles | None:
         return self._loaded.tokenizer
+
+    @property
+    def tokenizer_fingerprint(self) -> common_pb2.TokenizerFingerprint | None:
+        return self._fingerprint
 
     @property
     def _loaded(self) -> LoadedModel:
@@ -136,7 +142,7 @@ class ModelHost(Generic[WorkerT]):
             vocab_size=model.vocab_size,
             context_length=self._context_length,
             eos_token_ids=model.eos_token_ids,
-            tokenizer=_fingerprint(model.tokenizer) if model.tokenizer else None,
+            tokenizer=self.tokenizer_fingerprint,
             device=model.device,
             dtype=model.dtype,
             limits=common_pb2.ServiceLimits(

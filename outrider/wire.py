@@ -5,6 +5,7 @@ Shapes: S support.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,31 +15,33 @@ from outrider.scales import PROB_UNIT
 from outrider.v1 import common_pb2
 from outrider.warping import Warping
 
-ID_DTYPE = np.dtype("<u4")
+ID_BYTES = 4
 
 
-def pack_ids(token_ids: Sequence[int] | np.ndarray) -> bytes:
+def pack_ids(token_ids: Sequence[int]) -> bytes:
     """Return ids as little-endian uint32."""
-    return np.asarray(token_ids, dtype=ID_DTYPE).tobytes()
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
 
 
-def unpack_ids(data: bytes, field: str, vocab_size: int) -> np.ndarray:
-    """Return the ids `[n] int64` of a field.
+def unpack_ids(data: bytes, field: str, vocab_size: int) -> list[int]:
+    """Return the ids of a field.
 
     Raises:
         InvalidArgumentError: the length is no multiple of four, or an id is outside the vocabulary.
     """
-    if len(data) % ID_DTYPE.itemsize:
-        raise InvalidArgumentError(f"{field} has {len(data)} bytes: give {ID_DTYPE.itemsize} for each id")
-    ids = np.frombuffer(data, ID_DTYPE).astype(np.int64)
-    if len(ids) and ids.max() >= vocab_size:
-        raise InvalidArgumentError(f"{field} holds id {_beyond(ids.max(), vocab_size)}")
+    if len(data) % ID_BYTES:
+        raise InvalidArgumentError(f"{field} has {len(data)} bytes: give {ID_BYTES} for each id")
+    ids = list(struct.unpack(f"<{len(data) // ID_BYTES}I", data))
+    if max(ids, default=0) >= vocab_size:
+        raise InvalidArgumentError(f"{field} holds id {_beyond(max(ids), vocab_size)}")
     return ids
 
 
 def support_gaps(support: np.ndarray) -> list[int]:
     """Return a support `[S] int64`, ascending, as it travels: how many ids are skipped before each id."""
-    return (np.diff(support, prepend=-1) - 1).tolist()
+    gaps = support.copy()
+    gaps[1:] -= support[:-1] + 1
+    return gaps.tolist()
 
 
 def support_of(gaps: Sequence[int], field: str, vocab_size: int) -> np.ndarray:

@@ -80,7 +80,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                 scheduler.close(session)
 
     def _span(self, span: common_pb2.TokenSpan, field: str) -> Span:
-        token_ids = wire.unpack_ids(span.token_ids, f"{field}.token_ids", self._host.vocab_size).tolist()
+        token_ids = wire.unpack_ids(span.token_ids, f"{field}.token_ids", self._host.vocab_size)
         if field.startswith("open") and span.start_position:
             raise InvalidArgumentError(
                 f"{field}.start_position is {span.start_position}: a session opens at position 0"

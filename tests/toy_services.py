@@ -121,13 +121,13 @@ class ToyTarget:
         opening = message.open
         self._model = ToyModel(TARGET_LOGITS, opening.sampling.temperature)
         self._numbers = numbers_of(opening, Purpose.OUTSIDE)
-        self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE).tolist())
+        self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE))
 
     def answer(self, message: target_pb2.VerifyRequest) -> target_pb2.VerifyResponse:
         work = message.round
         span, tokens = work.committed, self._tokens
         tokens.check_span(span.start_position, span.prefix_digest)
-        committed_ids = wire.unpack_ids(span.token_ids, "ids", VOCAB_SIZE).tolist()
+        committed_ids = wire.unpack_ids(span.token_ids, "ids", VOCAB_SIZE)
         proposed_ids = [proposal.token_id for proposal in work.proposals]
         tokens.rewrite(span.start_position, [*committed_ids, *proposed_ids[:-1]])
         first = span.start_position + len(committed_ids)
@@ -151,7 +151,7 @@ class ToyDraft:
         self._numbers = numbers_of(opening, Purpose.DRAFT, opening.branch)
         self._is_coupled = opening.sampling.coupling == common_pb2.COUPLING_GUMBEL
         self._max_support, self._min_draft_prob = opening.max_support, opening.min_draft_prob
-        self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE).tolist())
+        self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE))
         self._window = opening.window
         self._commit_index = 0
         self._is_stopped = False
@@ -165,7 +165,7 @@ class ToyDraft:
         if commit.commit_index != self._commit_index + 1:
             raise FailedPreconditionError("commit_index")
         tokens.check_span(commit.span.start_position, commit.span.prefix_digest)
-        token_ids = wire.unpack_ids(commit.span.token_ids, "ids", VOCAB_SIZE).tolist()
+        token_ids = wire.unpack_ids(commit.span.token_ids, "ids", VOCAB_SIZE)
         assert commit.span.start_position + len(token_ids) <= commit.window, "window out of range"
         is_new_branch = commit.branch != self.branch
         if is_new_branch or tokens.num_agreeing(commit.span.start_position, token_ids) < len(token_ids):

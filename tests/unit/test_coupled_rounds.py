@@ -205,5 +205,5 @@ def test_a_token_that_the_target_does_not_know_is_an_error():
             message.proposals[0].token_id = toys.VOCAB_SIZE
 
     world.on_response = raise_id
-    with pytest.raises(ServiceFailedError, match="token_id is 9"):
+    with pytest.raises(ServiceFailedError, match="proposed token 9"):
         run(world)

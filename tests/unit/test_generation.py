@@ -100,7 +100,7 @@ def commit(
 
 
 def ids_of(span: common_pb2.TokenSpan) -> list[int]:
-    return wire.unpack_ids(span.token_ids, "ids", 100).tolist()
+    return wire.unpack_ids(span.token_ids, "ids", 100)
 
 
 class TestTargetMessages:

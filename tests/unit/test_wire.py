@@ -21,9 +21,7 @@ VOCAB_SIZE = 100
 
 @given(ids=st.lists(st.integers(0, 2**32 - 1)))
 def test_ids_come_back_as_they_went(ids):
-    unpacked = wire.unpack_ids(wire.pack_ids(ids), "ids", 2**32)
-    assert unpacked.tolist() == ids
-    assert unpacked.dtype == np.int64
+    assert wire.unpack_ids(wire.pack_ids(ids), "ids", 2**32) == ids
 
 
 def test_tokens_are_little_endian_without_padding():
