@@ -38,6 +38,7 @@ lint: .venv/installed-test ## Check style, types and protos.
 
 clean: ## Delete the environment and everything built.
 	rm -rf .venv build dist outrider/v1 .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name '*.nb[ic]' -delete
 
 .venv/created:
 	$(PYTHON) -m venv .venv
