@@ -54,6 +54,12 @@ class TestLoaded:
             expected = own(input_ids=torch.tensor([ids])).logits[0]
         assert (rows - expected).abs().max() < 1e-5  # transformers' norms go through float32, whose rounding is 6e-8
 
+    def test_accelerate_places_the_same_model(self, llama):
+        ids = [5, 80, 255, 7]
+        placed, plain = load_from(llama, device_map="auto").runner, load_from(llama).runner
+        rows = [runner.forward([Feed(runner.new_cache(), ids, 4)]) for runner in (placed, plain)]
+        assert torch.equal(*rows)
+
     @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16", "float64"])
     def test_weights_have_the_type_that_was_asked_for(self, llama, dtype):
         """On a CPU, auto is float32 whatever the checkpoint has: half precision is slow there."""
