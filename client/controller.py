@@ -384,9 +384,15 @@ class LengthController:
             self._speed.add(times, self._num_sessions, is_steady, self._may_be_zero)
 
     def next_length(self) -> int:
-        """Return K of the next round."""
+        """Return K of the next round.
+
+        Where it may be 0 the first one is: the target has the prompt to process, and so has the draft meanwhile.
+        """
+        if self._may_be_zero and not self._num_rounds:
+            self._num_rounds = 1
+            return 0
         awaits_alone = self._may_be_zero and not self._rates[0]
-        if self._num_rounds % REVIEW_EVERY == 0 or awaits_alone:
+        if self._num_rounds % REVIEW_EVERY == 1 or awaits_alone:
             self._rates = self._speed.rates(self._most)
         self._num_rounds += 1
         least = min(2, self._most) if self._may_be_zero else 1  # one proposal brings no more than none, and later
