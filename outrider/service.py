@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -77,6 +78,8 @@ class ModelHost(Generic[WorkerT]):
         worker = self._make_worker(self._engine, self._context_length)
         worker.warm_up(model.vocab_size)
         self._engine.stats = EngineStats()
+        gc.collect()
+        gc.freeze()  # what torch and transformers keep would take each full collection 0.1 s
         worker.thread.start()
         self._fingerprint = _fingerprint(model.tokenizer) if model.tokenizer else None
         self._model = model
