@@ -284,10 +284,7 @@ class Drafter:
         if sampling is None:
             return False
         for session, drafts in zip(sessions, self._engine.draft(demands, sampling), strict=True):
-            for draft in drafts:
-                if not self._take(session, draft, num_draws):
-                    break
-            session.demand = None
+            self._take(session, drafts)
         return True
 
     @property
@@ -302,33 +299,25 @@ class Drafter:
         if not rows:
             return
         for session, draft in zip(sessions, _draw(joined(rows), sessions), strict=True):
-            self._take(session, draft)
-            session.demand = None
+            self._take(session, [draft])
 
-    def _take(self, session: Session, draft: Draft | None, num_draws: int = 1) -> bool:
-        """Append the draft, one of `num_draws` of its session's demand, or fail the session without it."""
-        if draft is None:
-            self._fail(session, InternalError("the model returned NaN or infinity for this session"))
-            return False
-        self._append(session, draft, num_draws)
-        return True
+    def _take(self, session: Session, drafts: Sequence[Draft | None]) -> None:
+        """Append the drafts of a session's demand, and send them when it is time; fail the session where one is None.
 
-    def _append(self, session: Session, draft: Draft, num_draws: int) -> None:
-        """Take the drafted token into the sequence, and send it when it is time."""
-        demand = session.demand
+        All are appended before any is sent: the cache that is told of holds them already.
+        """
+        demand, session.demand = session.demand, None
         assert demand is not None
         assert demand.started_at is not None
-        session.sequence.tokens.extend([draft.token_id])
-        session.is_stopped = draft.token_prob < session.options.min_draft_prob
-        session.held.append(
-            _Held(
-                draft=draft,
-                drawn_at=time.monotonic(),
-                queue_ms=max(0.0, demand.started_at - session.committed_at) * 1000,
-                forward_ms=(demand.ended_at - demand.started_at) * 1000 / num_draws,
-                batch_size=demand.batch_size,
-            )
-        )
+        queue_ms = max(0.0, demand.started_at - session.committed_at) * 1000
+        forward_ms = (demand.ended_at - demand.started_at) * 1000 / len(drafts)
+        for draft in drafts:
+            if draft is None:
+                self._fail(session, InternalError("the model returned NaN or infinity for this session"))
+                return
+            session.sequence.tokens.extend([draft.token_id])
+            session.is_stopped = draft.token_prob < session.options.min_draft_prob
+            session.held.append(_Held(draft, time.monotonic(), queue_ms, forward_ms, demand.batch_size))
         self._send_if_due(session)
 
     def _send_if_due(self, session: Session) -> None:

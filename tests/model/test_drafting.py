@@ -1,0 +1,75 @@
+"""Drafting several tokens in one compiled call gives what drafting one by one gives, and is told in the same way."""
+
+from __future__ import annotations
+
+import pytest
+
+from draft_service import drafter
+from draft_service.drafter import Drafted, Drafter, DraftOptions, Session
+from outrider.engine.compiled.runner import CompiledLlamaRunner
+from outrider.engine.engine import Engine
+from outrider.tokens import TokenLog
+from outrider.warping import Warping
+from tests.tiny_models import VOCAB_SIZE, make_model
+
+PROMPTS = [[5, 80, 25, 7], [9], [3, 3, 3, 61, 8, 2, 90]]
+AHEAD = 9
+
+
+@pytest.fixture(scope="module")
+def runner() -> CompiledLlamaRunner:
+    return CompiledLlamaRunner(make_model("llama", 1, head_dim=16).float())
+
+
+def drafted(runner: CompiledLlamaRunner, temperature: float, batch: int) -> tuple[list[TokenLog], list[list[Drafted]]]:
+    """Return the sequences of sessions that draft side by side, and what each emitted."""
+    worker, emitted = Drafter(Engine(runner, 10_000, 512), 256), [[] for _ in PROMPTS]
+    sessions = []
+    for index, prompt in enumerate(PROMPTS):
+        options = DraftOptions(Warping(temperature), index, VOCAB_SIZE, VOCAB_SIZE, 0.0)
+        end = len(prompt)
+        session = Session(options, emitted[index].append, index, end + AHEAD, end + batch + index if batch else 0)
+        session.sequence.tokens.extend(prompt)
+        worker._begin(session)
+        sessions.append(session)
+    while worker._step():
+        pass
+    return [session.sequence.tokens for session in sessions], emitted
+
+
+def ids_of(tokens: TokenLog) -> list[int]:
+    return tokens[0 : len(tokens)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_those_of_drafting_one_by_one(runner, temperature, monkeypatch):
+    together, _ = drafted(runner, temperature, batch=4)
+    monkeypatch.setattr(Drafter, "_draft_several", lambda self, sessions: False)
+    one_by_one, _ = drafted(runner, temperature, batch=4)
+    assert list(map(ids_of, together)) == list(map(ids_of, one_by_one))
+
+
+def test_it_does_draft_several(runner, monkeypatch):
+    """Else the tests here compare one thing with itself."""
+    calls = []
+    draft = CompiledLlamaRunner.draft
+    monkeypatch.setattr(CompiledLlamaRunner, "draft", lambda *args: calls.append(args) or draft(*args))
+    drafted(runner, 1.0, batch=4)
+    assert calls
+
+
+@pytest.mark.parametrize("hold_s", [-1.0, 10.0], ids=["sent at once", "held"])
+@pytest.mark.parametrize("batch", [0, 2, 4])
+def test_what_is_told_of_the_cache_is_true_whenever_drafts_are_sent(runner, monkeypatch, hold_s, batch):
+    monkeypatch.setattr(drafter, "LONGEST_HOLD_S", hold_s)
+    sequences, emitted = drafted(runner, 1.0, batch)
+    for prompt, tokens, messages in zip(PROMPTS, sequences, emitted, strict=True):
+        position = len(prompt)
+        for message in messages:
+            assert message.start_position == position
+            position += len(message.drafts)
+            assert message.num_cached_tokens <= position
+            assert message.cache_digest == tokens.digest(message.num_cached_tokens)
+        sent = [draft.token_id for message in messages for draft in message.drafts]
+        assert [*prompt, *sent] == ids_of(tokens)
+        assert len(sent) == AHEAD
