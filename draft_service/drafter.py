@@ -277,6 +277,7 @@ class Drafter:
         if num_draws < 2 or not self._engine.can_draft(demands, num_draws):
             return False
         sampling = PlainSampling.of(
+            [session.options.vocab_size for session in sessions],
             [session.options.warping for session in sessions],
             [session.options.max_support for session in sessions],
             [[session.number_of(index) for session in sessions] for index in range(num_draws)],

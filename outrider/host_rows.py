@@ -19,12 +19,13 @@ _BLOCK = 64  # weights that are summed before the draw looks for its place among
 
 
 @compiled()
-def draft_rows(rows, vocab_size, temperatures, min_prob, max_supports, uniforms):
-    """Truncate each of `rows` `[N, at least V]` to its support, round that to whole weights, and draw a token.
+def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms):
+    """Truncate each of `rows` `[N, V]` to its support, round that to whole weights, and draw a token.
 
     The support is every token of at least `min_prob`, or as the likeliest; of these the `max_supports` likeliest.
 
     Args:
+        vocab_sizes: `[N]` int64; what a row holds from there on does not count.
         temperatures, max_supports, uniforms: `[N]` float64, int64, float64.
 
     Returns:
@@ -32,12 +33,13 @@ def draft_rows(rows, vocab_size, temperatures, min_prob, max_supports, uniforms)
         the token in it, and whether the row is finite. Where it is not, the support is empty.
     """
     num_rows = len(rows)
-    ids, weights = np.empty(num_rows * vocab_size, np.int64), np.empty(num_rows * vocab_size, np.int64)
+    ids, weights = np.empty(rows.size, np.int64), np.empty(rows.size, np.int64)
     sizes, places, finite = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64), np.zeros(num_rows, np.bool_)
-    probs = np.empty(vocab_size, rows.dtype)
+    room = np.empty(rows.shape[1], rows.dtype)
     first = 0
     for row in range(num_rows):
-        total = _probabilities(rows[row, :vocab_size], temperatures[row], probs)
+        probs = room[: vocab_sizes[row]]
+        total = _probabilities(rows[row, : vocab_sizes[row]], temperatures[row], probs)
         if not np.isfinite(total):
             continue
         finite[row] = True

@@ -95,9 +95,8 @@ def _drafts_on_host(
 ) -> list[Draft | None]:
     """Return a draft for each of `rows` `[N, V]`, as host_rows reads them; None where the row is no law."""
     uniforms = np.array([0.0 if isinstance(number, Noise) else number for number in numbers])
-    drafts = drafts_of(
-        draft_rows(rows, rows.shape[1], temperatures, MIN_SUPPORT_PROB, np.array(max_supports), uniforms)
-    )
+    vocab_sizes = np.full(len(rows), rows.shape[1])
+    drafts = drafts_of(draft_rows(rows, vocab_sizes, temperatures, MIN_SUPPORT_PROB, np.array(max_supports), uniforms))
     for index, (row, number, draft) in enumerate(zip(rows, numbers, drafts, strict=True)):
         if draft and isinstance(number, Noise):
             drafts[index] = _draw_draft(draft.support_ids, row[draft.support_ids], number)
@@ -166,19 +165,24 @@ def draft_tokens(
 class PlainSampling:
     """How compiled code draws n tokens for each of N sequences one after the other: without filters and noise."""
 
+    vocab_sizes: np.ndarray  # [N] int64; no id from there on is drawn
     temperatures: np.ndarray  # [N] float64
     max_supports: np.ndarray  # [N] int64
     uniforms: np.ndarray  # [n, N] float64
 
     @classmethod
     def of(
-        cls, warpings: Sequence[Warping], max_supports: Sequence[int], numbers: Sequence[Sequence[float | Noise]]
+        cls,
+        vocab_sizes: Sequence[int],
+        warpings: Sequence[Warping],
+        max_supports: Sequence[int],
+        numbers: Sequence[Sequence[float | Noise]],
     ) -> PlainSampling | None:
         """Return it for `numbers` `[n, N]`; None where it is not so plain."""
         has_noise = any(isinstance(number, Noise) for number in numbers[0])
         if has_noise or any(warping.has_filters for warping in warpings):
             return None
-        return cls(_temperatures(warpings), np.array(max_supports), np.array(numbers))
+        return cls(np.array(vocab_sizes), _temperatures(warpings), np.array(max_supports), np.array(numbers))
 
 
 def _are_plain(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Sequence[float | Noise]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from draft_service import drafter
@@ -21,12 +23,14 @@ def runner() -> CompiledLlamaRunner:
     return CompiledLlamaRunner(make_model("llama", 1, head_dim=16).float())
 
 
-def drafted(runner: CompiledLlamaRunner, temperature: float, batch: int) -> tuple[list[TokenLog], list[list[Drafted]]]:
+def drafted(
+    runner: CompiledLlamaRunner, temperature: float, batch: int, vocab_sizes: Sequence[int] = (VOCAB_SIZE,) * 3
+) -> tuple[list[TokenLog], list[list[Drafted]]]:
     """Return the sequences of sessions that draft side by side, and what each emitted."""
     worker, emitted = Drafter(Engine(runner, 10_000, 512), 256), [[] for _ in PROMPTS]
     sessions = []
     for index, prompt in enumerate(PROMPTS):
-        options = DraftOptions(Warping(temperature), index, VOCAB_SIZE, VOCAB_SIZE, 0.0)
+        options = DraftOptions(Warping(temperature), index, vocab_sizes[index], VOCAB_SIZE, 0.0)
         end = len(prompt)
         session = Session(options, emitted[index].append, index, end + AHEAD, end + batch + index if batch else 0)
         session.sequence.tokens.extend(prompt)
@@ -47,6 +51,18 @@ def test_tokens_are_those_of_drafting_one_by_one(runner, temperature, monkeypatc
     monkeypatch.setattr(Drafter, "_draft_several", lambda self, sessions: False)
     one_by_one, _ = drafted(runner, temperature, batch=4)
     assert list(map(ids_of, together)) == list(map(ids_of, one_by_one))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_the_target_does_not_have_are_not_drawn(runner, temperature, monkeypatch):
+    """A draft's vocabulary may be padded further than its target's; each session says what its target has."""
+    vocab_sizes = [VOCAB_SIZE, 50, 60]
+    limited, _ = drafted(runner, temperature, 4, vocab_sizes)
+    new = [ids_of(tokens)[len(prompt) :] for prompt, tokens in zip(PROMPTS, limited, strict=True)]
+    assert all(max(ids) < size for ids, size in zip(new, vocab_sizes, strict=True))
+    assert list(map(ids_of, limited)) != list(map(ids_of, drafted(runner, temperature, 4)[0]))
+    monkeypatch.setattr(Drafter, "_draft_several", lambda self, sessions: False)
+    assert list(map(ids_of, limited)) == list(map(ids_of, drafted(runner, temperature, 4, vocab_sizes)[0]))
 
 
 def test_it_does_draft_several(runner, monkeypatch):

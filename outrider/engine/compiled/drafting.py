@@ -10,12 +10,11 @@ from outrider.host_rows import draft_rows
 
 
 @compiled()
-def draft(batch, sizes, model, scratch, vocab_size, temperatures, min_prob, max_supports, uniforms):
+def draft(batch, sizes, model, scratch, vocab_sizes, temperatures, min_prob, max_supports, uniforms):
     """Feed a batch with one row for each of its N sequences, and draw from it; feed what was drawn, and so on.
 
     Args:
-        vocab_size: V; no id from there on is drawn.
-        temperatures, min_prob, max_supports: as for draft_rows.
+        vocab_sizes, temperatures, min_prob, max_supports: as for draft_rows.
         uniforms: `[number of draws, N]`.
 
     Returns:
@@ -27,14 +26,14 @@ def draft(batch, sizes, model, scratch, vocab_size, temperatures, min_prob, max_
     capacity = num_draws * num_sequences
     all_sizes, all_places = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
     all_finite = np.empty(capacity, np.bool_)
-    all_ids, all_weights = np.empty(capacity * vocab_size, np.int64), np.empty(capacity * vocab_size, np.int64)
+    all_ids, all_weights = np.empty(num_draws * logits.size, np.int64), np.empty(num_draws * logits.size, np.int64)
     drawn, end = np.zeros(num_sequences, np.int64), 0
     token_ids, starts, lengths, rows = batch.token_ids, batch.starts, batch.lengths, batch.rows
     for index in range(num_draws):
         part = Batch(token_ids, starts, lengths, batch.caches, batch.capacities, rows)
         forward(part, sizes, model, scratch, logits)
         ids, weights, supports, places, finite = draft_rows(
-            logits, vocab_size, temperatures, min_prob, max_supports, uniforms[index]
+            logits, vocab_sizes, temperatures, min_prob, max_supports, uniforms[index]
         )
         all_ids[end : end + len(ids)], all_weights[end : end + len(ids)] = ids, weights
         end += len(ids)

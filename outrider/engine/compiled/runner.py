@@ -84,7 +84,7 @@ class CompiledLlamaRunner:
             self._sizes,
             self._weights,
             self._scratch,
-            self._vocab_size,
+            sampling.vocab_sizes,
             sampling.temperatures,
             MIN_SUPPORT_PROB,
             sampling.max_supports,
