@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from outrider.compiling import compiled, exponential, largest
+from outrider.compiling import SUMS, compiled, exponential, largest
 from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 
 GIVEN = -1.0
@@ -99,8 +99,7 @@ def _probabilities(row, temperature, probs):
         return 1.0
     inverse = np.float32(1 / temperature)
     for token_id in range(len(row)):
-        below = (row[token_id] - top) * inverse
-        probs[token_id] = exponential(below)
+        probs[token_id] = exponential((row[token_id] - top) * inverse)
     return _sum(probs)
 
 
@@ -114,7 +113,7 @@ def _mark_first(row, number, probs):
             return
 
 
-@compiled(fastmath={"reassoc", "contract"}, on_disk=False)
+@compiled(fastmath=SUMS, on_disk=False)
 def _sum(numbers):
     total = 0.0
     for number in numbers:
@@ -170,7 +169,7 @@ def _place(weights, uniform):
     return len(weights) - 1
 
 
-@compiled(fastmath={"reassoc", "contract"}, on_disk=False)
+@compiled(fastmath=SUMS, on_disk=False)
 def _block_sums(weights, sums):
     """Write the sum of each block of `weights` `[V]`; return the sum of all."""
     total = 0.0

@@ -151,10 +151,10 @@ def draft_tokens(
     logits: torch.Tensor, warpings: Sequence[Warping], max_supports: Sequence[int], numbers: Sequence[float | Noise]
 ) -> list[Draft | None]:
     """Draw a token for each row of `logits` `[N, V]` under its warping, as draw_drafts does; None for no law."""
-    if _are_plain(logits, warpings, numbers):
+    if _is_compiled(logits, warpings, numbers):
         return _drafts_on_host(logits.numpy(), _temperatures(warpings), max_supports, numbers)
     logits, finite = _only_finite(logits)
-    if all(warping.is_greedy for warping in warpings) and not any(isinstance(number, Noise) for number in numbers):
+    if all(warping.is_greedy for warping in warpings) and not _have_noise(numbers):
         drafts = greedy_drafts(logits)
     else:
         drafts = draw_drafts(probability_rows(logits, warpings), max_supports, numbers)
@@ -179,20 +179,23 @@ class PlainSampling:
         numbers: Sequence[Sequence[float | Noise]],
     ) -> PlainSampling | None:
         """Return it for `numbers` `[n, N]`; None where it is not so plain."""
-        has_noise = any(isinstance(number, Noise) for number in numbers[0])
-        if has_noise or any(warping.has_filters for warping in warpings):
+        if not _are_plain(warpings, numbers[0]):
             return None
         return cls(np.array(vocab_sizes), _temperatures(warpings), np.array(max_supports), np.array(numbers))
 
 
-def _are_plain(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Sequence[float | Noise]) -> bool:
-    """Return whether compiled code reads the rows from their logits on: all but filters, noise and float64."""
-    return (
-        lies_on_host(logits)
-        and logits.dtype == torch.float32
-        and not any(warping.has_filters for warping in warpings)
-        and not any(isinstance(number, Noise) for number in numbers)
-    )
+def _is_compiled(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Sequence[float | Noise]) -> bool:
+    """Return whether compiled code reads the rows from their logits on."""
+    return lies_on_host(logits) and logits.dtype == torch.float32 and _are_plain(warpings, numbers)
+
+
+def _are_plain(warpings: Sequence[Warping], numbers: Sequence[float | Noise]) -> bool:
+    """Return whether rows are drawn from without filters and noise."""
+    return not any(warping.has_filters for warping in warpings) and not _have_noise(numbers)
+
+
+def _have_noise(numbers: Sequence[float | Noise]) -> bool:
+    return any(isinstance(number, Noise) for number in numbers)
 
 
 def _temperatures(warpings: Sequence[Warping]) -> np.ndarray:
@@ -249,9 +252,9 @@ def read_target_rows(
     Left are the other ids and what rounding takes from those of the support, so that nothing of the law is lost. The
     mass outside is summed, not subtracted from 1, so that a small one keeps its precision.
     """
-    sizes = [len(support) for support in supports]
-    if lies_on_host(probs) and not any(isinstance(number, Noise) for number in numbers):
+    if lies_on_host(probs) and not _have_noise(numbers):
         return _rows_on_host(probs.numpy(), np.full(len(probs), GIVEN), supports, numbers)[0]
+    sizes = [len(support) for support in supports]
     told, masses, token_ids = _read_with_torch(probs, np.concatenate(supports), sizes, numbers)
     return TargetRows(np.split(told, np.cumsum(sizes)[:-1]), masses.tolist(), token_ids.tolist())
 
@@ -288,7 +291,7 @@ def read_logits(
     numbers: Sequence[float | Noise],
 ) -> tuple[TargetRows, list[bool]]:
     """Read `logits` `[N, V]` under their warpings as read_target_rows reads laws; tell also which rows are laws."""
-    if _are_plain(logits, warpings, numbers):
+    if _is_compiled(logits, warpings, numbers):
         return _rows_on_host(logits.numpy(), _temperatures(warpings), supports, numbers)
     logits, finite = _only_finite(logits)
     if all(warping.is_greedy for warping in warpings):

@@ -148,11 +148,7 @@ class Engine:
         feeds = [self._feed(demand, demand.num_left) for demand in demands]
         drafts = self.runner.draft(feeds, sampling)
         ended_at = time.monotonic()
-        self._count(feeds, ended_at - started_at)
-        self.stats.num_forward_passes += num_draws - 1
-        self.stats.num_passes_by_batch_size[num_sequences] += num_draws - 1
-        self.stats.num_tokens_fed += (num_draws - 1) * num_sequences
-        self.stats.num_rows += (num_draws - 1) * num_sequences
+        self._count(feeds, ended_at - started_at, num_draws - 1)
         for demand in demands:
             demand.started_at, demand.ended_at, demand.batch_size = started_at, ended_at, num_sequences
             demand.sequence.last_used = self.stats.num_forward_passes
@@ -165,11 +161,12 @@ class Engine:
             sequence.num_evicted = 0
         return Feed(sequence.cache, sequence.tokens[start : start + num_tokens], demand.num_rows_in(num_tokens))
 
-    def _count(self, feeds: list[Feed], seconds: float) -> None:
-        self.stats.num_forward_passes += 1
-        self.stats.num_tokens_fed += sum(len(feed.token_ids) for feed in feeds)
-        self.stats.num_rows += sum(feed.num_rows for feed in feeds)
-        self.stats.num_passes_by_batch_size[len(feeds)] += 1
+    def _count(self, feeds: list[Feed], seconds: float, num_more: int = 0) -> None:
+        """Count a pass, and `num_more` behind it of one token and one row for each of `feeds`."""
+        self.stats.num_forward_passes += 1 + num_more
+        self.stats.num_tokens_fed += sum(len(feed.token_ids) for feed in feeds) + num_more * len(feeds)
+        self.stats.num_rows += sum(feed.num_rows for feed in feeds) + num_more * len(feeds)
+        self.stats.num_passes_by_batch_size[len(feeds)] += 1 + num_more
         self.stats.forward_seconds += seconds
 
     def _shares(self, demands: list[Demand]) -> list[tuple[Demand, int]]:

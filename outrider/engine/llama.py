@@ -92,7 +92,7 @@ class LlamaForward:
         decoder: Any = model.model
         self._num_query_heads = config.num_attention_heads
         self._num_kv_heads = config.num_key_value_heads
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._head_dim = head_dim_of(config)
         self._embedding = decoder.embed_tokens.weight.detach()
         self.device = self._embedding.device
         self._is_half = self._embedding.dtype in HALF_PRECISION
@@ -205,6 +205,11 @@ class LlamaForward:
         """Put the rows of each head from (x0 x1 … y0 y1 …), as transformers rotates them, to (x0 y0 x1 y1 …)."""
         halves = part.view(-1, 2, self._head_dim // 2, *part.shape[1:])
         return halves.transpose(1, 2).reshape(part.shape)
+
+
+def head_dim_of(config: Any) -> int:
+    """Return the size of a head, which not every configuration names."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def sliding_window(attention: Any, config: Any) -> int | None:

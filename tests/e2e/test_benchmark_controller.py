@@ -9,6 +9,7 @@ import sys
 
 from benchmarks.controller import write_random_draft
 from client import SamplingParams, SpeculativeClient
+from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET
 
 LENGTH = 8
@@ -17,7 +18,7 @@ LENGTH = 8
 def test_a_random_draft_belongs_to_the_embedded_target_and_agrees_with_it_by_chance_alone(services, tmp_path):
     draft = services.start(DRAFT, write_random_draft(tmp_path), dtype="float32")
     target = services.start(TARGET, "builtin:target", dtype="float32")
-    with SpeculativeClient(target.address, draft.address) as client:
+    with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
         info = client.info()
         stats = client.generate(
             "Once upon a time", SamplingParams(temperature=0.0, max_new_tokens=30), num_speculative_tokens=2
@@ -25,6 +26,7 @@ def test_a_random_draft_belongs_to_the_embedded_target_and_agrees_with_it_by_cha
     assert info.mismatch is None
     assert info.draft is not None
     assert info.draft.tokenizer == info.target.tokenizer
+    assert stats.num_draft_failures == 0
     assert stats.num_draft_tokens > 30
     assert stats.acceptance_rate < 0.1  # of 4,096 tokens, it proposes one
     for server in (draft, target):

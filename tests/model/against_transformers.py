@@ -45,7 +45,7 @@ def texts(seed: int, vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
     return [random.choices(range(vocab_size), k=length) for length in LENGTHS]
 
 
-def interleaved_logits(runner: Runner, all_ids: list[list[int]], seed: int) -> list[torch.Tensor]:
+def interleaved_logits(runner: Runner, all_ids: list[list[int]], seed: int, longest: int = 9) -> list[torch.Tensor]:
     """Return the logits `[n, V]` of every text, fed side by side in chunks, with wrong tokens taken back on the way."""
     random = Random(seed)
     caches = [runner.new_cache() for _ in all_ids]
@@ -55,8 +55,8 @@ def interleaved_logits(runner: Runner, all_ids: list[list[int]], seed: int) -> l
         for index, (cache, ids) in enumerate(zip(caches, all_ids, strict=True)):
             if cache.length == len(ids) or random.random() < 0.3:
                 continue
-            right = ids[cache.length : cache.length + random.randint(1, 9)]
-            wrong = random.choices(range(VOCAB_SIZE), k=random.choice([0, 0, 1, 4]))
+            right = ids[cache.length : cache.length + random.randint(1, longest)]
+            wrong = random.choices(range(VOCAB_SIZE), k=random.choice([0, 0, 1, 4])) if longest > 1 else []
             feeds.append(Feed(cache, [*right, *wrong], len(right) + len(wrong)))
             owners.append((index, len(right), cache.length + len(right)))
         if not feeds:
@@ -65,6 +65,8 @@ def interleaved_logits(runner: Runner, all_ids: list[list[int]], seed: int) -> l
         for (index, num_right, length), part in zip(owners, logits, strict=True):
             rows[index].append(part[:num_right])
             caches[index].truncate(length)
+    for cache in caches:
+        cache.clear()
     return [torch.cat(parts) for parts in rows]
 
 

@@ -24,6 +24,7 @@ from outrider.engine.paged_choice import CacheOptions, cached_tokens_that_fit, c
 from outrider.engine.paged_runner import PagedRunner, StagedInputs
 from outrider.engine.runner import Feed, ForwardPass, ModelRunner, TransformersForward
 from outrider.tokens import TokenLog
+from tests.model.against_transformers import interleaved_logits
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save
 
 TOLERANCE = 1e-11
@@ -82,35 +83,11 @@ def texts(seed: int) -> list[list[int]]:
     return [random.choices(range(VOCAB_SIZE), k=length) for length in LENGTHS]
 
 
-def interleaved_rows(runner, all_ids: list[list[int]], seed: int, longest: int = 9) -> list[torch.Tensor]:
-    """Return rows `[n, V]` of every text, fed side by side in chunks, with wrong tokens taken back on the way."""
-    random = Random(seed)
-    caches = [runner.new_cache() for _ in all_ids]
-    rows: list[list[torch.Tensor]] = [[] for _ in all_ids]
-    while any(cache.length < len(ids) for cache, ids in zip(caches, all_ids, strict=True)):
-        feeds, owners = [], []
-        for index, (cache, ids) in enumerate(zip(caches, all_ids, strict=True)):
-            if cache.length == len(ids) or random.random() < 0.3:
-                continue
-            right = ids[cache.length : cache.length + random.randint(1, longest)]
-            wrong = random.choices(range(VOCAB_SIZE), k=random.choice([0, 0, 1, 4])) if longest > 1 else []
-            feeds.append(Feed(cache, [*right, *wrong], len(right) + len(wrong)))
-            owners.append((index, len(right), cache.length + len(right)))
-        if feeds:
-            logits = runner.forward(feeds).split([feed.num_rows for feed in feeds])
-            for (index, num_right, length), part in zip(owners, logits, strict=True):
-                rows[index].append(part[:num_right])
-                caches[index].truncate(length)
-    for cache in caches:
-        cache.clear()
-    return [torch.cat(parts) for parts in rows]
-
-
 def distance(runner, forward_pass: ForwardPass, seed: int, longest: int = 9) -> float:
     """Return how far the rows of some texts are from those of plain caches; NaN is infinitely far."""
     all_ids = texts(seed)
-    actual = torch.cat(interleaved_rows(runner, all_ids, seed, longest))
-    expected = torch.cat(interleaved_rows(ModelRunner(forward_pass), all_ids, seed, longest))
+    actual = torch.cat(interleaved_logits(runner, all_ids, seed, longest))
+    expected = torch.cat(interleaved_logits(ModelRunner(forward_pass), all_ids, seed, longest))
     return (actual - expected).abs().nan_to_num(torch.inf).max().item()
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from outrider.engine.compiled import drafting, kernels
 from outrider.engine.compiled.cache import PanelCache
 from outrider.engine.compiled.kernels import PANEL, Batch, Scratch, Sizes, Weights
-from outrider.engine.llama import LlamaForward, sliding_window
+from outrider.engine.llama import LlamaForward, head_dim_of, sliding_window
 from outrider.engine.runner import Feed
 from outrider.probs import MIN_SUPPORT_PROB, Draft, PlainSampling, drafts_of
 
@@ -29,7 +29,7 @@ class CompiledLlamaRunner:
         """`model` must be one that `can_run` accepts; it is read and not changed."""
         config: Any = model.config
         decoder: Any = model.model
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = head_dim_of(config)
         windows = [sliding_window(layer.self_attn, config) or 0 for layer in decoder.layers]
         self._sizes = Sizes(
             num_layers=len(decoder.layers),
@@ -50,11 +50,9 @@ class CompiledLlamaRunner:
     @staticmethod
     def can_run(model: PreTrainedModel) -> bool:
         """Return whether the model is float32, on a CPU, of the family, and cut into heads that panels fit."""
-        config: Any = model.config
         if not LlamaForward.can_run(model) or model.dtype != torch.float32 or model.device.type != "cpu":
             return False
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return head_dim % kernels.LANES == 0
+        return head_dim_of(model.config) % kernels.LANES == 0
 
     def new_cache(self) -> PanelCache:
         """See Runner."""
@@ -63,9 +61,7 @@ class CompiledLlamaRunner:
 
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """See Runner."""
-        longest = max(feed.cache.length + len(feed.token_ids) for feed in feeds)
-        self._make_room(sum(len(feed.token_ids) for feed in feeds), longest)
-        batch = _batch_of(feeds)
+        batch = self._batch_of(feeds)
         logits = np.empty((len(batch.rows), self._weights.head.shape[0] * PANEL), dtype=np.float32)
         kernels.forward(batch, self._sizes, self._weights, self._scratch, logits)
         for feed in feeds:
@@ -76,11 +72,8 @@ class CompiledLlamaRunner:
     def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
         """See DraftingRunner."""
         num_draws = len(sampling.uniforms)
-        longest = max(feed.cache.length + len(feed.token_ids) for feed in feeds) + num_draws - 1
-        self._make_room(sum(len(feed.token_ids) for feed in feeds), longest)
-        batch = _batch_of(feeds, num_draws - 1)
         parts = drafting.draft(
-            batch,
+            self._batch_of(feeds, num_draws - 1),
             self._sizes,
             self._weights,
             self._scratch,
@@ -93,6 +86,14 @@ class CompiledLlamaRunner:
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids) + num_draws - 1)
         return drafts_of(parts)
+
+    def _batch_of(self, feeds: Sequence[Feed], num_more: int = 0) -> Batch:
+        """Return the arrays for `feeds`, with room for them and for `num_more` tokens behind each."""
+        lengths = [feed.cache.length + len(feed.token_ids) + num_more for feed in feeds]
+        self._make_room(sum(len(feed.token_ids) for feed in feeds), max(lengths))
+        for feed, length in zip(feeds, lengths, strict=True):
+            feed.cache.reserve(length)
+        return _batch_of(feeds)
 
     def _make_room(self, num_tokens: int, longest: int) -> None:
         if longest > len(self._weights.cosines):
@@ -125,8 +126,7 @@ class CompiledLlamaRunner:
         return cosines, sines
 
 
-def _batch_of(feeds: Sequence[Feed], num_more: int = 0) -> Batch:
-    """Return the arrays for `feeds`, whose caches get room for `num_more` tokens behind them."""
+def _batch_of(feeds: Sequence[Feed]) -> Batch:
     token_ids: list[int] = []
     starts = [0]
     rows: list[int] = []
@@ -136,7 +136,6 @@ def _batch_of(feeds: Sequence[Feed], num_more: int = 0) -> Batch:
         token_ids.extend(feed.token_ids)
         starts.append(len(token_ids))
         rows.extend(range(len(token_ids) - feed.num_rows, len(token_ids)))
-        cache.reserve(cache.length + len(feed.token_ids) + num_more)
         caches.append((cache.length, cache.address, cache.capacity))
     parts = [token_ids, starts, *zip(*caches, strict=True), rows]
     numbers = np.array(list(chain.from_iterable(parts)), dtype=np.int64)  # one array: each costs as much as its numbers
