@@ -28,7 +28,7 @@ demo: .venv/installed-serve ## Watch a draft and a target write text together; A
 	$(BIN)/outrider demo $(ARGS)
 
 test: .venv/installed-test ## Run the tests; ARGS="..." go to pytest.
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: .venv/installed-test ## Check style, types and protos.
 	$(BIN)/ruff check .

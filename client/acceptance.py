@@ -13,6 +13,7 @@ q(x)) on each x of the support, and m outside, where it is p itself, of which y 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -40,7 +41,9 @@ class Proposal:
         Raises:
             InvalidProposalError: the token is not in the support, or its weight is not positive.
         """
-        index = int(np.searchsorted(support_ids, token_id))
+        index = bisect_left(
+            support_ids.tolist(), token_id
+        )  # numpy's search lets go of the interpreter, and waits for it
         if len(weights) != len(support_ids) or index == len(support_ids) or support_ids[index] != token_id:
             raise InvalidProposalError(f"token {token_id} is not in the support of its own proposal")
         if not weights[index] > 0:
@@ -91,7 +94,7 @@ def draw_recovered(proposal: Proposal, row: TargetRow, uniform: float, scale: fl
     cumulative = residual_weights(proposal, row, scale).cumsum()
     if not cumulative[-1] > 0:
         return None
-    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    index = bisect_right(cumulative.tolist(), uniform * cumulative[-1])
     return row.outside_token_id if index >= len(proposal.support_ids) else int(proposal.support_ids[index])
 
 

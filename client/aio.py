@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -28,6 +27,7 @@ from client.pair import PairInfo
 from client.params import SamplingParams
 from client.results import Chunk, GenerationResult
 from client.text import TargetTokenizer
+from outrider.mailbox import Mailbox
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
 
@@ -185,40 +185,10 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
             transport.close()
 
 
-class _Events:
-    """Events of all streams of a conversation, for one that waits; quicker than a queue and a task with a timeout."""
-
-    def __init__(self) -> None:
-        self._events: deque[tuple[_Stream, Event]] = deque()
-        self._waiting: asyncio.Future[None] | None = None
-
-    def put(self, stream: _Stream, event: Event) -> None:
-        self._events.append((stream, event))
-        self._wake()
-
-    async def get(self, timeout_s: float | None) -> tuple[_Stream, Event] | tuple[None, None]:
-        """Return the next event, or nothing when the time passes first; at once where it is 0 or less."""
-        if not self._events and (timeout_s is None or timeout_s > 0):
-            loop = asyncio.get_running_loop()
-            self._waiting = loop.create_future()
-            timer = None if timeout_s is None else loop.call_later(timeout_s, self._wake)
-            try:
-                await self._waiting
-            finally:
-                self._waiting = None
-                if timer:
-                    timer.cancel()
-        return self._events.popleft() if self._events else (None, None)
-
-    def _wake(self) -> None:
-        if self._waiting and not self._waiting.done():
-            self._waiting.set_result(None)
-
-
 class _Stream:
     """One bidirectional call and the task that reads it."""
 
-    def __init__(self, link: Link, call: Any, events: _Events):
+    def __init__(self, link: Link, call: Any, events: Mailbox[tuple[_Stream, Event]]):
         self._link, self._call, self._events = link, call, events
         self._reader = asyncio.ensure_future(self._read())
 
@@ -234,10 +204,10 @@ class _Stream:
     async def _read(self) -> None:
         try:
             async for message in self._call:
-                self._events.put(self, Received(self._link, message))
-            self._events.put(self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream"))
+                self._events.put((self, Received(self._link, message)))
+            self._events.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
-            self._events.put(self, broken(self._link, error))
+            self._events.put((self, broken(self._link, error)))
 
 
 class _Transport:
@@ -246,7 +216,7 @@ class _Transport:
     def __init__(self, client: AsyncSpeculativeClient, target_info: common_pb2.ModelInfo, timeout: float | None):
         self._client, self._target_info, self._timeout = client, target_info, timeout
         self._streams: dict[Link, _Stream] = {}
-        self._events = _Events()
+        self._events: Mailbox[tuple[_Stream, Event]] = Mailbox()
 
     async def perform(self, effect: Any) -> Any:
         match effect:
@@ -280,9 +250,10 @@ class _Transport:
         loop = asyncio.get_running_loop()
         until = None if timeout_s is None else loop.time() + timeout_s
         while True:
-            stream, event = await self._events.get(None if until is None else until - loop.time())
-            if event is None:
+            item = await self._events.get_until(until)
+            if item is None:
                 return None
+            stream, event = item
             if stream in self._streams.values():
                 if isinstance(event, Broken) and event.link is Link.DRAFT:
                     self._client._draft_info = None

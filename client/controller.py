@@ -7,8 +7,8 @@ a_i once those before it were, commits on average
 
 tokens (the last one decided is committed whether it was accepted or replaced), and one with K = 0 commits one. Its
 seconds are taken to be R(K) = c + b K for K ≥ 1: b is what one more proposal costs, in drafting and in verifying. The
-line is fitted to the rounds that there were; where they say nothing yet about b, drafting time per token and the
-slope of the target's forward time stand in. R(0), which leaves the draft out, is measured by itself.
+line is fitted to the rounds that there were; where they say nothing yet about b, all that they took longer than R(0)
+is laid to their proposals. R(0), which leaves the draft out, is measured by itself.
 
 Trying the draft costs time where it is of no use, so it is done on a budget, as a conservative bandit does (Wu et al.,
 arXiv 1602.04282). The account is kept in tokens: a round with K ≥ 1 that took s seconds for n tokens has won
@@ -41,7 +41,9 @@ VARY_EVERY = 6  # rounds between small steps away from the best K, which the lin
 # Of each session, where there are several.
 START_ROUNDS = 3  # of the target alone before the draft is tried: what they take is the measure of all others
 SETTLE_ROUNDS = 2  # of the target alone after others, which are not learned from: the draft is still at work
+CROWD_ROUNDS = 3  # times as many of both where there are several sessions, which begin and change sides one by one
 PROBE_EVERY = 64  # rounds between looks at the other side of the border between K = 0 and K ≥ 1
+FIRST_PAUSE = 16  # before the first look from K ≥ 1: what is known of K = 0 is from the start, when nothing is steady
 LONGEST_PAUSE = 256
 MOST_CLEARNESS = 4.0  # times as fast, by which looks become rarer
 LONGEST_PROBE = 8  # K of a look
@@ -63,7 +65,7 @@ class RoundTimes:
 
     num_proposals: int
     num_accepted: int
-    round_s: float
+    round_s: float  # since the end of the round before
     target_forward_s: float
     draft_token_s: float  # the draft's forward pass for one token; 0 when unknown
 
@@ -177,21 +179,24 @@ class Side:
         margin = 1 + MARGIN if self.is_alone else 1 - MARGIN
         is_alone = balance < LEAST_CREDIBLE or rate_pair < rate_alone * margin
         if is_alone != self.is_alone:
-            self.is_alone, self.num_rounds, self.pause = is_alone, 0, PROBE_EVERY
-        self.num_rounds += 1
-        # The longer one side has been the better, and the clearer, the rarer are looks at the other.
-        clearness = min(MOST_CLEARNESS, max(rate_alone / rate_pair, rate_pair / rate_alone)) if rate_pair else 1.0
-        is_early = self.num_rounds <= self.pause * clearness * num_sessions
-        if is_early or not self.can_afford_look(rate_pair, balance):
+            self.is_alone, self.num_rounds, self.pause = is_alone, 0, PROBE_EVERY if is_alone else FIRST_PAUSE
+        if not self.is_time_to_look(rate_alone, rate_pair, balance, num_sessions):
+            self.num_rounds += 1
             return is_alone
-        self.num_rounds, self.pause = 0, min(max(PROBE_EVERY, 2 * self.pause), LONGEST_PAUSE)
+        self.num_rounds, self.pause = 0, min(max(FIRST_PAUSE, 2 * self.pause), LONGEST_PAUSE)
         self.probe_length = FIRST
         self.probe_rounds_left = (PROBE_PROPOSALS if is_alone else PROBE_ALONE) * num_sessions - 1
         return not is_alone
 
-    def can_afford_look(self, rate_pair: float, balance: float) -> bool:
-        """Return whether the other side may be tried; arguments as for next_is_alone."""
-        return not self.is_alone or balance >= (PROBE_BALANCE if rate_pair else LEAST_BALANCE)
+    def is_time_to_look(self, rate_alone: float, rate_pair: float, balance: float, num_sessions: int) -> bool:
+        """Return whether the other side may be tried now; arguments as for next_is_alone.
+
+        The longer one side has been the better, and the clearer, the rarer are looks at the other.
+        """
+        is_known = rate_alone and rate_pair
+        clearness = min(MOST_CLEARNESS, max(rate_alone / rate_pair, rate_pair / rate_alone)) if is_known else 1.0
+        is_affordable = not self.is_alone or balance >= (PROBE_BALANCE if rate_pair else LEAST_BALANCE)
+        return is_affordable and self.num_rounds >= self.pause * clearness * num_sessions
 
 
 class LoadSpeed:
@@ -221,7 +226,8 @@ class LoadSpeed:
     @property
     def alone_s(self) -> float:
         """R(0); 0 until it has been seen often enough."""
-        few = self.round_alone.weight < (START_ROUNDS - 0.5) * self.num_sessions
+        enough = START_ROUNDS if self.num_sessions == 1 else CROWD_ROUNDS * START_ROUNDS
+        few = self.round_alone.weight < 0.9 * enough * self.num_sessions  # they weigh a little less with time
         return 0.0 if few else self.round_alone.mean
 
     def rates(self, tokens: list[float]) -> list[float]:
@@ -234,11 +240,23 @@ class LoadSpeed:
             rates[0] = tokens[0] / self.alone_s
         if not self.rounds.weight:
             return rates
-        slope = self.rounds.slope(self.draft_token.mean + self.forward.slope(0.0))
+        slope = self.rounds.slope(self._expected_slope)
         for length in range(1, min(2 * self.longest + 1, len(tokens))):
             seconds = self.rounds.at(length, slope)
             rates[length] = tokens[length] / seconds if seconds > 0 else 0.0
         return rates
+
+    @property
+    def _expected_slope(self) -> float:
+        """Seconds of one more proposal, as long as rounds of different lengths have not shown them.
+
+        All that rounds take longer than those of the target alone is laid to the number of their proposals: then K
+        grows in steps that can be afforded, and falls short at first of one that is.
+        """
+        work = self.draft_token.mean + self.forward.slope(0.0)
+        if not self.alone_s:
+            return work
+        return max(work, (self.rounds.y / self.rounds.weight - self.alone_s) * self.rounds.weight / self.rounds.x)
 
 
 class PairSpeed:
@@ -298,11 +316,12 @@ class PairSpeed:
                 return 0
             return side.probe_length if side.is_alone else best
 
-    def may_look(self, rate_pair: float) -> bool:
-        """Return whether the account allows a look at the draft; `rate_pair` as for next_length."""
+    def needs_draft(self, rate_alone: float, rate_pair: float) -> bool:
+        """Return whether rounds with proposals are usual, or it is time for some; arguments as for next_length."""
         with self._lock:
             load = self._load(self.num_sessions)
-            return load.side.can_afford_look(rate_pair, self.balance / load.num_sessions)
+            side, balance = load.side, self.balance / load.num_sessions
+            return not side.is_alone or side.is_time_to_look(rate_alone, rate_pair, balance, load.num_sessions)
 
     def next_wave(self) -> int:
         """Return how many rounds a session has had at the present load, about: the same for sessions at one time."""
@@ -343,7 +362,7 @@ class PairSpeeds:
 class FixedLength:
     """The same K for every round."""
 
-    may_look = False
+    needs_draft = False
 
     def __init__(self, length: int):
         self._length = length
@@ -380,7 +399,10 @@ class LengthController:
         self._num_on_side = self._num_on_side + 1 if has_proposals == self._had_proposals else 1
         self._had_proposals = has_proposals
         if self._num_sessions is not None:
-            is_steady = self._num_on_side > (1 if has_proposals else SETTLE_ROUNDS)
+            num_unsteady = (
+                1 if has_proposals else SETTLE_ROUNDS if self._num_sessions < 1.5 else CROWD_ROUNDS * SETTLE_ROUNDS
+            )
+            is_steady = self._num_on_side > num_unsteady
             self._speed.add(times, self._num_sessions, is_steady, self._may_be_zero)
 
     def next_length(self) -> int:
@@ -405,9 +427,10 @@ class LengthController:
         return self._varied(best, least) if length == best else min(length, self._most)
 
     @property
-    def may_look(self) -> bool:
-        """Whether rounds with proposals may come soon, if the next one has none."""
-        return self._speed.may_look(max(self._rates[1:]))
+    def needs_draft(self) -> bool:
+        """Whether rounds with proposals are to come soon, if the next one has none."""
+        rates = self._speed.rates(self._most)
+        return self._speed.needs_draft(rates[0], max(rates[1:]))
 
     def _see_load(self) -> None:
         """Between two rounds of this session, each other that runs at once has had about one."""

@@ -157,7 +157,7 @@ class Conversation:
         return self._result()
 
     def _result(self) -> GenerationResult:
-        self._stats.total_s = self._clock() - self._started_at - self._away_s
+        self._stats.total_s = self._worked_s
         return GenerationResult(
             text=self._text.text,
             token_ids=list(self._text.token_ids),
@@ -167,14 +167,20 @@ class Conversation:
             stats=self._stats,
         )
 
+    @property
+    def _worked_s(self) -> float:
+        """Seconds since the start, without those that the caller kept chunks."""
+        return self._clock() - self._started_at - self._away_s
+
     # Rounds with the target.
 
     def _rounds(self) -> Steps:
         yield from self._open(Link.TARGET, self._generation.open_target())
         self._generation.length = self._lengths.next_length()
         yield from self._prepare_draft()
+        learned_at = self._worked_s
         while self._text.finish_reason is None:
-            before, started_at, num_failures = self._stats.waits_s(), self._clock(), self._num_failures
+            before, num_failures = self._stats.waits_s(), self._num_failures
             num_proposals = yield from self._gather_proposals()
             request = self._generation.begin_round(num_proposals)
             decision = yield from self._verify(request)
@@ -182,8 +188,9 @@ class Conversation:
             self._generation.commit_round(decision, taken.num_taken)
             spent = (after - earlier for after, earlier in zip(self._stats.waits_s(), before, strict=True))
             self._stats.rounds.append(RoundStats(num_proposals, taken.num_taken, *spent))
+            began_at, learned_at = learned_at, self._worked_s
             if num_failures == self._num_failures:
-                self._learn(decision, self._clock() - started_at)
+                self._learn(decision, learned_at - began_at)
             self._generation.length = self._lengths.next_length()
             if self._generation.length and self._draft_is_open and taken.finish_reason is None:
                 yield from self._tell_draft()
@@ -196,7 +203,10 @@ class Conversation:
         return stats.num_draft_failures + stats.num_target_retries + stats.num_cache_mismatches
 
     def _learn(self, decision: Decision, round_s: float) -> None:
-        """Tell the chooser of K about a round: not the first, with its prompt, nor one that the draft has let down."""
+        """Tell the chooser of K about a round: not the first, with its prompt, nor one that the draft has let down.
+
+        A round lasts from the end of the one before it, so that nothing of the time is nobody's.
+        """
         last = self._stats.rounds[-1]
         if len(self._stats.rounds) == 1 or bool(last.num_draft_tokens) != bool(self._generation.length):
             return
@@ -287,7 +297,7 @@ class Conversation:
 
     def _prepare_draft(self) -> Steps:
         """Open the draft before the first look at it, so that it processes the prompt while the target does."""
-        if self._speculation.uses_draft and not self._generation.length and self._lengths.may_look:
+        if self._speculation.uses_draft and not self._generation.length and self._lengths.needs_draft:
             self._generation.length = 1
             yield from self._reopen_draft()
             self._generation.length = 0

@@ -85,7 +85,7 @@ class Commit:
 
 @dataclass(eq=False)
 class Session:
-    """One client stream. `emit` is called on the model thread; everything below it belongs to that thread."""
+    """One client stream. `emit` is called by whoever drives the engine, whose everything below it is."""
 
     options: DraftOptions
     emit: Callable[[Drafted | ServiceError], None]
@@ -158,7 +158,7 @@ class Drafter:
 
     def __init__(self, engine: Engine, context_length: int):
         self._engine, self._context_length = engine, context_length
-        self.thread = ModelThread("draft-model", self._step)
+        self.thread = ModelThread("draft-model", self._step, lambda: engine.is_quick)
         self._sessions: list[Session] = []
         self._arrivals = itertools.count()
 
@@ -187,7 +187,7 @@ class Drafter:
         self._check_window(window, len(token_ids))
         session = Session(options, emit, next(self._arrivals), window, batch_until)
         session.sequence.tokens.extend(token_ids)
-        self.thread.post(lambda: self._begin(session))
+        self.thread.post(lambda: self._begin(session), is_long=True)
         return session
 
     def commit(self, session: Session, commit: Commit) -> None:

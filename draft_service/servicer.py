@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from draft_service.drafter import GREEDY, Commit, Drafted, Drafter, DraftOptions, Session
 from outrider import wire
 from outrider.errors import InvalidArgumentError, ServiceError
+from outrider.mailbox import Mailbox
 from outrider.options import ServiceOptions
 from outrider.server import answers_errors, answers_unary_errors
 from outrider.service import ModelHost
@@ -18,6 +19,9 @@ SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
 
 class _EndOfStream:
     """Put into a session's outbox when the client has ended its side."""
+
+
+Outbox = Mailbox[Drafted | ServiceError | _EndOfStream]
 
 
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
@@ -46,7 +50,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 return
             if opening.WhichOneof("kind") != "open":
                 raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
-            outbox: asyncio.Queue = asyncio.Queue()
+            outbox: Outbox = Mailbox()
             session = self._open(drafter, opening.open, outbox)
             commits = asyncio.ensure_future(self._read_commits(drafter, session, requests, outbox))
             try:
@@ -56,8 +60,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 drafter.close(session)
                 commits.cancel()
 
-    def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: asyncio.Queue) -> Session:
-        loop = asyncio.get_running_loop()
+    def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: Outbox) -> Session:
         options = self._draft_options(message)
         if message.HasField("tokenizer") and message.tokenizer != self._host.tokenizer_fingerprint:
             raise InvalidArgumentError(
@@ -66,11 +69,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         if message.committed.start_position:
             raise InvalidArgumentError("open.committed.start_position is not 0: a session opens at position 0")
         token_ids = wire.unpack_ids(message.committed.token_ids, "open.committed.token_ids", self._host.vocab_size)
-
-        def emit(item: Drafted | ServiceError) -> None:
-            loop.call_soon_threadsafe(outbox.put_nowait, item)
-
-        return drafter.open(options, token_ids, message.window, message.batch_until, emit)
+        return drafter.open(options, token_ids, message.window, message.batch_until, outbox.put)
 
     def _draft_options(self, message: draft_pb2.OpenProposals) -> DraftOptions:
         limit = self._options.max_support
@@ -89,7 +88,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             is_coupled=wire.is_coupled_from_proto(message.sampling),
         )
 
-    async def _read_commits(self, drafter: Drafter, session: Session, requests, outbox: asyncio.Queue) -> None:
+    async def _read_commits(self, drafter: Drafter, session: Session, requests, outbox: Outbox) -> None:
         """Pass commits on as they come; an error goes through the outbox, so that the stream ends with it."""
         try:
             async for request in requests:
@@ -111,12 +110,12 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                         branch=commit.branch,
                     ),
                 )
-            outbox.put_nowait(_EndOfStream())
+            outbox.put(_EndOfStream())
         except ServiceError as error:
-            outbox.put_nowait(error)
+            outbox.put(error)
 
 
-async def _responses(outbox: asyncio.Queue) -> AsyncIterator[draft_pb2.ProposeResponse]:
+async def _responses(outbox: Outbox) -> AsyncIterator[draft_pb2.ProposeResponse]:
     """Yield what is drafted until the stream ends."""
     while not isinstance(item := await outbox.get(), _EndOfStream):
         if isinstance(item, ServiceError):

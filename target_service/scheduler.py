@@ -11,8 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
-from outrider.engine.thread import ModelThread, new_reply
+from outrider.engine.thread import ModelThread
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError
 from outrider.probs import TargetRows, read_logits
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
@@ -63,9 +62,12 @@ class Verdict:
     batch_size: int
 
 
+Emit = Callable[[Verdict | ServiceError], None]
+
+
 @dataclass(eq=False)
 class Session:
-    """One client stream. Everything but the two settings belongs to the model thread."""
+    """One client stream. Everything but the two settings belongs to whoever drives the engine."""
 
     warping: Warping
     numbers: AddressedUniforms | SharedNoise  # that tokens outside the supports are drawn with
@@ -81,7 +83,7 @@ class _Job:
     demand: Demand
     arrived_at: float
     round: Round
-    reply: Future[Verdict]
+    emit: Emit
 
 
 class Scheduler:
@@ -89,7 +91,7 @@ class Scheduler:
 
     def __init__(self, engine: Engine, context_length: int):
         self._engine, self._context_length = engine, context_length
-        self.thread = ModelThread("target-model", self._step)
+        self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick)
         self._prefills: dict[Session, Demand] = {}
         self._jobs: dict[Session, _Job] = {}
         self._arrivals = itertools.count()
@@ -101,7 +103,7 @@ class Scheduler:
             session.sequence.tokens.extend([0])
             self._begin(session)
             proposals, supports = [0] * num_proposals, [np.arange(min(2, vocab_size))] * num_proposals
-            self._enqueue(session, Round(Span(0, [0], 0), proposals, supports), time.monotonic(), new_reply())
+            self._enqueue(session, Round(Span(0, [0], 0), proposals, supports), time.monotonic(), lambda _: None)
             while self._step():
                 pass
             self._end(session)
@@ -121,15 +123,13 @@ class Scheduler:
         needs_noise = is_coupled and not warping.is_greedy  # a greedy draw is the same with any number
         session = Session(warping, SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE))
         session.sequence.tokens.extend(committed.token_ids)
-        self.thread.post(lambda: self._begin(session))
+        self.thread.post(lambda: self._begin(session), is_long=True)
         return session
 
-    def submit(self, session: Session, work: Round) -> Future[Verdict]:
-        """Queue a round; one at a time for each session. The future fails with a ServiceError."""
-        reply: Future[Verdict] = new_reply()
+    def submit(self, session: Session, work: Round, emit: Emit) -> None:
+        """Queue a round, one at a time for each session; `emit` gets its verdict or what went wrong."""
         arrived_at = time.monotonic()
-        self.thread.post(lambda: self._enqueue(session, work, arrived_at, reply))
-        return reply
+        self.thread.post(lambda: self._enqueue(session, work, arrived_at, emit))
 
     def close(self, session: Session) -> None:
         """Drop the session's work and free its cache before the next forward pass."""
@@ -144,16 +144,16 @@ class Scheduler:
     def _demand(self, session: Session, end: int, num_rows: int) -> Demand:
         return Demand(session.sequence, end, num_rows, next(self._arrivals))
 
-    def _enqueue(self, session: Session, work: Round, arrived_at: float, reply: Future[Verdict]) -> None:
+    def _enqueue(self, session: Session, work: Round, arrived_at: float, emit: Emit) -> None:
         if not session.is_open:
             return
         try:
             demand = self._apply(session, work)
         except ServiceError as error:
-            reply.set_exception(error)
+            emit(error)
             return
         self._prefills.pop(session, None)  # the round includes what is left of it
-        self._jobs[session] = _Job(session, demand, arrived_at, work, reply)
+        self._jobs[session] = _Job(session, demand, arrived_at, work, emit)
 
     def _apply(self, session: Session, work: Round) -> Demand:
         """Bring the sequence to the round's tokens and return the demand for its rows."""
@@ -181,26 +181,25 @@ class Scheduler:
             return False
         try:
             finished = set(self._engine.run_pass(demands))
-            done = [job for job in self._jobs.values() if job.demand in finished]
-            self._answer(done)
+            self._answer([job for job in self._jobs.values() if job.demand in finished])
         except Exception:
             log.exception("a forward pass failed; its sessions are told")
             self._fail_all()
             return False
         self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
-        for job in done:
-            del self._jobs[job.session]
         return bool(self._prefills or self._jobs)
 
     def _fail_all(self) -> None:
         """Fail every round that was waiting; what their caches hold is not to be trusted."""
         for session in [*self._prefills, *self._jobs]:
             session.sequence.cache.clear()
-        jobs, self._jobs = list(self._jobs.values()), {}
         self._prefills.clear()
-        for job in jobs:
-            if not job.reply.done():
-                job.reply.set_exception(InternalError("the forward pass failed; the service's log says how"))
+        for job in list(self._jobs.values()):
+            self._reply(job, InternalError("the forward pass failed; the service's log says how"))
+
+    def _reply(self, job: _Job, answer: Verdict | ServiceError) -> None:
+        del self._jobs[job.session]
+        job.emit(answer)
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Read the rows of all finished rounds together; a row with NaN or infinity fails its own round alone."""
@@ -208,19 +207,18 @@ class Scheduler:
             sequence, demand = job.session.sequence, job.demand
             if rows is None:
                 sequence.cache.clear()
-                job.reply.set_exception(InternalError("the model returned NaN or infinity for this session"))
+                self._reply(job, InternalError("the model returned NaN or infinity for this session"))
                 continue
             assert demand.started_at is not None
-            job.reply.set_result(
-                Verdict(
-                    rows=rows,
-                    num_cached_tokens=sequence.cache.length,
-                    cache_digest=sequence.tokens.digest(sequence.cache.length),
-                    queue_ms=(demand.started_at - job.arrived_at) * 1000,
-                    forward_ms=(demand.ended_at - demand.started_at) * 1000,
-                    batch_size=demand.batch_size,
-                )
+            verdict = Verdict(
+                rows=rows,
+                num_cached_tokens=sequence.cache.length,
+                cache_digest=sequence.tokens.digest(sequence.cache.length),
+                queue_ms=(demand.started_at - job.arrived_at) * 1000,
+                forward_ms=(demand.ended_at - demand.started_at) * 1000,
+                batch_size=demand.batch_size,
             )
+            self._reply(job, verdict)
 
 
 def _read_rows(jobs: list[_Job]) -> list[TargetRows | None]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 
 import numpy as np
 
 from outrider import wire
-from outrider.errors import InvalidArgumentError, NotFoundError
+from outrider.errors import InvalidArgumentError, NotFoundError, ServiceError
+from outrider.mailbox import Mailbox
 from outrider.options import ServiceOptions
 from outrider.server import answers_errors, answers_unary_errors
 from outrider.service import ModelHost
@@ -67,15 +67,18 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                 self._span(opening.open.committed, "open.committed"),
                 is_coupled,
             )
+            answers: Mailbox[Verdict | ServiceError] = Mailbox()
             try:
                 async for request in requests:
                     if request.WhichOneof("kind") != "round":
                         raise InvalidArgumentError(
                             "kind is not `round`: only the first message of a stream opens a session"
                         )
-                    work = self._round(request.round, is_coupled)
-                    verdict = await asyncio.wrap_future(scheduler.submit(session, work))
-                    yield _response(request.round.round_index, verdict)
+                    scheduler.submit(session, self._round(request.round, is_coupled), answers.put)
+                    answer = await answers.get()
+                    if isinstance(answer, ServiceError):
+                        raise answer
+                    yield _response(request.round.round_index, answer)
             finally:
                 scheduler.close(session)
 

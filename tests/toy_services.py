@@ -214,7 +214,8 @@ class World:
     """Runs a conversation against the toys.
 
     `on_arrival` is called with each message that reaches a service, and `on_response` with each that is to leave
-    one; both may break the stream, and `on_response` may change the message.
+    one; both may break the stream, and `on_response` may change the message. `on_effect` is called with each effect
+    and each chunk, and may let time pass.
     """
 
     def __init__(self, seed: int = 0, draft_speed: float = 1.0, latency: float = 0.3, impatience: float = 0.0):
@@ -237,6 +238,7 @@ class World:
         self.on_arrival: Callable[[Stream, Any], None] = lambda stream, message: None
         self.on_response: Callable[[Stream, Any], None] = lambda stream, message: None
         self.on_wait: Callable[[], None] = lambda: None
+        self.on_effect: Callable[[Any], None] = lambda effect: None
 
     def run(self, conversation: Conversation) -> tuple[GenerationResult, list[Chunk]]:
         """Return the result and the chunks; errors come as the conversation raises them."""
@@ -247,6 +249,7 @@ class World:
             except StopIteration as stop:
                 return stop.value, chunks
             answer = None
+            self.on_effect(effect)
             match effect:
                 case Chunk():
                     chunks.append(effect)

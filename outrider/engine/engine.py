@@ -21,6 +21,8 @@ from outrider.engine.runner import DraftingRunner, Feed, Runner
 from outrider.probs import Draft, PlainSampling
 from outrider.tokens import TokenLog
 
+QUICK_S = 0.003  # seconds that an event loop can be kept from its messages
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -80,7 +82,7 @@ class EngineStats:
 
 
 class Engine:
-    """Owns the runner and all caches. Used by one thread."""
+    """Owns the runner and all caches. Used by one thread at a time."""
 
     def __init__(self, runner: Runner, max_cached_tokens: int, max_batch_tokens: int, keep_caches: bool = True):
         """The cap is what one sequence of `max_cached_tokens` tokens costs: with pages, whole pages.
@@ -90,7 +92,17 @@ class Engine:
         self.runner, self.stats = runner, EngineStats()
         self._max_cost, self._max_batch_tokens = runner.new_cache().cost(max_cached_tokens), max_batch_tokens
         self._keep_caches = keep_caches
+        self._drafting = runner if keep_caches and isinstance(runner, DraftingRunner) else None  # the question is slow
         self._sequences: set[Sequence] = set()
+        self._last_s = float("inf")  # of the last pass, or of several in one go
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether an event loop had better run the next pass itself than have a thread run it.
+
+        With several sequences it reads what has come for the others meanwhile.
+        """
+        return len(self._sequences) <= 1 and self._last_s < QUICK_S and self.runner.device.type == "cpu"
 
     @property
     def num_cached_tokens(self) -> int:
@@ -132,7 +144,7 @@ class Engine:
 
     def can_draft(self, demands: SequenceOf[Demand], num_draws: int) -> bool:
         """Return whether `draft` can be called: the runner can, and all fits into one pass and into the caches."""
-        if not isinstance(self.runner, DraftingRunner) or not self._keep_caches:
+        if not self._drafting:
             return False
         num_tokens = sum(demand.num_left for demand in demands)
         return num_tokens <= self._max_batch_tokens and num_tokens + num_draws * len(demands) <= self._free()
@@ -142,11 +154,11 @@ class Engine:
 
         See DraftingRunner.draft. Whoever asks extends the sequences by what was drawn.
         """
-        assert isinstance(self.runner, DraftingRunner)
+        assert self._drafting
         num_draws, num_sequences = sampling.uniforms.shape
         started_at = time.monotonic()
         feeds = [self._feed(demand, demand.num_left) for demand in demands]
-        drafts = self.runner.draft(feeds, sampling)
+        drafts = self._drafting.draft(feeds, sampling)
         ended_at = time.monotonic()
         self._count(feeds, ended_at - started_at, num_draws - 1)
         for demand in demands:
@@ -168,6 +180,7 @@ class Engine:
         self.stats.num_rows += sum(feed.num_rows for feed in feeds) + num_more * len(feeds)
         self.stats.num_passes_by_batch_size[len(feeds)] += 1 + num_more
         self.stats.forward_seconds += seconds
+        self._last_s = seconds
 
     def _shares(self, demands: list[Demand]) -> list[tuple[Demand, int]]:
         """Return how many tokens of each demand the next pass feeds; the earliest demand always gets some."""

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from outrider import wire
+from outrider.engine.engine import Engine
 from outrider.engine.runner import ModelRunner
 from outrider.rng import Purpose, uniforms
 from outrider.tokens import TokenLog
@@ -87,7 +88,7 @@ class HeldUpPass:
 
 @pytest.fixture
 def held_up(monkeypatch) -> Iterator[HeldUpPass]:
-    """Hold up every forward pass of every service until it is released."""
+    """Hold up every forward pass of every service until it is released; passes of such a length have a thread."""
     held, forward = HeldUpPass(threading.Event(), threading.Event()), ModelRunner.forward
 
     def wait_and_forward(self, feeds):
@@ -96,6 +97,7 @@ def held_up(monkeypatch) -> Iterator[HeldUpPass]:
         return forward(self, feeds)
 
     monkeypatch.setattr(ModelRunner, "forward", wait_and_forward)
+    monkeypatch.setattr(Engine, "is_quick", False)
     yield held
     held.released.set()
 

@@ -188,7 +188,7 @@ class TestAccount:
 
     def test_it_does_not_grow_without_end(self):
         speed = PairSpeed()
-        for _ in range(6):
+        for _ in range(2 * controller.START_ROUNDS * controller.CROWD_ROUNDS):
             speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0), num_sessions=2, is_steady=True)
         for _ in range(100):
             speed.add(RoundTimes(4, 4, 0.01, 0.005, 0.001), num_sessions=2, is_steady=True)
@@ -255,6 +255,26 @@ def test_k_at_most_doubles_what_was_tried():
     rates = load.rates([1.0, *map(float, range(1, controller.MOST + 1))])
     assert max(range(len(rates)), key=rates.__getitem__) == 6
     assert rates[7:] == [0.0] * (controller.MOST - 6)
+
+
+def test_what_a_first_look_takes_longer_is_laid_to_its_proposals():
+    """4 ms alone and 8 ms with two: as long as no other length is known, each further proposal takes 2 ms."""
+    load = LoadSpeed(1)
+    for _ in range(controller.START_ROUNDS):
+        load.add(RoundTimes(0, 0, 0.004, 0.003, 0.0))
+    load.add(RoundTimes(2, 2, 0.008, 0.003, 0.0001))
+    rates = load.rates([1.0, *map(float, range(1, controller.MOST + 1))])
+    assert rates[:5] == pytest.approx([1 / 0.004, 1 / 0.006, 2 / 0.008, 3 / 0.010, 4 / 0.012])
+
+
+def test_the_draft_is_prepared_for_before_the_first_round_only_where_it_will_be_asked():
+    unknown, useless = PairSpeed(), PairSpeed()
+    rate_of(USELESS, useless, 100, 1)
+    assert LengthController(unknown, may_be_zero=True).needs_draft
+    assert not LengthController(useless, may_be_zero=True).needs_draft
+    good = PairSpeed()
+    rate_of(GOOD, good, 100, 1)
+    assert LengthController(good, may_be_zero=True).needs_draft
 
 
 def test_a_slow_draft_that_is_always_right_is_taken_up_where_long_rounds_pay():

@@ -26,7 +26,7 @@ from client.errors import (
     ServiceUnavailableError,
 )
 from client.params import SamplingParams, SpeculationParams
-from client.results import GenerationResult
+from client.results import Chunk, GenerationResult
 from outrider import wire
 from outrider.v1 import common_pb2
 from tests import toy_services as toys
@@ -144,7 +144,7 @@ class AnyLengths:
         return self._random.choice([0, 0, 1, 2, 3, 5])
 
     @property
-    def may_look(self) -> bool:
+    def needs_draft(self) -> bool:
         return self._random.random() < 0.5
 
 
@@ -177,6 +177,24 @@ class TestLengthsThatChange:
         stats = without_failures.run(make_conversation(without_failures, lengths=lengths))[0].stats
         assert [times.num_proposals for times in lengths.learned] == [one.num_draft_tokens for one in stats.rounds[1:]]
         assert sum(times.num_accepted for times in lengths.learned) <= stats.num_accepted_tokens
+
+    def test_rounds_last_from_one_to_the_next_so_that_no_time_is_nobodys(self):
+        """But that of the first, and the times in which the caller keeps a chunk."""
+        world, lengths = World(3), AnyLengths(3)
+        ends: list[float] = []
+
+        def let_time_pass(effect) -> None:
+            if isinstance(effect, Chunk):
+                ends.append(world.now)
+                world.now += 100.0
+            else:
+                world.now += 0.001
+
+        world.on_effect = let_time_pass
+        stats = world.run(make_conversation(world, lengths=lengths))[0].stats
+        kept_s = 100.0 * (len(ends) - 1)
+        assert sum(times.round_s for times in lengths.learned) == pytest.approx(ends[-1] - ends[0] - kept_s)
+        assert len(lengths.learned) == stats.num_rounds - 1
 
     @pytest.mark.parametrize(
         ("sampling", "speculation", "least"),

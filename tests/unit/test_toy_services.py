@@ -245,7 +245,9 @@ def test_the_toy_target_is_the_scheduler(seed, is_coupled):
                 proposed_ids,
                 [np.array(it, dtype=np.int64) for it in supports],
             )
-            verdict = scheduler.submit(session, work).result(timeout=10)
+            answers: SimpleQueue = SimpleQueue()
+            scheduler.submit(session, work, answers.put)
+            verdict = answers.get(timeout=10)
             answer = toy.answer(round_of(index, span_of(tokens, told), proposed_ids, supports))
             assert [wire.prob_units(probs) for probs in verdict.rows.support_probs] == [
                 row.support_units for row in answer.rows
