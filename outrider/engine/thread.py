@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 from collections import deque
@@ -84,6 +85,7 @@ class ModelThread:
         self._is_awaited = False
         if self._is_ending:
             return
+        os.sched_yield()  # to gRPC's own threads, which have the last answer to send
         if not self._turn.acquire(blocking=False):
             self._wakes.put(True)  # it may have looked for calls already
             return
