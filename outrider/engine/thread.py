@@ -23,6 +23,8 @@ Answer = TypeVar("Answer")
 
 log = logging.getLogger(__name__)
 
+yield_processor: Callable[[], None] = getattr(os, "sched_yield", lambda: None)  # not everywhere
+
 
 class ModelThread:
     """Runs posted calls in the order of posting and, while there is work, steps; one of them at a time."""
@@ -85,7 +87,7 @@ class ModelThread:
         self._is_awaited = False
         if self._is_ending:
             return
-        os.sched_yield()  # to gRPC's own threads, which have the last answer to send
+        yield_processor()  # to gRPC's own threads, which have the last answer to send
         if not self._turn.acquire(blocking=False):
             self._wakes.put(True)  # it may have looked for calls already
             return
