@@ -47,12 +47,13 @@ FIRST_PAUSE = 16  # before the first look from K ≥ 1: what is known of K = 0 i
 LONGEST_PAUSE = 256
 MOST_CLEARNESS = 4.0  # times as fast, by which looks become rarer
 LONGEST_PROBE = 8  # K of a look
+PREPARE_ROUNDS = 16  # before a look at a draft that has fallen behind, which processes meanwhile what it has missed
 PROBE_PROPOSALS, PROBE_ALONE = 2, 4  # rounds of a look; the first ones are not learned from
 CREDIT = 4.0  # tokens that may be lost before the draft has brought any
 LEAST_BALANCE = 1.0  # tokens with which the first look begins
 PROBE_BALANCE = 4.0  # tokens with which another does, at a draft that is known to be slower
 LEAST_CREDIBLE = -4.0  # tokens below which predictions have been refuted: the target goes on alone
-MOST_LOST = 2.0  # tokens that one round is said to have lost
+MOST_LOST = 3.5  # tokens that one round is said to have lost: a first look is never enough to refute
 MOST_BALANCE = 16.0
 
 INCOME = 0.015  # tokens to lose, for each token of the text
@@ -155,6 +156,7 @@ class Side:
     is_alone: bool = True
     num_rounds: int = 0  # on this side, since the last look at the other
     pause: int = 0  # rounds of a session before the next look
+    prepare_rounds_left: int | None = None  # None but between deciding on a look at the draft and its begin
     probe_rounds_left: int = 0
     probe_length: int = FIRST  # K of a look from K = 0
 
@@ -178,25 +180,51 @@ class Side:
             return not self.is_alone
         margin = 1 + MARGIN if self.is_alone else 1 - MARGIN
         is_alone = balance < LEAST_CREDIBLE or rate_pair < rate_alone * margin
-        if is_alone != self.is_alone:
-            self.is_alone, self.num_rounds, self.pause = is_alone, 0, PROBE_EVERY if is_alone else FIRST_PAUSE
+        if not is_alone and self._is_stale(num_sessions):
+            is_alone = True  # what seems to have changed is worth a look, no more
+        elif is_alone != self.is_alone:
+            self.is_alone = is_alone
+            self.num_rounds, self.pause = 0, self._first_pause
         if not self.is_time_to_look(rate_alone, rate_pair, balance, num_sessions):
             self.num_rounds += 1
+            self.prepare_rounds_left = None
             return is_alone
-        self.num_rounds, self.pause = 0, min(max(FIRST_PAUSE, 2 * self.pause), LONGEST_PAUSE)
+        if is_alone and self._prepares(num_sessions):
+            return True
+        self.num_rounds, self.pause = 0, min(max(self._first_pause, 2 * self.pause), LONGEST_PAUSE)
         self.probe_length = FIRST
         self.probe_rounds_left = (PROBE_PROPOSALS if is_alone else PROBE_ALONE) * num_sessions - 1
         return not is_alone
+
+    @property
+    def _first_pause(self) -> int:
+        return PROBE_EVERY if self.is_alone else FIRST_PAUSE
+
+    def _is_stale(self, num_sessions: int) -> bool:
+        """Return whether the draft has been left alone for so long that it has fallen behind, and its rates too."""
+        return self.is_alone and self.num_rounds > PREPARE_ROUNDS * num_sessions
+
+    def _prepares(self, num_sessions: int) -> bool:
+        """Return whether a look waits for the draft to catch up."""
+        if self.prepare_rounds_left is None:
+            self.prepare_rounds_left = PREPARE_ROUNDS * num_sessions if self._is_stale(num_sessions) else 0
+        self.prepare_rounds_left -= 1
+        if self.prepare_rounds_left >= 0:
+            return True
+        self.prepare_rounds_left = None
+        return False
 
     def is_time_to_look(self, rate_alone: float, rate_pair: float, balance: float, num_sessions: int) -> bool:
         """Return whether the other side may be tried now; arguments as for next_is_alone.
 
         The longer one side has been the better, and the clearer, the rarer are looks at the other.
         """
+        if self.is_alone and balance < (PROBE_BALANCE if rate_pair else LEAST_BALANCE):
+            return False
         is_known = rate_alone and rate_pair
         clearness = min(MOST_CLEARNESS, max(rate_alone / rate_pair, rate_pair / rate_alone)) if is_known else 1.0
-        is_affordable = not self.is_alone or balance >= (PROBE_BALANCE if rate_pair else LEAST_BALANCE)
-        return is_affordable and self.num_rounds >= self.pause * clearness * num_sessions
+        seems_better = self._is_stale(num_sessions) and rate_pair >= rate_alone * (1 + MARGIN)
+        return seems_better or self.num_rounds >= self.pause * clearness * num_sessions
 
 
 class LoadSpeed:
@@ -316,6 +344,12 @@ class PairSpeed:
                 return 0
             return side.probe_length if side.is_alone else best
 
+    @property
+    def is_preparing(self) -> bool:
+        """Whether a look at the draft is to come, for which the draft should have all tokens."""
+        with self._lock:
+            return self._load(self.num_sessions).side.prepare_rounds_left is not None
+
     def needs_draft(self, rate_alone: float, rate_pair: float) -> bool:
         """Return whether rounds with proposals are usual, or it is time for some; arguments as for next_length."""
         with self._lock:
@@ -381,7 +415,9 @@ class LengthController:
         """With `may_be_zero` off, K is at least 1: then one seed gives one text."""
         self._speed, self._may_be_zero, self._most = speed, may_be_zero, most
         self._num_rounds = 0
+        self._least = min(2, most) if may_be_zero else 1  # one proposal brings no more than none, and later
         self._rates = [0.0] * (most + 1)
+        self._best = min(FIRST, most)  # K ≥ 1 of the highest rate
         self._had_proposals = False  # of the last round
         self._num_on_side = 0  # rounds in a row with proposals, or without
         self._counted = 0  # rounds of all sessions, when this one had its last
@@ -415,20 +451,19 @@ class LengthController:
             return 0
         awaits_alone = self._may_be_zero and not self._rates[0]
         if self._num_rounds % REVIEW_EVERY == 1 or awaits_alone:
-            self._rates = self._speed.rates(self._most)
+            self._review()
         self._num_rounds += 1
-        least = min(2, self._most) if self._may_be_zero else 1  # one proposal brings no more than none, and later
-        best = max(range(least, self._most + 1), key=self._rates.__getitem__)
-        if not self._rates[best]:
-            best = min(FIRST, self._most)
+        best = self._best
         if not self._may_be_zero:
-            return self._varied(best, least)
+            return self._varied(best)
         length = self._speed.next_length(self._rates[0], self._rates[best], best)
-        return self._varied(best, least) if length == best else min(length, self._most)
+        return self._varied(best) if length == best else min(length, self._most)
 
     @property
     def needs_draft(self) -> bool:
         """Whether rounds with proposals are to come soon, if the next one has none."""
+        if self._num_rounds > 1:
+            return self._speed.is_preparing
         rates = self._speed.rates(self._most)
         return self._speed.needs_draft(rates[0], max(rates[1:]))
 
@@ -442,7 +477,12 @@ class LengthController:
             self._speed.num_sessions = self._num_sessions
         self._counted = counted
 
-    def _varied(self, best: int, least: int) -> int:
+    def _review(self) -> None:
+        self._rates = self._speed.rates(self._most)
+        best = max(range(self._least, self._most + 1), key=self._rates.__getitem__)
+        self._best = best if self._rates[best] else min(FIRST, self._most)
+
+    def _varied(self, best: int) -> int:
         """Return `best`, or now and then a neighbour: a line needs more than one place.
 
         Sessions step aside together, so that the line shows what it costs when all of them do.
@@ -451,4 +491,4 @@ class LengthController:
         if wave % VARY_EVERY:
             return best
         step = 1 if wave // VARY_EVERY % 2 else -1
-        return min(self._most, max(least, best + step))
+        return min(self._most, max(self._least, best + step))

@@ -131,7 +131,7 @@ class Conversation:
         self._generation, self._text, self._speculation, self._lengths = generation, text, speculation, lengths
         self._seed, self._patience, self._clock, self._deadline = seed, patience, clock, deadline
         self._stats, self._draft = generation.stats, generation.draft
-        self._draft_is_open = False
+        self._draft_is_open = self._is_draft_prepared = False
         self._draft_failures = 0
         self._draft_retry_at = 0.0
         self._response: Any = None
@@ -192,8 +192,8 @@ class Conversation:
             if num_failures == self._num_failures:
                 self._learn(decision, learned_at - began_at)
             self._generation.length = self._lengths.next_length()
-            if self._generation.length and self._draft_is_open and taken.finish_reason is None:
-                yield from self._tell_draft()
+            if taken.finish_reason is None:
+                yield from self._prepare_draft()
             segments = [Segment(text, index < decision.num_accepted) for index, text in enumerate(taken.texts)]
             yield from self._hand_over(Chunk(decision.token_ids[: taken.num_taken], segments))
 
@@ -296,10 +296,21 @@ class Conversation:
         return min(wanted, len(self._draft.proposals))
 
     def _prepare_draft(self) -> Steps:
-        """Open the draft before the first look at it, so that it processes the prompt while the target does."""
-        if self._speculation.uses_draft and not self._generation.length and self._lengths.needs_draft:
+        """Tell the draft where the next round begins, or, before the first of several with proposals, where it is now.
+
+        What it has to process is then processed while the target is at work.
+        """
+        if self._generation.length:
+            self._is_draft_prepared = True
+            if self._draft_is_open:
+                yield from self._tell_draft()
+        elif not (self._speculation.uses_draft and self._lengths.needs_draft):
+            self._is_draft_prepared = False
+        elif not self._is_draft_prepared:
+            self._is_draft_prepared = True
             self._generation.length = 1
-            yield from self._reopen_draft()
+            yield from (self._tell_draft() if self._draft_is_open else self._reopen_draft())
+            self._draft.is_on_trial = True  # rounds go without it until it has caught up
             self._generation.length = 0
 
     def _is_worth_waiting(self, wanted: int) -> bool:

@@ -34,7 +34,7 @@ class DraftLink:
         self.proposals: list[draft_pb2.Proposal] = []  # at t, t + 1, …
         self.has_stopped = False  # nothing more comes until the next commit
         self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
-        self.is_on_trial = False  # opened again after a failure; nobody waits for it until it has spoken
+        self.is_on_trial = False  # after a failure, or far behind: nobody waits for it until it has spoken
         self._valid_from = 0  # proposals drafted under earlier commits are void
         self._told = 0  # committed tokens that the draft knows
         self._commit_starts: list[int] = []  # first positions of the commits sent, from the first on, ascending

@@ -14,6 +14,7 @@ import pytest
 
 from client import controller
 from client.controller import (
+    PREPARE_ROUNDS,
     Acceptance,
     FixedLength,
     LengthController,
@@ -220,14 +221,42 @@ class TestLooksAtTheOtherSide:
     def test_they_grow_rarer(self):
         side = Side(is_alone=True, pause=64)
         looks = self.looks(side, 100.0, 1)
-        assert looks[:4] == [64, 65, 64 + 2 + 128, 64 + 2 + 128 + 1]
+        second = 64 + PREPARE_ROUNDS + 2 + 128 + PREPARE_ROUNDS
+        assert looks[:4] == [64 + PREPARE_ROUNDS, 64 + PREPARE_ROUNDS + 1, second, second + 1]
 
     def test_the_clearer_the_difference_the_rarer_they_are(self):
-        assert self.looks(Side(pause=64), 50.0, 1)[0] == 2 * 64
+        assert self.looks(Side(pause=64), 50.0, 1)[0] == 2 * 64 + PREPARE_ROUNDS
         assert self.looks(Side(is_alone=False, pause=64), 300.0, 1)[0] == 3 * 64
 
     def test_all_sessions_look_together(self):
-        assert self.looks(Side(pause=64), 100.0, 8)[:16] == list(range(8 * 64, 8 * 64 + 16))
+        first = 8 * (64 + PREPARE_ROUNDS)
+        assert self.looks(Side(pause=64), 100.0, 8)[:16] == list(range(first, first + 16))
+
+    def test_before_one_the_draft_has_time_to_catch_up_but_before_the_first_which_it_is_ready_for(self):
+        assert self.looks(Side(), 0.0, 1)[0] == 0
+        side, preparing = Side(pause=64), []
+        for index in range(64 + PREPARE_ROUNDS):
+            assert side.next_is_alone(100.0, 100.0, 10.0, 1)
+            if side.prepare_rounds_left is not None:
+                preparing.append(index)
+        assert preparing == list(range(64, 64 + PREPARE_ROUNDS))
+        assert not side.next_is_alone(100.0, 100.0, 10.0, 1)
+        assert side.prepare_rounds_left is None
+
+    def test_a_draft_that_was_left_long_ago_is_looked_at_before_it_is_taken_up(self):
+        """Its rate is of another part of the text. When it has just been looked at, it is taken up at once."""
+        side = Side(num_rounds=PREPARE_ROUNDS + 1, pause=controller.LONGEST_PAUSE)
+        assert self.looks(side, 110.0, 1)[:2] == [PREPARE_ROUNDS, PREPARE_ROUNDS + 1]
+        fresh = Side(num_rounds=PREPARE_ROUNDS - 1, pause=controller.LONGEST_PAUSE)
+        assert not fresh.next_is_alone(100.0, 110.0, 10.0, 1)
+        assert not fresh.is_alone
+
+    def test_what_is_prepared_is_given_up_when_it_cannot_be_afforded_any_more(self):
+        side = Side(pause=64, num_rounds=128)
+        assert side.next_is_alone(100.0, 50.0, controller.MOST_BALANCE, 1)
+        assert side.prepare_rounds_left is not None
+        assert side.next_is_alone(100.0, 50.0, 0.0, 1)
+        assert side.prepare_rounds_left is None
 
     def test_there_is_none_at_a_slower_side_without_tokens_to_lose(self):
         assert self.looks(Side(pause=64), 50.0, 1, balance=controller.PROBE_BALANCE - 0.1) == []

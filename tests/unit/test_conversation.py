@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from client.connection import SEEDED_BLOCK_LENGTH, ConnectionSettings, Target, begin_conversation, lengths_for
 from client.controller import PairSpeeds, RoundTimes
-from client.conversation import RETRIED, Conversation, Link, Patience
+from client.conversation import RETRIED, Conversation, Link, Patience, Wait
 from client.errors import (
     DeadlineExceededError,
     IncompatiblePairError,
@@ -148,6 +148,24 @@ class AnyLengths:
         return self._random.random() < 0.5
 
 
+class Scripted:
+    """Lengths, and what is said of the draft at each, in this order; the last ones again for ever."""
+
+    def __init__(self, lengths: list[int], needs_draft: list[int]):
+        self._lengths, self._needs_draft, self.num_asked = lengths, needs_draft, 0
+
+    def learn(self, times: RoundTimes) -> None:
+        pass
+
+    def next_length(self) -> int:
+        self.num_asked += 1
+        return self._lengths[min(self.num_asked, len(self._lengths)) - 1]
+
+    @property
+    def needs_draft(self) -> bool:
+        return bool(self._needs_draft[min(self.num_asked, len(self._needs_draft)) - 1])
+
+
 class TestLengthsThatChange:
     """Rounds without proposals leave the draft as it was; the next commit tells it of all of them."""
 
@@ -167,6 +185,30 @@ class TestLengthsThatChange:
         assert result.stats.num_cache_mismatches == result.stats.num_draft_failures - world.num_timeouts == 0
         assert world.num_opened[Link.TARGET] == 1
 
+    def test_a_draft_that_is_to_be_asked_soon_is_told_all_tokens_once_and_never_waited_for(self):
+        """It is opened before the first round, falls behind, and is told before the rounds with proposals begin."""
+        world, seen = World(3), []
+        lengths = Scripted([0] * 12 + [3] * 20, needs_draft=[1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+
+        def note(stream, message) -> None:
+            if stream.link is Link.DRAFT:
+                seen.append((lengths.num_asked, message.WhichOneof("kind")))
+
+        world.on_arrival = note
+        world.on_effect = lambda effect: self.assert_not_waiting_for_the_draft(effect, lengths)
+        result, _ = world.run(make_conversation(world, lengths=lengths))
+        assert len(result.token_ids) == NUM_TOKENS
+        first_commits = [asked for asked, kind in seen if kind == "commit"][:2]
+        assert seen[0][1] == "open"
+        assert 9 <= first_commits[0] <= first_commits[1]
+        assert first_commits[1] > 12
+
+    @staticmethod
+    def assert_not_waiting_for_the_draft(effect, lengths) -> None:
+        """Without proposals there are only waits for the target, which have no end."""
+        if isinstance(effect, Wait) and lengths.num_asked <= 12:
+            assert effect.timeout_s is None
+
     def test_rounds_are_learned_from_but_the_first_and_those_that_the_draft_let_down(self):
         world = World(3, draft_speed=0.3, impatience=0.3)
         lengths = AnyLengths(3)
@@ -179,22 +221,24 @@ class TestLengthsThatChange:
         assert sum(times.num_accepted for times in lengths.learned) <= stats.num_accepted_tokens
 
     def test_rounds_last_from_one_to_the_next_so_that_no_time_is_nobodys(self):
-        """But that of the first, and the times in which the caller keeps a chunk."""
+        """But the times in which the caller keeps a chunk. The first round is not learned from."""
         world, lengths = World(3), AnyLengths(3)
         ends: list[float] = []
+        next_length = lengths.next_length
+
+        def note_end() -> int:
+            ends.append(world.now)
+            return next_length()
 
         def let_time_pass(effect) -> None:
-            if isinstance(effect, Chunk):
-                ends.append(world.now)
-                world.now += 100.0
-            else:
-                world.now += 0.001
+            world.now += 100.0 if isinstance(effect, Chunk) else 0.001
 
-        world.on_effect = let_time_pass
-        stats = world.run(make_conversation(world, lengths=lengths))[0].stats
-        kept_s = 100.0 * (len(ends) - 1)
-        assert sum(times.round_s for times in lengths.learned) == pytest.approx(ends[-1] - ends[0] - kept_s)
-        assert len(lengths.learned) == stats.num_rounds - 1
+        world.on_effect, lengths.next_length = let_time_pass, note_end
+        world.run(make_conversation(world, lengths=lengths))
+        _, first, *others = ends
+        assert [times.round_s for times in lengths.learned] == pytest.approx(
+            [end - start - 100.0 for start, end in pairwise([first, *others])]
+        )
 
     @pytest.mark.parametrize(
         ("sampling", "speculation", "least"),
