@@ -223,7 +223,7 @@ def _texts(one: Outcome) -> list[str]:
         figure(one.alone_tokens_per_s.median),
         figure(one.tokens_per_s.median),
         spread_text(one.ratio),
-        "" if one.second_half_ratio is None else spread_text(one.second_half_ratio),
+        "" if one.second_half_ratio is None else f"{one.second_half_ratio.median:.2f}",
         f"{one.mean_length:.1f}",
         f"{one.share_without_proposals:.0%}",
         {True: "yes", False: "NO", None: ""}[one.is_fast_enough],

@@ -56,7 +56,7 @@ LEAST_CREDIBLE = -4.0  # tokens below which predictions have been refuted: the t
 MOST_LOST = 3.5  # tokens that one round is said to have lost: a first look is never enough to refute
 MOST_BALANCE = 16.0
 
-INCOME = 0.015  # tokens to lose, for each token of the text
+INCOME = 0.01  # tokens to lose, for each token of the text
 LOAD_MEMORY = 0.7  # weight of a session's last sight of the load, against the one before
 
 
