@@ -17,7 +17,7 @@ when the account allows it. What a look has shown decides, whatever it has cost,
 
 Sessions of one client share what they learn, and decide together: when many share a target, a session that speculates
 makes every other wait, so that one which tries K = 0 by itself among others that do not learns nothing about what
-would be if all did. Seconds are kept for each load apart.
+would be if all did. Seconds, and the account, are kept for each load apart.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Side:
 
 
 class LoadSpeed:
-    """Seconds of rounds while `num_sessions` run at once, about."""
+    """Seconds of rounds while `num_sessions` run at once, about, and what may be lost in such rounds."""
 
     def __init__(self, num_sessions: int):
         memory = MEMORY ** (1 / num_sessions)
@@ -240,6 +240,7 @@ class LoadSpeed:
         self.draft_token = Average(memory)
         self.longest = FIRST  # K that there was so far
         self.side = Side()
+        self.balance = CREDIT * num_sessions  # tokens that may be lost against the target alone
 
     def add(self, times: RoundTimes) -> None:
         if not times.num_proposals:
@@ -250,6 +251,13 @@ class LoadSpeed:
         self.forward.add(times.num_proposals, times.target_forward_s)
         if times.draft_token_s:
             self.draft_token.add(times.draft_token_s)
+
+    def book(self, times: RoundTimes, is_steady: bool) -> None:
+        """Enter a round into the account; `is_steady` as for PairSpeed.add."""
+        if self.alone_s and (times.num_proposals or not is_steady):
+            # A round that something else has held up says nothing of the next look.
+            self.balance += max(-MOST_LOST, times.num_committed - times.round_s / self.alone_s)
+        self.balance = min(self.balance + INCOME * times.num_committed, MOST_BALANCE * self.num_sessions)
 
     @property
     def alone_s(self) -> float:
@@ -294,10 +302,19 @@ class PairSpeed:
         self._acceptance = Acceptance()
         self._loads: dict[int, LoadSpeed] = {}
         self._num_rounds = 0
-        self._most_sessions = 0
         self._lock = threading.Lock()
+        self._num_open = 0
         self.num_sessions = 1.0  # at once, as a session has last seen it
-        self.balance = 0.0  # tokens that may be lost against the target alone
+
+    def begin_session(self) -> None:
+        """Count a session; until it has seen for itself how many run beside it, all that are open are thought to."""
+        with self._lock:
+            self._num_open += 1
+            self.num_sessions = float(self._num_open)
+
+    def end_session(self) -> None:
+        with self._lock:
+            self._num_open -= 1
 
     def count_round(self) -> int:
         """Return the number of rounds of all sessions so far, this one included."""
@@ -315,13 +332,13 @@ class PairSpeed:
             has_choice: whether K might have been 0; the account is of such rounds.
         """
         with self._lock:
-            load = self._load(num_sessions)
+            load = self.load(num_sessions)
             if times.num_proposals:
                 self._acceptance.add(times.num_proposals, times.num_accepted)
             if has_choice:
-                self._book(times, load, is_steady)
+                load.book(times, is_steady)
             is_full = times.num_proposals == times.num_accepted > 0
-            if has_choice and is_full and load.num_sessions == 1 and self.balance >= PROBE_BALANCE:
+            if has_choice and is_full and load.num_sessions == 1 and load.balance >= PROBE_BALANCE:
                 load.side.on_accepted_in_full(times.num_proposals)
             if is_steady:
                 load.add(times)
@@ -329,7 +346,7 @@ class PairSpeed:
     def rates(self, most: int) -> list[float]:
         """Return the predicted tokens per second for K = 0 … most at the present load; 0.0 where nothing is known."""
         with self._lock:
-            return self._load(self.num_sessions).rates(self._acceptance.expected_tokens(most))
+            return self.load(self.num_sessions).rates(self._acceptance.expected_tokens(most))
 
     def next_length(self, rate_alone: float, rate_pair: float, best: int) -> int:
         """Return K of the next round: 0, `best`, or that of a look at the draft.
@@ -338,9 +355,9 @@ class PairSpeed:
             rate_alone, rate_pair: predicted tokens per second with K = 0 and with `best`; 0 where nothing is known.
         """
         with self._lock:
-            load = self._load(self.num_sessions)
+            load = self.load(self.num_sessions)
             side = load.side
-            if side.next_is_alone(rate_alone, rate_pair, self.balance / load.num_sessions, load.num_sessions):
+            if side.next_is_alone(rate_alone, rate_pair, load.balance / load.num_sessions, load.num_sessions):
                 return 0
             return side.probe_length if side.is_alone else best
 
@@ -348,37 +365,28 @@ class PairSpeed:
     def is_preparing(self) -> bool:
         """Whether a look at the draft is to come, for which the draft should have all tokens."""
         with self._lock:
-            return self._load(self.num_sessions).side.prepare_rounds_left is not None
+            return self.load(self.num_sessions).side.prepare_rounds_left is not None
 
     def needs_draft(self, rate_alone: float, rate_pair: float) -> bool:
         """Return whether rounds with proposals are usual, or it is time for some; arguments as for next_length."""
         with self._lock:
-            load = self._load(self.num_sessions)
-            side, balance = load.side, self.balance / load.num_sessions
+            load = self.load(self.num_sessions)
+            side, balance = load.side, load.balance / load.num_sessions
             return not side.is_alone or side.is_time_to_look(rate_alone, rate_pair, balance, load.num_sessions)
 
     def next_wave(self) -> int:
         """Return how many rounds a session has had at the present load, about: the same for sessions at one time."""
         with self._lock:
-            load = self._load(self.num_sessions)
+            load = self.load(self.num_sessions)
             load.num_rounds += 1
             return load.num_rounds // load.num_sessions
 
-    def _load(self, num_sessions: float) -> LoadSpeed:
+    def load(self, num_sessions: float) -> LoadSpeed:
         """Return what is known of this load, to a factor of two."""
         number = 1 << max(0, round(math.log2(num_sessions)))
-        if number > self._most_sessions:
-            self.balance += CREDIT * (number - self._most_sessions)
-            self._most_sessions = number
         if number not in self._loads:
             self._loads[number] = LoadSpeed(number)
         return self._loads[number]
-
-    def _book(self, times: RoundTimes, load: LoadSpeed, is_steady: bool) -> None:
-        if load.alone_s and (times.num_proposals or not is_steady):
-            # A round that something else has held up says nothing of the next look.
-            self.balance += max(-MOST_LOST, times.num_committed - times.round_s / load.alone_s)
-        self.balance = min(self.balance + INCOME * times.num_committed, MOST_BALANCE * load.num_sessions)
 
 
 class PairSpeeds:
@@ -401,6 +409,12 @@ class FixedLength:
     def __init__(self, length: int):
         self._length = length
 
+    def begin(self) -> None:
+        """Take no notice."""
+
+    def end(self) -> None:
+        """Take no notice."""
+
     def learn(self, times: RoundTimes) -> None:
         """Take no notice."""
 
@@ -422,6 +436,14 @@ class LengthController:
         self._num_on_side = 0  # rounds in a row with proposals, or without
         self._counted = 0  # rounds of all sessions, when this one had its last
         self._num_sessions: float | None = None  # at once, as this one sees it
+
+    def begin(self) -> None:
+        """Begin the generation; `end` has to follow."""
+        self._speed.begin_session()
+
+    def end(self) -> None:
+        """End the generation."""
+        self._speed.end_session()
 
     def learn(self, times: RoundTimes) -> None:
         """Learn from a round.

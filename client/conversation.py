@@ -146,6 +146,7 @@ class Conversation:
             OutriderError: as `client.errors` says, with the partial result.
         """
         self._started_at = self._clock()
+        self._lengths.begin()
         try:
             if self._speculation.method == "draft":
                 yield from self._draft_alone()
@@ -154,6 +155,8 @@ class Conversation:
         except OutriderError as error:
             error.partial = self._result()
             raise
+        finally:
+            self._lengths.end()
         return self._result()
 
     def _result(self) -> GenerationResult:

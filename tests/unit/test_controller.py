@@ -166,6 +166,23 @@ def test_a_session_sees_how_many_run_beside_it():
     assert speed.num_sessions == pytest.approx(1, abs=0.1)
 
 
+def test_sessions_that_begin_together_are_counted_before_any_has_seen_the_others():
+    """Else each would begin as one that is alone does, and ask for proposals."""
+    speed = PairSpeed()
+    rate_of(GOOD, speed, 300, 1)
+    choosers = [LengthController(speed, may_be_zero=True) for _ in range(8)]
+    choosers[0].begin()
+    assert choosers[0].needs_draft
+    for chooser in choosers[1:]:
+        chooser.begin()
+    assert {chooser.next_length() for _ in range(2) for chooser in choosers} == {0}
+    for chooser in choosers:
+        chooser.end()
+    last = LengthController(speed, may_be_zero=True)
+    last.begin()
+    assert [last.next_length() for _ in range(2)][1] > 0
+
+
 class TestAccount:
     """The tokens that may be lost against the target alone."""
 
@@ -174,18 +191,18 @@ class TestAccount:
         speed = PairSpeed()
         for _ in range(3):
             speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0), num_sessions=1, is_steady=True)
-        before = speed.balance
+        before = speed.load(1).balance
         speed.add(RoundTimes(3, 1, 0.035, 0.005, 0.001), num_sessions=1, is_steady=False)
         assert before == pytest.approx(controller.CREDIT + 3 * controller.INCOME)
-        assert speed.balance - before == pytest.approx(2 - 3.5 + 2 * controller.INCOME)
+        assert speed.load(1).balance - before == pytest.approx(2 - 3.5 + 2 * controller.INCOME)
 
     def test_a_round_that_was_held_up_costs_no_more_than_a_bad_one(self):
         speed = PairSpeed()
         for _ in range(3):
             speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0), num_sessions=1, is_steady=True)
-        before = speed.balance
+        before = speed.load(1).balance
         speed.add(RoundTimes(3, 1, 2.0, 0.005, 0.001), num_sessions=1, is_steady=False)
-        assert speed.balance - before == pytest.approx(2 * controller.INCOME - controller.MOST_LOST)
+        assert speed.load(1).balance - before == pytest.approx(2 * controller.INCOME - controller.MOST_LOST)
 
     def test_it_does_not_grow_without_end(self):
         speed = PairSpeed()
@@ -193,14 +210,14 @@ class TestAccount:
             speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0), num_sessions=2, is_steady=True)
         for _ in range(100):
             speed.add(RoundTimes(4, 4, 0.01, 0.005, 0.001), num_sessions=2, is_steady=True)
-        assert speed.balance == 2 * controller.MOST_BALANCE
+        assert speed.load(2).balance == 2 * controller.MOST_BALANCE
 
     def test_sessions_that_must_have_proposals_do_not_spend_what_others_may(self):
         speed = PairSpeed()
         rate_of(USELESS, speed, 100, 1)
-        before = speed.balance
+        before = speed.load(1).balance
         rate_of(USELESS, speed, 100, 2, may_be_zero=False)
-        assert speed.balance == before
+        assert speed.load(1).balance == before
 
     def test_predictions_that_losses_refute_are_not_followed(self):
         side = Side(is_alone=False, pause=controller.PROBE_EVERY)

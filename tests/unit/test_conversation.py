@@ -135,9 +135,16 @@ class AnyLengths:
     """Any K from 0 to 5 for each round."""
 
     def __init__(self, seed: int):
-        self._random, self.learned = Random(seed), []
+        self._random, self.learned, self.num_open = Random(seed), [], 0
+
+    def begin(self) -> None:
+        self.num_open += 1
+
+    def end(self) -> None:
+        self.num_open -= 1
 
     def learn(self, times: RoundTimes) -> None:
+        assert self.num_open == 1
         self.learned.append(times)
 
     def next_length(self) -> int:
@@ -153,6 +160,12 @@ class Scripted:
 
     def __init__(self, lengths: list[int], needs_draft: list[int]):
         self._lengths, self._needs_draft, self.num_asked = lengths, needs_draft, 0
+
+    def begin(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
     def learn(self, times: RoundTimes) -> None:
         pass
@@ -185,6 +198,16 @@ class TestLengthsThatChange:
         assert result.stats.num_cache_mismatches == result.stats.num_draft_failures - world.num_timeouts == 0
         assert world.num_opened[Link.TARGET] == 1
 
+    @pytest.mark.parametrize("num_steps", [1, 7])
+    def test_a_generation_that_is_given_up_is_open_no_more(self, num_steps):
+        lengths = AnyLengths(3)
+        steps = make_conversation(World(3), lengths=lengths).run()
+        for _ in range(num_steps):
+            next(steps)
+        assert lengths.num_open == 1
+        steps.close()
+        assert lengths.num_open == 0
+
     def test_a_draft_that_is_to_be_asked_soon_is_told_all_tokens_once_and_never_waited_for(self):
         """It is opened before the first round, falls behind, and is told before the rounds with proposals begin."""
         world, seen = World(3), []
@@ -214,6 +237,7 @@ class TestLengthsThatChange:
         lengths = AnyLengths(3)
         stats = world.run(make_conversation(world, lengths=lengths))[0].stats
         assert 0 < len(lengths.learned) < stats.num_rounds
+        assert lengths.num_open == 0
         without_failures = World(3)
         lengths = AnyLengths(3)
         stats = without_failures.run(make_conversation(without_failures, lengths=lengths))[0].stats
