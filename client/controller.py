@@ -457,10 +457,8 @@ class LengthController:
         self._num_on_side = self._num_on_side + 1 if has_proposals == self._had_proposals else 1
         self._had_proposals = has_proposals
         if self._num_sessions is not None:
-            num_unsteady = (
-                1 if has_proposals else SETTLE_ROUNDS if self._num_sessions < 1.5 else CROWD_ROUNDS * SETTLE_ROUNDS
-            )
-            is_steady = self._num_on_side > num_unsteady
+            settle_rounds = SETTLE_ROUNDS if self._num_sessions < 1.5 else CROWD_ROUNDS * SETTLE_ROUNDS
+            is_steady = self._num_on_side > (1 if has_proposals else settle_rounds)
             self._speed.add(times, self._num_sessions, is_steady, self._may_be_zero)
 
     def next_length(self) -> int:

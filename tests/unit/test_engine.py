@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider.engine import engine as engine_module
 from outrider.engine.engine import Demand, Engine, Sequence, fair_shares
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.runner import Feed
@@ -25,6 +27,8 @@ MAX_LENGTH = 40  # of a sequence
 
 class DigestRunner:
     """Stands for ModelRunner. A row is `[position, low half, high half of the digest]`, float64, exact below 2^53."""
+
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.passes: list[list[tuple[int, int, int]]] = []  # for each feed: start, tokens, rows
@@ -331,3 +335,35 @@ def test_any_history_gives_the_rows_of_a_fresh_cache(seed, keep_caches):
     assert engine.stats.num_forward_passes == len(runner.passes) == engine.stats.num_passes_by_batch_size.total()
     assert engine.stats.num_tokens_fed == sum(tokens for feeds in runner.passes for _, tokens, _ in feeds)
     assert engine.stats.num_rows == sum(rows for feeds in runner.passes for _, _, rows in feeds)
+
+
+class TestIsQuick:
+    """Whether an event loop had better run the next pass itself."""
+
+    def engine_after(self, monkeypatch, pass_s: float, device: str = "cpu", num_sequences: int = 1) -> Engine:
+        """Return an engine whose last pass took so long."""
+        engine, runner = engine_of()
+        runner.device = torch.device(device)
+        sequences = [sequence_of(engine, 3) for _ in range(num_sequences)]
+        clock = iter([0.0, pass_s, pass_s])
+        monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        engine.run_pass([Demand(sequences[0], 3, 1, 0)])
+        return engine
+
+    def test_before_any_pass_nothing_is_known(self):
+        assert not engine_of()[0].is_quick
+
+    def test_after_a_quick_pass_with_one_sequence(self, monkeypatch):
+        assert self.engine_after(monkeypatch, 0.9 * engine_module.QUICK_S).is_quick
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"pass_s": 1.1 * engine_module.QUICK_S},
+            {"pass_s": 0.001, "num_sequences": 2},
+            {"pass_s": 0.001, "device": "cuda"},
+        ],
+        ids=["slow", "several", "gpu"],
+    )
+    def test_not_otherwise(self, monkeypatch, settings):
+        assert not self.engine_after(monkeypatch, **settings).is_quick
