@@ -190,7 +190,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     """Return the table, with a gap before each further case."""
     caption = (
         "Median ± standard deviation over repetitions; a ratio is taken repetition by repetition. 2nd half: of each "
-        "text. K: proposals in a round, mean; K = 0: share of the rounds. "
+        "text, the median. K: proposals in a round, mean; K = 0: share of the rounds. "
         f"Of auto without a seed, the ratio shall be {LEAST_RATIO:g} or more."
     )
     table = Table(
@@ -223,7 +223,7 @@ def _texts(one: Outcome) -> list[str]:
         figure(one.alone_tokens_per_s.median),
         figure(one.tokens_per_s.median),
         spread_text(one.ratio),
-        "" if one.second_half_ratio is None else f"{one.second_half_ratio.median:.2f}",
+        "" if one.second_half_ratio is None else figure(one.second_half_ratio.median),
         f"{one.mean_length:.1f}",
         f"{one.share_without_proposals:.0%}",
         {True: "yes", False: "NO", None: ""}[one.is_fast_enough],

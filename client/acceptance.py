@@ -41,9 +41,8 @@ class Proposal:
         Raises:
             InvalidProposalError: the token is not in the support, or its weight is not positive.
         """
-        index = bisect_left(
-            support_ids.tolist(), token_id
-        )  # numpy's search lets go of the interpreter, and waits for it
+        # numpy's search would let go of the interpreter's lock and then wait for it, longer than it searches.
+        index = bisect_left(support_ids.tolist(), token_id)
         if len(weights) != len(support_ids) or index == len(support_ids) or support_ids[index] != token_id:
             raise InvalidProposalError(f"token {token_id} is not in the support of its own proposal")
         if not weights[index] > 0:

@@ -149,6 +149,11 @@ class Acceptance:
         return [1.0, *accumulate(islice(reached, most))]
 
 
+def in_company(num_rounds: int, num_sessions: float) -> int:
+    """Return START_ROUNDS or SETTLE_ROUNDS for so many sessions at once."""
+    return num_rounds if num_sessions < 1.5 else CROWD_ROUNDS * num_rounds
+
+
 @dataclass
 class Side:
     """Whether rounds have proposals, at one load. Counts are of rounds of all sessions."""
@@ -260,10 +265,15 @@ class LoadSpeed:
         self.balance = min(self.balance + INCOME * times.num_committed, MOST_BALANCE * self.num_sessions)
 
     @property
+    def session_balance(self) -> float:
+        """Tokens of each session that may be lost."""
+        return self.balance / self.num_sessions
+
+    @property
     def alone_s(self) -> float:
         """R(0); 0 until it has been seen often enough."""
-        enough = START_ROUNDS if self.num_sessions == 1 else CROWD_ROUNDS * START_ROUNDS
-        few = self.round_alone.weight < 0.9 * enough * self.num_sessions  # they weigh a little less with time
+        enough = 0.9 * in_company(START_ROUNDS, self.num_sessions) * self.num_sessions  # they weigh less with time
+        few = self.round_alone.weight < enough
         return 0.0 if few else self.round_alone.mean
 
     def rates(self, tokens: list[float]) -> list[float]:
@@ -357,7 +367,7 @@ class PairSpeed:
         with self._lock:
             load = self.load(self.num_sessions)
             side = load.side
-            if side.next_is_alone(rate_alone, rate_pair, load.balance / load.num_sessions, load.num_sessions):
+            if side.next_is_alone(rate_alone, rate_pair, load.session_balance, load.num_sessions):
                 return 0
             return side.probe_length if side.is_alone else best
 
@@ -371,8 +381,8 @@ class PairSpeed:
         """Return whether rounds with proposals are usual, or it is time for some; arguments as for next_length."""
         with self._lock:
             load = self.load(self.num_sessions)
-            side, balance = load.side, load.balance / load.num_sessions
-            return not side.is_alone or side.is_time_to_look(rate_alone, rate_pair, balance, load.num_sessions)
+            is_due = load.side.is_time_to_look(rate_alone, rate_pair, load.session_balance, load.num_sessions)
+            return is_due or not load.side.is_alone
 
     def next_wave(self) -> int:
         """Return how many rounds a session has had at the present load, about: the same for sessions at one time."""
@@ -457,8 +467,8 @@ class LengthController:
         self._num_on_side = self._num_on_side + 1 if has_proposals == self._had_proposals else 1
         self._had_proposals = has_proposals
         if self._num_sessions is not None:
-            settle_rounds = SETTLE_ROUNDS if self._num_sessions < 1.5 else CROWD_ROUNDS * SETTLE_ROUNDS
-            is_steady = self._num_on_side > (1 if has_proposals else settle_rounds)
+            num_unsteady = 1 if has_proposals else in_company(SETTLE_ROUNDS, self._num_sessions)
+            is_steady = self._num_on_side > num_unsteady
             self._speed.add(times, self._num_sessions, is_steady, self._may_be_zero)
 
     def next_length(self) -> int:

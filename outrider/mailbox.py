@@ -28,17 +28,20 @@ class Mailbox(Generic[Item]):
 
     async def get(self) -> Item:
         """Return the next item."""
-        while not self._items:
-            await self._next_wake(None)
+        await self._has_item(None)
         return self._items.popleft()
 
     async def get_until(self, end: float | None) -> Item | None:
         """Return the next item, or None when the event loop's clock reaches `end` first; None waits for ever."""
+        return self._items.popleft() if await self._has_item(end) else None
+
+    async def _has_item(self, end: float | None) -> bool:
+        """Wait for an item, or until `end`; return whether there is one."""
         while not self._items:
             if end is not None and self._loop.time() >= end:
-                return None
+                return False
             await self._next_wake(end)
-        return self._items.popleft()
+        return True
 
     async def _next_wake(self, end: float | None) -> None:
         self._waiting = self._loop.create_future()
