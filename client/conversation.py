@@ -435,8 +435,8 @@ class Conversation:
         try:
             self._draft.on_response(event.message)
             self._draft_failures = 0
-            num_drafted = max(1, len(event.message.proposals))
-            self._stats.draft_forward_s.append(event.message.timing.forward_ms / 1000 / num_drafted)
+            if num_drafted := len(event.message.proposals):
+                self._stats.draft_forward_s.append(event.message.timing.forward_ms / 1000 / num_drafted)
         except CacheMismatchError:
             self._stats.num_cache_mismatches += 1
             self._draft.proposals = []

@@ -37,6 +37,8 @@ class DraftLink:
         self.is_on_trial = False  # after a failure, or far behind: nobody waits for it until it has spoken
         self._valid_from = 0  # proposals drafted under earlier commits are void
         self._told = 0  # committed tokens that the draft knows
+        self._alternatives: dict[tuple[int, int], draft_pb2.Alternative] = {}  # by position and token
+        self._overruled_at = -1  # position at which a token contradicted a proposal, while alternatives to it may come
         self._commit_starts: list[int] = []  # first positions of the commits sent, from the first on, ascending
 
     def open(self) -> draft_pb2.ProposeRequest:
@@ -44,6 +46,7 @@ class DraftLink:
         generation, speculation = self._generation, self._generation.speculation
         assert self.info is not None
         self.proposals, self.has_stopped = [], False
+        self._alternatives, self._overruled_at = {}, -1
         self._valid_from = 0
         self._commit_starts.clear()
         self._told = len(generation.tokens)
@@ -61,6 +64,7 @@ class DraftLink:
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
                 batch_until=self._batch_until(),
                 branch=generation.branch,
+                max_alternatives=speculation.max_alternatives(generation.warping.is_greedy),
             )
         )
 
@@ -78,7 +82,7 @@ class DraftLink:
 
     def commit(self) -> draft_pb2.ProposeRequest:
         """Return the message that tells the draft what has been committed since the last."""
-        self.has_stopped = False
+        self.has_stopped, self._alternatives = False, {}
         self._commit_starts.append(self._told)
         span = self._generation.span_from(self._told)
         self._told = len(self._generation.tokens)
@@ -93,10 +97,16 @@ class DraftLink:
         )
 
     def on_committed(self, start: int, token_ids: Sequence[int]) -> None:
-        """Drop the proposals that a commit decides, and all of them when it contradicts one."""
-        for token_id, proposal in zip(token_ids, self.proposals, strict=False):
+        """Drop the proposals that a commit decides, and all of them when it contradicts one.
+
+        When it ends with the token of an alternative, that takes their place.
+        """
+        for position, (token_id, proposal) in enumerate(zip(token_ids, self.proposals, strict=False), start):
             if proposal.token_id != token_id:
-                self._void(start)
+                self._overrule(position)
+                alternatives, self._alternatives = self._alternatives, {}
+                if alternative := alternatives.get((position, token_id)):
+                    self._use(alternative)
                 return
         del self.proposals[: len(token_ids)]
 
@@ -112,16 +122,10 @@ class DraftLink:
             ServiceFailedError: the response breaks the protocol.
         """
         self.is_on_trial = False  # it speaks, even if what it says is void by now
-        if response.commit_index < self._valid_from:
-            return
-        if not self._agrees(response):
-            return
-        num_decided = max(0, len(self._generation.tokens) - response.start_position)
-        self._take(response.start_position + num_decided, response.proposals[num_decided:])
-        if response.commit_index == self._commit_index:
-            self.has_stopped = response.stopped
-        if response.start_position + len(response.proposals) > len(self._generation.tokens):
-            self._generation.check_cache(response.cache, [proposal.token_id for proposal in self.proposals])
+        if response.commit_index >= self._valid_from:
+            self._take_proposals(response)
+        for alternative in response.alternatives:
+            self._take_alternative(alternative, response.commit_index)
 
     @property
     def num_wanted(self) -> int:
@@ -134,14 +138,25 @@ class DraftLink:
         ahead = generation.speculation.num_ahead(generation.length)
         return min(generation.length, generation.num_left, most, limit, ahead)
 
-    def _agrees(self, response: draft_pb2.ProposeResponse) -> bool:
-        """Return whether the proposals for committed positions are what was committed; else all of them are void."""
-        start = response.start_position
-        committed = self._generation.tokens[start : start + len(response.proposals)]
-        for offset, (token_id, message) in enumerate(zip(committed, response.proposals, strict=False)):
+    def _take_proposals(self, response: draft_pb2.ProposeResponse) -> None:
+        if not self._take_agreeing(response.start_position, response.proposals):
+            return
+        if response.commit_index == self._commit_index:
+            self.has_stopped = response.stopped
+        if response.start_position + len(response.proposals) > len(self._generation.tokens):
+            self._generation.check_cache(response.cache, [proposal.token_id for proposal in self.proposals])
+
+    def _take_agreeing(self, start: int, messages: Sequence[draft_pb2.Proposal]) -> bool:
+        """Take those of some proposals that are undecided; return False when another is not what was committed."""
+        tokens = self._generation.tokens
+        for position, (token_id, message) in enumerate(
+            zip(tokens[start : start + len(messages)], messages, strict=False), start
+        ):
             if message.token_id != token_id:
-                self._void(start + offset)
+                self._overrule(position)
                 return False
+        num_decided = max(0, len(tokens) - start)
+        self._take(start + num_decided, messages[num_decided:])
         return True
 
     def _take(self, position: int, messages: Sequence[draft_pb2.Proposal]) -> None:
@@ -155,6 +170,32 @@ class DraftLink:
             if message.token_id >= generation.target_info.vocab_size:
                 raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
         self.proposals += messages
+
+    def _take_alternative(self, alternative: draft_pb2.Alternative, commit_index: int) -> None:
+        """Keep an alternative for when its case comes true, or use it at once where that has happened meanwhile."""
+        tokens, position = self._generation.tokens, alternative.position
+        if position >= len(tokens):
+            if commit_index == self._commit_index >= self._valid_from:
+                self._alternatives[position, alternative.token_id] = alternative
+        elif (position, commit_index) == (self._overruled_at, self._valid_from - 1) and (
+            tokens[position : position + 1] == [alternative.token_id]
+        ):
+            self._use(alternative)
+
+    def _use(self, alternative: draft_pb2.Alternative) -> None:
+        """Go on with an alternative whose case has come true."""
+        self._overruled_at = -1  # there is no other for the same token
+        is_used = self._take_agreeing(alternative.position + 1, alternative.proposals)
+        self._generation.stats.num_alternatives_used += is_used
+
+    def _overrule(self, position: int) -> None:
+        """Drop all proposals, since a committed token contradicts that for `position`.
+
+        Alternatives to it may be under way from a draft that has not heard of it, but not after a second one.
+        """
+        valid_from = self._valid_from
+        self._void(position)
+        self._overruled_at = position if self._valid_from > valid_from else -1
 
     def _void(self, position: int) -> None:
         """Drop all proposals, and those to come that were drafted before the commit that decided `position`."""

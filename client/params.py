@@ -61,6 +61,10 @@ class SamplingParams:
         return secrets.randbits(64) if self.seed is None else self.seed
 
 
+ALTERNATIVES = 4  # where the target takes its own choice
+ALTERNATIVES_TO_DRAWS = 2
+
+
 @dataclass(frozen=True)
 class SpeculationParams:
     """How the pair works on one generation. Nothing here changes the law of the text.
@@ -87,6 +91,7 @@ class SpeculationParams:
     greedy_draft: bool = False
     acceptance: Acceptance = "token"
     coupling: Coupling = "none"
+    num_alternatives: int | None = None  # other ends of a round that the draft prepares for; None: see max_alternatives
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -97,6 +102,8 @@ class SpeculationParams:
             )
         if self.window is not None and self.window < 1:
             raise InvalidRequestError(f"window is {self.window}: give 1 or more")
+        if self.num_alternatives is not None and not _is_length(self.num_alternatives):
+            raise InvalidRequestError(f"num_alternatives is {self.num_alternatives!r}: give None, or 0 or more")
         if not 0 <= self.min_draft_prob <= 1:
             raise InvalidRequestError(f"min_draft_prob is {self.min_draft_prob}: give a number from 0 to 1")
         if self.acceptance not in ACCEPTANCES:
@@ -116,6 +123,18 @@ class SpeculationParams:
     @property
     def is_coupled(self) -> bool:
         return self.coupling != "none"
+
+    def max_alternatives(self, is_greedy: bool) -> int:
+        """Return how many alternatives the draft is asked for.
+
+        None without overlap, and none with block acceptance, where what is drafted next depends on the whole round.
+        By default fewer where they are harder to guess and supports make their messages long.
+        """
+        if self.method != "speculative" or not self.overlap or self.acceptance != "token":
+            return 0
+        if self.num_alternatives is not None:
+            return self.num_alternatives
+        return ALTERNATIVES if is_greedy or self.greedy_draft or self.is_coupled else ALTERNATIVES_TO_DRAWS
 
     def num_ahead(self, num_speculative_tokens: int) -> int:
         """Return how far beyond the committed text the draft may go when rounds have so many proposals."""

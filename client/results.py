@@ -47,6 +47,7 @@ class GenerationStats:
     num_generated_tokens: int = 0
     num_rounds: int = 0
     num_draft_tokens: int = 0  # proposals that were verified
+    num_alternatives_used: int = 0  # rejections whose outcome the draft had prepared for
     num_accepted_tokens: int = 0
     num_draft_tokens_per_position: list[int] = field(default_factory=list)  # by index in the round
     num_accepted_tokens_per_position: list[int] = field(default_factory=list)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
-from draft_service.drafter import GREEDY, Commit, Drafted, Drafter, DraftOptions, Session
+from draft_service.drafter import GREEDY, Drafter
+from draft_service.session import Commit, Drafted, DraftOptions, Session
 from outrider import wire
 from outrider.errors import InvalidArgumentError, ServiceError
 from outrider.mailbox import Mailbox
 from outrider.options import ServiceOptions
+from outrider.probs import Draft
 from outrider.server import answers_errors, answers_unary_errors
 from outrider.service import ModelHost
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc
@@ -86,6 +88,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             min_draft_prob=message.min_draft_prob,
             branch=message.branch,
             is_coupled=wire.is_coupled_from_proto(message.sampling),
+            max_alternatives=0 if message.min_draft_prob else message.max_alternatives,
         )
 
     async def _read_commits(self, drafter: Drafter, session: Session, requests, outbox: Outbox) -> None:
@@ -127,17 +130,25 @@ def _response(drafted: Drafted) -> draft_pb2.ProposeResponse:
     return draft_pb2.ProposeResponse(
         commit_index=drafted.commit_index,
         start_position=drafted.start_position,
-        proposals=[
-            draft_pb2.Proposal(
-                token_id=draft.token_id,
-                support_gaps=wire.support_gaps(draft.support_ids),
-                support_weights=draft.weights.tolist(),
-            )
-            for draft in drafted.drafts
-        ],
+        proposals=_proposals(drafted.drafts),
         stopped=drafted.stopped,
         cache=common_pb2.CacheState(num_cached_tokens=drafted.num_cached_tokens, digest=drafted.cache_digest),
         timing=common_pb2.Timing(
             queue_ms=drafted.queue_ms, forward_ms=drafted.forward_ms, batch_size=drafted.batch_size
         ),
+        alternatives=[
+            draft_pb2.Alternative(position=it.position, token_id=it.token_id, proposals=_proposals(it.drafts))
+            for it in drafted.alternatives
+        ],
     )
+
+
+def _proposals(drafts: Sequence[Draft]) -> list[draft_pb2.Proposal]:
+    return [
+        draft_pb2.Proposal(
+            token_id=draft.token_id,
+            support_gaps=wire.support_gaps(draft.support_ids),
+            support_weights=draft.weights.tolist(),
+        )
+        for draft in drafts
+    ]

@@ -19,7 +19,7 @@ _BLOCK = 64  # weights that are summed before the draw looks for its place among
 
 
 @compiled()
-def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms):
+def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms, num_others):
     """Truncate each of `rows` `[N, V]` to its support, round that to whole weights, and draw a token.
 
     The support is every token of at least `min_prob`, or as the likeliest; of these the `max_supports` likeliest.
@@ -27,26 +27,36 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
     Args:
         vocab_sizes: `[N]` int64; what a row holds from there on does not count.
         temperatures, max_supports, uniforms: `[N]` float64, int64, float64.
+        num_others: how many of the likeliest tokens that were not drawn are told.
 
     Returns:
         Ids and weights of all supports one after the other, int64; for each row the size of its support, the place of
-        the token in it, and whether the row is finite. Where it is not, the support is empty.
+        the token in it, whether the row is finite, and ids and probabilities of its likeliest others `[N, num_others]`,
+        as `Draft.others` says. Where it is not finite, the support is empty.
     """
     num_rows = len(rows)
     ids, weights = np.empty(rows.size, np.int64), np.empty(rows.size, np.int64)
     sizes, places, finite = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64), np.zeros(num_rows, np.bool_)
+    others, other_probs = np.zeros((num_rows, num_others), np.int64), np.zeros((num_rows, num_others))
     room = np.empty(rows.shape[1], rows.dtype)
     first = 0
     for row in range(num_rows):
-        probs = room[: vocab_sizes[row]]
-        total = _probabilities(rows[row, : vocab_sizes[row]], temperatures[row], probs)
+        scores, probs = rows[row, : vocab_sizes[row]], room[: vocab_sizes[row]]
+        total = _probabilities(scores, temperatures[row], probs)
         if not np.isfinite(total):
             continue
         finite[row] = True
         size = _support(probs, total, min_prob, max_supports[row], ids[first:], weights[first:])
         sizes[row], places[row] = size, _place(weights[first : first + size], uniforms[row])
+        drawn = ids[first + places[row]]
         first += size
-    return ids[:first].copy(), weights[:first].copy(), sizes, places, finite
+        _find_others(scores, drawn, others[row])
+        if temperatures[row] == 0:
+            _shares(scores, drawn, others[row], other_probs[row])
+        else:
+            for place in range(num_others):
+                other_probs[row, place] = probs[others[row, place]] / total
+    return ids[:first].copy(), weights[:first].copy(), sizes, places, finite, others, other_probs
 
 
 @compiled()
@@ -167,6 +177,33 @@ def _place(weights, uniform):
         if cumulative > point:
             return index
     return len(weights) - 1
+
+
+@compiled(on_disk=False)
+def _find_others(scores, drawn, others):
+    """Write the ids with the highest `scores` `[V]` but that of `drawn`, the highest first."""
+    for place in range(len(others)):
+        best = -1
+        for token_id in range(len(scores)):
+            if best >= 0 and not scores[token_id] > scores[best]:
+                continue
+            is_taken = token_id == drawn
+            for earlier in others[:place]:
+                is_taken |= token_id == earlier
+            if not is_taken:
+                best = token_id
+        others[place] = max(best, 0)
+
+
+@compiled(on_disk=False)
+def _shares(scores, drawn, others, shares):
+    """Write what the logits give each of `others` among themselves and `drawn`, at temperature 1."""
+    total = 1.0
+    for place in range(len(others)):
+        shares[place] = np.exp(scores[others[place]] - scores[drawn])
+        total += shares[place]
+    for place in range(len(others)):
+        shares[place] /= total
 
 
 @compiled(fastmath=SUMS, on_disk=False)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from outrider.host_rows import GIVEN, draft_rows, target_rows
-from outrider.race import race, race_among
+from outrider.race import race, rates_among
 from outrider.rng import Noise
 from outrider.scales import round_down, whole_weights
 from outrider.warping import COLDEST, Warping
@@ -72,34 +72,46 @@ class Draft:
     support_ids: np.ndarray  # [num_support] int64, ascending
     weights: np.ndarray  # [num_support] int64, whole; outrider.scales
     token_prob: float  # its share of the support's weights
+    others: tuple[tuple[int, float], ...] = ()  # the likeliest tokens that were not drawn, and their probabilities;
+    # behind a greedy token or one drawn with noise, their shares among themselves and the token
 
 
-def draw_drafts(probs: torch.Tensor, max_supports: Sequence[int], numbers: Sequence[float | Noise]) -> list[Draft]:
+def draw_drafts(
+    probs: torch.Tensor, max_supports: Sequence[int], numbers: Sequence[float | Noise], num_others: int = 0
+) -> list[Draft]:
     """Truncate each row of `probs` `[N, V]` to its support and draw a token from what is left; return N drafts.
 
     The support is every token of at least `MIN_SUPPORT_PROB`, or as the likeliest, and of these the row's
     `max_supports` likeliest. Dropping by probability, not by mass, loses the least acceptance for the number of ids.
     The token is drawn from the whole weights that are returned, divided by their sum, so that the receiver knows
-    the law to the letter. Each row has a uniform, or the noise of its position.
+    the law to the letter. Each row has a uniform, or the noise of its position. Each draft tells `num_others` likeliest
+    other tokens, if there are so many.
     """
     if lies_on_host(probs):
-        drafts = _drafts_on_host(probs.numpy(), np.full(len(probs), GIVEN), max_supports, numbers)
+        drafts = _drafts_on_host(probs.numpy(), np.full(len(probs), GIVEN), max_supports, numbers, num_others)
         return [draft for draft in drafts if draft]
     supports = _supports_on_device(probs, max(max_supports))
     parts = zip(supports, max_supports, numbers, strict=True)
-    return [_draw_draft(*_likeliest(*support, max_support), number) for support, max_support, number in parts]
+    return [
+        _draw_draft(*_likeliest(*support, max_support), number, num_others) for support, max_support, number in parts
+    ]
 
 
 def _drafts_on_host(
-    rows: np.ndarray, temperatures: np.ndarray, max_supports: Sequence[int], numbers: Sequence[float | Noise]
+    rows: np.ndarray,
+    temperatures: np.ndarray,
+    max_supports: Sequence[int],
+    numbers: Sequence[float | Noise],
+    num_others: int,
 ) -> list[Draft | None]:
     """Return a draft for each of `rows` `[N, V]`, as host_rows reads them; None where the row is no law."""
     uniforms = np.array([0.0 if isinstance(number, Noise) else number for number in numbers])
     vocab_sizes = np.full(len(rows), rows.shape[1])
-    drafts = drafts_of(draft_rows(rows, vocab_sizes, temperatures, MIN_SUPPORT_PROB, np.array(max_supports), uniforms))
+    limits = np.array(max_supports)
+    drafts = drafts_of(draft_rows(rows, vocab_sizes, temperatures, MIN_SUPPORT_PROB, limits, uniforms, num_others))
     for index, (row, number, draft) in enumerate(zip(rows, numbers, drafts, strict=True)):
         if draft and isinstance(number, Noise):
-            drafts[index] = _draw_draft(draft.support_ids, row[draft.support_ids], number)
+            drafts[index] = _draw_draft(draft.support_ids, row[draft.support_ids], number, num_others)
     return drafts
 
 
@@ -108,13 +120,14 @@ def drafts_of(parts: Sequence[np.ndarray]) -> list[Draft | None]:
     all_ids, all_weights, *by_row = parts
     drafts: list[Draft | None] = []
     end = 0
-    for size, place, is_finite in zip(*(part.tolist() for part in by_row), strict=True):
+    for size, place, is_finite, others, probs in zip(*(part.tolist() for part in by_row), strict=True):
         first, end = end, end + size
         if not is_finite:
             drafts.append(None)
             continue
         ids, weights = all_ids[first:end], all_weights[first:end]
-        drafts.append(Draft(int(ids[place]), ids, weights, float(weights[place] / weights.sum())))
+        possible = tuple((other, prob) for other, prob in zip(others, probs, strict=True) if prob)
+        drafts.append(Draft(int(ids[place]), ids, weights, float(weights[place] / weights.sum()), possible))
     return drafts
 
 
@@ -137,27 +150,36 @@ def _likeliest(ids: np.ndarray, probs: np.ndarray, most: int) -> tuple[np.ndarra
     return ids[kept], probs[kept]
 
 
-def _draw_draft(ids: np.ndarray, probs: np.ndarray, number: float | Noise) -> Draft:
+def _draw_draft(ids: np.ndarray, probs: np.ndarray, number: float | Noise, num_others: int) -> Draft:
     if isinstance(number, Noise):
-        index = race_among(ids, probs, number)
-        return Draft(int(ids[index]), ids[:0], ids[:0], float(probs[index] / probs.sum()))
+        rates = rates_among(ids, probs, number)
+        index = int(rates.argmax())
+        likeliest = np.argsort(-rates)[: num_others + 1]
+        others = tuple((int(ids[it]), float(rates[it] / rates[likeliest].sum())) for it in likeliest[1:])
+        return Draft(int(ids[index]), ids[:0], ids[:0], float(probs[index] / probs.sum()), others)
     weights = whole_weights(probs)
     cumulative = weights.cumsum()
     index = min(int(np.searchsorted(cumulative, number * cumulative[-1], side="right")), len(ids) - 1)
-    return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]))
+    order = np.argsort(-probs, kind="stable")
+    others = tuple((int(ids[it]), float(probs[it])) for it in order[order != index][:num_others])
+    return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]), others)
 
 
 def draft_tokens(
-    logits: torch.Tensor, warpings: Sequence[Warping], max_supports: Sequence[int], numbers: Sequence[float | Noise]
+    logits: torch.Tensor,
+    warpings: Sequence[Warping],
+    max_supports: Sequence[int],
+    numbers: Sequence[float | Noise],
+    num_others: int = 0,
 ) -> list[Draft | None]:
     """Draw a token for each row of `logits` `[N, V]` under its warping, as draw_drafts does; None for no law."""
     if _is_compiled(logits, warpings, numbers):
-        return _drafts_on_host(logits.numpy(), _temperatures(warpings), max_supports, numbers)
+        return _drafts_on_host(logits.numpy(), _temperatures(warpings), max_supports, numbers, num_others)
     logits, finite = _only_finite(logits)
     if all(warping.is_greedy for warping in warpings) and not _have_noise(numbers):
-        drafts = greedy_drafts(logits)
+        drafts = greedy_drafts(logits, num_others)
     else:
-        drafts = draw_drafts(probability_rows(logits, warpings), max_supports, numbers)
+        drafts = draw_drafts(probability_rows(logits, warpings), max_supports, numbers, num_others)
     return [draft if is_finite else None for draft, is_finite in zip(drafts, finite, strict=True)]
 
 
@@ -169,6 +191,7 @@ class PlainSampling:
     temperatures: np.ndarray  # [N] float64
     max_supports: np.ndarray  # [N] int64
     uniforms: np.ndarray  # [n, N] float64
+    num_others: int  # as for draw_drafts
 
     @classmethod
     def of(
@@ -177,11 +200,14 @@ class PlainSampling:
         warpings: Sequence[Warping],
         max_supports: Sequence[int],
         numbers: Sequence[Sequence[float | Noise]],
+        num_others: int = 0,
     ) -> PlainSampling | None:
         """Return it for `numbers` `[n, N]`; None where it is not so plain."""
         if not _are_plain(warpings, numbers[0]):
             return None
-        return cls(np.array(vocab_sizes), _temperatures(warpings), np.array(max_supports), np.array(numbers))
+        return cls(
+            np.array(vocab_sizes), _temperatures(warpings), np.array(max_supports), np.array(numbers), num_others
+        )
 
 
 def _is_compiled(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Sequence[float | Noise]) -> bool:
@@ -210,10 +236,16 @@ def _only_finite(logits: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
     return logits.where(torch.tensor(finite, device=logits.device)[:, None], 0.0), finite
 
 
-def greedy_drafts(logits: torch.Tensor) -> list[Draft]:
+def greedy_drafts(logits: torch.Tensor, num_others: int = 0) -> list[Draft]:
     """Return what draw_drafts draws when every row of `logits` `[N, V]` is greedy: the likeliest token alone."""
-    alone = whole_weights(np.ones(1))
-    return [Draft(token_id, np.array([token_id]), alone, 1.0) for token_id in logits.argmax(-1).tolist()]
+    drawn = logits.argmax(-1, keepdim=True)
+    scores, ids = logits.scatter(-1, drawn, -torch.inf).topk(min(num_others, logits.shape[1] - 1), -1)
+    shares = torch.cat([logits.gather(-1, drawn), scores], -1).softmax(-1)[:, 1:]
+    alone, drafts = whole_weights(np.ones(1)), []
+    for [token_id], its_ids, its_shares in zip(*(part.tolist() for part in on_host(drawn, ids, shares)), strict=True):
+        others = tuple((other, share) for other, share in zip(its_ids, its_shares, strict=True) if share)
+        drafts.append(Draft(token_id, np.array([token_id]), alone, 1.0, others))
+    return drafts
 
 
 def are_rows_finite(logits: torch.Tensor) -> list[bool]:

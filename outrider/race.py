@@ -21,12 +21,15 @@ from outrider.rng import Noise, key_of, noise_bits
 MAX_ELEMENTS = 1 << 22  # numbers of noise made at once on an accelerator
 
 
+def rates_among(token_ids: np.ndarray, weights: np.ndarray, noise: Noise) -> np.ndarray:
+    """Return `weights` `[S]` over the arrival times of E of `token_ids` `[S]`: the highest is that of the winner."""
+    times = _times_on_host(noise, token_ids.astype(np.uint64) >> np.uint64(1))
+    return weights / times[np.arange(len(token_ids)), token_ids & 1]
+
+
 def race_among(token_ids: np.ndarray, weights: np.ndarray, noise: Noise) -> int:
     """Return the index of the winner among `token_ids` `[S]`, whose law is in proportion to `weights` `[S]`."""
-    if len(token_ids) == 1:
-        return 0
-    times = _times_on_host(noise, token_ids.astype(np.uint64) >> np.uint64(1))
-    return int((weights / times[np.arange(len(token_ids)), token_ids & 1]).argmax())
+    return 0 if len(token_ids) == 1 else int(rates_among(token_ids, weights, noise).argmax())
 
 
 def race(weights: torch.Tensor, noises: Sequence[Noise]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from outrider.errors import FailedPreconditionError
@@ -57,6 +58,18 @@ class TokenLog:
             if ours != theirs:
                 return index
         return len(held)
+
+    def become(self, other: TokenLog, length: int) -> int:
+        """Make the tokens the first `length` of `other`, and return the length of the prefix that did not change.
+
+        Where they begin to differ is found by their digests, on which services and clients rely as well.
+        """
+        most = min(length, len(self), len(other))
+        unchanged = bisect_left(range(1, most + 1), True, key=lambda end: self._digests[end] != other._digests[end])
+        self.truncate(unchanged)
+        self._ids += other._ids[unchanged:length]
+        self._digests += other._digests[unchanged + 1 : length + 1]
+        return unchanged
 
     def check_span(self, start_position: int, prefix_digest: int) -> None:
         """Raise FailedPreconditionError when a span at `start_position` does not continue this log."""

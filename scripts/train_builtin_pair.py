@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Train the embedded pair: `builtin:target` and `builtin:draft`, two Llama models with one tokenizer.
 
-Four stages, each of which leaves a file in --work-dir and is skipped when that file is there, so that a run that was
-stopped goes on where it was:
+Each stage leaves a file in --work-dir and is skipped when that file is there, so that a run that was stopped goes on where
+it was:
 
     tokenizer   byte-level BPE of about 4,096 pieces, from the training stories
     target      next-token cross-entropy on the training stories
     stories     text sampled from the target, for the draft to learn on
     draft       distillation: the target's distribution at every position of those stories and of the training stories
+    polish      the same by the total variation alone, once for each of some lower learning rates
     export      float16 safetensors, tokenizer and model card into --output
 
 Shapes: B sequences in a batch, T tokens a sequence, V pieces in the vocabulary.
@@ -20,7 +21,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -315,12 +316,20 @@ def distillation_loss(target, draft, batch: torch.Tensor, precision, total_varia
     return (1 - total_variation_weight) * divergence + total_variation_weight * total_variation
 
 
-def train_draft(training: Training, target, sources: list[np.ndarray], held_out, tokens_per_batch: int) -> None:
+def train_draft(
+    training: Training,
+    target,
+    sources: list[np.ndarray],
+    held_out,
+    tokens_per_batch: int,
+    total_variation_weight: Callable[[float], float],
+) -> None:
+    """Distil; `total_variation_weight` is a function of the training's progress from 0 to 1."""
     target.eval()
 
     def losses():
         for batch in windows_for(training, sources, tokens_per_batch, 2):
-            weight = min(1.0, max(0.0, 2 * training.progress - 0.6))
+            weight = total_variation_weight(training.progress)
             yield distillation_loss(target, training.model, batch, training.precision, weight)
 
     training.run(losses(), lambda: "Σ min(p, q) {:.4f}, argmax agreement {:.4f}".format(
@@ -385,10 +394,12 @@ tried, tested and measured on real text without a download.
 )
 @click.option("--target-steps", default=1800, help="Optimizer steps of the target.")
 @click.option("--draft-steps", default=1200, help="Optimizer steps of the draft.")
+@click.option("--polish-steps", default=3000, help="Further steps of the draft for each --polish-learning-rate.")
 @click.option("--written-tokens", default=1_000_000, help="Tokens that the target writes for the draft.")
 @click.option("--tokens-per-batch", default=4096, help="Tokens of an optimizer step.")
 @click.option("--target-learning-rate", default=4e-3)
 @click.option("--draft-learning-rate", default=6e-3)
+@click.option("--polish-learning-rate", multiple=True, default=(2e-3, 8e-4))
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option(
     "--bfloat16/--float32",
@@ -403,7 +414,7 @@ tried, tested and measured on real text without a download.
     is_flag=True,
     help="Compile the target's training step: 15 % faster on a CPU, minutes to start.",
 )
-def main(text, source, work_dir, output, target_steps, draft_steps, written_tokens, tokens_per_batch, target_learning_rate, draft_learning_rate, device, half, threads, compiled):  # fmt: skip
+def main(text, source, work_dir, output, target_steps, draft_steps, polish_steps, written_tokens, tokens_per_batch, target_learning_rate, draft_learning_rate, polish_learning_rate, device, half, threads, compiled):  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(20)
@@ -432,7 +443,11 @@ def main(text, source, work_dir, output, target_steps, draft_steps, written_toke
 
     draft = DRAFT.build().to(device)
     training = Training("draft", draft, draft_steps, draft_learning_rate, precision, work_dir, device)
-    train_draft(training, target, [train, written], held_out, tokens_per_batch)
+    sources = [train, written]
+    train_draft(training, target, sources, held_out, tokens_per_batch, lambda p: min(1.0, max(0.0, 2 * p - 0.6)))
+    for index, rate in enumerate(polish_learning_rate):
+        training = Training(f"polish-{index}", draft, polish_steps, rate, precision, work_dir, device)
+        train_draft(training, target, sources, held_out, tokens_per_batch, lambda _: 1.0)
 
     overlap, argmax = agreement(target, draft, held_out, device)
     numbers = {
@@ -440,7 +455,7 @@ def main(text, source, work_dir, output, target_steps, draft_steps, written_toke
         "target_parameters": target.num_parameters(), "draft_parameters": draft.num_parameters(),
         "target_shape": f"{TARGET.num_layers} × {TARGET.hidden_size} ({TARGET.intermediate_size})",
         "draft_shape": f"{DRAFT.num_layers} × {DRAFT.hidden_size} ({DRAFT.intermediate_size})",
-        "target_steps": target_steps, "draft_steps": draft_steps, "tokens_per_batch": tokens_per_batch,
+        "target_steps": target_steps, "draft_steps": draft_steps + polish_steps * len(polish_learning_rate), "tokens_per_batch": tokens_per_batch,
         "target_loss": held_out_loss(target, held_out, device), "draft_loss": held_out_loss(draft, held_out, device),
         "overlap": overlap, "argmax": argmax, "num_stories": len(stories), "num_tokens": len(train) + len(held_out),
         "num_held_out": HELD_OUT_STORIES, "written_tokens": len(written), "source": source,

@@ -152,7 +152,10 @@ class ToyDraft:
         self._is_coupled = opening.sampling.coupling == common_pb2.COUPLING_GUMBEL
         self._max_support, self._min_draft_prob = opening.max_support, opening.min_draft_prob
         self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE))
-        self._window = opening.window
+        self._window, self._batch_until = opening.window, opening.batch_until
+        self._max_alternatives = 0 if opening.min_draft_prob else opening.max_alternatives
+        self._num_committed = len(self._tokens)
+        self._prepared: list[TokenLog] = []  # each with what it would be if its alternative came true
         self._commit_index = 0
         self._is_stopped = False
 
@@ -164,8 +167,12 @@ class ToyDraft:
         commit, tokens = message.commit, self._tokens
         if commit.commit_index != self._commit_index + 1:
             raise FailedPreconditionError("commit_index")
-        tokens.check_span(commit.span.start_position, commit.span.prefix_digest)
         token_ids = wire.unpack_ids(commit.span.token_ids, "ids", VOCAB_SIZE)
+        if commit.span.start_position == self._num_committed:
+            paths = [tokens, *self._prepared]
+            tokens = max(paths, key=lambda path: path.num_agreeing(self._num_committed, token_ids))
+        self._tokens, self._prepared = tokens, []
+        tokens.check_span(commit.span.start_position, commit.span.prefix_digest)
         assert commit.span.start_position + len(token_ids) <= commit.window, "window out of range"
         is_new_branch = commit.branch != self.branch
         if is_new_branch or tokens.num_agreeing(commit.span.start_position, token_ids) < len(token_ids):
@@ -174,6 +181,32 @@ class ToyDraft:
             self.branch = commit.branch
             self._numbers = numbers_of(self._opening, Purpose.DRAFT, commit.branch)
         self._commit_index, self._window, self._is_stopped = commit.commit_index, commit.window, False
+        self._batch_until, self._num_committed = commit.batch_until, commit.span.start_position + len(token_ids)
+
+    @property
+    def may_prepare(self) -> bool:
+        """Whether there may be another alternative."""
+        is_drafted = self._num_committed < self._batch_until <= len(self._tokens)
+        has_room = self._num_committed + 1 < self._window
+        return is_drafted and has_room and len(self._prepared) < self._max_alternatives and not self._is_stopped
+
+    def prepare(self, random: Random) -> draft_pb2.ProposeResponse:
+        """Return an alternative at any position of the round: a token that the target likes, so that some come true."""
+        position = random.randrange(self._num_committed, min(self._batch_until, self._window - 1))
+        path = TokenLog(self._tokens[:position])
+        likes = ToyModel(TARGET_LOGITS).probs(path, position)
+        likes[self._tokens[position : position + 1]] = 0
+        path.extend(random.choices(range(VOCAB_SIZE), likes))
+        alternative = draft_pb2.Alternative(position=position, token_id=path.last)
+        end = min(position + 1 + self._batch_until - self._num_committed, self._window)
+        while len(path) < end:
+            number = self._numbers.at(len(path))
+            alternative.proposals.append(draft_proposal(self._model, path, number, self._max_support))
+            path.extend([alternative.proposals[-1].token_id])
+        self._prepared.append(path)
+        return draft_pb2.ProposeResponse(
+            commit_index=self._commit_index, start_position=len(self._tokens), alternatives=[alternative]
+        )
 
     def draft(self) -> draft_pb2.ProposeResponse:
         tokens = self._tokens
@@ -296,6 +329,9 @@ class World:
                 yield weight, lambda stream=stream: self._arrive(stream)
             if isinstance(stream.session, ToyDraft) and stream.session.wants_token:
                 yield self._draft_speed, lambda stream=stream: self._respond(stream, stream.session.draft())
+            if isinstance(stream.session, ToyDraft) and stream.session.may_prepare:
+                prepare = stream.session.prepare
+                yield self._draft_speed, lambda stream=stream, it=prepare: self._respond(stream, it(self._random))
 
     def _arrive(self, stream: Stream) -> None:
         message = stream.to_service.popleft()
@@ -325,8 +361,10 @@ class World:
         last = stream.to_client[-1].message if stream.to_client else None
         if stream.link is Link.DRAFT and last is not None and _follows(last, message) and self._random.random() < 0.5:
             last.proposals.extend(message.proposals)  # tokens that are ready together share a message
-            last.stopped = message.stopped
-            last.cache.CopyFrom(message.cache)
+            last.alternatives.extend(message.alternatives)
+            if message.proposals:
+                last.stopped = message.stopped
+                last.cache.CopyFrom(message.cache)
             return
         stream.to_client.append(Received(stream.link, message))
 

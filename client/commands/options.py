@@ -87,6 +87,7 @@ speculation_options = add_options(
     click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text; 2 K with overlap, else K."),
     click.option("--max-support", type=click.IntRange(0), default=0, help="Most tokens in a proposal's support; 0: the service's limit."),
     click.option("--min-draft-prob", type=click.FloatRange(0, 1), default=0.0, help="Stop drafting after a less probable token."),
+    click.option("--num-alternatives", type=click.IntRange(0), help="Other ends of a round that the draft prepares for; 4, or 2 where tokens are drawn without a coupling."),
     click.option("--greedy-draft", is_flag=True, help="Propose the likeliest token, with a support of one."),
     rule_options,
 )  # fmt: skip
@@ -101,6 +102,7 @@ SPECULATION_NAMES = (
     "window",
     "max_support",
     "min_draft_prob",
+    "num_alternatives",
     "greedy_draft",
     "acceptance",
     "coupling",

@@ -32,10 +32,18 @@ class Sequence:
     cache: Cache = field(default_factory=SequenceCache)  # Engine.add replaces it by one of its runner's kind
     last_used: int = 0  # number of the pass
     num_evicted: int = 0  # leading tokens that evictions dropped and that have not been fed since
+    is_spare: bool = False  # nobody's text, but a guess at one: the first to go where room is short
 
     def rewrite(self, start_position: int, token_ids: SequenceOf[int]) -> None:
         """Make the tokens what they were before `start_position`, then `token_ids`; keep the cache where they agree."""
         unchanged = self.tokens.rewrite(start_position, token_ids)
+        self._forget_behind(unchanged)
+
+    def become(self, other: Sequence, length: int) -> None:
+        """Make the tokens the first `length` of `other`; keep the cache where they agree."""
+        self._forget_behind(self.tokens.become(other.tokens, length))
+
+    def _forget_behind(self, unchanged: int) -> None:
         self.cache.truncate(min(self.cache.length, unchanged))
         self.num_evicted = min(self.num_evicted, unchanged)
 
@@ -100,9 +108,11 @@ class Engine:
     def is_quick(self) -> bool:
         """Whether an event loop had better run the next pass itself than have a thread run it.
 
-        With several sequences it reads what has come for the others meanwhile.
+        With several sequences it reads what has come for the others meanwhile. Spare ones are nobody's.
         """
-        return len(self._sequences) <= 1 and self._last_s < QUICK_S and self.runner.device.type == "cpu"
+        if self._last_s >= QUICK_S or self.runner.device.type != "cpu":
+            return False
+        return sum(not sequence.is_spare for sequence in self._sequences) <= 1
 
     @property
     def num_cached_tokens(self) -> int:
@@ -117,6 +127,20 @@ class Engine:
         """Free the sequence's cache."""
         self._sequences.discard(sequence)
         sequence.cache.clear()
+
+    def follow(self, sequence: Sequence, other: Sequence, length: int) -> bool:
+        """Make `sequence` the first `length` tokens of `other`, cache included.
+
+        Returns:
+            Whether there was room; without, the cache lacks some of what that of `other` holds.
+        """
+        sequence.become(other, length)
+        cache, num_cached = sequence.cache, min(length, other.cache.length)
+        if _cost_of_growing(cache, max(0, num_cached - cache.length)) > self._free() // 2:
+            return False
+        if num_cached > cache.length:
+            cache.copy_from(other.cache, num_cached)
+        return True
 
     def run_pass(self, demands: SequenceOf[Demand]) -> list[Demand]:
         """Run one forward pass for `demands` (at least one) and return those that it finished.
@@ -203,14 +227,14 @@ class Engine:
     def _make_room(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
         """Drop caches until `needed` is free for `demands[index]`, or none is left to drop; return what is free then.
 
-        Idle caches go first, the least recently used of them before the others; then those of demands that wait
-        behind this one, the latest first. An earlier demand is never set back by a later one, so each is served in
-        the end.
+        Idle caches go first, spare ones before the others and then the least recently used; then those of demands that
+        wait behind this one, the latest first. An earlier demand is never set back by a later one, so each is served
+        in the end.
         """
         if free >= needed:
             return free
         in_use = {demand.sequence for demand in demands}
-        idle = sorted(self._sequences - in_use, key=lambda sequence: sequence.last_used)
+        idle = sorted(self._sequences - in_use, key=lambda sequence: (not sequence.is_spare, sequence.last_used))
         later = [demand.sequence for demand in demands[index + 1 :]]
         for victim in [*idle, *reversed(later)]:
             if free >= needed:

@@ -8,7 +8,7 @@ Shapes: H key-value heads, D head size.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -30,6 +30,9 @@ class Cache(Protocol):
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
+
+    def copy_from(self, other: Any, length: int) -> None:
+        """Hold the first `length` tokens of `other`, which is of the same kind; those held already are the same."""
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""
@@ -85,6 +88,14 @@ class SequenceCache(TokenCountedCache):
         """Forget everything and give the memory back."""
         self._length = 0
         self._layers.clear()
+
+    @torch.inference_mode()
+    def copy_from(self, other: SequenceCache, length: int) -> None:
+        """See Cache."""
+        added = slice(self._length, length)
+        for layer, (keys, values) in other._layers.items():
+            self.write(layer, keys[:, added], values[:, added])
+        self.advance(length - self._length)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new entries of one layer behind the cached ones, `[H, num_new, D]` each.

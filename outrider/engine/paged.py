@@ -68,6 +68,15 @@ class PagePool:
         assert page != SCRATCH_PAGE
         self._free.append(page)
 
+    @torch.inference_mode()
+    def copy(self, from_slots: np.ndarray, to_slots: np.ndarray) -> None:
+        """Copy the entries of some positions, `[n] int64` each, in every layer."""
+        device = self.layers[0][0].device
+        source, destination = (torch.from_numpy(slots).to(device) for slots in (from_slots, to_slots))
+        for entries in (part for layer in self.layers for part in layer):
+            by_slot = entries.flatten(0, 1)
+            by_slot[destination] = by_slot[source]
+
     def num_pages_for(self, num_tokens: int) -> int:
         """Return how many pages `num_tokens` positions fill, the last of them perhaps in part."""
         return -(-num_tokens // self.page_size)
@@ -115,8 +124,18 @@ class PagedCache:
         while self._num_pages < self._pool.num_pages_for(end):
             self._table[self._num_pages] = self._pool.take()
             self._num_pages += 1
-        pages, offsets = np.divmod(np.arange(self._length, end), self._pool.page_size)
+        return self._slots(self._length, end)
+
+    def _slots(self, start: int, end: int) -> np.ndarray:
+        """Return where the entries of some positions are."""
+        pages, offsets = np.divmod(np.arange(start, end), self._pool.page_size)
         return self._table[pages].astype(np.int64) * self._pool.page_size + offsets
+
+    def copy_from(self, other: PagedCache, length: int) -> None:
+        """See kv_cache.Cache; both are of one pool."""
+        start = self._length
+        self._pool.copy(other._slots(start, length), self.reserve(length - start))
+        self.advance(length - start)
 
     def advance(self, num_new: int) -> None:
         """Count the entries that a finished forward pass has written in every layer."""

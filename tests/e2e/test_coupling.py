@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-import draft_service.drafter
+import draft_service.session
 import target_service.scheduler
 from client import Patience, SamplingParams, SpeculativeClient
 from client.results import GenerationResult
@@ -147,7 +147,7 @@ def test_a_draft_with_other_noise_lowers_acceptance_and_leaves_the_text(trio, te
 
     with trio.client() as client:
         shared = write(client, "plain")
-        monkeypatch.setattr(draft_service.drafter, "SharedNoise", OtherNoise)
+        monkeypatch.setattr(draft_service.session, "SharedNoise", OtherNoise)
         other = write(client, "plain")
     assert shared.token_ids == other.token_ids == texts["plain"]
     assert other.stats.acceptance_rate < shared.stats.acceptance_rate / 2

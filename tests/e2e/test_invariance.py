@@ -7,6 +7,7 @@ the target, so that rounds end everywhere: at the first proposal, in the middle,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from outrider.rng import AddressedUniforms
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RunningServer, Services
+from tests.unit.test_alternatives import draw_forks_with_other_numbers
 
 PROMPT = [5, 17, 3, 88, 41, 9]
 NUM_NEW = 24
@@ -102,6 +104,17 @@ def test_any_number_of_proposals(pair, texts, name, num_speculative_tokens, over
 def test_any_window(pair, texts, name, window):
     with pair.client() as client:
         assert write(client, SAMPLINGS[name], num_speculative_tokens=4, window=window) == texts[name]
+
+
+def test_any_number_of_alternatives(pair, texts):
+    """Prepared ends of rounds do come about here, else this shows nothing."""
+    num_used = 0
+    with pair.client() as client:
+        for name, number in itertools.product(SAMPLINGS, (0, 1, 3, 20)):
+            result = client.generate(PROMPT, SAMPLINGS[name], num_speculative_tokens=4, num_alternatives=number)
+            assert result.token_ids == texts[name]
+            num_used += result.stats.num_alternatives_used
+    assert num_used > 0
 
 
 @EVERY_SAMPLING
@@ -223,6 +236,14 @@ def start_both(services: Services, pair: Pair, **options: Any) -> list[RunningSe
 def test_another_seed_writes_another_text(pair, texts):
     with pair.client() as client:
         assert write(client, replace(SAMPLINGS["plain"], seed=99), num_speculative_tokens=5) != texts["plain"]
+
+
+def test_forks_that_draw_with_other_numbers_are_noticed(pair, texts, monkeypatch):
+    """Such a text still follows the target's law, but is another."""
+    draw_forks_with_other_numbers(monkeypatch)
+    with pair.client() as client:
+        written = [write(client, SAMPLINGS["plain"], num_speculative_tokens=4, num_alternatives=9) for _ in range(4)]
+    assert any(token_ids != texts["plain"] for token_ids in written)
 
 
 def test_uniforms_that_are_streamed_instead_of_addressed_are_noticed(pair, monkeypatch):

@@ -219,7 +219,7 @@ def break_draft_probs(monkeypatch) -> None:
     """Tell the client the distribution before truncation, while tokens are drawn from the truncated one."""
     draw = draft_service.drafter.draft_tokens
 
-    def draw_and_tell_another(logits, warpings, max_supports, uniforms):
+    def draw_and_tell_another(logits, warpings, max_supports, uniforms, num_others):
         drawn = draw(logits, warpings, max_supports, uniforms)
         whole = draw(logits, warpings, [VOCAB_SIZE] * len(max_supports), uniforms)
         return [replace(told, token_id=true.token_id) for told, true in zip(whole, drawn, strict=True)]

@@ -8,6 +8,7 @@ so there the logits are the same to the last bit.
 from __future__ import annotations
 
 import functools
+from itertools import takewhile
 from random import Random
 
 import pytest
@@ -35,7 +36,8 @@ MAX_LENGTH = 40
 
 Operation = tuple[str, int]
 OPERATIONS = st.lists(
-    st.tuples(st.just("append"), st.integers(1, 12)) | st.tuples(st.just("truncate"), st.integers(0, MAX_LENGTH)),
+    st.tuples(st.just("append"), st.integers(1, 12))
+    | st.tuples(st.sampled_from(["truncate", "go over"]), st.integers(0, MAX_LENGTH)),
     min_size=1,
     max_size=10,
 )
@@ -64,6 +66,8 @@ class Text:
         self._random = Random(seed)
         self.token_ids: list[int] = []
         self.cache = runner.new_cache()
+        self._other_ids: list[int] = []
+        self._other_cache = runner.new_cache()
 
     def append(self, num_tokens: int) -> Feed:
         new = self._random.choices(range(VOCAB_SIZE), k=num_tokens)
@@ -75,19 +79,29 @@ class Text:
         del self.token_ids[length:]
         self.cache.truncate(length)
 
+    def go_over(self, length: int) -> None:
+        """Go on, `length` tokens long, with another cache: what both have in common, and a copy of the rest."""
+        length = min(length, len(self.token_ids))
+        pairs = zip(self.token_ids[:length], self._other_ids, strict=False)
+        self._other_cache.truncate(sum(takewhile(bool, (ours == theirs for ours, theirs in pairs))))
+        self._other_cache.copy_from(self.cache, length)
+        self.token_ids, self._other_ids = self.token_ids[:length], self.token_ids
+        self.cache, self._other_cache = self._other_cache, self.cache
+
 
 @settings(max_examples=30)
 @pytest.mark.parametrize("name", RUNNERS)
 @given(operations=OPERATIONS, seed=st.integers(0, 99))
 @example(operations=[("append", 12), ("truncate", 0), ("append", 3)], seed=0)
 @example(operations=[("append", 12), ("truncate", 12), ("append", 1)], seed=0)
+@example(operations=[("append", 9), ("go over", 5), ("append", 3), ("go over", 7), ("append", 2)], seed=0)
 @example(operations=[("append", 12), ("append", 12), ("truncate", 7), ("truncate", 3), ("append", 9)], seed=0)
 def test_any_appends_and_truncations_give_the_logits_of_a_fresh_cache(name, operations, seed):
     runner = runner_of(name)
     text = Text(runner, seed)
     for kind, number in operations:
-        if kind == "truncate":
-            text.truncate(number)
+        if kind != "append":
+            text.truncate(number) if kind == "truncate" else text.go_over(number)
             continue
         if len(text.token_ids) + number > MAX_LENGTH:
             text.truncate(MAX_LENGTH - number)

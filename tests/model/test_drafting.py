@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from draft_service import drafter
-from draft_service.drafter import Drafted, Drafter, DraftOptions, Session
+from draft_service import session as session_module
+from draft_service.drafter import Drafter
+from draft_service.session import Drafted, DraftOptions, Session
 from outrider.engine.compiled.runner import CompiledLlamaRunner
 from outrider.engine.engine import Engine
 from outrider.tokens import TokenLog
@@ -24,21 +25,27 @@ def runner() -> CompiledLlamaRunner:
 
 
 def drafted(
-    runner: CompiledLlamaRunner, temperature: float, batch: int, vocab_sizes: Sequence[int] = (VOCAB_SIZE,) * 3
+    runner: CompiledLlamaRunner,
+    temperature: float,
+    batch: int,
+    vocab_sizes: Sequence[int] = (VOCAB_SIZE,) * 3,
+    max_alternatives: int = 0,
 ) -> tuple[list[TokenLog], list[list[Drafted]]]:
     """Return the sequences of sessions that draft side by side, and what each emitted."""
     worker, emitted = Drafter(Engine(runner, 10_000, 512), 256), [[] for _ in PROMPTS]
     sessions = []
     for index, prompt in enumerate(PROMPTS):
-        options = DraftOptions(Warping(temperature), index, vocab_sizes[index], VOCAB_SIZE, 0.0)
+        options = DraftOptions(
+            Warping(temperature), index, vocab_sizes[index], VOCAB_SIZE, 0.0, max_alternatives=max_alternatives
+        )
         end = len(prompt)
         session = Session(options, emitted[index].append, index, end + AHEAD, end + batch + index if batch else 0)
-        session.sequence.tokens.extend(prompt)
+        session.begin(prompt)
         worker._begin(session)
         sessions.append(session)
     while worker._step():
         pass
-    return [session.sequence.tokens for session in sessions], emitted
+    return [session.main.sequence.tokens for session in sessions], emitted
 
 
 def ids_of(tokens: TokenLog) -> list[int]:
@@ -48,7 +55,7 @@ def ids_of(tokens: TokenLog) -> list[int]:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_are_those_of_drafting_one_by_one(runner, temperature, monkeypatch):
     together, _ = drafted(runner, temperature, batch=4)
-    monkeypatch.setattr(Drafter, "_draft_several", lambda self, sessions: False)
+    monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
     one_by_one, _ = drafted(runner, temperature, batch=4)
     assert list(map(ids_of, together)) == list(map(ids_of, one_by_one))
 
@@ -61,8 +68,26 @@ def test_ids_that_the_target_does_not_have_are_not_drawn(runner, temperature, mo
     new = [ids_of(tokens)[len(prompt) :] for prompt, tokens in zip(PROMPTS, limited, strict=True)]
     assert all(max(ids) < size for ids, size in zip(new, vocab_sizes, strict=True))
     assert list(map(ids_of, limited)) != list(map(ids_of, drafted(runner, temperature, 4)[0]))
-    monkeypatch.setattr(Drafter, "_draft_several", lambda self, sessions: False)
+    monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
     assert list(map(ids_of, limited)) == list(map(ids_of, drafted(runner, temperature, 4, vocab_sizes)[0]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forks_draft_what_they_draft_one_by_one_and_leave_the_main_path_as_it_is(runner, temperature, monkeypatch):
+    def told(batches: list[list[Drafted]]) -> list[list]:
+        return [
+            [(it.position, it.token_id, [draft.token_id for draft in it.drafts]) for it in message.alternatives]
+            for messages in batches
+            for message in messages
+            if message.alternatives
+        ]
+
+    plain, _ = drafted(runner, temperature, 4)
+    together, emitted = drafted(runner, temperature, 4, max_alternatives=3)
+    assert list(map(ids_of, together)) == list(map(ids_of, plain))
+    assert [len(alternatives) for alternatives in told(emitted)] == [3] * len(PROMPTS)
+    monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
+    assert told(drafted(runner, temperature, 4, max_alternatives=3)[1]) == told(emitted)
 
 
 def test_it_does_draft_several(runner, monkeypatch):
@@ -77,7 +102,7 @@ def test_it_does_draft_several(runner, monkeypatch):
 @pytest.mark.parametrize("hold_s", [-1.0, 10.0], ids=["sent at once", "held"])
 @pytest.mark.parametrize("batch", [0, 2, 4])
 def test_what_is_told_of_the_cache_is_true_whenever_drafts_are_sent(runner, monkeypatch, hold_s, batch):
-    monkeypatch.setattr(drafter, "LONGEST_HOLD_S", hold_s)
+    monkeypatch.setattr(session_module, "LONGEST_HOLD_S", hold_s)
     sequences, emitted = drafted(runner, 1.0, batch)
     for prompt, tokens, messages in zip(PROMPTS, sequences, emitted, strict=True):
         position = len(prompt)

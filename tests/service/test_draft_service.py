@@ -176,6 +176,33 @@ def test_a_draft_that_is_sure_enough_does_not_stop(draft):
     assert not response.stopped
 
 
+def test_alternatives_are_what_is_proposed_behind_a_commit_that_ends_so(draft, models):
+    """They come without being asked for again, and count as sent once their case has come true."""
+    with RawStream(
+        draft.stub.Propose, open_proposals(ahead=AHEAD, batch_until=len(PROMPT) + 3, max_alternatives=2)
+    ) as stream:
+        proposals, alternatives = [], []
+        while len(proposals) < AHEAD or len(alternatives) < 2:
+            response = stream.receive()
+            proposals += response.proposals
+            alternatives += response.alternatives
+        check_proposals(models.draft, proposals, PROMPT)
+        for it in alternatives:
+            index = it.position - len(PROMPT)
+            assert proposals[index].token_id != it.token_id
+            assert len(it.proposals) == 3
+            behind = [*PROMPT, *(proposal.token_id for proposal in proposals[:index]), it.token_id]
+            check_proposals(models.draft, it.proposals, behind)
+        chosen = alternatives[0]
+        committed = [proposal.token_id for proposal in proposals[: chosen.position - len(PROMPT)]] + [chosen.token_id]
+        end = len(PROMPT) + len(committed)
+        stream.send(commit_of(1, span(committed, len(PROMPT), PROMPT), window=end + AHEAD))
+        more, response = receive_proposals(stream, AHEAD - 3)
+        check_nothing_more_comes(draft, stream)
+    assert response.start_position + len(response.proposals) == end + AHEAD
+    check_proposals(models.draft, [*chosen.proposals, *more], [*PROMPT, *committed])
+
+
 def test_many_sessions_share_forward_passes_and_disturb_nobody(services, models):
     server = services.start(DRAFT, models.draft_path)
     prompts = [[*PROMPT, *range(10, 10 + index)] for index in range(16)]

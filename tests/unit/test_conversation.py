@@ -653,7 +653,7 @@ class TestDraftFails:
         def break_draft(stream, message):
             nonlocal num_drafted
             if stream.link is Link.DRAFT:
-                num_drafted += 1
+                num_drafted += len(message.proposals)
             elif world.num_opened[Link.DRAFT] == 1 and not world.streams[Link.DRAFT].is_dead:
                 world.streams[Link.DRAFT].end(grpc.StatusCode.UNAVAILABLE)
 
@@ -804,7 +804,7 @@ class TestDraftFails:
     )
     def test_a_proposal_that_is_none_is_an_error(self, change):
         def spoil(stream, message):
-            if stream.link is not Link.DRAFT:
+            if stream.link is not Link.DRAFT or not message.proposals:
                 return
             proposal = message.proposals[0]
             index = wire.support_of(proposal.support_gaps, "gaps", toys.VOCAB_SIZE).tolist().index(proposal.token_id)

@@ -37,6 +37,7 @@ class DigestRunner:
     def new_cache(self) -> SequenceCache:
         return SequenceCache()
 
+    @torch.inference_mode()
     def forward(self, feeds: SequenceOf[Feed]) -> torch.Tensor:
         rows = []
         self.passes.append([(feed.cache.length, len(feed.token_ids), feed.num_rows) for feed in feeds])
@@ -231,6 +232,58 @@ def test_an_earlier_demand_is_never_set_back_by_a_later_one():
     assert sequences[2].cache.length == 0
 
 
+def follow(engine: Engine, sequence: Sequence, other: Sequence, length: int) -> None:
+    """Have a sequence follow another, and check that it then is what it would be had it been fed."""
+    assert engine.follow(sequence, other, length)
+    assert sequence.tokens[:] == other.tokens[:length]
+    assert sequence.cache.length == min(length, other.cache.length)
+    sequence.tokens.extend([77])
+    run_all(engine, [Demand(sequence, length + 1, 1, 0)])
+
+
+def test_a_sequence_that_follows_another_has_its_cache_without_feeding_it():
+    engine, runner = engine_of()
+    leader = sequence_of(engine, 9)
+    spare = Sequence(is_spare=True)
+    engine.add(spare)
+    run_all(engine, [Demand(leader, 9, 1, 0)])
+    for length in (4, 9, 2, 7):
+        follow(engine, spare, leader, length)
+        assert runner.passes[-1] == [(length, 1, 1)]
+    leader.rewrite(3, [50, 51])
+    run_all(engine, [Demand(leader, 5, 1, 0)])
+    follow(engine, spare, leader, 5)
+    assert runner.passes[-1] == [(5, 1, 1)]
+
+
+def test_what_the_leaders_cache_lacks_is_fed():
+    engine, runner = engine_of()
+    leader, spare = sequence_of(engine, 9), Sequence(is_spare=True)
+    engine.add(spare)
+    run_all(engine, [Demand(leader, 6, 1, 0)])
+    follow(engine, spare, leader, 8)
+    assert runner.passes[-1] == [(6, 3, 1)]
+
+
+def test_nobody_follows_where_that_would_take_more_than_half_of_what_is_free():
+    engine, _ = engine_of(max_cached_tokens=20)
+    leader, spare = sequence_of(engine, 8), Sequence(is_spare=True)
+    engine.add(spare)
+    run_all(engine, [Demand(leader, 8, 1, 0)])
+    assert not engine.follow(spare, leader, 7)
+    assert engine.follow(spare, leader, 6)
+
+
+def test_spare_caches_are_dropped_first_though_used_last():
+    engine, _ = engine_of(max_cached_tokens=20)
+    leader, spare = sequence_of(engine, 6), Sequence(is_spare=True)
+    engine.add(spare)
+    run_all(engine, [Demand(leader, 6, 1, 0)])
+    follow(engine, spare, leader, 5)
+    run_all(engine, [Demand(sequence_of(engine, 12), 12, 1, 0)])
+    assert (spare.cache.length, leader.cache.length, engine.stats.num_evictions) == (0, 6, 1)
+
+
 def test_a_removed_sequence_frees_its_cache():
     engine, _ = engine_of()
     sequence = sequence_of(engine, 9)
@@ -340,11 +393,15 @@ def test_any_history_gives_the_rows_of_a_fresh_cache(seed, keep_caches):
 class TestIsQuick:
     """Whether an event loop had better run the next pass itself."""
 
-    def engine_after(self, monkeypatch, pass_s: float, device: str = "cpu", num_sequences: int = 1) -> Engine:
+    def engine_after(
+        self, monkeypatch, pass_s: float, device: str = "cpu", num_sequences: int = 1, num_spare: int = 0
+    ) -> Engine:
         """Return an engine whose last pass took so long."""
         engine, runner = engine_of()
         runner.device = torch.device(device)
         sequences = [sequence_of(engine, 3) for _ in range(num_sequences)]
+        for _ in range(num_spare):
+            engine.add(Sequence(is_spare=True))
         clock = iter([0.0, pass_s, pass_s])
         monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
         engine.run_pass([Demand(sequences[0], 3, 1, 0)])
@@ -355,6 +412,9 @@ class TestIsQuick:
 
     def test_after_a_quick_pass_with_one_sequence(self, monkeypatch):
         assert self.engine_after(monkeypatch, 0.9 * engine_module.QUICK_S).is_quick
+
+    def test_spare_sequences_do_not_count(self, monkeypatch):
+        assert self.engine_after(monkeypatch, 0.001, num_spare=3).is_quick
 
     @pytest.mark.parametrize(
         "settings",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from client.draft_link import DraftLink
-from client.errors import CacheMismatchError, ServiceFailedError
+from client.errors import CacheMismatchError, InvalidRequestError, ServiceFailedError
 from client.generation import Generation
 from client.params import SpeculationParams
 from outrider import wire
@@ -518,3 +518,112 @@ class TestProposals:
         propose(generation, 5)
         with pytest.raises(ServiceFailedError, match="out of order"):
             generation.draft.on_response(response(T, [5], PROMPT_IDS))
+
+
+def prepare(generation: Generation, position: int, token_id: int, *behind: int, commit_index: int = 0) -> None:
+    """Have the draft send what it would propose if a token came to a position."""
+    proposals = [draft_pb2.Proposal(token_id=it, support_gaps=[it], support_weights=[1]) for it in behind]
+    alternative = draft_pb2.Alternative(position=position, token_id=token_id, proposals=proposals)
+    generation.draft.on_response(
+        draft_pb2.ProposeResponse(commit_index=commit_index, start_position=position, alternatives=[alternative])
+    )
+
+
+class TestAlternatives:
+    """Proposals for another end of the round: used when it comes about, whether they are here then or on their way."""
+
+    @pytest.mark.parametrize("is_before", [True, False], ids=["here", "on their way"])
+    @pytest.mark.parametrize("is_told", [True, False], ids=["told", "not told"])
+    def test_whose_case_comes_true_are_what_is_proposed(self, is_before, is_told):
+        generation = make_generation()
+        propose(generation, 5, 6, 7, 8)
+        if is_before:
+            prepare(generation, T + 1, 77, 20, 21)
+        commit(generation, 3, num_accepted=1, token_id=77, is_told=is_told)
+        if not is_before:
+            assert proposed(generation.draft) == []
+            prepare(generation, T + 1, 77, 20, 21)
+        assert proposed(generation.draft) == [20, 21]
+        assert generation.stats.num_alternatives_used == 1
+        if not is_told:
+            generation.draft.commit()
+        propose(generation, 22, commit_index=1)
+        assert proposed(generation.draft) == [20, 21, 22]
+
+    @pytest.mark.parametrize("is_before", [True, False], ids=["here", "on their way"])
+    @pytest.mark.parametrize(("position", "token_id"), [(T + 1, 78), (T, 77), (T + 2, 77)])
+    def test_to_another_end_are_void(self, is_before, position, token_id):
+        generation = make_generation()
+        propose(generation, 5, 6, 7, 8)
+        if is_before:
+            prepare(generation, position, token_id, 20, 21)
+        commit(generation, 3, num_accepted=1, token_id=77)
+        if not is_before:
+            prepare(generation, position, token_id, 20, 21)
+        assert proposed(generation.draft) == []
+        assert generation.stats.num_alternatives_used == 0
+
+    def test_to_a_round_that_was_accepted_are_void(self):
+        generation = make_generation()
+        propose(generation, 5, 6, 7, 8)
+        prepare(generation, T + 1, 77, 20)
+        commit(generation, 2, num_accepted=2)
+        prepare(generation, T + 2, 78, 21)  # of the round before, on its way when the draft was told
+        commit(generation, 2, num_accepted=0, token_id=78)
+        assert proposed(generation.draft) == []
+
+    def test_are_kept_until_the_draft_is_told_of_a_commit(self):
+        """It then looks at all that was committed since it last was told."""
+        generation = make_generation()
+        propose(generation, 5, 6, 7, 8)
+        prepare(generation, T + 1, 77, 20, 21)
+        commit(generation, 1, num_accepted=1, is_told=False)
+        commit(generation, 1, num_accepted=0, token_id=77, is_told=False)
+        assert proposed(generation.draft) == [20, 21]
+
+    def test_that_a_further_round_agrees_with_are_used_from_there(self):
+        generation = make_generation()
+        propose(generation, 5, 6)
+        commit(generation, 2, num_accepted=0, token_id=77)
+        commit(generation, 0, 0, token_id=20)
+        prepare(generation, T, 77, 20, 21)
+        assert proposed(generation.draft) == [21]
+
+    def test_that_a_further_round_contradicts_are_void_and_so_is_what_was_drafted_behind_them(self):
+        generation = make_generation()
+        propose(generation, 5, 6)
+        commit(generation, 2, num_accepted=0, token_id=77)
+        commit(generation, 0, 0, token_id=30)
+        prepare(generation, T, 77, 20, 21)
+        generation.draft.on_response(response(T + 3, [22], [*PROMPT_IDS, 77, 20, 21], commit_index=1))
+        assert proposed(generation.draft) == []
+        propose(generation, 31, commit_index=2)
+        assert proposed(generation.draft) == [31]
+
+    def test_of_tokens_that_the_target_does_not_have_break_the_protocol(self):
+        generation = make_generation()
+        propose(generation, 5, 6)
+        prepare(generation, T, 77, 100)
+        with pytest.raises(ServiceFailedError, match="token 100, which the target does not have"):
+            commit(generation, 2, num_accepted=0, token_id=77)
+
+    @pytest.mark.parametrize(
+        ("settings", "most"),
+        [
+            ({}, 2),
+            ({"greedy_draft": True}, 4),
+            ({"coupling": "gumbel"}, 4),
+            ({"num_alternatives": 7}, 7),
+            ({"num_alternatives": 0}, 0),
+            ({"overlap": False}, 0),
+            ({"acceptance": "block"}, 0),
+            ({"method": "draft"}, 0),
+        ],
+    )
+    def test_are_asked_for_where_they_are_of_use(self, settings, most):
+        assert make_generation(**settings).draft.open().open.max_alternatives == most
+
+    @pytest.mark.parametrize("number", [-1, 2.5, True])
+    def test_a_number_that_is_none_is_refused(self, number):
+        with pytest.raises(InvalidRequestError, match="num_alternatives"):
+            SpeculationParams(num_alternatives=number)

@@ -69,10 +69,9 @@ def draft(rows, temperatures, uniform=0.5, max_support=10**6, min_prob=MIN_SUPPO
     number = len(rows)
     points = np.broadcast_to(np.asarray(uniform, dtype=float), number).copy()
     limits = np.full(number, max_support)
-    parts = draft_rows(
-        rows, np.full(number, rows.shape[1]), np.asarray(temperatures, dtype=float), min_prob, limits, points
-    )
-    ids, weights, sizes, places, finite = parts
+    sizes = np.full(number, rows.shape[1])
+    parts = draft_rows(rows, sizes, np.asarray(temperatures, dtype=float), min_prob, limits, points, 0)
+    ids, weights, sizes, places, finite = parts[:5]
     assert len(ids) == len(weights) == sizes.sum()
     borders = sizes.cumsum()[:-1]
     return list(zip(np.split(ids, borders), np.split(weights, borders), places, finite, strict=True))
@@ -386,9 +385,9 @@ class TestBothPaths:
         assert (rows.support_probs[0].tolist(), rows.outside_masses[0]) == ([1.0], 0.0)
 
 
-def unfair_draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points):
+def unfair_draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points, num_others):
     """Broken: squares the uniforms, so that low ids are drawn too often."""
-    return host_rows.draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points**2)
+    return host_rows.draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points**2, num_others)
 
 
 def unfair_target_rows(rows, temperatures, ids, sizes, points):

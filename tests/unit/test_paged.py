@@ -5,6 +5,8 @@ Shapes: T rows of the packed row, N sequences.
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import numpy as np
 import pytest
 import torch
@@ -95,7 +97,9 @@ class TestCache:
 
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["append", "append", "truncate", "clear", "fail"]), st.integers(0, 3), st.integers(0, 12)
+        st.sampled_from(["append", "append", "truncate", "clear", "fail", "copy"]),
+        st.integers(0, 3),
+        st.integers(0, 12),
     ),
     max_size=60,
 )
@@ -115,6 +119,12 @@ def test_any_history_of_several_sequences_is_that_of_plain_lists(operations):
             new = [1000 * step + offset for offset in range(number)]
             memory[torch.from_numpy(grow(cache, number))] = torch.tensor(new, dtype=torch.float64)
             tokens += new
+        elif kind == "copy":
+            length = min(number, len(lists[index - 1]))
+            pairs = zip(tokens, lists[index - 1][:length], strict=False)
+            cache.truncate(sum(takewhile(bool, (ours == theirs for ours, theirs in pairs))))
+            cache.copy_from(caches[index - 1], length)
+            tokens[:] = lists[index - 1][:length]
         elif kind == "fail":  # a pass that raised
             memory[torch.from_numpy(cache.reserve(number))] = -1.0
             cache.truncate(cache.length)

@@ -15,6 +15,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from outrider import probs as probs_module
 from outrider.probs import (
     MIN_SUPPORT_PROB,
+    draft_tokens,
     draw_drafts,
     greedy_drafts,
     greedy_target_rows,
@@ -23,7 +24,8 @@ from outrider.probs import (
     probability_rows,
     read_target_rows,
 )
-from outrider.rng import Purpose, uniforms
+from outrider.race import race
+from outrider.rng import Noise, Purpose, uniforms
 from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 from outrider.warping import Warping
 
@@ -308,3 +310,56 @@ class TestOnHost:
         for actual, row in zip(elsewhere.support_probs, expected.support_probs, strict=True):
             assert actual.dtype == np.float64
             assert np.array_equal(actual, row)
+
+
+class TestOthers:
+    """The likeliest tokens that were not drawn, which every way to draw tells alike."""
+
+    LOGITS = logits_of(12, seed=8, std=3.0)
+    NUMBER = 3
+
+    def drafts(self, temperature: float, is_float32: bool, top_k: int = 0, limit: int = VOCAB_SIZE):
+        logits = self.LOGITS.float() if is_float32 else self.LOGITS.double()
+        points = uniforms(7, np.arange(len(logits)), Purpose.DRAFT).tolist()
+        warpings = [Warping(temperature, top_k)] * len(logits)
+        return draft_tokens(logits, warpings, [limit] * len(logits), points, self.NUMBER)
+
+    @pytest.mark.parametrize("is_float32", [True, False], ids=["compiled", "general"])
+    @pytest.mark.parametrize("temperature", [0.7, 1.0])
+    def test_of_a_drawn_token_are_the_likeliest_of_its_law(self, temperature, is_float32):
+        laws = probability_rows(self.LOGITS, [Warping(temperature)] * len(self.LOGITS))
+        for law, draft in zip(laws.tolist(), self.drafts(temperature, is_float32), strict=True):
+            likeliest = sorted((it for it in range(VOCAB_SIZE) if it != draft.token_id), key=law.__getitem__)
+            assert [token_id for token_id, _ in draft.others] == likeliest[-self.NUMBER :][::-1]
+            for token_id, prob in draft.others:
+                assert prob == pytest.approx(law[token_id], rel=1e-4)
+
+    @pytest.mark.parametrize("is_float32", [True, False], ids=["compiled", "general"])
+    def test_of_a_greedy_token_have_their_shares_among_themselves_and_it(self, is_float32):
+        for row, draft in zip(self.LOGITS, self.drafts(0.0, is_float32), strict=True):
+            ids = row.argsort(descending=True)[: self.NUMBER + 1]
+            shares = row[ids].double().softmax(-1)
+            assert [draft.token_id, *(token_id for token_id, _ in draft.others)] == ids.tolist()
+            assert [share for _, share in draft.others] == pytest.approx(shares[1:].tolist(), rel=1e-4)
+
+    def test_of_a_token_drawn_with_noise_are_those_that_would_arrive_next(self):
+        probs = probability_rows(self.LOGITS.double(), [Warping()] * len(self.LOGITS))
+        for position, row in enumerate(probs):
+            [draft] = draw_drafts(row[None], [VOCAB_SIZE], [Noise(3, position)], self.NUMBER)
+            arrived = [draft.token_id, *(token_id for token_id, _ in draft.others)]
+            for index, token_id in enumerate(arrived):
+                left = row.where(row >= MIN_SUPPORT_PROB, 0.0)
+                left[arrived[:index]] = 0.0
+                assert race(left[None], [Noise(3, position)]).item() == token_id
+
+    @pytest.mark.parametrize("is_float32", [True, False], ids=["compiled", "general"])
+    def test_there_are_no_more_than_are_possible(self, is_float32):
+        assert all(len(draft.others) <= 1 for draft in self.drafts(1.0, is_float32, top_k=2))
+        logits = torch.tensor([[0.0, -torch.inf, -torch.inf, -torch.inf]]).to(
+            torch.float32 if is_float32 else torch.float64
+        )
+        for temperature in (0.0, 1.0):
+            assert draft_tokens(logits, [Warping(temperature)], [9], [0.5], self.NUMBER)[0].others == ()
+
+    def test_none_are_told_where_none_are_asked_for(self):
+        assert draft_tokens(self.LOGITS, [Warping()] * 12, [9] * 12, [0.5] * 12)[0].others == ()

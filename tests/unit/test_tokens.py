@@ -73,6 +73,19 @@ def test_num_agreeing_counts_up_to_the_first_difference(held, start, span, num_a
     assert TokenLog(held).num_agreeing(start, span) == num_agreeing
 
 
+@given(data=st.data(), held=IDS, others=IDS)
+def test_becoming_the_beginning_of_another_log_keeps_what_they_share(data, held, others):
+    length = data.draw(st.integers(0, len(others)))
+    log, other = TokenLog(held), TokenLog(others)
+    unchanged = log.become(other, length)
+    assert log[:] == others[:length]
+    assert [log.digest(end) for end in range(length + 1)] == [other.digest(end) for end in range(length + 1)]
+    shared = [ours == theirs for ours, theirs in zip(held, others[:length], strict=False)]
+    assert unchanged == (shared.index(False) if False in shared else len(shared))
+    log.extend([3])
+    assert other[:] == others
+
+
 def test_an_empty_span_truncates():
     log = TokenLog([5, 6, 7])
     assert log.rewrite(1, []) == 1

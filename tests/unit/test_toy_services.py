@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from draft_service import drafter as drafter_module
-from draft_service.drafter import Commit, Drafted, Drafter, DraftOptions
+from draft_service import session as session_module
+from draft_service.drafter import Drafter
+from draft_service.session import Commit, Drafted, DraftOptions
 from outrider import wire
 from outrider.engine.engine import Engine
 from outrider.engine.kv_cache import SequenceCache
@@ -40,6 +41,7 @@ class TableRunner:
     def new_cache(self) -> SequenceCache:
         return SequenceCache()
 
+    @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         rows = []
         for feed in feeds:
@@ -160,7 +162,7 @@ def drafted_alone(num_tokens: int, prompt: tuple[int, ...] = PROMPT) -> list[int
     [(0, [1] * 6), (3, [1, 5]), (6, [4, 2]), (8, [6]), (20, [6])],
 )
 def test_proposals_that_are_wanted_together_come_together(monkeypatch, batch_until, sizes):
-    monkeypatch.setattr(drafter_module, "LONGEST_HOLD_S", 60.0)
+    monkeypatch.setattr(session_module, "LONGEST_HOLD_S", 60.0)
     emitted: SimpleQueue = SimpleQueue()
     with running(Drafter, toys.DRAFT_LOGITS) as drafter:
         drafter.open(OPTIONS, PROMPT, 8, batch_until, emitted.put)
@@ -171,7 +173,7 @@ def test_proposals_that_are_wanted_together_come_together(monkeypatch, batch_unt
 
 
 def test_a_proposal_waits_for_others_only_so_long(monkeypatch):
-    monkeypatch.setattr(drafter_module, "LONGEST_HOLD_S", 0.0)
+    monkeypatch.setattr(session_module, "LONGEST_HOLD_S", 0.0)
     emitted: SimpleQueue = SimpleQueue()
     with running(Drafter, toys.DRAFT_LOGITS) as drafter:
         drafter.open(OPTIONS, PROMPT, 8, 8, emitted.put)
@@ -181,13 +183,13 @@ def test_a_proposal_waits_for_others_only_so_long(monkeypatch):
 @pytest.mark.parametrize("agrees", [True, False])
 def test_a_commit_among_proposals_that_wait_sends_only_what_agrees_with_it(monkeypatch, agrees):
     """The commit decides the first of those that wait; only if it agrees may the others still be sent."""
-    monkeypatch.setattr(drafter_module, "LONGEST_HOLD_S", 60.0)
+    monkeypatch.setattr(session_module, "LONGEST_HOLD_S", 60.0)
     [drafted], start = drafted_alone(1), len(PROMPT)
     committed = TokenLog([*PROMPT, drafted if agrees else (drafted + 1) % toys.VOCAB_SIZE])
     emitted: SimpleQueue = SimpleQueue()
 
     def commit_when_some_wait() -> bool:
-        some_wait = len(session.held) >= 2
+        some_wait = len(session.main.held) >= 2
         if some_wait:
             drafter.commit(session, commit_of(1, committed, start, start + 12, start + 12))
         return some_wait

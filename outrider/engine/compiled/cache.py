@@ -32,6 +32,24 @@ class PanelCache(TokenCountedCache):
             self._copy_to(memory, capacity)
         self._memory, self.capacity, self.address = memory, capacity, memory.ctypes.data
 
+    def copy_from(self, other: PanelCache, length: int) -> None:
+        """See Cache. Whole panels of keys are copied: before the first new position they are alike already."""
+        width, start = self._width, self._length
+        if length <= start:
+            return
+        self.reserve(length)
+        (own_keys, own_values), (keys, values) = self._views(), other._views()
+        panels = slice(start // width, -(-length // width))
+        own_keys[:, :, panels] = keys[:, :, panels]
+        own_values[..., start:length, :] = values[..., start:length, :]
+        self._length = length
+
+    def _views(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return keys `[L, H, N / width, D, width]` and values `[L, H, D / width, N, width]`."""
+        (num_layers, _, num_heads), width = self._shape, self._width
+        keys = self._memory[:, 0].reshape(num_layers, num_heads, self.capacity // width, self._head_dim, width)
+        return keys, self._memory[:, 1].reshape(num_layers, num_heads, self._head_dim // width, self.capacity, width)
+
     def clear(self) -> None:
         """Forget everything and give the memory back."""
         self._length = self.capacity = self.address = 0

@@ -10,11 +10,11 @@ from outrider.host_rows import draft_rows
 
 
 @compiled()
-def draft(batch, sizes, model, scratch, vocab_sizes, temperatures, min_prob, max_supports, uniforms):
+def draft(batch, sizes, model, scratch, vocab_sizes, temperatures, min_prob, max_supports, uniforms, num_others):
     """Feed a batch with one row for each of its N sequences, and draw from it; feed what was drawn, and so on.
 
     Args:
-        vocab_sizes, temperatures, min_prob, max_supports: as for draft_rows.
+        vocab_sizes, temperatures, min_prob, max_supports, num_others: as for draft_rows.
         uniforms: `[number of draws, N]`.
 
     Returns:
@@ -26,23 +26,26 @@ def draft(batch, sizes, model, scratch, vocab_sizes, temperatures, min_prob, max
     capacity = num_draws * num_sequences
     all_sizes, all_places = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
     all_finite = np.empty(capacity, np.bool_)
+    all_others, all_other_probs = np.empty((capacity, num_others), np.int64), np.empty((capacity, num_others))
     all_ids, all_weights = np.empty(num_draws * logits.size, np.int64), np.empty(num_draws * logits.size, np.int64)
     drawn, end = np.zeros(num_sequences, np.int64), 0
     token_ids, starts, lengths, rows = batch.token_ids, batch.starts, batch.lengths, batch.rows
     for index in range(num_draws):
         part = Batch(token_ids, starts, lengths, batch.caches, batch.capacities, rows)
         forward(part, sizes, model, scratch, logits)
-        ids, weights, supports, places, finite = draft_rows(
-            logits, vocab_sizes, temperatures, min_prob, max_supports, uniforms[index]
+        ids, weights, supports, places, finite, others, other_probs = draft_rows(
+            logits, vocab_sizes, temperatures, min_prob, max_supports, uniforms[index], num_others
         )
         all_ids[end : end + len(ids)], all_weights[end : end + len(ids)] = ids, weights
         end += len(ids)
         here = slice(index * num_sequences, (index + 1) * num_sequences)
         all_sizes[here], all_places[here], all_finite[here] = supports, places, finite
+        all_others[here], all_other_probs[here] = others, other_probs
         first = 0
         for sequence in range(num_sequences):
             drawn[sequence] = ids[first + places[sequence]] if finite[sequence] else 0
             first += supports[sequence]
         lengths = lengths + (starts[1:] - starts[:-1])
         token_ids, starts, rows = drawn, np.arange(num_sequences + 1), np.arange(num_sequences)
-    return all_ids[:end].copy(), all_weights[:end].copy(), all_sizes, all_places, all_finite
+    drawn_by_row = (all_sizes, all_places, all_finite, all_others, all_other_probs)
+    return (all_ids[:end].copy(), all_weights[:end].copy(), *drawn_by_row)

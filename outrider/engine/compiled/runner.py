@@ -82,6 +82,7 @@ class CompiledLlamaRunner:
             MIN_SUPPORT_PROB,
             sampling.max_supports,
             sampling.uniforms,
+            sampling.num_others,
         )
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids) + num_draws - 1)
