@@ -51,6 +51,7 @@ class Settings:
     ignore_eos: bool = True  # all texts of one length, so that rates compare
     overlap: bool = True
     window: int | None = None
+    num_alternatives: int | None = None
     acceptance: Acceptance = "token"
     coupling: Coupling = "none"
 

@@ -72,6 +72,7 @@ def speculation_of(cell: Cell, settings: Settings) -> dict[str, Any]:
         "num_speculative_tokens": AUTO if is_auto else cell.num_speculative_tokens,
         "overlap": settings.overlap,
         "window": settings.window if cell.method == "speculative" else None,
+        "num_alternatives": settings.num_alternatives,
         "acceptance": settings.acceptance,
         "coupling": settings.coupling,
     }

@@ -75,6 +75,12 @@ class Length(click.ParamType):
         return int(value)
 
 
+ahead_options = add_options(
+    click.option("--overlap/--no-overlap", default=True, help="Let the draft go on while the target verifies."),
+    click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text; 2 K with overlap, else K."),
+    click.option("--num-alternatives", type=click.IntRange(0), help="Other ends of a round that the draft prepares for meanwhile; 4, or 2 where tokens are drawn without a coupling."),
+)  # fmt: skip
+
 rule_options = add_options(
     click.option("--acceptance", type=click.Choice(ACCEPTANCES), default="token", help="Judge proposals one by one, or a round's together: more are kept, of the same law, but a seed's text then depends on K and on where rounds end."),
     click.option("--coupling", type=click.Choice(COUPLINGS), default="none", help="gumbel: draft and target draw with the same noise, and tokens alone cross the wire. A seed's text is then the target's own, with any draft or none."),
@@ -83,11 +89,9 @@ rule_options = add_options(
 speculation_options = add_options(
     click.option("--method", type=click.Choice(METHODS), default="speculative", help="The pair, the target alone, or the draft alone."),
     click.option("-k", "--num-speculative-tokens", type=Length(), default=AUTO, help="K: most proposals in a round; `auto` picks the fastest, round by round."),
-    click.option("--overlap/--no-overlap", default=True, help="Let the draft go on while the target verifies."),
-    click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text; 2 K with overlap, else K."),
+    ahead_options,
     click.option("--max-support", type=click.IntRange(0), default=0, help="Most tokens in a proposal's support; 0: the service's limit."),
     click.option("--min-draft-prob", type=click.FloatRange(0, 1), default=0.0, help="Stop drafting after a less probable token."),
-    click.option("--num-alternatives", type=click.IntRange(0), help="Other ends of a round that the draft prepares for; 4, or 2 where tokens are drawn without a coupling."),
     click.option("--greedy-draft", is_flag=True, help="Propose the likeliest token, with a support of one."),
     rule_options,
 )  # fmt: skip

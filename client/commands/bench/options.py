@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from client.commands.options import add_options, address_options, as_json, rule_options
+from client.commands.options import add_options, address_options, ahead_options, as_json, rule_options
 from client.params import AUTO, METHODS
 
 COMMAND_SETTINGS = {"show_default": True, "auto_envvar_prefix": "OUTRIDER_BENCH"}
@@ -74,8 +74,7 @@ text_options = add_options(
     click.option("--repetitions", type=click.IntRange(1), default=5),
     click.option("--warm-up", type=click.IntRange(0), default=1, help="Repetitions beforehand that do not count."),
     click.option("--seed", type=int, default=0),
-    click.option("--overlap/--no-overlap", default=True, help="Let the draft go on while the target verifies."),
-    click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text."),
+    ahead_options,
     rule_options,
 )  # fmt: skip
 
