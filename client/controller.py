@@ -8,7 +8,8 @@ a_i once those before it were, commits on average
 tokens (the last one decided is committed whether it was accepted or replaced), and one with K = 0 commits one. Its
 seconds are taken to be R(K) = c + b K for K ≥ 1: b is what one more proposal costs, in drafting and in verifying. The
 line is fitted to the rounds that there were; where they say nothing yet about b, all that they took longer than R(0)
-is laid to their proposals. R(0), which leaves the draft out, is measured by itself.
+is laid to their proposals. Passes of some lengths take longer than a line says, so what those of K tokens have taken
+beyond a line of their own is added. R(0), which leaves the draft out, is measured by itself.
 
 Trying the draft costs time where it is of no use, so it is done on a budget, as a conservative bandit does (Wu et al.,
 arXiv 1602.04282). The account is kept in tokens: a round with K ≥ 1 that took s seconds for n tokens has won
@@ -34,6 +35,7 @@ FIRST = 2  # with which a look at the draft begins
 MEMORY = 0.985  # weight of a round, against the one after it
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.65, 3.0
 PRIOR_SLOPE_ROUNDS = 3.0  # weight of the stand-in for b
+PRIOR_BEND_ROUNDS = 2.0  # weight of a pass that takes as long as the line says
 MARGIN = 0.03  # K = 0 is left only for a gain of more than this share
 REVIEW_EVERY = 4  # rounds between looks at the rates, which move slowly
 VARY_EVERY = 6  # rounds between small steps away from the best K, which the line needs
@@ -241,6 +243,7 @@ class LoadSpeed:
         self.num_rounds = 0
         self.rounds = Line(memory)  # seconds over K, K ≥ 1
         self.forward = Line(memory)  # the target's seconds over K
+        self.forward_of = [Average(memory) for _ in range(MOST + 1)]  # and for each K
         self.round_alone = Average(memory)  # K = 0
         self.draft_token = Average(memory)
         self.longest = FIRST  # K that there was so far
@@ -254,6 +257,7 @@ class LoadSpeed:
         self.longest = max(self.longest, times.num_proposals)
         self.rounds.add(times.num_proposals, times.round_s)
         self.forward.add(times.num_proposals, times.target_forward_s)
+        self.forward_of[min(times.num_proposals, MOST)].add(times.target_forward_s)
         if times.draft_token_s:
             self.draft_token.add(times.draft_token_s)
 
@@ -288,9 +292,15 @@ class LoadSpeed:
             return rates
         slope = self.rounds.slope(self._expected_slope)
         for length in range(1, min(2 * self.longest + 1, len(tokens))):
-            seconds = self.rounds.at(length, slope)
+            seconds = self.rounds.at(length, slope) + self._bend(length)
             rates[length] = tokens[length] / seconds if seconds > 0 else 0.0
         return rates
+
+    def _bend(self, length: int) -> float:
+        """Return the seconds by which passes of K tokens are off the line."""
+        seen = self.forward_of[length]
+        off = seen.mean - self.forward.at(length, self.forward.slope(0.0))
+        return off * seen.weight / (seen.weight + PRIOR_BEND_ROUNDS)
 
     @property
     def _expected_slope(self) -> float:
@@ -415,6 +425,7 @@ class FixedLength:
     """The same K for every round."""
 
     needs_draft = False
+    least_share = 1.0
 
     def __init__(self, length: int):
         self._length = length
@@ -434,6 +445,8 @@ class FixedLength:
 
 class LengthController:
     """Chooses K for one generation, round by round."""
+
+    least_share = 0.75  # of K, with which a round goes at once: the draft was asked for fewer before K grew
 
     def __init__(self, speed: PairSpeed, may_be_zero: bool, most: int = MOST):
         """With `may_be_zero` off, K is at least 1: then one seed gives one text."""

@@ -288,6 +288,8 @@ class Conversation:
         while (yield from self._poll()):
             pass
         wanted = self._draft.num_wanted
+        if len(self._draft.proposals) >= wanted * self._lengths.least_share:
+            wanted = min(wanted, len(self._draft.proposals))
         while self._is_worth_waiting(wanted):
             left = waited_from + self._patience.draft_wait_s - self._clock()
             if left <= 0:

@@ -151,12 +151,18 @@ class AnyLengths:
         return self._random.choice([0, 0, 1, 2, 3, 5])
 
     @property
+    def least_share(self) -> float:
+        return self._random.choice([0.3, 0.75, 1.0])
+
+    @property
     def needs_draft(self) -> bool:
         return self._random.random() < 0.5
 
 
 class Scripted:
     """Lengths, and what is said of the draft at each, in this order; the last ones again for ever."""
+
+    least_share = 1.0
 
     def __init__(self, lengths: list[int], needs_draft: list[int]):
         self._lengths, self._needs_draft, self.num_asked = lengths, needs_draft, 0
