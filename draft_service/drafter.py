@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 GREEDY = Warping(temperature=0.0)
 WARM_UP_WINDOW = 8
+MOST_PATHS = 64  # that an accelerator drafts for little more time than it needs for one
 LONGEST_DEAFNESS_S = 0.002  # commits wait no longer for drafts that are made in one go
 
 
@@ -135,12 +136,23 @@ class Drafter:
         if not session.may_fork:
             return
         base, main = session.num_committed, session.main.sequence
-        for index, alternative in enumerate(session.likely_alternatives()):
+        for index, alternative in enumerate(session.likely_alternatives(self._most_forks)):
             if index == len(session.forks):
                 session.forks.append(Path(session, EngineSequence(is_spare=True)))
                 self._engine.add(session.forks[index].sequence)
             if self._engine.follow(session.forks[index].sequence, main, base + alternative.index):
                 session.begin_fork(session.forks[index], alternative)
+
+    @property
+    def _most_forks(self) -> int:
+        """How many forks each session may have.
+
+        On a CPU none with several sessions: they take time that main paths need, and what else runs there.
+        """
+        num_sessions = len(self._sessions)
+        if self._engine.runner.device.type == "cpu" and num_sessions > 1:
+            return 0
+        return max(0, MOST_PATHS // num_sessions - 1)
 
     def _draft_several(self, paths: list[Path]) -> bool:
         """Draft what the paths want in one go, if the engine can; return whether it did.

@@ -300,15 +300,15 @@ class Session:
 
     # Forks.
 
-    def likely_alternatives(self) -> list[Alternative]:
-        """Return what to prepare for; once for every commit."""
+    def likely_alternatives(self, most: int) -> list[Alternative]:
+        """Return at most so many ends of the round to prepare for; once for every commit."""
         self._has_forked = True
         base = self.num_committed
         in_round = self.main.drafts[: self.batch_until - base]
         is_judged = not (self.options.warping.is_greedy or self.options.is_coupled)
         uniforms = [self._accept.at(base + index) for index in range(len(in_round))] if is_judged else None
         has_room = [it for it in likely_alternatives(in_round, uniforms) if base + it.index + 1 < self.main.end]
-        return has_room[: self.options.max_alternatives]
+        return has_room[: min(most, self.options.max_alternatives)]
 
     def begin_fork(self, fork: Path, alternative: Alternative) -> None:
         """Have a fork, whose sequence is the main one's up to the alternative, prepare for it."""

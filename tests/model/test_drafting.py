@@ -82,6 +82,7 @@ def test_forks_draft_what_they_draft_one_by_one_and_leave_the_main_path_as_it_is
             if message.alternatives
         ]
 
+    monkeypatch.setattr(Drafter, "_most_forks", 3)
     plain, _ = drafted(runner, temperature, 4)
     together, emitted = drafted(runner, temperature, 4, max_alternatives=3)
     assert list(map(ids_of, together)) == list(map(ids_of, plain))

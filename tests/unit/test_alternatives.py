@@ -8,6 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 
 from draft_service.alternatives import Alternative, likely_alternatives
 from draft_service.drafter import Drafter
@@ -209,8 +210,20 @@ def test_whatever_is_committed_and_whenever_what_is_sent_is_what_would_be_drafte
     assert num_used > 2
 
 
-def test_none_are_drafted_while_a_client_waits_for_proposals():
+@pytest.mark.parametrize(
+    ("device", "num_sessions", "most"),
+    [("cpu", 1, 63), ("cpu", 2, 0), ("cuda", 2, 31), ("cuda", 40, 0), ("cuda", 99, 0)],
+)
+def test_sessions_share_what_a_pass_has_room_for(device, num_sessions, most):
+    bench = Bench()
+    bench.engine.runner.device = torch.device(device)
+    bench.drafter._sessions *= num_sessions
+    assert bench.drafter._most_forks == most
+
+
+def test_none_are_drafted_while_a_client_waits_for_proposals(monkeypatch):
     """A second session joins when the first is about to fork: its round comes first."""
+    monkeypatch.setattr(Drafter, "_most_forks", OPTIONS.max_alternatives)
     bench = Bench(window=LENGTH)
     while bench.session.wants_token:
         bench.drafter._step()

@@ -35,6 +35,8 @@ NUM_STEPS = 40
 class TableRunner:
     """Stands for ModelRunner: its cache entries are the tokens, its rows those of a toy model."""
 
+    device = torch.device("cpu")
+
     def __init__(self, logits) -> None:
         self._logits = torch.from_numpy(logits)
 
