@@ -437,7 +437,8 @@ class Conversation:
         try:
             self._draft.on_response(event.message)
             self._draft_failures = 0
-            if num_drafted := len(event.message.proposals):
+            num_drafted = len(event.message.proposals)
+            if num_drafted and not event.message.alternatives:  # which the same passes have drafted
                 self._stats.draft_forward_s.append(event.message.timing.forward_ms / 1000 / num_drafted)
         except CacheMismatchError:
             self._stats.num_cache_mismatches += 1

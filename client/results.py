@@ -64,7 +64,7 @@ class GenerationStats:
     num_target_retries: int = 0
     num_cache_mismatches: int = 0
     rounds: list[RoundStats] = field(default_factory=list)
-    draft_forward_s: list[float] = field(default_factory=list)  # of one token, a mean over each message from the draft
+    draft_forward_s: list[float] = field(default_factory=list)  # of one token, a mean over a message of proposals alone
 
     @property
     def acceptance_rate(self) -> float:

@@ -9,17 +9,22 @@ Shapes: N rows, V vocabulary size, S tokens of a support.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from outrider.compiling import SUMS, compiled, exponential, largest
+from outrider.rng import KEY_INCREMENTS, MULTIPLIERS, Noise, Purpose, key_of
 from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 
 GIVEN = -1.0
+_NOISE = int(Purpose.NOISE)
+_JUST_BELOW_ONE = 1 - 1e-12  # for the last bits of a product and a logarithm
 _BLOCK = 64  # weights that are summed before the draw looks for its place among them
 
 
 @compiled()
-def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms, num_others):
+def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms, noises, num_others):
     """Truncate each of `rows` `[N, V]` to its support, round that to whole weights, and draw a token.
 
     The support is every token of at least `min_prob`, or as the likeliest; of these the `max_supports` likeliest.
@@ -27,6 +32,7 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
     Args:
         vocab_sizes: `[N]` int64; what a row holds from there on does not count.
         temperatures, max_supports, uniforms: `[N]` float64, int64, float64.
+        noises: `[N, 4]` uint64, by noise_addresses: where it tells of noise, that takes the place of the uniform.
         num_others: how many of the likeliest tokens that were not drawn are told.
 
     Returns:
@@ -47,12 +53,16 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
             continue
         finite[row] = True
         size = _support(probs, total, min_prob, max_supports[row], ids[first:], weights[first:])
-        sizes[row], places[row] = size, _place(weights[first : first + size], uniforms[row])
-        drawn = ids[first + places[row]]
+        support, sizes[row] = ids[first : first + size], size
+        if noises[row, 0]:
+            places[row] = _race_among(support, probs, noises[row], others[row], other_probs[row])
+            first += size
+            continue
+        places[row] = _place(weights[first : first + size], uniforms[row])
         first += size
-        _find_others(scores, drawn, others[row])
+        _find_others(scores, support[places[row]], others[row])
         if temperatures[row] == 0:
-            _shares(scores, drawn, others[row], other_probs[row])
+            _shares(scores, support[places[row]], others[row], other_probs[row])
         else:
             for place in range(num_others):
                 other_probs[row, place] = probs[others[row, place]] / total
@@ -60,11 +70,12 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
 
 
 @compiled()
-def target_rows(rows, temperatures, ids, sizes, uniforms):
+def target_rows(rows, temperatures, ids, sizes, uniforms, noises):
     """Read `rows` `[N, V]` on supports, and draw a token from what rounding down and the other ids leave of each.
 
     Args:
         temperatures, sizes, uniforms: `[N]` float64, int64, float64; `sizes` are those of the supports.
+        noises: as for draft_rows.
         ids: the supports' ids one after the other, int64.
 
     Returns:
@@ -75,7 +86,7 @@ def target_rows(rows, temperatures, ids, sizes, uniforms):
     told, masses, token_ids = np.zeros(len(ids)), np.zeros(num_rows), np.zeros(num_rows, np.int64)
     finite = np.zeros(num_rows, np.bool_)
     probs, left = np.empty(vocab_size, rows.dtype), np.empty(vocab_size)
-    sums = np.empty(-(-vocab_size // _BLOCK))
+    sums, complements = np.empty(-(-vocab_size // _BLOCK)), np.empty(vocab_size + 1)
     end = 0
     for row in range(num_rows):
         first, end = end, end + sizes[row]
@@ -91,8 +102,18 @@ def target_rows(rows, temperatures, ids, sizes, uniforms):
             told[place] = np.floor(prob / PROB_UNIT) * PROB_UNIT
             left[ids[place]] = prob - told[place]
         masses[row] = _block_sums(left, sums)
-        token_ids[row] = _draw(left, sums, uniforms[row] * masses[row])
+        if noises[row, 0]:
+            token_ids[row] = _race(left, noises[row], complements)
+        else:
+            token_ids[row] = _draw(left, sums, uniforms[row] * masses[row])
     return told, masses, token_ids, finite
+
+
+def noise_addresses(numbers: Sequence[object]) -> np.ndarray:
+    """Return `[N, 4]` uint64: 1, the two words of its seed, and its position, for each Noise; 0 for every uniform."""
+    return np.array(
+        [[1, *key_of(it.seed), it.position] if isinstance(it, Noise) else [0] * 4 for it in numbers], dtype=np.uint64
+    ).reshape(-1, 4)
 
 
 @compiled(on_disk=False)
@@ -177,6 +198,69 @@ def _place(weights, uniform):
         if cumulative > point:
             return index
     return len(weights) - 1
+
+
+@compiled(on_disk=False)
+def _noise_words(noise, pair):
+    """Return two words of Philox for the ids 2 · pair and 2 · pair + 1, as rng.noise_bits has them: 52 bits each."""
+    low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
+    word0, word1, word2, word3 = noise[3], np.uint64(pair), np.uint64(_NOISE), np.uint64(0)
+    key0, key1 = noise[1], noise[2]
+    for _ in range(10):
+        product0, product1 = word0 * np.uint64(MULTIPLIERS[0]), word2 * np.uint64(MULTIPLIERS[1])
+        word0, word1 = (product1 >> high) ^ word1 ^ key0, product1 & low
+        word2, word3 = (product0 >> high) ^ word3 ^ key1, product0 & low
+        key0, key1 = (key0 + np.uint64(KEY_INCREMENTS[0])) & low, (key1 + np.uint64(KEY_INCREMENTS[1])) & low
+    six, shift = np.uint64(6), np.uint64(26)
+    return ((word0 >> six) << shift) + (word1 >> six), ((word2 >> six) << shift) + (word3 >> six)
+
+
+@compiled(on_disk=False)
+def _complement(bits):
+    """Return 1 − u, exactly, of the uniform u that 52 bits stand for: an odd multiple of 2^-53."""
+    return 1 - (np.float64(bits) + 0.5) * 2.0**-52
+
+
+@compiled(on_disk=False)
+def _race(weights, noise, complements):
+    """Return the id that arrives first (outrider.race), each at the time E / weight `[V]`; `complements` is room.
+
+    E = −log u is never less than 1 − u, so that few logarithms are needed.
+    """
+    vocab_size = len(weights)
+    for pair in range((vocab_size + 1) // 2):
+        even, odd = _noise_words(noise, pair)
+        complements[2 * pair], complements[min(2 * pair + 1, vocab_size)] = _complement(even), _complement(odd)
+    winner, highest = 0, 0.0
+    for token_id in range(vocab_size):
+        if weights[token_id] > highest * complements[token_id] * _JUST_BELOW_ONE:
+            rate = weights[token_id] / -np.log(1 - complements[token_id])
+            if rate > highest:
+                winner, highest = token_id, rate
+    return winner
+
+
+@compiled(on_disk=False)
+def _race_among(ids, probs, noise, others, shares):
+    """Return the place among `ids` `[S]` of the one that arrives first; write the next ones, and their shares.
+
+    A share is that in the rates of all of them, the first one's included.
+    """
+    rates = np.empty(len(ids))
+    for place in range(len(ids)):
+        even, odd = _noise_words(noise, ids[place] >> 1)
+        rates[place] = probs[ids[place]] / -np.log(1 - _complement(odd if ids[place] & 1 else even))
+    first = int(rates.argmax())
+    total = rates[first]
+    rates[first] = -1.0
+    for index in range(min(len(others), len(ids) - 1)):
+        place = int(rates.argmax())
+        others[index], shares[index] = ids[place], rates[place]
+        total += rates[place]
+        rates[place] = -1.0
+    for index in range(len(others)):
+        shares[index] /= total
+    return first
 
 
 @compiled(on_disk=False)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import torch
 
-from outrider.host_rows import GIVEN, draft_rows, target_rows
+from outrider.host_rows import GIVEN, draft_rows, noise_addresses, target_rows
 from outrider.race import race, rates_among
 from outrider.rng import Noise
 from outrider.scales import round_down, whole_weights
@@ -105,29 +105,31 @@ def _drafts_on_host(
     num_others: int,
 ) -> list[Draft | None]:
     """Return a draft for each of `rows` `[N, V]`, as host_rows reads them; None where the row is no law."""
-    uniforms = np.array([0.0 if isinstance(number, Noise) else number for number in numbers])
-    vocab_sizes = np.full(len(rows), rows.shape[1])
-    limits = np.array(max_supports)
-    drafts = drafts_of(draft_rows(rows, vocab_sizes, temperatures, MIN_SUPPORT_PROB, limits, uniforms, num_others))
-    for index, (row, number, draft) in enumerate(zip(rows, numbers, drafts, strict=True)):
-        if draft and isinstance(number, Noise):
-            drafts[index] = _draw_draft(draft.support_ids, row[draft.support_ids], number, num_others)
-    return drafts
+    vocab_sizes, limits = np.full(len(rows), rows.shape[1]), np.array(max_supports)
+    uniforms, noises = _uniforms_and_noises(numbers)
+    parts = draft_rows(rows, vocab_sizes, temperatures, MIN_SUPPORT_PROB, limits, uniforms, noises, num_others)
+    return drafts_of(parts, noises[:, 0])
 
 
-def drafts_of(parts: Sequence[np.ndarray]) -> list[Draft | None]:
-    """Return the drafts that host_rows.draft_rows tells by its parts; None for rows that are no law."""
+def drafts_of(parts: Sequence[np.ndarray], are_coupled: np.ndarray) -> list[Draft | None]:
+    """Return the drafts that host_rows.draft_rows tells by its parts; None for rows that are no law.
+
+    Those drawn with noise, which `are_coupled` `[N]` tells, are without their supports.
+    """
     all_ids, all_weights, *by_row = parts
     drafts: list[Draft | None] = []
     end = 0
-    for size, place, is_finite, others, probs in zip(*(part.tolist() for part in by_row), strict=True):
+    columns = (part.tolist() for part in (*by_row, are_coupled))
+    for size, place, is_finite, others, probs, is_coupled in zip(*columns, strict=True):
         first, end = end, end + size
         if not is_finite:
             drafts.append(None)
             continue
         ids, weights = all_ids[first:end], all_weights[first:end]
         possible = tuple((other, prob) for other, prob in zip(others, probs, strict=True) if prob)
-        drafts.append(Draft(int(ids[place]), ids, weights, float(weights[place] / weights.sum()), possible))
+        token_prob = float(weights[place] / weights.sum())
+        told = slice(0, 0) if is_coupled else slice(None)
+        drafts.append(Draft(int(ids[place]), ids[told], weights[told], token_prob, possible))
     return drafts
 
 
@@ -173,7 +175,7 @@ def draft_tokens(
     num_others: int = 0,
 ) -> list[Draft | None]:
     """Draw a token for each row of `logits` `[N, V]` under its warping, as draw_drafts does; None for no law."""
-    if _is_compiled(logits, warpings, numbers):
+    if _is_compiled(logits, warpings):
         return _drafts_on_host(logits.numpy(), _temperatures(warpings), max_supports, numbers, num_others)
     logits, finite = _only_finite(logits)
     if all(warping.is_greedy for warping in warpings) and not _have_noise(numbers):
@@ -185,12 +187,13 @@ def draft_tokens(
 
 @dataclass(frozen=True)
 class PlainSampling:
-    """How compiled code draws n tokens for each of N sequences one after the other: without filters and noise."""
+    """How compiled code draws n tokens for each of N sequences one after the other: without filters."""
 
     vocab_sizes: np.ndarray  # [N] int64; no id from there on is drawn
     temperatures: np.ndarray  # [N] float64
     max_supports: np.ndarray  # [N] int64
     uniforms: np.ndarray  # [n, N] float64
+    noises: np.ndarray  # [n, N, 4] uint64; host_rows.noise_addresses
     num_others: int  # as for draw_drafts
 
     @classmethod
@@ -203,21 +206,34 @@ class PlainSampling:
         num_others: int = 0,
     ) -> PlainSampling | None:
         """Return it for `numbers` `[n, N]`; None where it is not so plain."""
-        if not _are_plain(warpings, numbers[0]):
+        if not _are_plain(warpings):
             return None
+        uniforms, noises = _uniforms_and_noises(list(chain.from_iterable(numbers)))
+        shape = (len(numbers), len(warpings))
         return cls(
-            np.array(vocab_sizes), _temperatures(warpings), np.array(max_supports), np.array(numbers), num_others
+            np.array(vocab_sizes),
+            _temperatures(warpings),
+            np.array(max_supports),
+            uniforms.reshape(shape),
+            noises.reshape(*shape, 4),
+            num_others,
         )
 
 
-def _is_compiled(logits: torch.Tensor, warpings: Sequence[Warping], numbers: Sequence[float | Noise]) -> bool:
+def _uniforms_and_noises(numbers: Sequence[float | Noise]) -> tuple[np.ndarray, np.ndarray]:
+    """Return `[N]` float64 with 0 in the place of noise, and its addresses `[N, 4]`, as host_rows reads them."""
+    uniforms = np.array([0.0 if isinstance(number, Noise) else number for number in numbers])
+    return uniforms, noise_addresses(numbers)
+
+
+def _is_compiled(logits: torch.Tensor, warpings: Sequence[Warping]) -> bool:
     """Return whether compiled code reads the rows from their logits on."""
-    return lies_on_host(logits) and logits.dtype == torch.float32 and _are_plain(warpings, numbers)
+    return lies_on_host(logits) and logits.dtype == torch.float32 and _are_plain(warpings)
 
 
-def _are_plain(warpings: Sequence[Warping], numbers: Sequence[float | Noise]) -> bool:
-    """Return whether rows are drawn from without filters and noise."""
-    return not any(warping.has_filters for warping in warpings) and not _have_noise(numbers)
+def _are_plain(warpings: Sequence[Warping]) -> bool:
+    """Return whether rows are drawn from without filters."""
+    return not any(warping.has_filters for warping in warpings)
 
 
 def _have_noise(numbers: Sequence[float | Noise]) -> bool:
@@ -284,7 +300,7 @@ def read_target_rows(
     Left are the other ids and what rounding takes from those of the support, so that nothing of the law is lost. The
     mass outside is summed, not subtracted from 1, so that a small one keeps its precision.
     """
-    if lies_on_host(probs) and not _have_noise(numbers):
+    if lies_on_host(probs):
         return _rows_on_host(probs.numpy(), np.full(len(probs), GIVEN), supports, numbers)[0]
     sizes = [len(support) for support in supports]
     told, masses, token_ids = _read_with_torch(probs, np.concatenate(supports), sizes, numbers)
@@ -292,11 +308,11 @@ def read_target_rows(
 
 
 def _rows_on_host(
-    rows: np.ndarray, temperatures: np.ndarray, supports: Sequence[np.ndarray], uniforms: Sequence[Any]
+    rows: np.ndarray, temperatures: np.ndarray, supports: Sequence[np.ndarray], numbers: Sequence[float | Noise]
 ) -> tuple[TargetRows, list[bool]]:
     """Return what `rows` `[N, V]` are on their supports, as host_rows reads them, and which of them are laws."""
     sizes = np.array([len(support) for support in supports])
-    parts = target_rows(rows, temperatures, np.concatenate(supports), sizes, np.array(uniforms))
+    parts = target_rows(rows, temperatures, np.concatenate(supports), sizes, *_uniforms_and_noises(numbers))
     told, masses, token_ids, finite = parts
     ends = sizes.cumsum().tolist()
     told_by_row = [told[end - len(support) : end] for end, support in zip(ends, supports, strict=True)]
@@ -323,7 +339,7 @@ def read_logits(
     numbers: Sequence[float | Noise],
 ) -> tuple[TargetRows, list[bool]]:
     """Read `logits` `[N, V]` under their warpings as read_target_rows reads laws; tell also which rows are laws."""
-    if _is_compiled(logits, warpings, numbers):
+    if _is_compiled(logits, warpings):
         return _rows_on_host(logits.numpy(), _temperatures(warpings), supports, numbers)
     logits, finite = _only_finite(logits)
     if all(warping.is_greedy for warping in warpings):

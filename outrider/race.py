@@ -27,27 +27,12 @@ def rates_among(token_ids: np.ndarray, weights: np.ndarray, noise: Noise) -> np.
     return weights / times[np.arange(len(token_ids)), token_ids & 1]
 
 
-def race_among(token_ids: np.ndarray, weights: np.ndarray, noise: Noise) -> int:
-    """Return the index of the winner among `token_ids` `[S]`, whose law is in proportion to `weights` `[S]`."""
-    return 0 if len(token_ids) == 1 else int(rates_among(token_ids, weights, noise).argmax())
-
-
 def race(weights: torch.Tensor, noises: Sequence[Noise]) -> torch.Tensor:
     """Return the winners `[N] int64` of the rows of `weights` `[N, V]`, on their device."""
-    if weights.device.type == "cpu":  # numpy is the faster there, row by row
-        return torch.tensor([_race_on_host(row.numpy(), noise) for row, noise in zip(weights, noises, strict=True)])
     num_rows = max(1, MAX_ELEMENTS // weights.shape[-1])
     starts = range(0, len(noises), num_rows)
     parts = [race_on_device(weights[start : start + num_rows], noises[start : start + num_rows]) for start in starts]
     return torch.cat(parts)
-
-
-def _race_on_host(weights: np.ndarray, noise: Noise) -> int:
-    possible = np.flatnonzero(weights)
-    if len(possible) < len(weights) // 2:  # as filters leave it
-        return int(possible[race_among(possible, weights[possible], noise)])
-    times = _times_on_host(noise, np.arange((len(weights) + 1) // 2, dtype=np.uint64))
-    return int((weights / times.reshape(-1)[: len(weights)]).argmax())
 
 
 def race_on_device(weights: torch.Tensor, noises: Sequence[Noise]) -> torch.Tensor:

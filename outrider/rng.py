@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _NUM_ROUNDS = 10
 _LOW = 0xFFFFFFFF
 
@@ -41,14 +41,14 @@ def philox_words(counter: Sequence[Any], key: Sequence[Any]) -> list[Any]:
     """
     words, keys = list(counter), list(key)
     for _ in range(_NUM_ROUNDS):
-        products = (words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1])
+        products = (words[0] * MULTIPLIERS[0], words[2] * MULTIPLIERS[1])
         words = [
             ((products[1] >> 32) & _LOW) ^ words[1] ^ keys[0],  # the mask is for signs
             products[1] & _LOW,
             ((products[0] >> 32) & _LOW) ^ words[3] ^ keys[1],
             products[0] & _LOW,
         ]
-        keys = [(word + increment) & _LOW for word, increment in zip(keys, _KEY_INCREMENTS, strict=True)]
+        keys = [(word + increment) & _LOW for word, increment in zip(keys, KEY_INCREMENTS, strict=True)]
     return words
 
 

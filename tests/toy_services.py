@@ -31,7 +31,7 @@ from client.text import TextStream
 from outrider import wire
 from outrider.errors import FailedPreconditionError
 from outrider.probs import MIN_SUPPORT_PROB
-from outrider.race import race_among
+from outrider.race import rates_among
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.scales import round_down, whole_weights
 from outrider.tokens import TokenLog
@@ -63,7 +63,7 @@ class ToyModel:
 
 def draw(weights: np.ndarray, number: float | Noise) -> int:
     if isinstance(number, Noise):
-        return race_among(np.arange(len(weights)), weights, number)
+        return int(rates_among(np.arange(len(weights)), weights, number).argmax())
     cumulative = weights.cumsum()
     return int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
 
@@ -86,7 +86,7 @@ def draft_proposal(model: ToyModel, tokens: TokenLog, number: float | Noise, max
     """Return the proposal for the position behind `tokens`."""
     ids, probs = draft_law(model, tokens, max_support)
     if isinstance(number, Noise):
-        return draft_pb2.Proposal(token_id=ids[race_among(ids, probs, number)])
+        return draft_pb2.Proposal(token_id=ids[rates_among(ids, probs, number).argmax()])
     weights = whole_weights(probs)
     return draft_pb2.Proposal(
         token_id=ids[draw(weights, number)],

@@ -12,7 +12,7 @@ import torch
 from outrider import host_rows
 from outrider import probs as probs_module
 from outrider.compiling import compiled, exponential, largest
-from outrider.host_rows import GIVEN, draft_rows, target_rows
+from outrider.host_rows import GIVEN, draft_rows, noise_addresses, target_rows
 from outrider.probs import (
     MIN_SUPPORT_PROB,
     draft_tokens,
@@ -21,7 +21,8 @@ from outrider.probs import (
     read_logits,
     read_target_rows,
 )
-from outrider.rng import Purpose, uniforms
+from outrider.race import race
+from outrider.rng import Noise, Purpose, uniforms
 from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 from outrider.warping import COLDEST, Warping
 
@@ -70,7 +71,9 @@ def draft(rows, temperatures, uniform=0.5, max_support=10**6, min_prob=MIN_SUPPO
     points = np.broadcast_to(np.asarray(uniform, dtype=float), number).copy()
     limits = np.full(number, max_support)
     sizes = np.full(number, rows.shape[1])
-    parts = draft_rows(rows, sizes, np.asarray(temperatures, dtype=float), min_prob, limits, points, 0)
+    parts = draft_rows(
+        rows, sizes, np.asarray(temperatures, dtype=float), min_prob, limits, points, noise_addresses([0.0] * number), 0
+    )
     ids, weights, sizes, places, finite = parts[:5]
     assert len(ids) == len(weights) == sizes.sum()
     borders = sizes.cumsum()[:-1]
@@ -82,7 +85,9 @@ def read(rows, temperatures, supports, uniform=0.5) -> list[tuple]:
     sizes = np.array([len(support) for support in supports])
     ids = np.concatenate([np.asarray(support, dtype=np.int64) for support in supports])
     points = np.broadcast_to(np.asarray(uniform, dtype=float), len(rows)).copy()
-    told, *parts = target_rows(rows, np.asarray(temperatures, dtype=float), ids, sizes, points)
+    told, *parts = target_rows(
+        rows, np.asarray(temperatures, dtype=float), ids, sizes, points, noise_addresses([0.0] * len(rows))
+    )
     return list(zip(np.split(told, sizes.cumsum()[:-1]), *parts, strict=True))
 
 
@@ -366,7 +371,7 @@ class TestBothPaths:
         arguments = (self.WARPINGS[:4], [9] * 4, [0.5] * 4)
         supports = [np.arange(3)] * 4
         for is_plain in (True, False):
-            monkeypatch.setattr(probs_module, "_are_plain", lambda *_, is_plain=is_plain: is_plain)
+            monkeypatch.setattr(probs_module, "_are_plain", lambda _, is_plain=is_plain: is_plain)
             assert [it is None for it in draft_tokens(logits, *arguments)] == [False, True, True, False]
             assert read_logits(logits, self.WARPINGS[:4], supports, [0.5] * 4)[1] == [True, False, False, True]
 
@@ -385,14 +390,59 @@ class TestBothPaths:
         assert (rows.support_probs[0].tolist(), rows.outside_masses[0]) == ([1.0], 0.0)
 
 
-def unfair_draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points, num_others):
+@pytest.mark.parametrize("vocab_size", [1, 2, 3, 64, 701, 4099])
+class TestNoise:
+    """What arrives first is what outrider.race says, on which every device relies."""
+
+    NUM_ROWS = 40
+
+    def rows_and_noises(self, vocab_size: int) -> tuple[torch.Tensor, list[Noise]]:
+        logits = torch.from_numpy(logits_of(self.NUM_ROWS, vocab_size, seed=6))
+        return logits, [Noise((1 << 64) - 1 - row, row * row) for row in range(self.NUM_ROWS)]
+
+    def test_the_targets_choice(self, vocab_size):
+        logits, noises = self.rows_and_noises(vocab_size)
+        nothing = [np.empty(0, np.int64)] * self.NUM_ROWS
+        rows, _ = read_logits(logits, [Warping()] * self.NUM_ROWS, nothing, noises)
+        assert rows.outside_token_ids == race(logits.double().softmax(-1), noises).tolist()
+        assert rows.outside_masses == pytest.approx([1.0] * self.NUM_ROWS)
+
+    def test_among_tokens_most_of_which_are_impossible(self, vocab_size):
+        logits, noises = self.rows_and_noises(vocab_size)
+        probs = logits.double().softmax(-1)
+        probs = probs.where(probs >= probs.topk(min(3, vocab_size), -1).values[:, -1:], 0.0)
+        rows = read_target_rows(probs, [np.empty(0, np.int64)] * self.NUM_ROWS, noises)
+        assert rows.outside_token_ids == race(probs, noises).tolist()
+
+    def test_the_drafts_choice_is_among_its_support(self, vocab_size):
+        logits, noises = self.rows_and_noises(vocab_size)
+        drafts = draft_tokens(logits, [Warping()] * self.NUM_ROWS, [5] * self.NUM_ROWS, noises, 2)
+        for law, noise, draft in zip(logits.double().softmax(-1), noises, drafts, strict=True):
+            kept = law.where(law >= law.topk(min(5, vocab_size)).values[-1], 0.0)
+            kept = kept.where(law >= MIN_SUPPORT_PROB, 0.0)
+            assert draft.token_id == race(kept[None], [noise]).item()
+            assert len(draft.support_ids) == len(draft.weights) == 0
+            assert len(draft.others) == min(2, int((kept > 0).sum()) - 1)
+
+    def test_rows_of_both_kinds_do_not_disturb_each_other(self, vocab_size):
+        logits, noises = self.rows_and_noises(vocab_size)
+        warpings, limits = [Warping()] * self.NUM_ROWS, [9] * self.NUM_ROWS
+        points = spread(self.NUM_ROWS).tolist()
+        mixed = [noises[row] if row % 2 else points[row] for row in range(self.NUM_ROWS)]
+        together = draft_tokens(logits, warpings, limits, mixed)
+        for row, kind in enumerate([draft_tokens(logits, warpings, limits, it) for it in (points, noises)] * 20):
+            assert together[row].token_id == kind[row].token_id
+            assert np.array_equal(together[row].weights, kind[row].weights)
+
+
+def unfair_draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points, noises, num_others):
     """Broken: squares the uniforms, so that low ids are drawn too often."""
-    return host_rows.draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points**2, num_others)
+    return host_rows.draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points**2, noises, num_others)
 
 
-def unfair_target_rows(rows, temperatures, ids, sizes, points):
+def unfair_target_rows(rows, temperatures, ids, sizes, points, noises):
     """Broken in the same way."""
-    return host_rows.target_rows(rows, temperatures, ids, sizes, points**2)
+    return host_rows.target_rows(rows, temperatures, ids, sizes, points**2, noises)
 
 
 @pytest.mark.parametrize(

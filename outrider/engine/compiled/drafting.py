@@ -10,12 +10,14 @@ from outrider.host_rows import draft_rows
 
 
 @compiled()
-def draft(batch, sizes, model, scratch, vocab_sizes, temperatures, min_prob, max_supports, uniforms, num_others):
+def draft(
+    batch, sizes, model, scratch, vocab_sizes, temperatures, min_prob, max_supports, uniforms, noises, num_others
+):
     """Feed a batch with one row for each of its N sequences, and draw from it; feed what was drawn, and so on.
 
     Args:
         vocab_sizes, temperatures, min_prob, max_supports, num_others: as for draft_rows.
-        uniforms: `[number of draws, N]`.
+        uniforms, noises: `[number of draws, N]` and `[number of draws, N, 4]`.
 
     Returns:
         What draft_rows returns, for the rows of all draws one after the other. Rows behind one that is not finite mean
@@ -34,7 +36,7 @@ def draft(batch, sizes, model, scratch, vocab_sizes, temperatures, min_prob, max
         part = Batch(token_ids, starts, lengths, batch.caches, batch.capacities, rows)
         forward(part, sizes, model, scratch, logits)
         ids, weights, supports, places, finite, others, other_probs = draft_rows(
-            logits, vocab_sizes, temperatures, min_prob, max_supports, uniforms[index], num_others
+            logits, vocab_sizes, temperatures, min_prob, max_supports, uniforms[index], noises[index], num_others
         )
         all_ids[end : end + len(ids)], all_weights[end : end + len(ids)] = ids, weights
         end += len(ids)

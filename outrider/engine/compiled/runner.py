@@ -82,11 +82,12 @@ class CompiledLlamaRunner:
             MIN_SUPPORT_PROB,
             sampling.max_supports,
             sampling.uniforms,
+            sampling.noises,
             sampling.num_others,
         )
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids) + num_draws - 1)
-        return drafts_of(parts)
+        return drafts_of(parts, sampling.noises[..., 0].ravel())
 
     def _batch_of(self, feeds: Sequence[Feed], num_more: int = 0) -> Batch:
         """Return the arrays for `feeds`, with room for them and for `num_more` tokens behind each."""
