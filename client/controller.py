@@ -51,6 +51,7 @@ MOST_CLEARNESS = 4.0  # times as fast, by which looks become rarer
 LONGEST_PROBE = 8  # K of a look
 PREPARE_ROUNDS = 16  # before a look at a draft that has fallen behind, which processes meanwhile what it has missed
 PROBE_PROPOSALS, PROBE_ALONE = 2, 4  # rounds of a look; the first ones are not learned from
+CLOSE, MOST_EXTRA = 0.75, 3  # a first look so close to K = 0 goes on: the first rounds of a draft are slow
 CREDIT = 4.0  # tokens that may be lost before the draft has brought any
 LEAST_BALANCE = 1.0  # tokens with which the first look begins
 PROBE_BALANCE = 4.0  # tokens with which another does, at a draft that is known to be slower
@@ -165,6 +166,7 @@ class Side:
     pause: int = 0  # rounds of a session before the next look
     prepare_rounds_left: int | None = None  # None but between deciding on a look at the draft and its begin
     probe_rounds_left: int = 0
+    num_extra: int = 0  # rounds for which the look may go on
     probe_length: int = FIRST  # K of a look from K = 0
 
     def on_accepted_in_full(self, num_proposals: int) -> None:
@@ -185,6 +187,8 @@ class Side:
         if self.probe_rounds_left:
             self.probe_rounds_left -= 1
             return not self.is_alone
+        if self._goes_on(rate_alone, rate_pair, balance):
+            return False
         margin = 1 + MARGIN if self.is_alone else 1 - MARGIN
         is_alone = balance < LEAST_CREDIBLE or rate_pair < rate_alone * margin
         if not is_alone and self._is_stale(num_sessions):
@@ -200,8 +204,15 @@ class Side:
             return True
         self.num_rounds, self.pause = 0, min(max(self._first_pause, 2 * self.pause), LONGEST_PAUSE)
         self.probe_length = FIRST
+        self.num_extra = MOST_EXTRA if is_alone and num_sessions == 1 and not rate_pair else 0
         self.probe_rounds_left = (PROBE_PROPOSALS if is_alone else PROBE_ALONE) * num_sessions - 1
         return not is_alone
+
+    def _goes_on(self, rate_alone: float, rate_pair: float, balance: float) -> bool:
+        """Return whether a look at the draft, all of whose rounds are over, takes another to be sure."""
+        is_close = CLOSE * rate_alone <= rate_pair < (1 + MARGIN) * rate_alone
+        self.num_extra = self.num_extra - 1 if self.is_alone and is_close and balance >= LEAST_BALANCE else -1
+        return self.num_extra >= 0
 
     @property
     def _first_pause(self) -> int:
@@ -493,7 +504,8 @@ class LengthController:
             self._num_rounds = 1
             return 0
         awaits_alone = self._may_be_zero and not self._rates[0]
-        if self._num_rounds % REVIEW_EVERY == 1 or awaits_alone:
+        awaits_pair = self._had_proposals and not self._rates[self._best]
+        if self._num_rounds % REVIEW_EVERY == 1 or awaits_alone or awaits_pair:
             self._review()
         self._num_rounds += 1
         best = self._best

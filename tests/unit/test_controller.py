@@ -102,6 +102,23 @@ def test_learning_costs_the_first_text_no_more_than_5_percent(name, seed):
     assert rate > 0.95 * PAIRS[name].rate(0)
 
 
+@pytest.mark.parametrize("is_bent", [True, False], ids=["bent", "straight"])
+def test_passes_that_take_longer_than_a_line_says_are_avoided(monkeypatch, is_bent):
+    """From seven tokens on a pass takes more than twice as long, as where weights have to be read a second time."""
+    if not is_bent:
+        monkeypatch.setattr(controller, "PRIOR_BEND_ROUNDS", 1e9)
+    speed = PairSpeed()
+    for index in range(200):
+        length = (5, 6, 7, 8)[index % 4]
+        forward_s = 0.002 if length < 7 else 0.005
+        times = RoundTimes(length, length - (index % 16 == 0), 0.003 + forward_s, forward_s, 0.0001)
+        speed.add(times, num_sessions=1, is_steady=True)
+    rates = speed.rates(8)
+    assert (max(range(1, 9), key=rates.__getitem__) == 6) == is_bent
+    if is_bent:
+        assert rates[6] / rates[7] == pytest.approx((6 / 0.005) / (7 / 0.008), rel=0.05)
+
+
 Chooser = FixedLength | LengthController
 
 
@@ -240,6 +257,18 @@ class TestLooksAtTheOtherSide:
         looks = self.looks(side, 100.0, 1)
         second = 64 + PREPARE_ROUNDS + 2 + 128 + PREPARE_ROUNDS
         assert looks[:4] == [64 + PREPARE_ROUNDS, 64 + PREPARE_ROUNDS + 1, second, second + 1]
+
+    @pytest.mark.parametrize(("rate_pair", "num_more"), [(90.0, 3), (74.0, 0), (104.0, 0)])
+    def test_a_first_one_with_a_close_outcome_goes_on_for_some_rounds(self, rate_pair, num_more):
+        side = Side()
+        assert [side.next_is_alone(100.0, 0.0, 4.0, 1) for _ in range(2)] == [False] * 2
+        rounds = [side.next_is_alone(100.0, rate_pair, 4.0, 1) for _ in range(9)]
+        assert rounds == ([False] * num_more + [True] * (9 - num_more) if rate_pair < 103.0 else [False] * 9)
+
+    def test_a_first_one_does_not_go_on_when_all_is_lost_that_may_be(self):
+        side = Side()
+        assert [side.next_is_alone(100.0, 0.0, 4.0, 1) for _ in range(2)] == [False] * 2
+        assert side.next_is_alone(100.0, 90.0, 0.9, 1)
 
     def test_the_clearer_the_difference_the_rarer_they_are(self):
         assert self.looks(Side(pause=64), 50.0, 1)[0] == 2 * 64 + PREPARE_ROUNDS
