@@ -136,12 +136,27 @@ class Drafter:
         if not session.may_fork:
             return
         base, main = session.num_committed, session.main.sequence
-        for index, alternative in enumerate(session.likely_alternatives(self._most_forks)):
+        most = self._most_forks if self._has_time_for_forks(session) else 0
+        for index, alternative in enumerate(session.likely_alternatives(most)):
             if index == len(session.forks):
                 session.forks.append(Path(session, EngineSequence(is_spare=True)))
                 self._engine.add(session.forks[index].sequence)
             if self._engine.follow(session.forks[index].sequence, main, base + alternative.index):
                 session.begin_fork(session.forks[index], alternative)
+
+    def _has_time_for_forks(self, session: Session) -> bool:
+        """Return whether forks will be drafted before the next commit, as things have gone so far.
+
+        What is not finished then has been of no use, and has kept the draft from hearing of the commit.
+        """
+        num_draws = session.batch_until - session.num_committed
+        return session.gap_s is not None and num_draws * self._pass_s <= session.gap_s
+
+    @property
+    def _pass_s(self) -> float:
+        """Seconds of a pass, as they have been so far."""
+        stats = self._engine.stats
+        return stats.forward_seconds / max(1, stats.num_forward_passes)
 
     @property
     def _most_forks(self) -> int:
@@ -179,8 +194,7 @@ class Drafter:
     @property
     def _num_quick_draws(self) -> int:
         """How many tokens are drafted in LONGEST_DEAFNESS_S, as passes have been so far."""
-        stats = self._engine.stats
-        return int(LONGEST_DEAFNESS_S * stats.num_forward_passes / max(stats.forward_seconds, 1e-9))
+        return int(LONGEST_DEAFNESS_S / max(self._pass_s, 1e-9))
 
     def _draft(self, paths: list[Path]) -> None:
         """Draw one token for each path whose row is there."""

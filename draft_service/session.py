@@ -22,6 +22,7 @@ from outrider.probs import Draft
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.warping import Warping
 
+GAP_MEMORY = 0.7  # weight of the gaps before, against the last one
 LONGEST_HOLD_S = 0.01  # a drafted token waits for no others longer; slower drafts send each token as it comes
 NUM_OTHERS = 2  # tokens a position that alternatives are chosen from
 NO_SUPPORT = np.empty(0, np.int64)
@@ -163,6 +164,8 @@ class Session:
         self.forks: list[Path] = []  # those that prepare for nothing are kept for their caches
         self._accept = AddressedUniforms(options.seed, Purpose.ACCEPT)
         self._has_forked = False  # since the last commit
+        self.gap_s: float | None = None  # about, from when a round's proposals are drafted to the next commit
+        self._drafted_at: float | None = None  # when those of the present round were
 
     def begin(self, token_ids: Sequence[int]) -> None:
         """Commit the first tokens."""
@@ -209,6 +212,11 @@ class Session:
         for draft in drafts:
             path.append(draft, queue_ms, forward_ms, batch_size)
             self.is_stopped = draft.token_prob < self.options.min_draft_prob
+        self._note_time()
+
+    def _note_time(self) -> None:
+        if self._drafted_at is None and self.num_committed < self.batch_until <= self.main.length:
+            self._drafted_at = time.monotonic()
 
     # What it sends.
 
@@ -274,10 +282,18 @@ class Session:
         if is_new_branch:
             self.branch = commit.branch
             self.numbers = self._numbers()
+        self._see_gap()
         self.main.keep(max(0, len(tokens) - commit.start_position - len(commit.token_ids)))
         self.main.end, self.batch_until = commit.window, commit.batch_until
         self.commit_index, self.is_stopped, self._has_forked = commit.index, False, False
         self.committed_at = time.monotonic()
+        self._note_time()
+
+    def _see_gap(self) -> None:
+        if self._drafted_at is not None:
+            gap = time.monotonic() - self._drafted_at
+            self.gap_s = gap if self.gap_s is None else GAP_MEMORY * self.gap_s + (1 - GAP_MEMORY) * gap
+        self._drafted_at = None
 
     def _path_agreeing_with(self, commit: Commit) -> Path:
         """Return the path that agrees longest with a commit, the main one where some agree alike."""

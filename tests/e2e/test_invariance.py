@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from client import Chunk, SamplingParams, SpeculativeClient
+from draft_service.drafter import Drafter
 from outrider.rng import AddressedUniforms
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
@@ -106,8 +107,9 @@ def test_any_window(pair, texts, name, window):
         assert write(client, SAMPLINGS[name], num_speculative_tokens=4, window=window) == texts[name]
 
 
-def test_any_number_of_alternatives(pair, texts):
+def test_any_number_of_alternatives(pair, texts, monkeypatch):
     """Prepared ends of rounds do come about here, else this shows nothing."""
+    monkeypatch.setattr(Drafter, "_has_time_for_forks", lambda *_: True)
     num_used = 0
     with pair.client() as client:
         for name, number in itertools.product(SAMPLINGS, (0, 1, 3, 20)):
@@ -240,6 +242,7 @@ def test_another_seed_writes_another_text(pair, texts):
 
 def test_forks_that_draw_with_other_numbers_are_noticed(pair, texts, monkeypatch):
     """Such a text still follows the target's law, but is another."""
+    monkeypatch.setattr(Drafter, "_has_time_for_forks", lambda *_: True)
     draw_forks_with_other_numbers(monkeypatch)
     with pair.client() as client:
         written = [write(client, SAMPLINGS["plain"], num_speculative_tokens=4, num_alternatives=9) for _ in range(4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -41,6 +42,7 @@ def drafted(
         end = len(prompt)
         session = Session(options, emitted[index].append, index, end + AHEAD, end + batch + index if batch else 0)
         session.begin(prompt)
+        session.gap_s = math.inf
         worker._begin(session)
         sessions.append(session)
     while worker._step():

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from draft_service import drafter
 from outrider.tokens import TokenLog
 from tests.servers import DRAFT, RawStream
 from tests.service.conftest import (
@@ -176,8 +177,9 @@ def test_a_draft_that_is_sure_enough_does_not_stop(draft):
     assert not response.stopped
 
 
-def test_alternatives_are_what_is_proposed_behind_a_commit_that_ends_so(draft, models):
+def test_alternatives_are_what_is_proposed_behind_a_commit_that_ends_so(draft, models, monkeypatch):
     """They come without being asked for again, and count as sent once their case has come true."""
+    monkeypatch.setattr(drafter.Drafter, "_has_time_for_forks", lambda *_: True)
     with RawStream(
         draft.stub.Propose, open_proposals(ahead=AHEAD, batch_until=len(PROMPT) + 3, max_alternatives=2)
     ) as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from draft_service import session as session_module
 from draft_service.alternatives import Alternative, likely_alternatives
 from draft_service.drafter import Drafter
 from draft_service.session import Commit, Drafted, DraftOptions, Path, Prepared, Session
@@ -60,6 +62,7 @@ class Bench:
         end = len(PROMPT)
         self.session = Session(options, self.emitted.append, 0, end + window, end + LENGTH)
         self.session.begin(PROMPT)
+        self.session.gap_s = math.inf
         self.drafter._begin(self.session)
         self.committed = TokenLog(PROMPT)
         self.num_commits = 0
@@ -221,6 +224,32 @@ def test_sessions_share_what_a_pass_has_room_for(device, num_sessions, most):
     assert bench.drafter._most_forks == most
 
 
+@pytest.mark.parametrize(("gap_s", "number"), [(None, 0), (0.0, 0), (60.0, OPTIONS.max_alternatives)])
+def test_they_are_drafted_only_where_that_is_done_before_the_next_commit(gap_s, number):
+    bench = Bench()
+    bench.session.gap_s = gap_s
+    assert len(alternatives_of(bench.work())) == number
+
+
+def test_the_gap_is_the_time_between_a_rounds_proposals_and_the_next_commit(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(session_module.time, "monotonic", lambda: now)
+    bench = Bench()
+    bench.session.gap_s = None
+    main = proposals_of(bench.work())
+    now += 0.5
+    bench.commit(main[:LENGTH])  # the next round's proposals are there already
+    assert bench.session.gap_s == pytest.approx(0.5)
+    now += 0.25
+    bench.commit([main[LENGTH], *[(main[LENGTH + 1] + 1) % toys.VOCAB_SIZE]])
+    assert bench.session.gap_s == pytest.approx(0.7 * 0.5 + 0.3 * 0.25)
+    now += 9.0  # of drafting
+    bench.work()
+    now += 0.5
+    bench.commit([0])
+    assert bench.session.gap_s == pytest.approx(0.7 * 0.425 + 0.3 * 0.5)
+
+
 def test_none_are_drafted_while_a_client_waits_for_proposals(monkeypatch):
     """A second session joins when the first is about to fork: its round comes first."""
     monkeypatch.setattr(Drafter, "_most_forks", OPTIONS.max_alternatives)
@@ -231,6 +260,7 @@ def test_none_are_drafted_while_a_client_waits_for_proposals(monkeypatch):
     emitted: list[Drafted] = []
     other = Session(OPTIONS, emitted.append, 1, len(PROMPT) + LENGTH, len(PROMPT) + LENGTH)
     other.begin(PROMPT)
+    other.gap_s = math.inf
     bench.drafter._begin(other)
     while other.wants_token:
         assert not bench.session.forks
