@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from client import SamplingParams, SpeculativeClient
+from draft_service.drafter import Drafter
 from outrider.engine.paged_runner import PagedRunner
 from tests import tiny_models
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
@@ -53,9 +54,15 @@ def texts(client: SpeculativeClient, temperature: float) -> list[list[int]]:
         return list(pool.map(write, range(len(PROMPTS))))
 
 
+@pytest.mark.parametrize("num_forks", [0, 3], ids=["no_forks", "forks"])
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "no_graphs"])
-def test_texts_are_those_of_plain_caches(start, cuda_graphs):
-    """130 tokens are 9 pages of 16, where four texts need 12: caches are evicted, and nobody is told."""
+def test_texts_are_those_of_plain_caches(start, cuda_graphs, num_forks, monkeypatch):
+    """130 tokens are 9 pages of 16, where four texts need 12: caches are evicted, and nobody is told.
+
+    On a GPU several sessions would have forks, whose caches are the first to go.
+    """
+    monkeypatch.setattr(Drafter, "_most_forks", num_forks)
+    monkeypatch.setattr(Drafter, "_has_time_for_forks", lambda *_: True)
     with start() as plain, start(paged=True, cuda_graphs=cuda_graphs, max_cached_tokens=130) as paged:
         for temperature in (0.0, 0.9):
             assert texts(paged, temperature) == texts(plain, temperature)

@@ -28,7 +28,7 @@ from client.errors import (
 from client.params import SamplingParams, SpeculationParams
 from client.results import Chunk, GenerationResult
 from outrider import wire
-from outrider.v1 import common_pb2
+from outrider.v1 import common_pb2, draft_pb2
 from tests import toy_services as toys
 from tests.toy_services import Law, Stream, World, make_conversation, model_info
 
@@ -203,6 +203,24 @@ class TestLengthsThatChange:
         assert len(result.token_ids) == NUM_TOKENS
         assert result.stats.num_cache_mismatches == result.stats.num_draft_failures - world.num_timeouts == 0
         assert world.num_opened[Link.TARGET] == 1
+
+    @pytest.mark.parametrize(("num_there", "least_share", "waits"), [(3, 1.0, True), (3, 0.75, False), (2, 0.75, True)])
+    def test_a_round_goes_at_once_with_most_of_its_proposals_where_k_has_grown(self, num_there, least_share, waits):
+        """The draft was asked for fewer than the 4 that are wanted now."""
+        world, lengths = World(), Scripted([4], needs_draft=[1])
+        lengths.least_share = least_share
+        conversation = make_conversation(world, lengths=lengths)
+        generation = conversation._generation
+        generation.length, generation.draft.info, conversation._draft_is_open = 4, world.draft_info, True
+        generation.draft.proposals = [draft_pb2.Proposal(token_id=1)] * num_there
+        steps = conversation._gather_proposals()
+        assert next(steps) == Wait(0.0)
+        if waits:
+            assert steps.send(None).timeout_s > 0
+        else:
+            with pytest.raises(StopIteration) as stop:
+                steps.send(None)
+            assert stop.value.value == num_there
 
     @pytest.mark.parametrize("num_steps", [1, 7])
     def test_a_generation_that_is_given_up_is_open_no_more(self, num_steps):
