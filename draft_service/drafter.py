@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 GREEDY = Warping(temperature=0.0)
 WARM_UP_WINDOW = 8
+TIME_TO_SPARE = 2.0  # times what drafting a round takes, before there are forks
 MOST_PATHS = 64  # that an accelerator drafts for little more time than it needs for one
 LONGEST_DEAFNESS_S = 0.002  # commits wait no longer for drafts that are made in one go
 
@@ -145,12 +146,13 @@ class Drafter:
                 session.begin_fork(session.forks[index], alternative)
 
     def _has_time_for_forks(self, session: Session) -> bool:
-        """Return whether forks will be drafted before the next commit, as things have gone so far.
+        """Return whether the draft has so much time to spare before the next commit, as things have gone so far.
 
-        What is not finished then has been of no use, and has kept the draft from hearing of the commit.
+        With a slow draft, forks hold up the main path in the same passes, and then the commit; what is not finished by
+        then has been of no use.
         """
         num_draws = session.batch_until - session.num_committed
-        return session.gap_s is not None and num_draws * self._pass_s <= session.gap_s
+        return session.gap_s is not None and TIME_TO_SPARE * num_draws * self._pass_s <= session.gap_s
 
     @property
     def _pass_s(self) -> float:

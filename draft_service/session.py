@@ -22,7 +22,6 @@ from outrider.probs import Draft
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.warping import Warping
 
-GAP_MEMORY = 0.7  # weight of the gaps before, against the last one
 LONGEST_HOLD_S = 0.01  # a drafted token waits for no others longer; slower drafts send each token as it comes
 NUM_OTHERS = 2  # tokens a position that alternatives are chosen from
 NO_SUPPORT = np.empty(0, np.int64)
@@ -164,7 +163,8 @@ class Session:
         self.forks: list[Path] = []  # those that prepare for nothing are kept for their caches
         self._accept = AddressedUniforms(options.seed, Purpose.ACCEPT)
         self._has_forked = False  # since the last commit
-        self.gap_s: float | None = None  # about, from when a round's proposals are drafted to the next commit
+        self.gap_s: float | None = None  # the lesser of the last two, from a round's proposals to the next commit
+        self._last_gap_s: float | None = None
         self._drafted_at: float | None = None  # when those of the present round were
 
     def begin(self, token_ids: Sequence[int]) -> None:
@@ -290,9 +290,11 @@ class Session:
         self._note_time()
 
     def _see_gap(self) -> None:
+        """Note the time since the round's proposals were there; one gap alone may span rounds that had none of them."""
         if self._drafted_at is not None:
-            gap = time.monotonic() - self._drafted_at
-            self.gap_s = gap if self.gap_s is None else GAP_MEMORY * self.gap_s + (1 - GAP_MEMORY) * gap
+            gap_s, before_s = time.monotonic() - self._drafted_at, self._last_gap_s
+            self.gap_s = None if before_s is None else min(gap_s, before_s)
+            self._last_gap_s = gap_s
         self._drafted_at = None
 
     def _path_agreeing_with(self, commit: Commit) -> Path:

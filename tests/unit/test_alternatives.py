@@ -231,23 +231,18 @@ def test_they_are_drafted_only_where_that_is_done_before_the_next_commit(gap_s, 
     assert len(alternatives_of(bench.work())) == number
 
 
-def test_the_gap_is_the_time_between_a_rounds_proposals_and_the_next_commit(monkeypatch):
+def test_the_gap_is_the_lesser_of_the_last_two_between_a_rounds_proposals_and_the_next_commit(monkeypatch):
     now = 100.0
     monkeypatch.setattr(session_module.time, "monotonic", lambda: now)
-    bench = Bench()
+    bench, seen = Bench(replace(OPTIONS, max_alternatives=0)), []  # else a commit may find its proposals prepared
     bench.session.gap_s = None
-    main = proposals_of(bench.work())
-    now += 0.5
-    bench.commit(main[:LENGTH])  # the next round's proposals are there already
-    assert bench.session.gap_s == pytest.approx(0.5)
-    now += 0.25
-    bench.commit([main[LENGTH], *[(main[LENGTH + 1] + 1) % toys.VOCAB_SIZE]])
-    assert bench.session.gap_s == pytest.approx(0.7 * 0.5 + 0.3 * 0.25)
-    now += 9.0  # of drafting
-    bench.work()
-    now += 0.5
-    bench.commit([0])
-    assert bench.session.gap_s == pytest.approx(0.7 * 0.425 + 0.3 * 0.5)
+    for drafting_s, gap_s in [(3.0, 12.0), (0.5, 0.25), (9.0, 0.5), (0.0, 70.0), (1.0, 0.125)]:
+        now += drafting_s
+        main = proposals_of(bench.work())
+        now += gap_s
+        bench.commit([(main[0] + 1) % toys.VOCAB_SIZE])
+        seen.append(bench.session.gap_s)
+    assert seen == [None, 0.25, 0.25, 0.5, 0.125]
 
 
 def test_none_are_drafted_while_a_client_waits_for_proposals(monkeypatch):
