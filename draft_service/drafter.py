@@ -220,7 +220,7 @@ class Drafter:
             if len(laws) == len(its_drafts):
                 path.session.append(path, laws, queue_ms, forward_ms, demand.batch_size)
             elif path.alternative:
-                path.session.end_fork(path)
+                path.stop()
             else:
                 self._fail(path.session, InternalError("the model returned NaN or infinity for this session"))
         for session in {path.session: None for path in paths}:

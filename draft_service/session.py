@@ -124,6 +124,10 @@ class Path:
         cache.truncate(min(cache.length, self.length - 1))  # the last token is fed, again if need be, for its row
         self.demand, self.held = None, []
 
+    def stop(self) -> None:
+        """Prepare for nothing."""
+        self.alternative, self.demand, self.held = None, None, []
+
     def keep(self, num_undecided: int) -> None:
         """Forget the drafts and what is held for all but the last positions."""
         self.drafts = self.drafts[-num_undecided:] if num_undecided else []
@@ -309,11 +313,11 @@ class Session:
         """Make a path the main one, and have no forks."""
         for fork in self.forks:
             if fork is not path:
-                self.end_fork(fork)
+                fork.stop()
         if path is not self.main:
             self.forks[self.forks.index(path)] = self.main
             self.main.sequence.is_spare, path.sequence.is_spare = True, False
-            self.end_fork(self.main)
+            self.main.stop()
             self.main, path.alternative = path, None
 
     # Forks.
@@ -334,7 +338,3 @@ class Session:
         fork.drafts = [*self.main.drafts[: alternative.index], Draft(alternative.token_id, NO_SUPPORT, NO_SUPPORT, 1.0)]
         fork.sequence.tokens.extend([alternative.token_id])
         fork.end = min(self.batch_until + alternative.index + 1, self.main.end)
-
-    def end_fork(self, fork: Path) -> None:
-        """Have a fork prepare for nothing."""
-        fork.alternative, fork.demand, fork.held = None, None, []

@@ -54,7 +54,7 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
         finite[row] = True
         size = _support(probs, total, min_prob, max_supports[row], ids[first:], weights[first:])
         support, sizes[row] = ids[first : first + size], size
-        if noises[row, 0]:
+        if noises[row, 0] and temperatures[row] != 0:  # else there is nothing to draw
             places[row] = _race_among(support, probs, noises[row], others[row], other_probs[row])
             first += size
             continue
@@ -102,7 +102,7 @@ def target_rows(rows, temperatures, ids, sizes, uniforms, noises):
             told[place] = np.floor(prob / PROB_UNIT) * PROB_UNIT
             left[ids[place]] = prob - told[place]
         masses[row] = _block_sums(left, sums)
-        if noises[row, 0]:
+        if noises[row, 0] and temperatures[row] != 0:
             token_ids[row] = _race(left, noises[row], complements)
         else:
             token_ids[row] = _draw(left, sums, uniforms[row] * masses[row])

@@ -27,10 +27,13 @@ class PanelCache(TokenCountedCache):
         if length <= self.capacity:
             return
         capacity = -(-max(length, self.capacity * 3 // 2) // _GROWTH) * _GROWTH
-        memory = np.empty((*self._shape, capacity * self._head_dim), dtype=np.float32)
-        if self._length:
-            self._copy_to(memory, capacity)
-        self._memory, self.capacity, self.address = memory, capacity, memory.ctypes.data
+        held = self._views() if self._length else None
+        self._memory = np.empty((*self._shape, capacity * self._head_dim), dtype=np.float32)
+        self.capacity, self.address = capacity, self._memory.ctypes.data
+        if held:
+            (keys, values), (old_keys, old_values) = self._views(), held
+            keys[:, :, : old_keys.shape[2]] = old_keys
+            values[..., : old_values.shape[3], :] = old_values
 
     def copy_from(self, other: PanelCache, length: int) -> None:
         """See Cache. Whole panels of keys are copied: before the first new position they are alike already."""
@@ -54,10 +57,3 @@ class PanelCache(TokenCountedCache):
         """Forget everything and give the memory back."""
         self._length = self.capacity = self.address = 0
         self._memory = np.empty(0, dtype=np.float32)
-
-    def _copy_to(self, memory: np.ndarray, capacity: int) -> None:
-        old, new = self._memory, memory
-        new[:, 0, :, : old.shape[-1]] = old[:, 0]  # panels of keys follow each other
-        panels = (*self._shape[:1], self._shape[2], self._head_dim // self._width)
-        old_values = old[:, 1].reshape(*panels, self.capacity, self._width)
-        new[:, 1].reshape(*panels, capacity, self._width)[..., : self.capacity, :] = old_values
