@@ -133,9 +133,13 @@ class RunningServer:
         """Serve, and return when the model is warm."""
         self._services.run(self._server.start())
 
-    def stop(self, grace_s: float = 0.0) -> None:
-        """Stop the server and free its port."""
+    def shut_down(self, grace_s: float = 0.0) -> None:
+        """Stop the server and free its port; what it still had to say to this client can be read."""
         self._services.stop(self._server, grace_s)
+
+    def stop(self) -> None:
+        """Shut the server down at once and cut the client off as well; the second time nothing happens."""
+        self.shut_down()
         self.channel.close()
 
     def model_info(self) -> Any:

@@ -67,7 +67,7 @@ def test_a_shutdown_is_announced_and_lets_running_sessions_end(services, models,
     assert next(watch).status == SERVING
     with opening_call(kind, server) as stream:
         eventually(lambda: server.num_sessions == 1, "the session is open")
-        stopping = threading.Thread(target=server.stop, args=[PATIENCE_S])
+        stopping = threading.Thread(target=server.shut_down, args=[PATIENCE_S])
         stopping.start()
         assert next(watch).status == NOT_SERVING
         watch.cancel()
@@ -78,15 +78,17 @@ def test_a_shutdown_is_announced_and_lets_running_sessions_end(services, models,
         assert stopping.is_alive()
         stream.half_close()
     stopping.join()
+    server.stop()
 
 
 def test_a_session_that_outlasts_the_grace_time_is_cut_off(services, models):
     server = services.start(TARGET, models.target_path)
     with opening_call(TARGET, server) as stream:
         stream.receive()
-        server.stop(grace_s=0.2)
+        server.shut_down(grace_s=0.2)
         with pytest.raises(grpc.RpcError) as cut:
             stream.receive()
+    server.stop()
     assert cut.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
