@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
@@ -70,6 +70,8 @@ class Decision:
 
     token_ids: list[int]
     num_accepted: int
+    # Of each proposal up to the first rejection, as overlap() says; empty where nobody knows.
+    overlaps: tuple[float, ...] = field(default=(), compare=False)
 
 
 def acceptance_prob(proposal: Proposal, row: TargetRow) -> float:
@@ -78,6 +80,16 @@ def acceptance_prob(proposal: Proposal, row: TargetRow) -> float:
     Source: Leviathan et al. 2023, Algorithm 1.
     """
     return min(1.0, row.probs[proposal.index] / proposal.draft_probs[proposal.index])
+
+
+def overlap(proposal: Proposal, row: TargetRow) -> float:
+    """Return Σ min(p, q): the probability that a token drawn from q is accepted, whichever it was that was drawn.
+
+    It says more of a pair than that one was or was not.
+
+    Source: Leviathan et al. 2023, section 3.2, where it is β.
+    """
+    return float(np.add.reduce(np.minimum(row.probs, proposal.draft_probs)))
 
 
 def residual_weights(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> np.ndarray:
@@ -115,13 +127,15 @@ def decide(
     if not proposals:
         return Decision([rows[0].outside_token_id], num_accepted=0)
     token_ids: list[int] = []
+    overlaps: list[float] = []
     for proposal, row, accept, residual in zip(proposals, rows, accept_uniforms, residual_uniforms, strict=True):
+        overlaps.append(overlap(proposal, row))
         if accept >= acceptance_prob(proposal, row):
             recovered = draw_recovered(proposal, row, residual)
             if recovered is not None:
-                return Decision([*token_ids, recovered], num_accepted=len(token_ids))
+                return Decision([*token_ids, recovered], len(token_ids), tuple(overlaps))
         token_ids.append(proposal.token_id)
-    return Decision(token_ids, num_accepted=len(token_ids))
+    return Decision(token_ids, len(token_ids), tuple(overlaps))
 
 
 def joint_ratios(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> list[float]:

@@ -112,8 +112,9 @@ class AsyncSpeculativeClient:
     async def _described_target(self) -> Target:
         async with self._lock:
             if self._target is None:
-                info = (await self.info()).target
-                self._target = Target(info, await self._fetch_tokenizer() if info.HasField("tokenizer") else None)
+                pair = await self.info()
+                tokenizer = await self._fetch_tokenizer() if pair.target.HasField("tokenizer") else None
+                self._target, self._draft_info = Target(pair.target, tokenizer), pair.draft
             return self._target
 
     async def _fetch_tokenizer(self) -> TargetTokenizer:
@@ -260,11 +261,10 @@ class _Transport:
                 return event
 
     async def _describe(self) -> common_pb2.ModelInfo | None:
-        client = self._client
-        if client._draft_info is None:
+        client, info = self._client, self._client._draft_info
+        if info is None:
             description = await client._describe_draft()
-            if description is None:
-                return None
-            check_pair(description.model, self._target_info)
-            client._draft_info = description.model
-        return client._draft_info
+            info = client._draft_info = description.model if description else None
+        if info is not None:
+            check_pair(info, self._target_info)
+        return info

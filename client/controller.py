@@ -25,10 +25,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from operator import mul
+from statistics import fmean
 
 MOST = 16  # proposals in a round
 FIRST = 2  # with which a look at the draft begins
@@ -51,6 +52,7 @@ MOST_CLEARNESS = 4.0  # times as fast, by which looks become rarer
 LONGEST_PROBE = 8  # K of a look
 PREPARE_ROUNDS = 16  # before a look at a draft that has fallen behind, which processes meanwhile what it has missed
 PROBE_PROPOSALS, PROBE_ALONE = 2, 4  # rounds of a look; the first ones are not learned from
+PROMISING = 0.35  # mean probability of a look's proposals to be accepted, with which longer rounds are tried
 CLOSE, MOST_EXTRA = 0.75, 3  # a first look so close to K = 0 goes on: the first rounds of a draft are slow
 CREDIT = 4.0  # tokens that may be lost before the draft has brought any
 LEAST_BALANCE = 1.0  # tokens with which the first look begins
@@ -72,10 +74,17 @@ class RoundTimes:
     round_s: float  # since the end of the round before
     target_forward_s: float
     draft_token_s: float  # the draft's forward pass for one token; 0 when unknown
+    overlaps: Sequence[float] = ()  # as in client.acceptance.Decision
 
     @property
     def num_committed(self) -> int:
         return min(self.num_accepted + 1, max(1, self.num_proposals))
+
+    @property
+    def accept_probs(self) -> Sequence[float]:
+        """Of each proposal that was judged, how probable it was to be accepted; its outcome where nobody knows."""
+        outcomes = [1.0] * self.num_accepted + [0.0] * (self.num_accepted < self.num_proposals)
+        return self.overlaps or outcomes
 
 
 @dataclass
@@ -125,16 +134,16 @@ class Average:
 
 @dataclass
 class Acceptance:
-    """Decayed counts of proposals judged and accepted, by place in the round."""
+    """Decayed counts of proposals judged, and of those expected to be accepted, by place in the round."""
 
     judged: list[float] = field(default_factory=lambda: [0.0] * MOST)
     accepted: list[float] = field(default_factory=lambda: [0.0] * MOST)
 
-    def add(self, num_proposals: int, num_accepted: int) -> None:
-        num_judged = min(num_proposals, num_accepted + 1, MOST)
-        for place in range(num_judged):
+    def add(self, probs: Sequence[float]) -> None:
+        """Learn from a round's proposals that were judged, each with its probability to be accepted."""
+        for place, prob in enumerate(probs[:MOST]):
             self.judged[place] = MEMORY * self.judged[place] + 1.0
-            self.accepted[place] = MEMORY * self.accepted[place] + (place < num_accepted)
+            self.accepted[place] = MEMORY * self.accepted[place] + prob
 
     def probs(self) -> Iterator[float]:
         """Yield a_1, a_2, …: the probability of each place that its proposal is accepted if those before it were.
@@ -169,11 +178,18 @@ class Side:
     num_extra: int = 0  # rounds for which the look may go on
     probe_length: int = FIRST  # K of a look from K = 0
 
-    def on_accepted_in_full(self, num_proposals: int) -> None:
-        """Go on with a look at a draft that is always right: a slow one is worth its time in long rounds alone."""
-        if self.is_alone and self.probe_length <= num_proposals < LONGEST_PROBE:
-            self.probe_length = min(2 * num_proposals, LONGEST_PROBE)
+    def on_round_of_look(self, times: RoundTimes, balance: float) -> None:
+        """Look at longer rounds where the draft seems right often enough: what a round costs it costs for all of them.
+
+        At a draft that is always right the look goes on meanwhile: a slow one is worth its time in long rounds alone.
+        """
+        if not self.is_alone or not self.probe_length <= times.num_proposals < LONGEST_PROBE:
+            return
+        if times.num_accepted == times.num_proposals and balance >= PROBE_BALANCE:
+            self.probe_length = min(2 * times.num_proposals, LONGEST_PROBE)
             self.probe_rounds_left += 1
+        elif times.num_proposals == FIRST and fmean(times.accept_probs) >= PROMISING:
+            self.probe_length = 2 * FIRST
 
     def next_is_alone(self, rate_alone: float, rate_pair: float, balance: float, num_sessions: int) -> bool:
         """Return whether the next round goes without proposals.
@@ -365,12 +381,11 @@ class PairSpeed:
         with self._lock:
             load = self.load(num_sessions)
             if times.num_proposals:
-                self._acceptance.add(times.num_proposals, times.num_accepted)
+                self._acceptance.add(times.accept_probs)
             if has_choice:
                 load.book(times, is_steady)
-            is_full = times.num_proposals == times.num_accepted > 0
-            if has_choice and is_full and load.num_sessions == 1 and load.balance >= PROBE_BALANCE:
-                load.side.on_accepted_in_full(times.num_proposals)
+            if has_choice and load.num_sessions == 1:
+                load.side.on_round_of_look(times, load.balance)
             if is_steady:
                 load.add(times)
 

@@ -180,7 +180,6 @@ class Conversation:
     def _rounds(self) -> Steps:
         yield from self._open(Link.TARGET, self._generation.open_target())
         self._generation.length = self._lengths.next_length()
-        yield from self._prepare_draft()
         learned_at = self._worked_s
         while self._text.finish_reason is None:
             before, num_failures = self._stats.waits_s(), self._num_failures
@@ -195,8 +194,8 @@ class Conversation:
             if num_failures == self._num_failures:
                 self._learn(decision, learned_at - began_at)
             self._generation.length = self._lengths.next_length()
-            if taken.finish_reason is None:
-                yield from self._prepare_draft()
+            if taken.finish_reason is None and self._generation.length and self._draft_is_open:
+                yield from self._tell_draft()
             segments = [Segment(text, index < decision.num_accepted) for index, text in enumerate(taken.texts)]
             yield from self._hand_over(Chunk(decision.token_ids[: taken.num_taken], segments))
 
@@ -215,7 +214,14 @@ class Conversation:
             return
         draft_token_s = self._stats.draft_forward_s[-1] if self._stats.draft_forward_s else 0.0
         self._lengths.learn(
-            RoundTimes(last.num_draft_tokens, decision.num_accepted, round_s, last.target_forward_s, draft_token_s)
+            RoundTimes(
+                last.num_draft_tokens,
+                decision.num_accepted,
+                round_s,
+                last.target_forward_s,
+                draft_token_s,
+                decision.overlaps,
+            )
         )
 
     def _verify(self, request: Any) -> Steps:
@@ -243,6 +249,7 @@ class Conversation:
         if self._failure is None:
             yield from self._send(Link.TARGET, request)
             self._generation.read_round()
+            yield from self._prepare_draft()
         while self._response is None and self._failure is None:
             yield from self._wait(None)
         failure, self._failure = self._failure, None
@@ -301,14 +308,9 @@ class Conversation:
         return min(wanted, len(self._draft.proposals))
 
     def _prepare_draft(self) -> Steps:
-        """Tell the draft where the next round begins, or, before the first of several with proposals, where it is now.
-
-        What it has to process is then processed while the target is at work.
-        """
+        """While the target is at work on the round before the first with proposals, have the draft process the text."""
         if self._generation.length:
             self._is_draft_prepared = True
-            if self._draft_is_open:
-                yield from self._tell_draft()
         elif not (self._speculation.uses_draft and self._lengths.needs_draft):
             self._is_draft_prepared = False
         elif not self._is_draft_prepared:

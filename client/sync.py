@@ -129,8 +129,9 @@ class SpeculativeClient:
     def _described_target(self) -> Target:
         with self._lock:
             if self._target is None:
-                info = self.info().target
-                self._target = Target(info, self._fetch_tokenizer() if info.HasField("tokenizer") else None)
+                pair = self.info()
+                tokenizer = self._fetch_tokenizer() if pair.target.HasField("tokenizer") else None
+                self._target, self._draft_info = Target(pair.target, tokenizer), pair.draft
             return self._target
 
     def _fetch_tokenizer(self) -> TargetTokenizer:
@@ -277,11 +278,10 @@ class _Transport:
                 return event
 
     def _describe(self) -> common_pb2.ModelInfo | None:
-        client = self._client
-        if client._draft_info is None:
+        client, info = self._client, self._client._draft_info
+        if info is None:
             description = client._describe_draft()
-            if description is None:
-                return None
-            check_pair(description.model, self._target_info)
-            client._draft_info = description.model
-        return client._draft_info
+            info = client._draft_info = description.model if description else None
+        if info is not None:
+            check_pair(info, self._target_info)
+        return info

@@ -12,6 +12,7 @@ from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET
 
 PROMPT = [2, 40, 33]
+GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,30 @@ def test_several_generations_at_once_give_the_texts_that_the_blocking_client_giv
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
     assert [result.text for result in results] == [result.text for result in expected]
     assert len({tuple(result.token_ids) for result in results}) == 6
+
+
+@pytest.mark.parametrize("kind", [SpeculativeClient, AsyncSpeculativeClient])
+def test_a_client_asks_the_draft_only_once_what_it_is(services, pair, monkeypatch, kind):
+    """What it said at the first use of the client serves all generations, until it fails."""
+    num_asked, describe = 0, kind._describe_draft
+
+    def counted(client):
+        nonlocal num_asked
+        num_asked += 1
+        return describe(client)
+
+    async def generate_twice(client):
+        return [await client.generate(PROMPT, GREEDY, num_speculative_tokens=3) for _ in range(2)]
+
+    monkeypatch.setattr(kind, "_describe_draft", counted)
+    if kind is AsyncSpeculativeClient:
+        results = run_async(services, pair, generate_twice)
+    else:
+        target, draft = pair
+        with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+            results = [client.generate(PROMPT, GREEDY, num_speculative_tokens=3) for _ in range(2)]
+    assert all(result.stats.num_draft_tokens for result in results)
+    assert num_asked == 1
 
 
 def test_chunks_add_up_to_the_result(services, pair):

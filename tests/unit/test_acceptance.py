@@ -18,6 +18,7 @@ from client.acceptance import (
     draw_recovered,
     joint_ratios,
     longest_kept,
+    overlap,
     prefix_probs,
     residual_weights,
 )
@@ -92,6 +93,20 @@ def test_token_id_0_is_a_token():
 def test_acceptance_probability_is_capped_at_1():
     assert acceptance_prob(proposal(5, _3=0.8, _5=0.2), row(0.4, 0.3)) == 1.0
     assert acceptance_prob(*HALF) == 0.5
+
+
+def test_overlap_is_the_acceptance_probability_of_all_that_might_have_been_drawn():
+    assert overlap(*HALF) == pytest.approx(0.8 * 0.5 + 0.2 * 1.0)
+    assert overlap(*SURE) == pytest.approx(1.0)
+    assert overlap(*NEVER) == 0.0
+
+
+def test_a_decision_tells_the_overlaps_of_the_proposals_that_were_judged():
+    kept = run(SURE, HALF, SURE, accept=[GREATEST, LEAST, GREATEST], residual=[0.5] * 3)
+    assert kept.overlaps == pytest.approx((1.0, 0.6, 1.0))
+    rejected = run(SURE, HALF, SURE, accept=[GREATEST] * 3, residual=[0.5] * 3)
+    assert rejected.num_accepted == 1
+    assert rejected.overlaps == pytest.approx((1.0, 0.6))
 
 
 def test_residual_weights_are_the_positive_part_and_the_mass_outside():

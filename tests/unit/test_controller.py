@@ -312,11 +312,30 @@ class TestLooksAtTheOtherSide:
         self.looks(side, 100.0, 1)
         side.probe_length = controller.FIRST
         for expected in (4, 8):
-            side.on_accepted_in_full(side.probe_length)
-            assert side.probe_length == expected
+            left = side.probe_rounds_left
+            self.after_round(side, side.probe_length, side.probe_length, controller.PROBE_BALANCE)
+            assert (side.probe_length, side.probe_rounds_left) == (expected, left + 1)
         left = side.probe_rounds_left
-        side.on_accepted_in_full(controller.LONGEST_PROBE)
+        self.after_round(side, controller.LONGEST_PROBE, controller.LONGEST_PROBE, controller.PROBE_BALANCE)
         assert side.probe_rounds_left == left
+
+    @pytest.mark.parametrize(
+        ("num_accepted", "overlaps", "expected"),
+        [(0, (0.7,), 4), (0, (0.1,), 2), (1, (0.9, 0.2), 4), (2, (0.1, 0.2), 2), (0, (), 2), (1, (), 4), (2, (), 4)],
+    )
+    def test_longer_rounds_are_tried_where_proposals_are_probable_whatever_became_of_them(
+        self, num_accepted, overlaps, expected
+    ):
+        """Where nobody knows how probable they were, what became of them says it. The look is as long as planned."""
+        side = Side()
+        assert not side.next_is_alone(100.0, 0.0, 4.0, 1)
+        left = side.probe_rounds_left
+        self.after_round(side, 2, num_accepted, controller.PROBE_BALANCE - 0.1, overlaps)
+        assert (side.probe_length, side.probe_rounds_left) == (expected, left)
+
+    @staticmethod
+    def after_round(side: Side, num_proposals: int, num_accepted: int, balance: float, overlaps=()) -> None:
+        side.on_round_of_look(RoundTimes(num_proposals, num_accepted, 0.01, 0.005, 0.0, overlaps), balance)
 
     def test_until_the_target_alone_is_measured_there_is_none(self):
         assert all(Side().next_is_alone(0.0, 0.0, 10.0, 1) for _ in range(100))
@@ -387,12 +406,22 @@ def test_a_draft_that_turns_useless_is_left_and_taken_up_again_when_it_recovers(
 def test_expected_tokens_are_those_of_the_counts():
     acceptance = Acceptance()
     for _ in range(400):
-        acceptance.add(4, 4)
-        acceptance.add(4, 1)
+        acceptance.add([1.0, 1.0, 1.0, 1.0])
+        acceptance.add([1.0, 0.0])
     expected = acceptance.expected_tokens(4)
     assert expected[:3] == pytest.approx([1, 1, 2], abs=0.05)
     assert expected[3] == pytest.approx(2.5, abs=0.05)
     assert expected[4] == pytest.approx(3.0, abs=0.08)
+
+
+@pytest.mark.parametrize("knows_overlaps", [True, False])
+def test_acceptance_is_learned_from_how_probable_it_was_where_that_is_known(knows_overlaps):
+    """A first proposal of a half in each of a few rounds, all of which were accepted by luck."""
+    speed = PairSpeed()
+    for _ in range(6):
+        speed.add(RoundTimes(1, 1, 0.01, 0.005, 0.0, (0.5,) if knows_overlaps else ()))
+    first = next(speed._acceptance.probs())
+    assert first == pytest.approx(0.55 if knows_overlaps else 0.88, abs=0.01)
 
 
 def test_a_line_finds_its_slope_and_says_its_prior_where_it_has_seen_one_place_only():

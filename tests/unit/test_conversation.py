@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from client.connection import SEEDED_BLOCK_LENGTH, ConnectionSettings, Target, begin_conversation, lengths_for
 from client.controller import PairSpeeds, RoundTimes
-from client.conversation import RETRIED, Conversation, Link, Patience, Wait
+from client.conversation import RETRIED, Conversation, Describe, Link, Open, Patience, Send, Wait
 from client.errors import (
     DeadlineExceededError,
     IncompatiblePairError,
@@ -250,6 +250,13 @@ class TestLengthsThatChange:
         assert 9 <= first_commits[0] <= first_commits[1]
         assert first_commits[1] > 12
 
+    def test_the_target_has_its_first_round_before_the_draft_is_described_and_opened(self):
+        world, effects = World(3), []
+        world.on_effect = lambda effect: effects.append((type(effect), getattr(effect, "link", None)))
+        world.run(make_conversation(world, lengths=Scripted([0, 0, 3], needs_draft=[1])))
+        target, draft = Link.TARGET, Link.DRAFT
+        assert effects[:5] == [(Open, target), (Send, target), (Describe, None), (Open, draft), (Wait, None)]
+
     @staticmethod
     def assert_not_waiting_for_the_draft(effect, lengths) -> None:
         """Without proposals there are only waits for the target, which have no end."""
@@ -267,6 +274,18 @@ class TestLengthsThatChange:
         stats = without_failures.run(make_conversation(without_failures, lengths=lengths))[0].stats
         assert [times.num_proposals for times in lengths.learned] == [one.num_draft_tokens for one in stats.rounds[1:]]
         assert sum(times.num_accepted for times in lengths.learned) <= stats.num_accepted_tokens
+
+    @pytest.mark.parametrize(
+        ("speculation", "are_known"), [({}, True), ({"acceptance": "block"}, False), ({"coupling": "gumbel"}, False)]
+    )
+    def test_how_probable_the_judged_proposals_were_is_learned_where_it_is_known(self, speculation, are_known):
+        world, lengths = World(3), AnyLengths(3)
+        world.run(make_conversation(world, lengths=lengths, **speculation))
+        numbers = [min(times.num_accepted + 1, times.num_proposals) for times in lengths.learned]
+        assert [len(times.accept_probs) for times in lengths.learned] == numbers
+        assert [len(times.overlaps) for times in lengths.learned] == [number * are_known for number in numbers]
+        between = {prob for times in lengths.learned for prob in times.accept_probs if 0 < prob < 1}
+        assert bool(between) == are_known
 
     def test_rounds_last_from_one_to_the_next_so_that_no_time_is_nobodys(self):
         """But the times in which the caller keeps a chunk. The first round is not learned from."""
