@@ -5,7 +5,8 @@ a_i once those before it were, commits on average
 
     E(K) = 1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_{K−1}
 
-tokens (the last one decided is committed whether it was accepted or replaced), and one with K = 0 commits one. Its
+tokens (the last one decided is committed whether it was accepted or replaced), and one with K = 0 commits one. a_i is
+learned from how probable acceptance was, where that is known: a few rounds then say as much as many outcomes. Its
 seconds are taken to be R(K) = c + b K for K ≥ 1: b is what one more proposal costs, in drafting and in verifying. The
 line is fitted to the rounds that there were; where they say nothing yet about b, all that they took longer than R(0)
 is laid to their proposals. Passes of some lengths take longer than a line says, so what those of K tokens have taken

@@ -90,7 +90,7 @@ class EngineStats:
 
 
 class Engine:
-    """Owns the runner and all caches. Used by one thread at a time."""
+    """Owns the runner and all caches. Used by one thread at a time, but for `is_quick`."""
 
     def __init__(self, runner: Runner, max_cached_tokens: int, max_batch_tokens: int, keep_caches: bool = True):
         """The cap is what one sequence of `max_cached_tokens` tokens costs: with pages, whole pages.
@@ -108,11 +108,13 @@ class Engine:
     def is_quick(self) -> bool:
         """Whether an event loop had better run the next pass itself than have a thread run it.
 
-        With several sequences it reads what has come for the others meanwhile. Spare ones are nobody's.
+        With several sequences it reads what has come for the others meanwhile. Spare ones are nobody's. May be asked
+        while another thread uses the engine.
         """
         if self._last_s >= QUICK_S or self.runner.device.type != "cpu":
             return False
-        return sum(not sequence.is_spare for sequence in self._sequences) <= 1
+        sequences = tuple(self._sequences)  # in one piece: the other thread may be adding one
+        return sum(not sequence.is_spare for sequence in sequences) <= 1
 
     @property
     def num_cached_tokens(self) -> int:

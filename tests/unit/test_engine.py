@@ -7,6 +7,8 @@ blur it.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Sequence as SequenceOf
 from random import Random
 from types import SimpleNamespace
@@ -427,3 +429,25 @@ class TestIsQuick:
     )
     def test_not_otherwise(self, monkeypatch, settings):
         assert not self.engine_after(monkeypatch, **settings).is_quick
+
+    def test_it_may_be_asked_while_another_thread_adds_and_removes_sequences(self, monkeypatch):
+        engine = self.engine_after(monkeypatch, 0.001)
+        is_over = threading.Event()
+
+        def use() -> None:
+            while not is_over.is_set():
+                sequences = [Sequence(is_spare=True) for _ in range(30)]
+                for change in (engine.add, engine.remove):
+                    for sequence in sequences:
+                        change(sequence)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        user = threading.Thread(target=use)
+        user.start()
+        try:
+            assert all(engine.is_quick for _ in range(5000))
+        finally:
+            is_over.set()
+            user.join()
+            sys.setswitchinterval(interval)
