@@ -53,6 +53,7 @@ MOST_CLEARNESS = 4.0  # times as fast, by which looks become rarer
 LONGEST_PROBE = 8  # K of a look
 PREPARE_ROUNDS = 16  # before a look at a draft that has fallen behind, which processes meanwhile what it has missed
 PROBE_PROPOSALS, PROBE_ALONE = 2, 4  # rounds of a look; the first ones are not learned from
+ENOUGH_LOST, IMPROBABLE = 2.0, 0.15  # tokens, mean probability of acceptance: a round that ends a look at once
 PROMISING = 0.35  # mean probability of a look's proposals to be accepted, with which longer rounds are tried
 CLOSE, MOST_EXTRA = 0.75, 3  # a first look so close to K = 0 goes on: the first rounds of a draft are slow
 CREDIT = 4.0  # tokens that may be lost before the draft has brought any
@@ -179,12 +180,15 @@ class Side:
     num_extra: int = 0  # rounds for which the look may go on
     probe_length: int = FIRST  # K of a look from K = 0
 
-    def on_round_of_look(self, times: RoundTimes, balance: float) -> None:
+    def on_round_of_look(self, times: RoundTimes, balance: float, is_enough: bool = False) -> None:
         """Look at longer rounds where the draft seems right often enough: what a round costs it costs for all of them.
 
         At a draft that is always right the look goes on meanwhile: a slow one is worth its time in long rounds alone.
+        With `is_enough` it is over.
         """
-        if not self.is_alone or not self.probe_length <= times.num_proposals < LONGEST_PROBE:
+        if is_enough:
+            self.probe_rounds_left = 0
+        if is_enough or not self.probe_length <= times.num_proposals < LONGEST_PROBE:
             return
         if times.num_accepted == times.num_proposals and balance >= PROBE_BALANCE:
             self.probe_length = min(2 * times.num_proposals, LONGEST_PROBE)
@@ -293,8 +297,16 @@ class LoadSpeed:
         """Enter a round into the account; `is_steady` as for PairSpeed.add."""
         if self.alone_s and (times.num_proposals or not is_steady):
             # A round that something else has held up says nothing of the next look.
-            self.balance += max(-MOST_LOST, times.num_committed - times.round_s / self.alone_s)
+            self.balance += max(-MOST_LOST, self.won(times))
         self.balance = min(self.balance + INCOME * times.num_committed, MOST_BALANCE * self.num_sessions)
+
+    def won(self, times: RoundTimes) -> float:
+        """Return the round's tokens less those that the target alone had made meanwhile; 0 where that is unknown."""
+        return times.num_committed - times.round_s / self.alone_s if self.alone_s else 0.0
+
+    def refutes_draft(self, times: RoundTimes) -> bool:
+        """Whether a round was so much slower, and its proposals so improbable to be accepted, that it says enough."""
+        return self.won(times) < -ENOUGH_LOST and fmean(times.accept_probs) < IMPROBABLE
 
     @property
     def session_balance(self) -> float:
@@ -385,9 +397,11 @@ class PairSpeed:
                 self._acceptance.add(times.accept_probs)
             if has_choice:
                 load.book(times, is_steady)
-            if has_choice and load.num_sessions == 1:
-                load.side.on_round_of_look(times, load.balance)
-            if is_steady:
+            is_look = has_choice and load.num_sessions == 1 and load.side.is_alone and times.num_proposals > 0
+            is_enough = is_look and load.refutes_draft(times)
+            if is_look:
+                load.side.on_round_of_look(times, load.balance, is_enough)
+            if is_steady or is_enough:
                 load.add(times)
 
     def rates(self, most: int) -> list[float]:

@@ -333,6 +333,32 @@ class TestLooksAtTheOtherSide:
         self.after_round(side, 2, num_accepted, controller.PROBE_BALANCE - 0.1, overlaps)
         assert (side.probe_length, side.probe_rounds_left) == (expected, left)
 
+    @pytest.mark.parametrize(
+        ("seconds", "num_accepted", "overlaps", "is_over"),
+        [
+            (0.032, 0, (0.1,), True),
+            (0.032, 0, (), True),
+            (0.029, 0, (0.1,), False),  # it lost 1.9 tokens
+            (0.032, 0, (0.2,), False),
+            (0.042, 1, (0.4, 0.4), False),
+            (0.042, 1, (), False),
+        ],
+    )
+    def test_a_round_that_lost_much_with_improbable_proposals_ends_a_look_and_is_learned_from(
+        self, seconds, num_accepted, overlaps, is_over
+    ):
+        """Though it was the first on its side, of which nothing is learned otherwise."""
+        speed = PairSpeed()
+        for _ in range(controller.START_ROUNDS):
+            speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0))
+        lengths = [speed.next_length(100.0, 0.0, 2)]
+        speed.add(RoundTimes(2, num_accepted, seconds, 0.005, 0.001, overlaps), is_steady=False)
+        rates = speed.rates(2)
+        lengths.append(speed.next_length(rates[0], rates[2], 2))
+        assert (rates[2] > 0) == is_over
+        assert lengths[0] == 2
+        assert (lengths[1] == 0) == is_over
+
     @staticmethod
     def after_round(side: Side, num_proposals: int, num_accepted: int, balance: float, overlaps=()) -> None:
         side.on_round_of_look(RoundTimes(num_proposals, num_accepted, 0.01, 0.005, 0.0, overlaps), balance)
