@@ -85,8 +85,7 @@ class RoundTimes:
     @property
     def accept_probs(self) -> Sequence[float]:
         """Of each proposal that was judged, how probable it was to be accepted; its outcome where nobody knows."""
-        outcomes = [1.0] * self.num_accepted + [0.0] * (self.num_accepted < self.num_proposals)
-        return self.overlaps or outcomes
+        return self.overlaps or [1.0] * self.num_accepted + [0.0] * (self.num_accepted < self.num_proposals)
 
 
 @dataclass
@@ -180,15 +179,16 @@ class Side:
     num_extra: int = 0  # rounds for which the look may go on
     probe_length: int = FIRST  # K of a look from K = 0
 
-    def on_round_of_look(self, times: RoundTimes, balance: float, is_enough: bool = False) -> None:
+    def end_look(self) -> None:
+        """Have no further rounds of a look that has begun."""
+        self.probe_rounds_left = 0
+
+    def on_round_of_look(self, times: RoundTimes, balance: float) -> None:
         """Look at longer rounds where the draft seems right often enough: what a round costs it costs for all of them.
 
         At a draft that is always right the look goes on meanwhile: a slow one is worth its time in long rounds alone.
-        With `is_enough` it is over.
         """
-        if is_enough:
-            self.probe_rounds_left = 0
-        if is_enough or not self.probe_length <= times.num_proposals < LONGEST_PROBE:
+        if not self.probe_length <= times.num_proposals < LONGEST_PROBE:
             return
         if times.num_accepted == times.num_proposals and balance >= PROBE_BALANCE:
             self.probe_length = min(2 * times.num_proposals, LONGEST_PROBE)
@@ -295,7 +295,7 @@ class LoadSpeed:
 
     def book(self, times: RoundTimes, is_steady: bool) -> None:
         """Enter a round into the account; `is_steady` as for PairSpeed.add."""
-        if self.alone_s and (times.num_proposals or not is_steady):
+        if times.num_proposals or not is_steady:
             # A round that something else has held up says nothing of the next look.
             self.balance += max(-MOST_LOST, self.won(times))
         self.balance = min(self.balance + INCOME * times.num_committed, MOST_BALANCE * self.num_sessions)
@@ -399,8 +399,10 @@ class PairSpeed:
                 load.book(times, is_steady)
             is_look = has_choice and load.num_sessions == 1 and load.side.is_alone and times.num_proposals > 0
             is_enough = is_look and load.refutes_draft(times)
-            if is_look:
-                load.side.on_round_of_look(times, load.balance, is_enough)
+            if is_enough:
+                load.side.end_look()
+            elif is_look:
+                load.side.on_round_of_look(times, load.balance)
             if is_steady or is_enough:
                 load.add(times)
 
