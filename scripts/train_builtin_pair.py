@@ -9,7 +9,7 @@ it was:
     stories     text sampled from the target, for the draft to learn on
     draft       distillation: the target's distribution at every position of those stories and of the training stories
     polish      the same by the total variation alone, once for each of some lower learning rates
-    export      bfloat16 safetensors, tokenizer and model card into --output
+    export      float16 safetensors, tokenizer and model card into --output
 
 Shapes: B sequences in a batch, T tokens a sequence, V pieces in the vocabulary.
 """
@@ -337,10 +337,10 @@ def train_draft(
 
 
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write bfloat16 safetensors, the configuration and the tokenizer."""
+    """Write float16 safetensors, the configuration and the tokenizer."""
     if folder.exists():
         shutil.rmtree(folder)
-    model.bfloat16().save_pretrained(folder)
+    model.half().save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # saved for the owner alone, which an installed package must not be
     fast = PreTrainedTokenizerFast(
@@ -362,7 +362,7 @@ tried, tested and measured on real text without a download.
 | optimizer steps × tokens a step | {target_steps} × {tokens_per_batch} | {draft_steps} × {tokens_per_batch} |
 | held-out loss, nats a token | {target_loss:.3f} | {draft_loss:.3f} |
 
-- Context: {context_length} tokens. Stored as bfloat16.
+- Context: {context_length} tokens. Stored as float16.
 - Agreement on held-out text at temperature 1: Σ min(p, q) = **{overlap:.3f}** (the expected acceptance rate), argmax equal at **{argmax:.3f}** of the positions.
 - Data: {num_stories:,} short stories ({num_tokens:,} tokens); {num_held_out} of them held out. {source}
 - The draft learned from the target's distributions (KL divergence, then total variation) on the same stories and on {written_tokens:,} tokens

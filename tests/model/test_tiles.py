@@ -11,7 +11,6 @@ import torch
 
 from outrider.engine.compiled import tiles
 from outrider.engine.compiled.runner import TILES_FROM, CompiledLlamaRunner
-from outrider.engine.loader import ModelOptions, load
 from tests.model.test_compiled import exact_in, uses_tiles, with_tiles
 
 NUMS_ROWS = [1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 50, 100]
@@ -166,11 +165,6 @@ class TestPermission:
 
 class TestWhichModelsUseThem:
     """Those of bfloat16, large enough, whose products' inputs fill whole steps."""
-
-    @with_tiles
-    def test_the_embedded_target_and_not_the_draft(self):
-        runners = [load(ModelOptions(f"builtin:{name}", device="cpu")).runner for name in ("target", "draft")]
-        assert [uses_tiles(runner) for runner in runners] == [True, False]
 
     @with_tiles
     def test_from_a_size_on(self):

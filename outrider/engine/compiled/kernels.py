@@ -7,7 +7,8 @@ to ROWS rows are multiplied with every number read. Attention is the same produc
 values of PANEL channels, are panels of the cache.
 
 Every output is one chain of additions in the order of its inputs, whatever rows are beside it: logits do not depend on
-how a text is cut into passes, nor on other sequences of the pass, to the last bit.
+how a text is cut into passes, nor on other sequences of the pass, to the last bit. Large models of bfloat16 are
+multiplied by `tiles` where the processor has them, which has an order of its own and keeps to it as well.
 
 Shapes: T new tokens in the packed row, S sequences, R rows read, V vocabulary, E hidden size, Hq query heads, H
 key-value heads, D head size, F feed-forward size, L layers, N positions that a cache has room for.

@@ -7,7 +7,7 @@ whose sum it is exactly. So products are exact and sums are float32, as they are
 How it adds is documented (Intel's Software Developer's Manual, TDPBF16PS): of 32 inputs the even ones in one chain and
 the odd ones in another, both from 0, then the sum of the two to what is there. An output does not depend on the rows
 beside it. A single row, which tiles would read no faster, is multiplied by vectors in the same order, to the same bits:
-processors run at a lower frequency for a while after they have used tiles.
+tiles take time to wake up, and the processor runs at a lower frequency for a while after them.
 
 Shapes: n rows, I inputs, O outputs.
 """
