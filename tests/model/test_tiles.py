@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from numba import config
 
 from outrider.engine.compiled import tiles
 from outrider.engine.compiled.runner import TILES_FROM, CompiledLlamaRunner
@@ -135,21 +136,34 @@ class TestProduct:
         assert product(np.empty((0, weights.shape[1]), dtype=np.float32), weights).shape == (0, len(weights))
 
 
-@pytest.fixture
-def asked_anew():
-    tiles.have_tiles.cache_clear()
-    yield
-    tiles.have_tiles.cache_clear()
+class System:
+    """A C library whose kernel answers as told."""
+
+    def __init__(self, answer: int):
+        self._answer = answer
+
+    def syscall(self, *arguments: int) -> int:
+        return self._answer
 
 
-@pytest.mark.usefixtures("asked_anew")
 class TestPermission:
-    def test_none_where_the_system_refuses(self, monkeypatch):
-        class Refusing:
-            def syscall(self, *arguments: int) -> int:
-                return -1
+    """On a machine that would have tiles, whatever this one has."""
 
-        monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing())
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch):
+        monkeypatch.setattr(tiles, "get_host_cpu_features", lambda: {"amx-bf16": True, "avx512f": True})
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: System(0))
+        monkeypatch.setattr(config, "CPU_NAME", None)
+        monkeypatch.setattr(config, "CPU_FEATURES", None)
+        tiles.have_tiles.cache_clear()
+        assert tiles.have_tiles()
+        tiles.have_tiles.cache_clear()
+        yield
+        tiles.have_tiles.cache_clear()
+
+    def test_none_where_the_system_refuses(self, monkeypatch):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: System(-1))
         assert not tiles.have_tiles()
 
     @pytest.mark.parametrize("missing", ["amx-bf16", "avx512f"])
@@ -160,6 +174,12 @@ class TestPermission:
 
     def test_none_elsewhere_than_on_linux(self, monkeypatch):
         monkeypatch.setattr(sys, "platform", "darwin")
+        assert not tiles.have_tiles()
+
+    @pytest.mark.parametrize("setting", [{"CPU_NAME": "generic"}, {"CPU_FEATURES": ""}], ids=str)
+    def test_none_where_numba_compiles_for_another_processor(self, monkeypatch, setting):
+        for name, value in setting.items():
+            monkeypatch.setattr(config, name, value)
         assert not tiles.have_tiles()
 
 
@@ -174,13 +194,16 @@ class TestWhichModelsUseThem:
         assert not uses_tiles(CompiledLlamaRunner(model))
         assert uses_tiles(CompiledLlamaRunner(model, tiles_from=1000))
 
+    @with_tiles
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
     def test_not_other_numbers(self, dtype):
         assert not uses_tiles(CompiledLlamaRunner(exact_in(dtype), tiles_from=0))
 
+    @with_tiles
     def test_not_where_a_step_would_not_be_full(self):
         assert not uses_tiles(CompiledLlamaRunner(exact_in(torch.bfloat16, hidden_size=48), tiles_from=0))
 
+    @with_tiles
     def test_not_without_permission(self, monkeypatch):
         monkeypatch.setattr(tiles, "have_tiles", lambda: False)
         assert not uses_tiles(CompiledLlamaRunner(exact_in(torch.bfloat16), tiles_from=0))

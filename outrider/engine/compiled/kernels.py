@@ -82,7 +82,10 @@ class Batch(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Room for what a pass computes on the way, for at least T tokens and as many more as tiles write; float32."""
+    """Room for what a pass computes on the way, for at least T tokens and as many more as tiles write.
+
+    It is float32 where nothing else is said.
+    """
 
     hidden: np.ndarray  # [T, E]
     normed: np.ndarray  # [T, E]
@@ -90,7 +93,7 @@ class Scratch(NamedTuple):
     mixed: np.ndarray  # [T, Hq D]
     gates: np.ndarray  # [T, 2 F]
     scores: np.ndarray  # [CHUNK, longest N]
-    parts: np.ndarray  # [3 T most inputs] uint16, for tiles
+    parts: np.ndarray  # [3 T most inputs] uint16, where there are tiles
 
 
 # --- the product ------------------------------------------------------------------------------------------------------

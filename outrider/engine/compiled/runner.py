@@ -32,7 +32,7 @@ class CompiledLlamaRunner:
         """Copy the numbers of `model`, which must be one that `can_run` accepts.
 
         Args:
-            tiles_from: how many numbers a model has at least for which `tiles` pay.
+            tiles_from: how many numbers the matrices of a model's products have at least for which `tiles` pay.
         """
         config: Any = model.config
         decoder: Any = model.model
@@ -122,7 +122,7 @@ class CompiledLlamaRunner:
             return aligned_zeros((num_rows, _padded(num_columns)), np.float32)
 
         hidden_size, mixed_size = weights.norms.shape[1], sizes.num_query_heads * sizes.head_dim
-        most_inputs = max(hidden_size, mixed_size, sizes.feed_forward)
+        most_inputs, has_tiles = max(hidden_size, mixed_size, sizes.feed_forward), weights.head.ndim == 4
         return Scratch(
             hidden=room(hidden_size),
             normed=room(hidden_size),
@@ -130,7 +130,7 @@ class CompiledLlamaRunner:
             mixed=aligned_zeros((num_tokens, mixed_size), np.float32),
             gates=room(2 * sizes.feed_forward),
             scores=aligned_zeros((kernels.CHUNK, _padded(longest)), np.float32),
-            parts=aligned_zeros((tiles.parts_room(num_tokens, most_inputs),), np.uint16),
+            parts=aligned_zeros((tiles.parts_room(num_tokens, most_inputs) if has_tiles else 0,), np.uint16),
         )
 
     def _angles_up_to(self, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -205,6 +205,7 @@ def _layout_for(storage: np.dtype, matrices: Sequence[torch.Tensor], tiles_from:
     fit_tiles = storage == kernels.BFLOAT16 and all(matrix.shape[1] % tiles.STEP == 0 for matrix in matrices)
     is_large = sum(matrix.numel() for matrix in matrices) >= tiles_from
     lay_out = tiles.tiles_of if fit_tiles and is_large and tiles.have_tiles() else _panels_of
+    assert PANEL == tiles.WIDTH or lay_out is _panels_of
     return lambda matrix: lay_out(np.pad(matrix, ((0, _padded(len(matrix)) - len(matrix)), (0, 0))))
 
 

@@ -7,7 +7,11 @@ whose sum it is exactly. So products are exact and sums are float32, as they are
 How it adds is documented (Intel's Software Developer's Manual, TDPBF16PS): of 32 inputs the even ones in one chain and
 the odd ones in another, both from 0, then the sum of the two to what is there. An output does not depend on the rows
 beside it. A single row, which tiles would read no faster, is multiplied by vectors in the same order, to the same bits:
-tiles take time to wake up, and the processor runs at a lower frequency for a while after them.
+tiles take time to wake up, and the processor runs at a lower frequency for a while after them. (To tiles alone numbers
+below 2^-126 are 0; only an output below 2^-100 or so could tell.)
+
+This code is part of that of kernels and drafting, which numba keeps on disk without noticing changes here: whoever
+changes this file deletes it, `make clean`.
 
 Shapes: n rows, I inputs, O outputs.
 """
@@ -21,7 +25,7 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -48,6 +52,8 @@ def have_tiles() -> bool:
     features = get_host_cpu_features()
     if sys.platform != "linux" or not (features.get("amx-bf16") and features.get("avx512f")):
         return False
+    if config.CPU_NAME not in (None, "host") or config.CPU_FEATURES is not None:
+        return False  # numba compiles for another processor than this one
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
 
