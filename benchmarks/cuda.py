@@ -3,8 +3,8 @@
     python -m benchmarks.cuda --shape llama3-8b --acceptance 0.6,0.8,0.9 --json result.json
 
 Both services run as processes of their own, on one GPU or on two. Models have random weights in the shapes of known
-pairs and a set acceptance rate (pairs.py); nothing is downloaded. Each is written to --directory first, so that disk
-and GPU must hold it: 26 GB and more for opt-13b.
+pairs and a set acceptance rate (pairs.py); nothing is downloaded, and weights are made where they are used. The draft
+service stays for all acceptance rates; the target services run together where the GPU holds them.
 
 A pass over few tokens must read every weight once and does little else, so the limit of its time is their bytes over
 the bandwidth of the GPU's memory, which is measured here by copying.
@@ -12,6 +12,7 @@ the bandwidth of the GPU's memory, which is measured here by copying.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import statistics
@@ -31,8 +32,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pairs import SHAPES, WrittenPair, write_pair
+from benchmarks import made_models
+from benchmarks.made_models import Recipe
+from benchmarks.pairs import SHAPES, Shape, bytes_per_pass, calibrate, make_draft, make_target
 from client import SamplingParams, SpeculativeClient
+from client.results import GenerationStats
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.loader import DTYPES, ModelOptions, load
 from outrider.engine.paged_choice import CacheOptions
@@ -42,8 +46,10 @@ NUM_CACHED = 200  # tokens in front of every measured pass
 PASS_SIZES = (1, 4, 8)
 NUM_PASSES = 50
 COPY_BYTES = 1 << 30
+SHARE_FOR_WEIGHTS = 0.65  # of a GPU's memory; the rest is for caches and for what loading takes
 MAX_CACHED_TOKENS = 8192
 PROMPT_LENGTH = 32
+OVERLAPS = {"on": (True,), "off": (False,), "both": (False, True)}
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,39 @@ class TextSpeed:
     """What texts took with the pair of one acceptance rate."""
 
     aim: float
-    acceptance: float  # as the client counted
+    num_speculative_tokens: int | str
+    overlap: bool  # whether the draft goes on, and prepares for other ends, while the target verifies
+    acceptance: float  # as the client counted, proposals behind a rejection included
+    tokens_per_round: float
     speculative: list[float]  # tokens per second of each repetition
     autoregressive: list[float]
+    round_ms: dict[str, float]  # of a mean round: all of it, and its parts
+    round_ms_alone: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to speculate."""
+
+    length: int | str
+    overlap: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is passed to `generate`."""
+        alone = {} if self.overlap else {"num_alternatives": 0}
+        return {"method": "speculative", "num_speculative_tokens": self.length, "overlap": self.overlap} | alone
+
+
+@dataclass(frozen=True)
+class PreparedPair:
+    """Recipes of the models of one shape, by --model, and what was found on the way."""
+
+    draft: str
+    targets: dict[float, str]  # by acceptance rate
+    calibrated: dict[float, float]  # the rates that were reached
+    target_bytes: int  # of weights that a pass reads
+    draft_bytes: int
 
 
 def share_of_bandwidth(num_bytes: int, seconds: float, bytes_per_second: float) -> float:
@@ -94,8 +130,37 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * COPY_BYTES / min(_seconds(lambda: target.copy_(source), device) for _ in range(10))
 
 
+def prepare(
+    shape: Shape, aims: list[float], folder: Path, dtype: torch.dtype, target_device: str, draft_device: str
+) -> PreparedPair:
+    """Find the scales of the acceptance rates and write the recipes to `folder`."""
+    target, draft = (make(shape, dtype, target_device) for make in (make_target, make_draft))
+    scales = {aim: calibrate(target, draft, shape, aim) for aim in aims}
+    return PreparedPair(
+        draft=Recipe(shape, shape.num_draft_layers, draft_device).write(folder / "draft"),
+        targets={
+            aim: Recipe(shape, shape.num_layers, target_device, scale).write(folder / f"target-{aim:g}")
+            for aim, (scale, _) in scales.items()
+        },
+        calibrated={aim: rate for aim, (_, rate) in scales.items()},
+        target_bytes=bytes_per_pass(target, shape),
+        draft_bytes=bytes_per_pass(draft, shape),
+    )
+
+
+def measure_pair(pair: PreparedPair, devices: dict[str, str], dtype: str, cuda_graphs: bool) -> list[PassTime]:
+    """Time the passes of both models, which take the same time with every target."""
+    models = {"target": (next(iter(pair.targets.values())), pair.target_bytes), "draft": (pair.draft, pair.draft_bytes)}
+    return [
+        time
+        for name, (path, num_bytes) in models.items()
+        for time in measure_passes(name, path, num_bytes, dtype, devices[name], cuda_graphs)
+    ]
+
+
 def measure_passes(name: str, path: str, num_bytes: int, dtype: str, device: str, cuda_graphs: bool) -> list[PassTime]:
     """Time passes of one sequence through the engine, as a service runs them."""
+    made_models.register()
     caches = CacheOptions(MAX_CACHED_TOKENS, cuda_graphs)
     runner = load(ModelOptions(path, dtype=dtype, device=device, caches=caches)).runner
     engine = Engine(runner, MAX_CACHED_TOKENS, max_batch_tokens=512)
@@ -127,36 +192,52 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure_texts(
-    client: SpeculativeClient, aim: float, num_speculative_tokens: int, max_new_tokens: int, repetitions: int
-) -> TextSpeed:
-    """Write texts with and without the draft, in turn, after one of each that does not count."""
+    client: SpeculativeClient, aim: float, ways: list[Way], max_new_tokens: int, repetitions: int
+) -> list[TextSpeed]:
+    """Write texts without the draft and in each of `ways`, in turn, after one of each that does not count."""
     random = Random(0)
-    speeds: dict[str, list[float]] = {"speculative": [], "autoregressive": []}
-    num_drafted = num_accepted = 0
+    all_stats: dict[Way | None, list[GenerationStats]] = {way: [] for way in (None, *ways)}
     for repetition in range(-1, repetitions):
-        prompt = [random.randrange(2, 1000) for _ in range(PROMPT_LENGTH)]
+        prompt = [random.randrange(2, 90) for _ in range(PROMPT_LENGTH)]
         sampling = SamplingParams(1.0, seed=repetition + 1, max_new_tokens=max_new_tokens, ignore_eos=True)
-        for method, its_speeds in speeds.items():
-            stats = client.generate(
-                prompt, sampling, method=method, num_speculative_tokens=num_speculative_tokens
-            ).stats
+        for way, its_stats in all_stats.items():
+            settings = way.settings if way else {"method": "autoregressive"}
+            stats = client.generate(prompt, sampling, **settings).stats
             if repetition >= 0:
-                its_speeds.append(stats.num_generated_tokens / stats.total_s)
-                num_drafted += stats.num_draft_tokens
-                num_accepted += stats.num_accepted_tokens
-    return TextSpeed(aim, num_accepted / max(1, num_drafted), **speeds)
+                its_stats.append(stats)
+    return [_text_speed(aim, way, all_stats[way], all_stats[None]) for way in ways]
+
+
+def _text_speed(aim: float, way: Way, stats: list[GenerationStats], alone: list[GenerationStats]) -> TextSpeed:
+    drafted, accepted, rounds, generated = (
+        sum(getattr(its, name) for its in stats)
+        for name in ("num_draft_tokens", "num_accepted_tokens", "num_rounds", "num_generated_tokens")
+    )
+    speeds = ([its.num_generated_tokens / its.total_s for its in which] for which in (stats, alone))
+    rates = (accepted / max(1, drafted), generated / max(1, rounds))
+    return TextSpeed(aim, way.length, way.overlap, *rates, *speeds, _round_ms(stats), _round_ms(alone))
+
+
+def _round_ms(stats: list[GenerationStats]) -> dict[str, float]:
+    """Return the milliseconds of a mean round, and what it spent them on; what is left is queues, wire and client."""
+    num_rounds = max(1, sum(its.num_rounds for its in stats))
+    names = {"all": "total_s", "draft_wait": "draft_wait_s", "target_forward": "target_forward_s"}
+    return {name: 1000 * sum(getattr(its, source) for its in stats) / num_rounds for name, source in names.items()}
 
 
 @contextmanager
-def services(pair: WrittenPair, devices: dict[str, str], dtype: str, cuda_graphs: bool) -> Iterator[dict[str, str]]:
-    """Start both services as processes and yield their addresses when they are warm."""
+def services(models: dict[str, tuple[str, str]], dtype: str, cuda_graphs: bool) -> Iterator[dict[str, str]]:
+    """Start a service for each of `models`, which name model and device, and yield their addresses when all are warm.
+
+    Whether it is a target or a draft is what its name begins with.
+    """
     processes = {}
     try:
-        for name, path in (("target", pair.target), ("draft", pair.draft)):
+        for name, (path, device) in models.items():
             command = [
-                sys.executable, "-m", f"{name}_service", "--model", path, "--listen", "127.0.0.1:0", "--grace", "0",
-                "--device", devices[name], "--dtype", dtype, "--max-cached-tokens", str(MAX_CACHED_TOKENS),
-                "--cuda-graphs" if cuda_graphs else "--no-cuda-graphs",
+                sys.executable, "-m", "benchmarks.made_models", name.partition(" ")[0], "--model", path,
+                "--listen", "127.0.0.1:0", "--grace", "0", "--device", device, "--dtype", dtype,
+                "--max-cached-tokens", str(MAX_CACHED_TOKENS), "--cuda-graphs" if cuda_graphs else "--no-cuda-graphs",
             ]  # fmt: skip
             processes[name] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         yield {name: _address(name, process) for name, process in processes.items()}
@@ -176,11 +257,6 @@ def _address(name: str, process: subprocess.Popen) -> str:
     return line.split()[-1]
 
 
-def read_pair(folder: Path) -> WrittenPair:
-    """Return what write_pair noted."""
-    return WrittenPair(**json.loads((folder / "pair.json").read_text(encoding="utf-8")))
-
-
 def _apart(function: Callable, *arguments: Any) -> Any:
     """Return what `function` returns in a process of its own, whose GPU memory is free afterwards."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -195,23 +271,35 @@ def numbers(context: click.Context, parameter: click.Parameter, value: str) -> l
         raise click.BadParameter(f"{value!r} is no list of numbers separated by commas") from error
 
 
+def lengths(context: click.Context, parameter: click.Parameter, value: str) -> list[int | str]:
+    """Return the numbers of proposals of a list separated by commas, `auto` among them."""
+    parts = value.split(",")
+    if not all(part == "auto" or (part.isdigit() and int(part)) for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of whole numbers from 1, or auto, separated by commas")
+    return [part if part == "auto" else int(part) for part in parts]
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--shape", "shapes", type=click.Choice(list(SHAPES)), multiple=True, default=list(SHAPES))
 @click.option("--acceptance", callback=numbers, default="0.6,0.8,0.9", help="Acceptance rates of the pairs.")
-@click.option("-k", "--num-speculative-tokens", type=click.IntRange(1), default=4)
+@click.option("-k", "--num-speculative-tokens", "lengths", callback=lengths, default="4,8")
+@click.option(
+    "--overlap",
+    type=click.Choice(list(OVERLAPS)),
+    default="both",
+    help="Whether the draft goes on while the target verifies; on one GPU they then take turns.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128)
 @click.option("--repetitions", type=click.IntRange(1), default=5)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16")
 @click.option("--target-device", default="cuda:0")
 @click.option("--draft-device", default="cuda:0", help="cuda:1 puts the draft on a second GPU.")
 @click.option("--cuda-graphs/--no-cuda-graphs", default=True)
-@click.option("--directory", type=click.Path(file_okay=False, path_type=Path), help="Where models are written.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, writable=True, path_type=Path))
 def main(
     shapes: tuple[str, ...],
     acceptance: list[float],
     json_file: Path | None,
-    directory: Path | None,
     **settings: Any,
 ) -> None:
     """Measure forward passes and texts of random-weight pairs on a GPU."""
@@ -221,69 +309,98 @@ def main(
     document: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
-        "copy_bytes_per_second": _apart(copy_bandwidth, device),
+        "copy_bytes_per_second": copy_bandwidth(device),
         "settings": {name: str(value) for name, value in settings.items()},
         "shapes": {},
     }
-    for shape in shapes:
-        passes, texts = _measure_shape(shape, acceptance, directory, settings)
-        document["shapes"][shape] = {
-            "passes": [asdict(item) | {"share": item.share(document["copy_bytes_per_second"])} for item in passes],
-            "texts": [asdict(item) | {"speed_up": speed_up(item.speculative, item.autoregressive)} for item in texts],
-        }
-        _print(shape, document["shapes"][shape])
-        if json_file:
-            json_file.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = {shape: SHAPES[shape] for shape in shapes}
+        prepared = _apart(prepare_all, chosen, acceptance, Path(folder), settings)
+        bandwidth = document["copy_bytes_per_second"]
+        for shape, (_, passes) in prepared.items():
+            rows = [asdict(item) | {"share": item.share(bandwidth)} for item in passes]
+            document["shapes"][shape] = {"passes": rows, "texts": []}
+            _print_passes(shape, rows)
+        _save(document, json_file)
+        for shape, (pair, _) in prepared.items():
+            texts = measure_all_texts(pair, settings)
+            rows = [asdict(item) | {"speed_up": speed_up(item.speculative, item.autoregressive)} for item in texts]
+            document["shapes"][shape]["texts"] = rows
+            _print_texts(shape, rows)
+            _save(document, json_file)
 
 
-def _measure_shape(
-    shape: str, aims: list[float], directory: Path | None, settings: dict[str, Any]
-) -> tuple[list[PassTime], list[TextSpeed]]:
-    """Make one pair after the other, since each may fill the disk; passes take the same time with all of them."""
-    devices = {"target": settings["target_device"], "draft": settings["draft_device"]}
-    dtype, with_graphs = settings["dtype"], settings["cuda_graphs"]
-    passes: list[PassTime] = []
-    texts = []
-    for aim in aims:
-        with tempfile.TemporaryDirectory(dir=directory) as folder:
-            pair = _apart(write_pair, SHAPES[shape], aim, Path(folder), DTYPES[dtype], devices["target"])
-            if not passes:
-                for name, path, num_bytes in (
-                    ("target", pair.target, pair.target_bytes),
-                    ("draft", pair.draft, pair.draft_bytes),
-                ):
-                    passes += _apart(measure_passes, name, path, num_bytes, dtype, devices[name], with_graphs)
-            with (
-                services(pair, devices, dtype, with_graphs) as addresses,
-                SpeculativeClient(addresses["target"], addresses["draft"]) as client,
-            ):
-                names = ("num_speculative_tokens", "max_new_tokens", "repetitions")
-                texts.append(measure_texts(client, aim, **{name: settings[name] for name in names}))
-    return passes, texts
+def _save(document: dict[str, Any], json_file: Path | None) -> None:
+    if json_file:
+        json_file.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
-def _print(shape: str, result: dict[str, Any]) -> None:
-    console = Console()
+def prepare_all(
+    shapes: dict[str, Shape], aims: list[float], folder: Path, settings: dict[str, Any]
+) -> dict[str, tuple[PreparedPair, list[PassTime]]]:
+    """Prepare each pair and time its passes, one after the other."""
+    devices = {name: settings[f"{name}_device"] for name in ("target", "draft")}
+    dtype, prepared = settings["dtype"], {}
+    for name, shape in shapes.items():
+        pair = prepare(shape, aims, folder / name, DTYPES[dtype], devices["target"], devices["draft"])
+        prepared[name] = pair, measure_pair(pair, devices, dtype, settings["cuda_graphs"])
+        gc.collect()
+        torch.cuda.empty_cache()
+    return prepared
+
+
+def measure_all_texts(pair: PreparedPair, settings: dict[str, Any]) -> list[TextSpeed]:
+    """Start services for a pair and measure texts at each of its acceptance rates."""
+    target_device, draft_device = settings["target_device"], settings["draft_device"]
+    ways = [Way(length, overlap) for length in settings["lengths"] for overlap in OVERLAPS[settings["overlap"]]]
+    texts: list[TextSpeed] = []
+    for group in groups_that_fit(list(pair.targets), pair.target_bytes, _memory_bytes(target_device)):
+        models = {"draft": (pair.draft, draft_device)}
+        models |= {f"target {aim:g}": (pair.targets[aim], target_device) for aim in group}
+        with services(models, settings["dtype"], settings["cuda_graphs"]) as addresses:
+            for aim in group:
+                with SpeculativeClient(addresses[f"target {aim:g}"], addresses["draft"]) as client:
+                    chosen = {name: settings[name] for name in ("max_new_tokens", "repetitions")}
+                    texts += measure_texts(client, aim, ways, **chosen)
+    return texts
+
+
+def groups_that_fit(aims: list[float], num_bytes: int, memory_bytes: int) -> list[list[float]]:
+    """Divide `aims` into groups whose models of `num_bytes` each fit into a GPU together; one at least in each."""
+    size = max(1, int(SHARE_FOR_WEIGHTS * memory_bytes / num_bytes))
+    return [aims[start : start + size] for start in range(0, len(aims), size)]
+
+
+def _memory_bytes(device: str) -> int:
+    if torch.device(device).type != "cuda":
+        return 1 << 40
+    return torch.cuda.get_device_properties(torch.device(device)).total_memory
+
+
+def _print_passes(shape: str, passes: list[dict[str, Any]]) -> None:
     table = Table("model", "new tokens", "ms", "share of bandwidth", title=f"{shape}: forward passes")
-    for item in result["passes"]:
+    for item in passes:
         forward = item["forward"]
         table.add_row(
             forward["model"], str(forward["num_tokens"]), f"{1000 * item['seconds']:.2f}", f"{item['share']:.0%}"
         )
-    console.print(table)
-    table = Table(
-        "acceptance", "counted", "alone, tokens/s", "speculative, tokens/s", "speed-up", title=f"{shape}: texts"
-    )
-    for item in result["texts"]:
+    Console().print(table)
+
+
+def _print_texts(shape: str, texts: list[dict[str, Any]]) -> None:
+    columns = ("acceptance", "K", "overlap", "accepted", "tokens/round", "ms/round", "alone", "tokens/s", "speed-up")
+    table = Table(*columns, title=f"{shape}: texts")
+    for item in texts:
         alone, together = (statistics.median(item[name]) for name in ("autoregressive", "speculative"))
-        table.add_row(
-            f"{item['aim']:g}",
+        numbers = (
             f"{item['acceptance']:.2f}",
-            f"{alone:.1f}",
-            f"{together:.1f}",
-            f"{item['speed_up']:.2f}",
+            f"{item['tokens_per_round']:.2f}",
+            f"{item['round_ms']['all']:.1f}",
         )
-    console.print(table)
+        numbers += (f"{alone:.1f}", f"{together:.1f}")
+        way = (str(item["num_speculative_tokens"]), "yes" if item["overlap"] else "no")
+        table.add_row(f"{item['aim']:g}", *way, *numbers, f"{item['speed_up']:.2f}")
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,6 +63,11 @@ class Shape:
     num_draft_layers: int
     config: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_layers(self) -> int:
+        """The target's."""
+        return self.config[FAMILIES[self.family].num_layers_field]
+
 
 SHAPES = {
     "gpt2-xl": Shape("gpt2", 4, {"n_embd": 1600, "n_layer": 48, "n_head": 25, "vocab_size": 50_257}),
@@ -91,29 +97,43 @@ class WrittenPair:
     draft_bytes: int
 
 
-def make_target(shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> PreTrainedModel:
-    """Return the random target, its further layers not yet scaled."""
-    torch.manual_seed(seed)
+def make_model(
+    shape: Shape, num_layers: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> PreTrainedModel:
+    """Return a random model with so many of the target's layers.
+
+    Each weight is drawn by its own name, so that models of one seed agree wherever they have the same weights.
+    """
+    family = FAMILIES[shape.family]
     special = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False}
-    config = AutoConfig.for_model(shape.family, **(special | shape.config))
+    settings = special | shape.config | {family.num_layers_field: num_layers}
+    config = AutoConfig.for_model(shape.family, **settings)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    norm = model.get_submodule(FAMILIES[shape.family].final_norm)
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _fill(name, parameter, seed)
+        norm = model.get_submodule(family.final_norm)
         norm.weight.mul_(LOGIT_STD / (INIT_STD * math.sqrt(config.hidden_size)))
     return model
 
 
-def make_draft(target: PreTrainedModel, shape: Shape) -> PreTrainedModel:
-    """Return the target's first layers as a model; it holds its own weights."""
-    config = type(target.config)(
-        **(target.config.to_dict() | {FAMILIES[shape.family].num_layers_field: shape.num_draft_layers})
-    )
-    with torch.device(target.device):
-        draft = AutoModelForCausalLM.from_config(config, dtype=target.dtype).eval()
-    weights = target.state_dict()
-    draft.load_state_dict({name: weights[name] for name in draft.state_dict()})
-    return draft
+def _fill(name: str, parameter: torch.Tensor, seed: int) -> None:
+    if parameter.ndim == 1:
+        parameter.fill_(float(name.endswith("weight")))  # of norms; the others are biases
+    else:
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        parameter.normal_(0.0, INIT_STD, generator=generator)
+
+
+def make_target(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """Return the random target, its further layers not yet scaled."""
+    return make_model(shape, shape.num_layers, dtype, device)
+
+
+def make_draft(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """Return the target's first layers as a model."""
+    return make_model(shape, shape.num_draft_layers, dtype, device)
 
 
 def further_outputs(target: PreTrainedModel, shape: Shape) -> list[torch.nn.Module]:
@@ -201,8 +221,7 @@ def bytes_per_pass(model: PreTrainedModel, shape: Shape) -> int:
 
 def write_pair(shape: Shape, aim: float, folder: Path, dtype: torch.dtype, device: str) -> WrittenPair:
     """Make a pair that accepts `aim` of its proposals, save it below `folder`, and note in pair.json what was made."""
-    target = make_target(shape, dtype, device)
-    draft = make_draft(target, shape)
+    target, draft = make_target(shape, dtype, device), make_draft(shape, dtype, device)
     scale, acceptance = calibrate(target, draft, shape, aim)
     scale_weights(further_outputs(target, shape), scale)
     pair = WrittenPair(

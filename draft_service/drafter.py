@@ -16,6 +16,7 @@ import torch
 from draft_service.session import Commit, DraftOptions, Path, Session
 from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
+from outrider.engine.runner import MOST_DRAWS, MOST_SUPPORT
 from outrider.engine.thread import ModelThread
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError
 from outrider.probs import Draft, PlainSampling, draft_tokens
@@ -41,8 +42,9 @@ class Drafter:
 
     def warm_up(self, vocab_size: int) -> None:
         """Draft greedily and not, several tokens in one go and one by one; the thread must not run yet."""
+        self._engine.prepare_drafting()
         for temperature, min_draft_prob in ((0.0, 0.0), (1.0, 0.0), (1.0, 1e-9)):
-            options = DraftOptions(Warping(temperature), 0, vocab_size, vocab_size, min_draft_prob)
+            options = DraftOptions(Warping(temperature), 0, vocab_size, MOST_SUPPORT, min_draft_prob)
             window = min(WARM_UP_WINDOW, self._context_length)
             session = Session(options, lambda _: None, next(self._arrivals), window)
             session.begin([0])
@@ -176,10 +178,8 @@ class Drafter:
 
         A commit has to wait meanwhile, so that there are only so many as it can wait for.
         """
-        num_draws = min(min(path.num_wanted for path in paths), self._num_quick_draws)
+        num_draws = min(min(path.num_wanted for path in paths), self._most_draws(paths))
         demands = [_demand_of(path) for path in paths]
-        if num_draws < 2 or not self._engine.can_draft(demands, num_draws):
-            return False
         options = [path.session.options for path in paths]
         sampling = PlainSampling.of(
             [its.vocab_size for its in options],
@@ -188,15 +188,19 @@ class Drafter:
             [[path.number_of(index) for path in paths] for index in range(num_draws)],
             max(its.num_others for its in options),
         )
-        if sampling is None:
+        if sampling is None or not self._engine.can_draft(demands, sampling):
             return False
         self._take(paths, self._engine.draft(demands, sampling))
         return True
 
-    @property
-    def _num_quick_draws(self) -> int:
-        """How many tokens are drafted in LONGEST_DEAFNESS_S, as passes have been so far."""
-        return int(LONGEST_DEAFNESS_S / max(self._pass_s, 1e-9))
+    def _most_draws(self, paths: list[Path]) -> int:
+        """Return how many tokens are drafted in LONGEST_DEAFNESS_S, as passes have been so far; one at least.
+
+        A client that is alone and waits for drafts has no commit to send meanwhile.
+        """
+        if len(self._sessions) == 1 and paths[0].session.is_waited_for:
+            return MOST_DRAWS
+        return min(MOST_DRAWS, max(1, int(LONGEST_DEAFNESS_S / max(self._pass_s, 1e-9))))
 
     def _draft(self, paths: list[Path]) -> None:
         """Draw one token for each path whose row is there."""

@@ -10,16 +10,17 @@ position, which draft and target share (`outrider.race`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 
+from outrider import device_rows
+from outrider.device_rows import RowOptions
 from outrider.host_rows import GIVEN, draft_rows, noise_addresses, target_rows
-from outrider.race import race, rates_among
 from outrider.rng import Noise
-from outrider.scales import round_down, whole_weights
 from outrider.warping import COLDEST, Warping
 
 MIN_SUPPORT_PROB = 2e-4
@@ -75,6 +76,10 @@ class Draft:
     others: tuple[tuple[int, float], ...] = ()  # the likeliest tokens that were not drawn, and their probabilities;
     # behind a greedy token or one drawn with noise, their shares among themselves and the token
 
+    def with_others(self, most: int) -> Draft:
+        """Return the same with so many other tokens at most."""
+        return self if len(self.others) <= most else replace(self, others=self.others[:most])
+
 
 def draw_drafts(
     probs: torch.Tensor, max_supports: Sequence[int], numbers: Sequence[float | Noise], num_others: int = 0
@@ -87,14 +92,41 @@ def draw_drafts(
     the law to the letter. Each row has a uniform, or the noise of its position. Each draft tells `num_others` likeliest
     other tokens, if there are so many.
     """
+    given = np.full(len(probs), GIVEN)
     if lies_on_host(probs):
-        drafts = _drafts_on_host(probs.numpy(), np.full(len(probs), GIVEN), max_supports, numbers, num_others)
-        return [draft for draft in drafts if draft]
-    supports = _supports_on_device(probs, max(max_supports))
-    parts = zip(supports, max_supports, numbers, strict=True)
-    return [
-        _draw_draft(*_likeliest(*support, max_support), number, num_others) for support, max_support, number in parts
-    ]
+        drafts = _drafts_on_host(probs.numpy(), given, max_supports, numbers, num_others)
+    else:
+        drafts = _drafts_on_device(probs, given, max_supports, numbers, num_others)
+    return [draft for draft in drafts if draft]
+
+
+def _drafts_on_device(
+    rows: torch.Tensor,
+    temperatures: np.ndarray,
+    max_supports: Sequence[int],
+    numbers: Sequence[float | Noise],
+    num_others: int,
+) -> list[Draft | None]:
+    """Return a draft for each of `rows` `[N, V]`, as device_rows reads them; None where the row is no law."""
+    vocab_sizes, limits = np.full(len(rows), rows.shape[1]), np.array(max_supports)
+    uniforms, noises = _uniforms_and_noises(numbers)
+    inputs = on_device(rows.device, vocab_sizes, limits, temperatures, uniforms, noises.astype(np.int64))
+    options, most = RowOptions(*inputs[2:]), int(limits.max())
+    read = reader_of(rows).draft_table
+    table, _ = read(rows, inputs[0], options, inputs[1], MIN_SUPPORT_PROB, most, num_others)
+    return drafts_in(on_host(table)[0], num_others, noises[:, 0])
+
+
+def drafts_in(table: np.ndarray, num_others: int, are_coupled: np.ndarray) -> list[Draft | None]:
+    """Return the drafts of a table by device_rows.DraftRows `[N, numbers]`; None for rows that are no law."""
+    most = (table.shape[1] - device_rows.table_width(0, num_others)) // 2
+    borders = np.cumsum([most, most, 1, 1, num_others])
+    ids, weights, places, finite, others, other_probs = np.split(table, borders, axis=1)
+    ids, weights, places, others = (part.astype(np.int64) for part in (ids, weights, places, others))
+    are_finite = finite.astype(bool)
+    is_kept = (weights > 0) & are_finite
+    flat = (ids[is_kept], weights[is_kept], is_kept.sum(-1), places[:, 0], are_finite[:, 0], others, other_probs)
+    return drafts_of(flat, are_coupled)
 
 
 def _drafts_on_host(
@@ -133,40 +165,6 @@ def drafts_of(parts: Sequence[np.ndarray], are_coupled: np.ndarray) -> list[Draf
     return drafts
 
 
-def _supports_on_device(probs: torch.Tensor, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the same for at most `most` tokens a row; only they leave the device."""
-    likeliest, ids = on_host(*probs.topk(min(most, probs.shape[-1]), dim=-1))
-    sizes = (likeliest >= np.minimum(likeliest[:, :1], MIN_SUPPORT_PROB)).sum(-1)
-    supports = []
-    for row, size in enumerate(sizes):
-        order = ids[row, :size].argsort()
-        supports.append((ids[row, :size][order], likeliest[row, :size][order]))
-    return supports
-
-
-def _likeliest(ids: np.ndarray, probs: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `most` likeliest of the tokens, in the order they have."""
-    if len(ids) <= most:
-        return ids, probs
-    kept = np.sort(np.argpartition(-probs, most - 1)[:most])
-    return ids[kept], probs[kept]
-
-
-def _draw_draft(ids: np.ndarray, probs: np.ndarray, number: float | Noise, num_others: int) -> Draft:
-    if isinstance(number, Noise):
-        rates = rates_among(ids, probs, number)
-        index = int(rates.argmax())
-        likeliest = np.argsort(-rates)[: num_others + 1]
-        others = tuple((int(ids[it]), float(rates[it] / rates[likeliest].sum())) for it in likeliest[1:])
-        return Draft(int(ids[index]), ids[:0], ids[:0], float(probs[index] / probs.sum()), others)
-    weights = whole_weights(probs)
-    cumulative = weights.cumsum()
-    index = min(int(np.searchsorted(cumulative, number * cumulative[-1], side="right")), len(ids) - 1)
-    order = np.argsort(-probs, kind="stable")
-    others = tuple((int(ids[it]), float(probs[it])) for it in order[order != index][:num_others])
-    return Draft(int(ids[index]), ids, weights, float(weights[index] / cumulative[-1]), others)
-
-
 def draft_tokens(
     logits: torch.Tensor,
     warpings: Sequence[Warping],
@@ -177,11 +175,10 @@ def draft_tokens(
     """Draw a token for each row of `logits` `[N, V]` under its warping, as draw_drafts does; None for no law."""
     if _is_compiled(logits, warpings):
         return _drafts_on_host(logits.numpy(), _temperatures(warpings), max_supports, numbers, num_others)
-    logits, finite = _only_finite(logits)
-    if all(warping.is_greedy for warping in warpings) and not _have_noise(numbers):
-        drafts = greedy_drafts(logits, num_others)
-    else:
-        drafts = draw_drafts(probability_rows(logits, warpings), max_supports, numbers, num_others)
+    if _are_plain(warpings):
+        return _drafts_on_device(logits, _temperatures(warpings), max_supports, numbers, num_others)
+    finite = are_rows_finite(logits)
+    drafts = draw_drafts(probability_rows(_with_zeros(logits, finite), warpings), max_supports, numbers, num_others)
     return [draft if is_finite else None for draft, is_finite in zip(drafts, finite, strict=True)]
 
 
@@ -236,45 +233,18 @@ def _are_plain(warpings: Sequence[Warping]) -> bool:
     return not any(warping.has_filters for warping in warpings)
 
 
-def _have_noise(numbers: Sequence[float | Noise]) -> bool:
-    return any(isinstance(number, Noise) for number in numbers)
-
-
 def _temperatures(warpings: Sequence[Warping]) -> np.ndarray:
     return np.array([0.0 if warping.is_greedy else warping.temperature for warping in warpings])
 
 
-def _only_finite(logits: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-    """Return the rows with zeros for those that are no law, and which are."""
-    finite = are_rows_finite(logits)
-    if all(finite):
-        return logits, finite
-    return logits.where(torch.tensor(finite, device=logits.device)[:, None], 0.0), finite
-
-
-def greedy_drafts(logits: torch.Tensor, num_others: int = 0) -> list[Draft]:
-    """Return what draw_drafts draws when every row of `logits` `[N, V]` is greedy: the likeliest token alone."""
-    drawn = logits.argmax(-1, keepdim=True)
-    scores, ids = logits.scatter(-1, drawn, -torch.inf).topk(min(num_others, logits.shape[1] - 1), -1)
-    shares = torch.cat([logits.gather(-1, drawn), scores], -1).softmax(-1)[:, 1:]
-    alone, drafts = whole_weights(np.ones(1)), []
-    for [token_id], its_ids, its_shares in zip(*(part.tolist() for part in on_host(drawn, ids, shares)), strict=True):
-        others = tuple((other, share) for other, share in zip(its_ids, its_shares, strict=True) if share)
-        drafts.append(Draft(token_id, np.array([token_id]), alone, 1.0, others))
-    return drafts
+def _with_zeros(logits: torch.Tensor, finite: list[bool]) -> torch.Tensor:
+    """Return the rows, zeros in the place of those that are no law."""
+    return logits if all(finite) else logits.where(torch.tensor(finite, device=logits.device)[:, None], 0.0)
 
 
 def are_rows_finite(logits: torch.Tensor) -> list[bool]:
     """Return for each row of `logits` `[N, V]` whether it is a law: no NaN, no +infinity, and not all −infinity."""
     return logits.amax(-1).isfinite().tolist()
-
-
-def inverse_cdf(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Return one index a row `[N] int64`, drawn in proportion to `weights` `[N, S]`; 0 where all weights are 0."""
-    cumulative = weights.double().cumsum(-1)
-    points = cumulative.new_tensor(uniforms) * cumulative[:, -1]
-    indices = torch.searchsorted(cumulative, points[:, None], right=True)[:, 0]
-    return torch.where(cumulative[:, -1] > 0, indices.clamp(max=weights.shape[-1] - 1), 0)
 
 
 @dataclass(frozen=True)
@@ -300,11 +270,10 @@ def read_target_rows(
     Left are the other ids and what rounding takes from those of the support, so that nothing of the law is lost. The
     mass outside is summed, not subtracted from 1, so that a small one keeps its precision.
     """
+    given = np.full(len(probs), GIVEN)
     if lies_on_host(probs):
-        return _rows_on_host(probs.numpy(), np.full(len(probs), GIVEN), supports, numbers)[0]
-    sizes = [len(support) for support in supports]
-    told, masses, token_ids = _read_with_torch(probs, np.concatenate(supports), sizes, numbers)
-    return TargetRows(np.split(told, np.cumsum(sizes)[:-1]), masses.tolist(), token_ids.tolist())
+        return _rows_on_host(probs.numpy(), given, supports, numbers)[0]
+    return _rows_on_device(probs, given, supports, numbers)[0]
 
 
 def _rows_on_host(
@@ -319,17 +288,31 @@ def _rows_on_host(
     return TargetRows(told_by_row, masses.tolist(), token_ids.tolist()), finite.tolist()
 
 
-def _read_with_torch(
-    probs: torch.Tensor, flat_ids: np.ndarray, sizes: list[int], numbers: Sequence[float | Noise]
-) -> list[np.ndarray]:
-    """Return what is told of each id, the masses left over and the tokens drawn from them, on any device."""
-    flat_ids = flat_ids + np.repeat(np.arange(len(sizes)) * probs.shape[1], sizes)
-    cells = torch.from_numpy(flat_ids).to(probs.device)
-    outside = probs.to(torch.float64, copy=True)
-    on_support = outside.take(cells)
-    told = round_down(on_support)
-    outside.view(-1)[cells] = on_support - told
-    return on_host(told, outside.sum(-1), _draw_rows(outside, numbers))
+def _rows_on_device(
+    rows: torch.Tensor, temperatures: np.ndarray, supports: Sequence[np.ndarray], numbers: Sequence[float | Noise]
+) -> tuple[TargetRows, list[bool]]:
+    """Return what `rows` `[N, V]` are on their supports, as device_rows reads them, and which of them are laws."""
+    sizes = np.array([len(support) for support in supports])
+    uniforms, noises = _uniforms_and_noises(numbers)
+    ids, ends, *options = on_device(
+        rows.device, np.concatenate(supports), sizes.cumsum(), temperatures, uniforms, noises.astype(np.int64)
+    )
+    told, masses, token_ids, finite = on_host(*reader_of(rows).target_rows(rows, ids, ends, RowOptions(*options)))
+    told_by_row = np.split(told, sizes.cumsum()[:-1])
+    are_finite = finite.astype(bool).tolist()
+    return TargetRows(told_by_row, masses.tolist(), token_ids.astype(np.int64).tolist()), are_finite
+
+
+def reader_of(rows: torch.Tensor) -> Any:
+    """Return the module that reads rows where they lie: gpu_rows where it can, or else device_rows."""
+
+    if rows.device.type != "cuda" or rows.dtype == torch.float64:
+        return device_rows
+    try:
+        from outrider import gpu_rows
+    except ImportError:  # there is no Triton
+        return device_rows
+    return gpu_rows
 
 
 def read_logits(
@@ -341,35 +324,25 @@ def read_logits(
     """Read `logits` `[N, V]` under their warpings as read_target_rows reads laws; tell also which rows are laws."""
     if _is_compiled(logits, warpings):
         return _rows_on_host(logits.numpy(), _temperatures(warpings), supports, numbers)
-    logits, finite = _only_finite(logits)
-    if all(warping.is_greedy for warping in warpings):
-        return greedy_target_rows(logits, supports), finite
-    return read_target_rows(probability_rows(logits, warpings), supports, numbers), finite
+    if _are_plain(warpings):
+        return _rows_on_device(logits, _temperatures(warpings), supports, numbers)
+    finite = are_rows_finite(logits)
+    return read_target_rows(probability_rows(_with_zeros(logits, finite), warpings), supports, numbers), finite
 
 
-def greedy_target_rows(logits: torch.Tensor, supports: Sequence[np.ndarray]) -> TargetRows:
-    """Return what read_target_rows reads when every row of `logits` `[N, V]` is greedy."""
-    likeliest = logits.argmax(-1).tolist()
-    on_support = [support == token_id for support, token_id in zip(supports, likeliest, strict=True)]
-    are_outside = [not hits.any() for hits in on_support]
-    return TargetRows(
-        support_probs=[hits.astype(np.float64) for hits in on_support],
-        outside_masses=[float(is_outside) for is_outside in are_outside],
-        outside_token_ids=[token_id * outside for token_id, outside in zip(likeliest, are_outside, strict=True)],
-    )
-
-
-def _draw_rows(weights: torch.Tensor, numbers: Sequence[float | Noise]) -> torch.Tensor:
-    """Return a token for each row of `weights` `[N, V]`, drawn with its uniform or its noise: `[N] int64`."""
-    noises = {row: number for row, number in enumerate(numbers) if isinstance(number, Noise)}
-    uniforms = {row: number for row, number in enumerate(numbers) if not isinstance(number, Noise)}
-    if not noises:
-        return inverse_cdf(weights, list(uniforms.values()))
-    token_ids = torch.empty(len(numbers), dtype=torch.long, device=weights.device)
-    token_ids[list(noises)] = race(weights[list(noises)], list(noises.values()))
-    if uniforms:
-        token_ids[list(uniforms)] = inverse_cdf(weights[list(uniforms)], list(uniforms.values()))
-    return token_ids
+def on_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
+    """Return arrays as tensors of the device, in one copy, as float64 on the way: whole numbers to 2^53 are exact."""
+    sizes = [array.size + array.size % 2 for array in arrays]  # so that each begins at a multiple of 16 bytes
+    joined = np.zeros(sum(sizes))
+    starts = np.cumsum([0, *sizes])[:-1].tolist()
+    for array, start in zip(arrays, starts, strict=True):
+        joined[start : start + array.size] = array.ravel()
+    on_device = torch.from_numpy(joined).to(device)
+    kinds = [torch.float64 if array.dtype == np.float64 else torch.int64 for array in arrays]
+    return [
+        on_device[start : start + array.size].view(array.shape).to(kind)
+        for array, start, kind in zip(arrays, starts, kinds, strict=True)
+    ]
 
 
 def on_host(*tensors: torch.Tensor) -> list[np.ndarray]:

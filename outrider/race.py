@@ -10,49 +10,39 @@ Shapes: N rows, V vocabulary size, S some token ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 import torch
 
-from outrider.rng import Noise, key_of, noise_bits
+from outrider.rng import noise_bits
 
 MAX_ELEMENTS = 1 << 22  # numbers of noise made at once on an accelerator
 
 
-def rates_among(token_ids: np.ndarray, weights: np.ndarray, noise: Noise) -> np.ndarray:
-    """Return `weights` `[S]` over the arrival times of E of `token_ids` `[S]`: the highest is that of the winner."""
-    times = _times_on_host(noise, token_ids.astype(np.uint64) >> np.uint64(1))
-    return weights / times[np.arange(len(token_ids)), token_ids & 1]
+def arrival_times(addresses: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return E `[N, S]` float64 of `token_ids` `[N, S]`, under the noise of `addresses` `[N, 4]` int64.
+
+    See host_rows.noise_addresses.
+    """
+    _, low, high, position = addresses.split(1, dim=-1)  # [N, 1] each
+    even, odd = noise_bits((low, high), position, token_ids >> 1)
+    return _times(torch.where(token_ids & 1 == 0, even, odd))
 
 
-def race(weights: torch.Tensor, noises: Sequence[Noise]) -> torch.Tensor:
-    """Return the winners `[N] int64` of the rows of `weights` `[N, V]`, on their device."""
+def race(weights: torch.Tensor, addresses: torch.Tensor) -> torch.Tensor:
+    """Return the winners `[N] int64` of the rows of `weights` `[N, V]`, on their device, under `addresses` `[N, 4]`."""
     num_rows = max(1, MAX_ELEMENTS // weights.shape[-1])
-    starts = range(0, len(noises), num_rows)
-    parts = [race_on_device(weights[start : start + num_rows], noises[start : start + num_rows]) for start in starts]
-    return torch.cat(parts)
+    parts = zip(weights.split(num_rows), addresses.split(num_rows), strict=True)
+    return torch.cat([race_at_once(*part) for part in parts])
 
 
-def race_on_device(weights: torch.Tensor, noises: Sequence[Noise]) -> torch.Tensor:
-    """Return the winners `[N] int64` of `weights` `[N, V]`, all rows at once and where the weights lie."""
+def race_at_once(weights: torch.Tensor, addresses: torch.Tensor) -> torch.Tensor:
+    """Return what race does, all rows at once."""
     num_rows, vocab_size = weights.shape
-    addresses = torch.tensor([[*key_of(noise.seed), noise.position] for noise in noises], device=weights.device)
-    low, high, position = addresses.split(1, dim=-1)  # [N, 1] each
+    _, low, high, position = addresses.split(1, dim=-1)  # [N, 1] each
     pairs = torch.arange((vocab_size + 1) // 2, device=weights.device)
-    bits = torch.stack(noise_bits((low, high), position, pairs), -1)
-    times = _uniform(bits.double()).log_().neg_()
+    times = _times(torch.stack(noise_bits((low, high), position, pairs), -1))
     return (weights / times.reshape(num_rows, -1)[:, :vocab_size]).argmax(-1)
 
 
-def _times_on_host(noise: Noise, pairs: np.ndarray) -> np.ndarray:
-    """Return E `[S, 2]` of the token ids 2 · pairs and 2 · pairs + 1."""
-    position = np.array([noise.position], dtype=np.uint64)
-    bits = np.stack(noise_bits(key_of(noise.seed), position, pairs), -1)
-    return -np.log(_uniform(bits))
-
-
-def _uniform(bits: Any) -> Any:
-    """Return an odd multiple of 2^-53 for each 52 bits: never 0 and never 1, so that E is positive and finite."""
-    return (bits + 0.5) * 2.0**-52
+def _times(bits: torch.Tensor) -> torch.Tensor:
+    """Return −log u, u being an odd multiple of 2^-53 for each 52 bits: never 0 and never 1, so that it is positive."""
+    return ((bits.double() + 0.5) * 2.0**-52).log_().neg_()

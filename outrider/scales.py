@@ -11,15 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 WEIGHT_UNIT = 2.0**-13
 PROB_UNIT = 2.0**-18
-
-
-def whole_weights(probs: np.ndarray) -> np.ndarray:
-    """Return the weights of probabilities `[n]`, `[n] int64`."""
-    return np.rint(probs / WEIGHT_UNIT).astype(np.int64).clip(1)
 
 
 def round_down(probs: Any) -> Any:

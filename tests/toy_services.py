@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import torch
 
 from client.acceptance import Proposal, TargetRow, decide
 from client.controller import FixedLength
@@ -30,10 +31,11 @@ from client.results import Chunk, GenerationResult
 from client.text import TextStream
 from outrider import wire
 from outrider.errors import FailedPreconditionError
+from outrider.host_rows import noise_addresses
 from outrider.probs import MIN_SUPPORT_PROB
-from outrider.race import rates_among
+from outrider.race import arrival_times
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
-from outrider.scales import round_down, whole_weights
+from outrider.scales import WEIGHT_UNIT, round_down
 from outrider.tokens import TokenLog
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
@@ -59,6 +61,21 @@ class ToyModel:
             return (np.arange(VOCAB_SIZE) == row.argmax()).astype(float)
         weights = np.exp((row - row.max()) / self.temperature)
         return weights / weights.sum()
+
+
+def addresses_of(noises: Sequence[Noise]) -> torch.Tensor:
+    """Return the addresses `[N, 4]` of noises, as device_rows reads them."""
+    return torch.from_numpy(noise_addresses(noises).astype(np.int64))
+
+
+def rates_among(token_ids: np.ndarray, weights: np.ndarray, noise: Noise) -> np.ndarray:
+    """Return `weights` `[S]` over the arrival times of `token_ids` `[S]`: the highest is that of the winner."""
+    return weights / arrival_times(addresses_of([noise]), torch.from_numpy(token_ids.astype(np.int64))[None])[0].numpy()
+
+
+def whole_weights(probs: np.ndarray) -> np.ndarray:
+    """Return the weights of probabilities `[S]`, as the draft draws and sends them; outrider.scales."""
+    return np.rint(probs / WEIGHT_UNIT).astype(np.int64).clip(1)
 
 
 def draw(weights: np.ndarray, number: float | Noise) -> int:

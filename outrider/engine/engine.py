@@ -168,12 +168,21 @@ class Engine:
                 demand.sequence.cache.clear()
         return finished
 
-    def can_draft(self, demands: SequenceOf[Demand], num_draws: int) -> bool:
+    def prepare_drafting(self) -> None:
+        """Have the runner do now what the first drafts would otherwise wait for."""
+        if self._drafting:
+            self._drafting.prepare_drafting()
+
+    def can_draft(self, demands: SequenceOf[Demand], sampling: PlainSampling) -> bool:
         """Return whether `draft` can be called: the runner can, and all fits into one pass and into the caches."""
         if not self._drafting:
             return False
-        num_tokens = sum(demand.num_left for demand in demands)
-        return num_tokens <= self._max_batch_tokens and num_tokens + num_draws * len(demands) <= self._free()
+        sizes = [demand.num_left for demand in demands]
+        if sum(sizes) > self._max_batch_tokens or not self._drafting.can_draft(sizes, sampling):
+            return False
+        num_draws = len(sampling.uniforms)
+        costs = (_cost_of_growing(demand.sequence.cache, demand.num_left + num_draws) for demand in demands)
+        return sum(costs) <= self._free()
 
     def draft(self, demands: SequenceOf[Demand], sampling: PlainSampling) -> list[list[Draft | None]]:
         """Finish `demands` of one row each, and draw from the rows, draw after draw; return the drafts of each demand.

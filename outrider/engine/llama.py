@@ -6,9 +6,6 @@ into the products behind them, residuals are added inside the products, and rota
 place, for which the rows of the query and key projections are put into another order. The loader compares it with
 transformers before use.
 
-In half precision, which is for accelerators, norms and rotary angles go through float32, as in transformers, and the
-norms' weights stay by themselves: folded in, they would be rounded into the products.
-
 Between two passes the caches fill with weights, so that an operation on a few rows costs five to ten microseconds
 whatever it computes: their number is what counts.
 
@@ -19,7 +16,7 @@ head size, F feed-forward size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,44 +26,22 @@ from outrider.engine.attention import AttentionBatch
 from outrider.engine.products import Product, make_product
 
 FAMILIES = ("llama", "mistral", "qwen2")
-HALF_PRECISION = (torch.bfloat16, torch.float16)
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose angles do not depend on the sequence's length
 
 
-class _Norm(Protocol):
-    """An RMS norm in front of a product."""
-
-    def fold(self, product_weight: torch.Tensor) -> torch.Tensor:
-        """Return the product's weight `[O, E]` for what the norm returns."""
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return `hidden` `[T, E]` as the product takes it."""
-
-
-class _FoldedNorm:
-    """x / √(Σ x² + E·eps); the norm's weight and √E are in the product that follows."""
+class _Norm:
+    """x / √(Σ x² + E·eps) in front of a product; the norm's weight and √E are in the product's."""
 
     def __init__(self, weight: torch.Tensor, eps: float):
         self._weight, self._floor = weight, weight.new_tensor([eps * len(weight)]).sqrt()
 
     def fold(self, product_weight: torch.Tensor) -> torch.Tensor:
+        """Return the product's weight `[O, E]` for what the norm returns."""
         return (product_weight * self._weight * len(self._weight) ** 0.5).contiguous()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `hidden` `[T, E]` as the product takes it."""
         return hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).hypot_(self._floor)
-
-
-class _PlainNorm:
-    """The norm by itself, one operation on accelerators, in float32 inside."""
-
-    def __init__(self, weight: torch.Tensor, eps: float):
-        self._weight, self._eps = weight, eps
-
-    def fold(self, product_weight: torch.Tensor) -> torch.Tensor:
-        return product_weight
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden, self._weight.shape, self._weight, self._eps)
 
 
 @dataclass(frozen=True)
@@ -95,7 +70,6 @@ class LlamaForward:
         self._head_dim = head_dim_of(config)
         self._embedding = decoder.embed_tokens.weight.detach()
         self.device = self._embedding.device
-        self._is_half = self._embedding.dtype in HALF_PRECISION
         self._layers = [self._layer(layer, config) for layer in decoder.layers]
         self._norm = self._norm_of(decoder.norm, config)
         self._head = make_product(self._norm.fold(model.get_output_embeddings().weight.detach()))
@@ -104,23 +78,26 @@ class LlamaForward:
 
     @staticmethod
     def can_run(model: PreTrainedModel) -> bool:
-        """Return whether the model is of the family, unquantised on one device, and without what is left out here.
+        """Return whether the model is of the family, unquantised on a CPU, and without what is left out here.
 
-        Half precision is left to transformers on a CPU, where nobody should want it.
+        Half precision is left to transformers: nobody should want it on a CPU, and a folded norm would be rounded.
         """
+        if model.config.model_type not in FAMILIES or model.device.type != "cpu":
+            return False
+        kinds = {(weight.device, weight.dtype) for weight in model.parameters()}
+        is_exact = model.dtype in (torch.float32, torch.float64)
+        return len(kinds) == 1 and is_exact and LlamaForward.is_plain(model)
+
+    @staticmethod
+    def is_plain(model: PreTrainedModel) -> bool:
+        """Return whether a model of the family has the usual layers and angles."""
         config: Any = model.config
-        if config.model_type not in FAMILIES or config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
-            return False
-        weights = list(model.parameters())
-        plain = all(weight.device == weights[0].device and weight.dtype == weights[0].dtype for weight in weights)
-        dtypes = (torch.float32, torch.float64, *(HALF_PRECISION if weights[0].device.type == "cuda" else ()))
-        if not plain or weights[0].dtype not in dtypes:
-            return False
         rope = config.rope_parameters or {}
         is_whole = rope.get("partial_rotary_factor", 1.0) == 1.0
         decoder: Any = model.model
-        has_output_bias = decoder.layers[0].self_attn.o_proj.bias is not None
-        return rope.get("rope_type", "default") in ROPE_TYPES and is_whole and not has_output_bias
+        has_more_biases = getattr(config, "mlp_bias", False) or decoder.layers[0].self_attn.o_proj.bias is not None
+        is_known = config.hidden_act == "silu" and rope.get("rope_type", "default") in ROPE_TYPES
+        return is_known and is_whole and not has_more_biases
 
     def __call__(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: AttentionBatch
@@ -146,11 +123,7 @@ class LlamaForward:
     def _rotate(self, pairs: torch.Tensor, angles: torch.Tensor) -> None:
         """Turn the query and key heads of `pairs` `[T, Hq + 2 H, D/2, 2]` in place."""
         num_rotated = self._num_query_heads + self._num_kv_heads
-        if self._is_half:  # there are no complex numbers of that kind
-            turned = torch.view_as_complex(pairs[:, :num_rotated].float()) * angles
-            pairs[:, :num_rotated].copy_(torch.view_as_real(turned))
-        else:
-            torch.view_as_complex(pairs)[:, :num_rotated].mul_(angles)
+        torch.view_as_complex(pairs)[:, :num_rotated].mul_(angles)
 
     def _feed_forward(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden` `[T, E]` with the feed-forward layer added."""
@@ -165,7 +138,7 @@ class LlamaForward:
 
     def _angles_up_to(self, length: int) -> torch.Tensor:
         positions = torch.arange(length, device=self.device)[None]
-        kind = torch.empty(0, dtype=torch.float32 if self._is_half else self._embedding.dtype, device=self.device)
+        kind = torch.empty(0, dtype=self._embedding.dtype, device=self.device)
         cos, sin = (part[0, :, : self._head_dim // 2] for part in self._rotary(kind, positions))
         return torch.complex(cos.contiguous(), sin.contiguous())
 
@@ -193,8 +166,7 @@ class LlamaForward:
         )
 
     def _norm_of(self, norm: Any, config: Any) -> _Norm:
-        kind = _PlainNorm if self._is_half else _FoldedNorm
-        return kind(norm.weight.detach(), config.rms_norm_eps)
+        return _Norm(norm.weight.detach(), config.rms_norm_eps)
 
     def _join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Return query, key and value parts in one, the first two with their rotary halves interleaved."""

@@ -17,13 +17,14 @@ from outrider.engine import attention
 from outrider.engine.compiled.choice import choose_compiled
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.llama import LlamaForward
-from outrider.engine.paged_choice import CacheOptions, choose_runner
+from outrider.engine.paged_choice import CacheOptions, choose_runner, make_gpu_forward
+from outrider.engine.probe import why_different
 from outrider.engine.runner import Feed, ForwardPass, ModelRunner, Runner, TransformersForward
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_NAMES = ("target", "draft")
 FINGERPRINT_BLOCK = 1024
-_PROBE_LENGTH = 12
+_PROBE_LENGTH, _PROBE_START = 12, 5
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -109,10 +110,11 @@ def load(options: ModelOptions) -> LoadedModel:
     compiled = None
     if not options.caches.paged:
         compiled = choose_compiled(model, ModelRunner(forward_pass), facts["vocab_size"])
+    gpu_forward = make_gpu_forward(model)
     del model  # a forward pass of our own has the weights: their memory is for the caches
     try:
         runner, max_cached_tokens = choose_runner(
-            forward_pass, facts["context_length"], facts["vocab_size"], options.caches
+            forward_pass, gpu_forward, facts["context_length"], facts["vocab_size"], options.caches
         )
     except torch.OutOfMemoryError as error:
         raise ModelRefusedError(
@@ -222,38 +224,36 @@ def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
     _refuse_unless_switched(model, name)
     forward_pass = TransformersForward(model)
     try:
-        distance, num_layers = _distance(forward_pass, token_ids, expected)
+        actual, num_layers = _probe(forward_pass, token_ids)
     except (TypeError, KeyError, AttributeError, AssertionError) as error:
         raise ModelRefusedError(f"{name} cannot be run with packed attention: {error}") from error
     if num_layers != config.num_hidden_layers:
         total = config.num_hidden_layers
         raise ModelRefusedError(f"{name} calls the attention interface in {num_layers} of its {total} layers only")
-    is_exact = model.dtype in (torch.float32, torch.float64) and getattr(model, "hf_quantizer", None) is None
-    tolerance = 1e-3 if is_exact else 0.1  # quantised products round their inputs, too
-    if not distance < tolerance:
-        raise ModelRefusedError(
-            f"{name} differs from its own attention under packed attention (total variation {distance:.2g})"
-        )
+    is_rounded = model.dtype not in (torch.float32, torch.float64) or getattr(model, "hf_quantizer", None) is not None
+    reason = why_different(actual, expected[_PROBE_START:], is_rounded)
+    if reason:
+        raise ModelRefusedError(f"{name} differs from its own attention under packed attention: {reason}")
     if not LlamaForward.can_run(model):
         return forward_pass
     fast = LlamaForward(model)
-    if _distance(fast, token_ids, expected)[0] < tolerance:
+    reason = why_different(_probe(fast, token_ids)[0], expected[_PROBE_START:], is_rounded)
+    if reason is None:
         return fast
-    log.warning("%s runs as transformers has it: the faster forward pass does not give its results", name)
+    log.warning("%s runs as transformers has it: in the faster forward pass, %s", name, reason)
     return forward_pass
 
 
-def _distance(forward_pass: ForwardPass, token_ids: list[int], expected: torch.Tensor) -> tuple[float, int]:
-    """Return the largest total variation to the `expected` logits `[n, V]`, with a rollback on the way, and the layers.
+def _probe(forward_pass: ForwardPass, token_ids: list[int]) -> tuple[torch.Tensor, int]:
+    """Return the rows `[n - _PROBE_START, V]` of a text, with a rollback on the way, and the number of layers.
 
     The layers are those that have written their cache.
     """
     runner, cache = ModelRunner(forward_pass), SequenceCache()
     runner.forward([Feed(cache, token_ids[:7], 1)])
-    cache.truncate(5)
-    actual = runner.forward([Feed(cache, token_ids[5:], len(token_ids) - 5)])
-    differences = (actual.float().softmax(-1) - expected[5:].float().softmax(-1)).abs()
-    return differences.sum(-1).max().item() / 2, cache.num_layers
+    cache.truncate(_PROBE_START)
+    rows = runner.forward([Feed(cache, token_ids[_PROBE_START:], len(token_ids) - _PROBE_START)])
+    return rows, cache.num_layers
 
 
 def _refuse_unless_switched(model: PreTrainedModel, name: str) -> None:

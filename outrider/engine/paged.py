@@ -47,11 +47,9 @@ class PagePool:
         self.page_size = page_size
         self.num_pages = -(-max_cached_tokens // page_size)  # that sequences can have
         self._free = list(range(self.num_pages, SCRATCH_PAGE, -1))
-        size = (self.num_pages + 1, page_size, shape.num_kv_heads, shape.head_dim)
-        self.layers = [
-            (torch.zeros(size, dtype=shape.dtype, device=device), torch.zeros(size, dtype=shape.dtype, device=device))
-            for _ in range(shape.num_layers)
-        ]  # keys and values [P, page_size, H, D]
+        size = (shape.num_layers, 2, self.num_pages + 1, page_size, shape.num_kv_heads, shape.head_dim)
+        self._entries = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.layers = [(keys, values) for keys, values in self._entries]  # [P, page_size, H, D] each
 
     @property
     def num_free(self) -> int:
@@ -71,11 +69,9 @@ class PagePool:
     @torch.inference_mode()
     def copy(self, from_slots: np.ndarray, to_slots: np.ndarray) -> None:
         """Copy the entries of some positions, `[n] int64` each, in every layer."""
-        device = self.layers[0][0].device
-        source, destination = (torch.from_numpy(slots).to(device) for slots in (from_slots, to_slots))
-        for entries in (part for layer in self.layers for part in layer):
-            by_slot = entries.flatten(0, 1)
-            by_slot[destination] = by_slot[source]
+        source, destination = torch.from_numpy(np.stack([from_slots, to_slots])).to(self._entries.device)
+        by_slot = self._entries.flatten(0, 1).flatten(1, 2)
+        by_slot[:, destination] = by_slot[:, source]
 
     def num_pages_for(self, num_tokens: int) -> int:
         """Return how many pages `num_tokens` positions fill, the last of them perhaps in part."""

@@ -1,7 +1,7 @@
-"""Attention to caches in pages, all sequences of a pass in one call.
+"""Attention to caches in pages, all sequences of a pass in one call, by one of three kernels of the same signature.
 
-`torch.nn.attention.varlen.varlen_attn` does it on GPUs, in half precision. Anywhere else a reference of the same
-signature stands for it, which is also what tests compare with.
+On GPUs our own (gpu/attention.py) does it; where that cannot run, `torch.nn.attention.varlen.varlen_attn` does, in half
+precision and with pages of 256 tokens. Anywhere else a reference stands for them, which tests compare with.
 
 Shapes: T tokens in the packed row, N sequences, P pages in the pool, B pages that one sequence can have, Hq query
 heads, H key-value heads, D head size.
@@ -12,12 +12,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-VarlenAttention = Callable[..., Any]  # varlen_attn's signature
+VarlenAttention = Callable[..., torch.Tensor]  # varlen_attn's signature
+
+
+@dataclass(frozen=True)
+class PagedKernels:
+    """What reads pages, and of which size they are."""
+
+    name: str
+    varlen_attn: VarlenAttention
+    page_size: int
+    dtypes: tuple[torch.dtype, ...]
+    max_head_dim: int = 256
+    head_dim_unit: int = 8  # the kernel takes its multiples
 
 
 @dataclass(frozen=True)
@@ -54,11 +65,17 @@ class PagedBatch:
         """
         if softcap is not None:
             raise TypeError("paged attention does not cap scores")
-        keys, values = self.layers[layer]
-        for entries, new in ((keys, key), (values, value)):
+        for entries, new in zip(self.layers[layer], (key, value), strict=True):
             entries.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
-        mixed = self.varlen_attn(
-            query[0].transpose(0, 1),
+        return self.mix(layer, query[0].transpose(0, 1), scaling, sliding_window)[None]
+
+    def mix(
+        self, layer: int, query: torch.Tensor, scaling: float | None, sliding_window: int | None = None
+    ) -> torch.Tensor:
+        """Attend, every sequence to its own cache, which holds the new tokens already; `[T, Hq, D]` both ways."""
+        keys, values = self.layers[layer]
+        return self.varlen_attn(
+            query,
             keys,
             values,
             self.cu_seq_q,
@@ -67,16 +84,15 @@ class PagedBatch:
             self.max_length,
             scale=scaling,
             window_size=self._window(sliding_window),
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=query.shape[1] != keys.shape[2],
             seqused_k=self.seqused_k,
             block_table=self.block_table,
         )
-        return mixed[None]
 
     def _window(self, sliding_window: int | None) -> tuple[int, int]:
         """Return how many keys before and behind its own each query may see, -1 for all.
 
-        One query is its sequence's last, so that nothing is to be hidden from it; saying so lets the kernel take the
+        One query is its sequence's last, so that nothing is to be hidden from it; saying so lets varlen_attn take the
         query heads that share a key-value head together.
         """
         if sliding_window is not None:

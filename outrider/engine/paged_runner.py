@@ -21,6 +21,8 @@ from outrider.engine.paged import SCRATCH_PAGE, PagedCache, PagePool
 from outrider.engine.paged_attention import PagedBatch, VarlenAttention
 from outrider.engine.runner import Feed, ForwardPass, wait_for
 
+ALIGNMENT = 16  # bytes: compiled kernels come in one kind for pointers that are, and another for those that are not
+
 
 class StagedInputs:
     """The inputs of passes of one size: a pinned buffer, its twin on the device, and the arrays that both hold."""
@@ -32,11 +34,13 @@ class StagedInputs:
             "seqused_k": num_sequences,
             "block_table": num_sequences * max_pages,
         }
-        num_bytes = 8 * sum(long_sizes.values()) + 4 * sum(int_sizes.values())
+        sizes = {name: (torch.int64, size) for name, size in long_sizes.items()}
+        sizes |= {name: (torch.int32, size) for name, size in int_sizes.items()}
+        num_bytes = sum(_padded_bytes(*kind_and_size) for kind_and_size in sizes.values())
         self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._arrays = {name: part.numpy() for name, part in _parts(self._host, long_sizes, int_sizes).items()}
-        self._tensors = _parts(self._device, long_sizes, int_sizes)
+        self._arrays = {name: part.numpy() for name, part in _parts(self._host, sizes).items()}
+        self._tensors = _parts(self._device, sizes)
         self._table_shape = (num_sequences, max_pages)
 
     def send(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> int:
@@ -81,12 +85,17 @@ class StagedInputs:
         host["block_table"].reshape(self._table_shape)[num_fed:] = SCRATCH_PAGE
 
 
-def _parts(storage: torch.Tensor, long_sizes: dict[str, int], int_sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Return views of the bytes of `storage`: int64 first, so that all are aligned, then int32."""
-    num_long_bytes = 8 * sum(long_sizes.values())
-    longs = storage[:num_long_bytes].view(torch.int64).split(list(long_sizes.values()))
-    ints = storage[num_long_bytes:].view(torch.int32).split(list(int_sizes.values()))
-    return dict(zip(long_sizes, longs, strict=True)) | dict(zip(int_sizes, ints, strict=True))
+def _padded_bytes(dtype: torch.dtype, size: int) -> int:
+    return -(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def _parts(storage: torch.Tensor, sizes: dict[str, tuple[torch.dtype, int]]) -> dict[str, torch.Tensor]:
+    """Return views of the bytes of `storage`, each aligned as kernels that are compiled for it expect."""
+    parts, start = {}, 0
+    for name, (dtype, size) in sizes.items():
+        parts[name] = storage[start : start + size * dtype.itemsize].view(dtype)
+        start += _padded_bytes(dtype, size)
+    return parts
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,11 @@ from outrider.engine.attention import AttentionBatch, PackedBatch
 from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.probs import Draft, PlainSampling
 
+# What a DraftingRunner does in one call.
+MOST_DRAWS = 32
+MOST_SUPPORT = 1024  # tokens of a draft's support
+MOST_OTHERS = 2  # tokens that a draft tells beside the one that it drew
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -46,6 +51,12 @@ class Runner(Protocol):
 @runtime_checkable
 class DraftingRunner(Runner, Protocol):
     """A runner that also draws tokens itself, several in one call."""
+
+    def can_draft(self, sizes: Sequence[int], sampling: PlainSampling) -> bool:
+        """Return whether `draft` can be called for feeds of so many tokens."""
+
+    def prepare_drafting(self) -> None:
+        """Do now what the first drafts would otherwise wait for."""
 
     def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
         """Feed all of `feeds`, whose rows are one each, draw a token for each, feed these, and so on.

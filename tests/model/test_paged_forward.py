@@ -13,16 +13,21 @@ from random import Random
 import pytest
 import torch
 
-from outrider.engine import attention
+from outrider.engine import paged_choice
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.graphs import Buckets, EagerRunner
-from outrider.engine.llama import LlamaForward
 from outrider.engine.loader import ModelOptions, choose_forward_pass, load
 from outrider.engine.paged import EntryShape, PagePool
-from outrider.engine.paged_attention import PagedBatch, reference_varlen_attn
-from outrider.engine.paged_choice import CacheOptions, cached_tokens_that_fit, choose_runner, why_no_pages
+from outrider.engine.paged_attention import PagedBatch, PagedKernels, reference_varlen_attn
+from outrider.engine.paged_choice import (
+    HALF_PRECISION,
+    CacheOptions,
+    cached_tokens_that_fit,
+    choose_runner,
+    why_no_pages,
+)
 from outrider.engine.paged_runner import PagedRunner, StagedInputs
-from outrider.engine.runner import Feed, ForwardPass, ModelRunner, TransformersForward
+from outrider.engine.runner import Feed, ForwardPass, ModelRunner
 from outrider.tokens import TokenLog
 from tests.model.against_transformers import interleaved_logits
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save
@@ -220,7 +225,7 @@ def test_an_engine_that_evicts_gives_the_rows_of_plain_caches(max_cached_tokens)
 class TestChoice:
     def test_a_cpu_keeps_plain_caches_unless_asked(self):
         forward_pass = forward_pass_of("llama")
-        runner, max_cached_tokens = choose_runner(forward_pass, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions())
+        runner, max_cached_tokens = choose_runner(forward_pass, None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions())
         assert isinstance(runner, ModelRunner)
         assert max_cached_tokens == 16 * CONTEXT_LENGTH
 
@@ -233,14 +238,14 @@ class TestChoice:
 
     def test_soft_caps_are_left_to_plain_caches(self, caplog):
         forward_pass = choose_forward_pass(make_model("gemma2", 0))
-        runner, _ = choose_runner(forward_pass, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
+        runner, _ = choose_runner(forward_pass, None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
         assert isinstance(runner, ModelRunner)
         assert "does not cap scores" in caplog.text
 
     def test_pages_that_give_other_rows_are_not_used(self, monkeypatch, caplog):
         """As a kernel that reads the block table in another way would."""
         monkeypatch.setattr(PagedBatch, "_window", lambda batch, window: (0, 0))
-        runner, _ = choose_runner(forward_pass_of("llama"), CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
+        runner, _ = choose_runner(forward_pass_of("llama"), None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
         assert isinstance(runner, ModelRunner)
         assert "rows differ" in caplog.text
 
@@ -249,7 +254,7 @@ class TestChoice:
         [
             (torch.bfloat16, 128, (9, 0), None),
             (torch.float16, 256, (8, 0), None),
-            (torch.float32, 128, (9, 0), "--dtype bfloat16"),
+            (torch.float32, 128, (9, 0), "takes bfloat16 and float16, not float32"),
             (torch.bfloat16, 100, (9, 0), "multiples of 8"),
             (torch.bfloat16, 264, (9, 0), "up to 256"),
             (torch.bfloat16, 64, (7, 5), "Ampere"),
@@ -257,8 +262,23 @@ class TestChoice:
     )
     def test_kernels_say_what_they_take(self, monkeypatch, dtype, head_dim, capability, reason):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        actual = why_no_pages(EntryShape(2, 2, head_dim, dtype), torch.device("cuda"))
+        kernels = PagedKernels("varlen_attn", reference_varlen_attn, 256, HALF_PRECISION)
+        actual = why_no_pages(kernels, EntryShape(2, 2, head_dim, dtype), torch.device("cuda"))
         assert actual is None if reason is None else reason in (actual or "")
+
+    def test_the_next_kernels_are_tried_where_the_first_ones_fail(self, monkeypatch, caplog):
+        """As where a compiler is missing; its error says why, and the model runs all the same."""
+
+        def fails(*arguments, **settings):
+            raise RuntimeError("no C compiler")
+
+        forward_pass = forward_pass_of("llama")
+        broken = PagedKernels("broken kernels", fails, 16, (torch.float64,))
+        candidates = [(forward_pass, broken), (forward_pass, paged_choice.REFERENCE)]
+        monkeypatch.setattr(paged_choice, "_candidates", lambda *_: iter(candidates))
+        runner, _ = choose_runner(forward_pass, None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
+        assert isinstance(runner, PagedRunner)
+        assert "broken kernels: RuntimeError: no C compiler" in caplog.text
 
     @pytest.mark.parametrize(
         ("wanted", "free_bytes", "expected"), [(512, 10**9, 512), (10**6, 10**9, 3814), (512, 0, 256)]
@@ -267,31 +287,11 @@ class TestChoice:
         """Llama-3 8B caches 2 x 32 x 8 x 128 numbers of 2 bytes a token, 131,072 bytes; 256 tokens are a page."""
         assert cached_tokens_that_fit(wanted, free_bytes, EntryShape(32, 8, 128, torch.bfloat16)) == expected
 
-    def test_layers_of_different_sizes_are_left_to_plain_caches(self):
-        assert why_no_pages(None, torch.device("cpu"))
-
-
-class TestHalfPrecision:
-    """LlamaForward beside transformers, both in one type, and both beside the same weights in float64."""
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-    def test_it_is_as_close_to_float64_as_transformers_is(self, family, dtype):
-        """Twice as far at most, over 4 × 40 rows of logits: rounding is random, a fault in the formula is not."""
-        model = make_model(family, 5).to(dtype)
-        attention.register()
-        model.set_attn_implementation(attention.ATTENTION_NAME)
-        exact = make_model(family, 5)
-        exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
-        exact.set_attn_implementation(attention.ATTENTION_NAME)
-        rows = {}
-        for name, forward_pass in {
-            "exact": TransformersForward(exact),
-            "transformers": TransformersForward(model),
-            "ours": LlamaForward(model),
-        }.items():
-            runner = ModelRunner(forward_pass)
-            feeds = [Feed(runner.new_cache(), text, len(text)) for text in texts(3)]
-            rows[name] = runner.forward(feeds).double()
-        theirs, ours = ((rows[name] - rows["exact"]).square().mean().sqrt() for name in ("transformers", "ours"))
-        assert 0 < ours < 2 * theirs
+    def test_layers_of_different_sizes_are_left_to_plain_caches(self, monkeypatch, caplog):
+        monkeypatch.setattr(paged_choice, "_entry_shape", lambda cache: None)
+        with caplog.at_level("INFO"):
+            runner, _ = choose_runner(
+                forward_pass_of("llama"), None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True)
+            )
+        assert isinstance(runner, ModelRunner)
+        assert "not of one size" in caplog.text

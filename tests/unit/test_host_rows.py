@@ -25,6 +25,7 @@ from outrider.race import race
 from outrider.rng import Noise, Purpose, uniforms
 from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 from outrider.warping import COLDEST, Warping
+from tests.toy_services import addresses_of
 
 LAST = 1 - 2**-53  # the greatest uniform
 VOCAB_SIZES = [1, 2, 63, 64, 65, 1000, 4099]  # the draw goes by blocks of 64
@@ -404,7 +405,7 @@ class TestNoise:
         logits, noises = self.rows_and_noises(vocab_size)
         nothing = [np.empty(0, np.int64)] * self.NUM_ROWS
         rows, _ = read_logits(logits, [Warping()] * self.NUM_ROWS, nothing, noises)
-        assert rows.outside_token_ids == race(logits.double().softmax(-1), noises).tolist()
+        assert rows.outside_token_ids == race(logits.double().softmax(-1), addresses_of(noises)).tolist()
         assert rows.outside_masses == pytest.approx([1.0] * self.NUM_ROWS)
 
     def test_among_tokens_most_of_which_are_impossible(self, vocab_size):
@@ -412,7 +413,7 @@ class TestNoise:
         probs = logits.double().softmax(-1)
         probs = probs.where(probs >= probs.topk(min(3, vocab_size), -1).values[:, -1:], 0.0)
         rows = read_target_rows(probs, [np.empty(0, np.int64)] * self.NUM_ROWS, noises)
-        assert rows.outside_token_ids == race(probs, noises).tolist()
+        assert rows.outside_token_ids == race(probs, addresses_of(noises)).tolist()
 
     def test_the_drafts_choice_is_among_its_support(self, vocab_size):
         logits, noises = self.rows_and_noises(vocab_size)
@@ -420,7 +421,7 @@ class TestNoise:
         for law, noise, draft in zip(logits.double().softmax(-1), noises, drafts, strict=True):
             kept = law.where(law >= law.topk(min(5, vocab_size)).values[-1], 0.0)
             kept = kept.where(law >= MIN_SUPPORT_PROB, 0.0)
-            assert draft.token_id == race(kept[None], [noise]).item()
+            assert draft.token_id == race(kept[None], addresses_of([noise])).item()
             assert len(draft.support_ids) == len(draft.weights) == 0
             assert len(draft.others) == min(2, int((kept > 0).sum()) - 1)
 

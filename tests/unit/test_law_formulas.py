@@ -17,8 +17,9 @@ import torch
 from client import acceptance
 from client.acceptance import Decision, Proposal, TargetRow, decide
 from outrider import probs as probs_module
+from outrider.device_rows import inverse_cdf
 from outrider.host_rows import target_rows
-from outrider.probs import TargetRows, inverse_cdf, probability_rows, read_logits
+from outrider.probs import TargetRows, probability_rows, read_logits
 from outrider.scales import round_down
 from outrider.warping import Warping
 from tests.enumeration import (
@@ -241,7 +242,8 @@ def rows_without_remainders(
     outside = probability_rows(logits, warpings)
     told = round_down(outside[0, supports[0]].numpy())
     outside[:, supports[0]] = 0.0
-    rows = TargetRows([told] * len(supports), outside.sum(-1).tolist(), inverse_cdf(outside, points).tolist())
+    drawn = inverse_cdf(outside, torch.tensor(points, dtype=torch.float64))
+    rows = TargetRows([told] * len(supports), outside.sum(-1).tolist(), drawn.tolist())
     return rows, [True] * len(supports)
 
 

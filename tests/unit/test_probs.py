@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from outrider import probs as probs_module
+from outrider.device_rows import inverse_cdf
 from outrider.probs import (
     MIN_SUPPORT_PROB,
     draft_tokens,
     draw_drafts,
-    greedy_drafts,
-    greedy_target_rows,
-    inverse_cdf,
     on_host,
     probability_rows,
+    read_logits,
     read_target_rows,
 )
 from outrider.race import race
 from outrider.rng import Noise, Purpose, uniforms
 from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 from outrider.warping import Warping
+from tests.toy_services import addresses_of
 
 VOCAB_SIZE = 50
 TOLERANCE = 1e-14  # a softmax of 50 values near 1 in float64 loses a few units in the last place, 2^-53 = 1.1e-16 each
@@ -106,7 +106,9 @@ def test_rows_are_float32_where_logits_are_not_wider(dtype):
 @given(weights=st.lists(st.integers(0, 3), min_size=1, max_size=8).filter(any), point=st.floats(0, 1, exclude_max=True))
 def test_inverse_cdf_gives_each_index_an_interval_as_long_as_its_share(weights, point):
     """The index drawn is the one whose interval [mass before it, mass up to it) holds the point."""
-    index = int(inverse_cdf(torch.tensor([weights], dtype=torch.float64), [point])[0])
+    index = int(
+        inverse_cdf(torch.tensor([weights], dtype=torch.float64), torch.tensor([point], dtype=torch.float64))[0]
+    )
     total = sum(weights)
     assert weights[index] > 0
     assert sum(weights[:index]) <= point * total < sum(weights[: index + 1])
@@ -116,11 +118,11 @@ def test_inverse_cdf_gives_each_index_an_interval_as_long_as_its_share(weights, 
 def test_the_ends_of_the_unit_interval_draw_tokens_with_weight(point):
     weights = torch.tensor([[0.0, 0.3, 0.0, 0.4, 0.0], [0.0, 0.0, 1e-30, 0.0, 0.0]], dtype=torch.float64)
     expected = [1, 2] if point == 0 else [3, 2]
-    assert inverse_cdf(weights, [point, point]).tolist() == expected
+    assert inverse_cdf(weights, torch.tensor([point, point], dtype=torch.float64)).tolist() == expected
 
 
 def test_a_row_without_weight_draws_index_0():
-    assert inverse_cdf(torch.zeros(1, 4), [0.7]).tolist() == [0]
+    assert inverse_cdf(torch.zeros(1, 4), torch.tensor([0.7])).tolist() == [0]
 
 
 class TestDrafts:
@@ -244,7 +246,7 @@ class TestTargetRows:
         supports.append(np.array([logits[3].argmax().item()]))
         one_hot = probability_rows(logits, [Warping(temperature=0)] * 4)
         expected = read_target_rows(one_hot, supports, [0.3] * 4)
-        rows = greedy_target_rows(logits, supports)
+        rows, _ = read_logits(logits, [Warping(temperature=0)] * 4, supports, [0.3] * 4)
         assert rows.outside_masses == expected.outside_masses
         assert rows.outside_token_ids == expected.outside_token_ids
         assert all(map(np.array_equal, rows.support_probs, expected.support_probs))
@@ -253,7 +255,9 @@ class TestTargetRows:
 def test_greedy_drafts_are_those_of_one_hot_rows():
     logits = logits_of(5, seed=4)
     expected = draw_drafts(probability_rows(logits, [Warping(temperature=0)] * 5), [9] * 5, [0.2] * 5)
-    for draft, other in zip(greedy_drafts(logits), expected, strict=True):
+    for draft, other in zip(
+        draft_tokens(logits, [Warping(temperature=0)] * 5, [9] * 5, [0.2] * 5), expected, strict=True
+    ):
         assert (draft.token_id, draft.token_prob) == (other.token_id, other.token_prob)
         assert np.array_equal(draft.support_ids, other.support_ids)
         assert np.array_equal(draft.weights, other.weights)
@@ -350,7 +354,7 @@ class TestOthers:
             for index, token_id in enumerate(arrived):
                 left = row.where(row >= MIN_SUPPORT_PROB, 0.0)
                 left[arrived[:index]] = 0.0
-                assert race(left[None], [Noise(3, position)]).item() == token_id
+                assert race(left[None], addresses_of([Noise(3, position)])).item() == token_id
 
     @pytest.mark.parametrize("is_float32", [True, False], ids=["compiled", "general"])
     def test_there_are_no_more_than_are_possible(self, is_float32):

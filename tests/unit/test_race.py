@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from outrider import race as race_module
-from outrider.probs import draw_drafts, inverse_cdf, read_target_rows
-from outrider.race import race_on_device, rates_among
+from outrider.device_rows import inverse_cdf
+from outrider.probs import draw_drafts, read_target_rows
+from outrider.race import race_at_once
 from outrider.rng import Noise, Purpose, SharedNoise, key_of, noise_bits, philox4x32
 from outrider.scales import PROB_UNIT, WEIGHT_UNIT
+from tests.toy_services import addresses_of, rates_among
 
 SEED = (0x299F31D0 << 32) | 0xA4093822
 VOCAB_SIZE = 7
@@ -33,12 +35,12 @@ def noises(number: int, seed: int = SEED) -> list[Noise]:
 
 
 def race(weights: torch.Tensor, addresses: list[Noise]) -> list[int]:
-    return race_module.race(weights, addresses).tolist()
+    return race_module.race(weights, addresses_of(addresses)).tolist()
 
 
 def winners(probs: np.ndarray, number: int = NUM_DRAWS, seed: int = SEED) -> np.ndarray:
     """Return the winner at each position `[N]`."""
-    return race_on_device(torch.from_numpy(probs).expand(number, -1), noises(number, seed)).numpy()
+    return race_at_once(torch.from_numpy(probs).expand(number, -1), addresses_of(noises(number, seed))).numpy()
 
 
 def gumbel(position: int, token_id: int, seed: int = SEED) -> float:
@@ -74,11 +76,11 @@ def test_an_accelerator_races_in_parts_of_limited_size(monkeypatch, max_elements
 
     def race_part(part, addresses):
         sizes.append(len(addresses))
-        return race_on_device(part, addresses)
+        return race_at_once(part, addresses)
 
     expected = race(weights, noises(10))
     monkeypatch.setattr(race_module, "MAX_ELEMENTS", max_elements)
-    monkeypatch.setattr(race_module, "race_on_device", race_part)
+    monkeypatch.setattr(race_module, "race_at_once", race_part)
     assert race(weights, noises(10)) == expected
     assert sizes == {1: [1] * 10, 21: [3, 3, 3, 1], 1 << 22: [10]}[max_elements]
 
@@ -182,8 +184,8 @@ def test_rows_of_both_kinds_share_a_batch():
     rows = read_target_rows(probs, supports, numbers)
     outside = torch.from_numpy(TARGET_PROBS * [0, 1, 0, 1, 1, 1, 1])
     assert rows.outside_token_ids == [
-        inverse_cdf(outside[None], [0.7]).item(),
+        inverse_cdf(outside[None], torch.tensor([0.7])).item(),
         *race(probs[1:2], [Noise(SEED, 5)]),
-        inverse_cdf(probs[2:], [0.2]).item(),
+        inverse_cdf(probs[2:], torch.tensor([0.2])).item(),
     ]
     assert rows.outside_masses == pytest.approx([0.45, 1.0, 1.0], abs=2 * PROB_UNIT)

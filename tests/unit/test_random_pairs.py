@@ -13,15 +13,17 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from benchmarks import pairs
+from benchmarks import cuda, made_models, pairs
 from benchmarks.cuda import (
     Forward,
     PassTime,
-    TextSpeed,
+    Way,
+    groups_that_fit,
     main,
-    measure_passes,
+    measure_all_texts,
+    measure_pair,
     measure_texts,
-    read_pair,
+    prepare,
     share_of_bandwidth,
     speed_up,
 )
@@ -56,8 +58,7 @@ def target_of(shape: Shape):
 
 @EVERY_FAMILY
 def test_scaled_by_0_the_target_is_its_draft(shape):
-    target = target_of(shape)
-    draft = pairs.make_draft(target, shape)
+    target, draft = target_of(shape), pairs.make_draft(shape, torch.float64, "cpu")
     assert not torch.allclose(logits(target), logits(draft), atol=0.1)
     with pairs.scaled(pairs.further_outputs(target, shape), 0.0):
         assert torch.equal(logits(target), logits(draft))
@@ -81,7 +82,7 @@ def test_a_written_pair_accepts_what_was_asked_for(shape, aim, tmp_path):
     pair = pairs.write_pair(shape, aim, tmp_path, torch.float32, "cpu")
     assert abs(pair.acceptance - aim) <= pairs.ACCEPTANCE_TOLERANCE
     assert pair.scale > 0
-    assert read_pair(tmp_path) == pair == pairs.WrittenPair(**json.loads((tmp_path / "pair.json").read_text()))
+    assert pair == pairs.WrittenPair(**json.loads((tmp_path / "pair.json").read_text()))
     target, draft = (AutoModelForCausalLM.from_pretrained(path) for path in (pair.target, pair.draft))
     generator = torch.Generator().manual_seed(1)
     length = min(pairs.NUM_CALIBRATION_TOKENS, 64)
@@ -130,12 +131,51 @@ def test_speed_up_is_the_ratio_of_medians():
     assert speed_up(speculative=[30.0, 10.0, 20.0], autoregressive=[10.0, 90.0, 8.0]) == pytest.approx(2.0)
 
 
-def test_passes_of_every_size_are_measured_on_paged_caches_or_plain(tmp_path):
+@pytest.fixture
+def prepared(tmp_path) -> cuda.PreparedPair:
     shape = Shape("llama", 1, TINY["llama"].config | {"max_position_embeddings": 256})
-    pair = pairs.write_pair(shape, 0.8, tmp_path, torch.float32, "cpu")
-    times = measure_passes("draft", pair.draft, pair.draft_bytes, "float32", "cpu", cuda_graphs=True)
-    assert [item.forward for item in times] == [Forward("draft", size) for size in (1, 4, 8)]
-    assert {item.num_bytes for item in times} == {pair.draft_bytes}
+    return prepare(shape, [0.6, 0.9], tmp_path, torch.float32, "cpu", "cpu")
+
+
+def test_a_prepared_pair_is_made_anew_by_everybody_who_loads_it(prepared):
+    """And it accepts what was asked for; the draft is the same for all targets."""
+    made_models.register()
+    draft = AutoModelForCausalLM.from_pretrained(prepared.draft, dtype=torch.float32)
+    token_ids = torch.randint(97, (1, 256), generator=torch.Generator().manual_seed(1))
+    for aim, path in prepared.targets.items():
+        target = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        with torch.inference_mode():
+            rows = [model(token_ids, use_cache=False).logits[0] for model in (target, draft)]
+        assert pairs.acceptance_rate(*rows) == pytest.approx(prepared.calibrated[aim], abs=1e-4)
+        assert prepared.calibrated[aim] == pytest.approx(aim, abs=pairs.ACCEPTANCE_TOLERANCE)
+
+
+def test_passes_of_every_size_are_measured(prepared):
+    devices = {"target": "cpu", "draft": "cpu"}
+    times = measure_pair(prepared, devices, "float32", cuda_graphs=True)
+    assert [item.forward for item in times] == [Forward(name, size) for name in devices for size in (1, 4, 8)]
+    assert {item.num_bytes for item in times} == {prepared.target_bytes, prepared.draft_bytes}
+
+
+def test_texts_are_written_by_services_of_their_own(prepared):
+    settings = {
+        "target_device": "cpu", "draft_device": "cpu", "dtype": "float32", "cuda_graphs": True, "lengths": [2],
+        "overlap": "both", "max_new_tokens": 100, "repetitions": 2,
+    }  # fmt: skip
+    speeds = measure_all_texts(prepared, settings)
+    assert [(speed.aim, speed.overlap) for speed in speeds] == [
+        (aim, way) for aim in (0.6, 0.9) for way in (False, True)
+    ]
+    assert all(len(speed.speculative) == len(speed.autoregressive) == 2 for speed in speeds)
+    low, _, high, _ = (speed.acceptance for speed in speeds)
+    assert 0 < low < high <= 1
+
+
+def test_targets_run_together_where_the_gpu_holds_them():
+    aims = [0.6, 0.8, 0.9]
+    assert groups_that_fit(aims, 26 * 10**9, 141 * 10**9) == [aims]
+    assert groups_that_fit(aims, 26 * 10**9, 80 * 10**9) == [[0.6, 0.8], [0.9]]
+    assert groups_that_fit(aims, 26 * 10**9, 24 * 10**9) == [[0.6], [0.8], [0.9]]
 
 
 def test_without_a_gpu_one_sentence_says_so(monkeypatch):
@@ -145,19 +185,40 @@ def test_without_a_gpu_one_sentence_says_so(monkeypatch):
     assert result.output == "Error: there is no CUDA device here: this benchmark measures a GPU\n"
 
 
-def test_both_methods_are_timed_in_turn():
+def test_lists_of_lengths_are_checked():
+    result = CliRunner().invoke(main, ["-k", "4,0"])
+    assert result.exit_code == 2
+    assert "no list of whole numbers from 1, or auto" in result.output
+
+
+def test_all_lengths_are_timed_in_turn():
     """The repetition before the first does not count; two of four proposals are accepted in each speculative text."""
     calls = []
 
     class Client:
-        def generate(self, prompt, sampling, *, method, num_speculative_tokens):
-            calls.append((method, sampling.seed))
+        def generate(self, prompt, sampling, *, method, **settings):
+            calls.append((method, settings, sampling.seed))
             drafted = {"speculative": 4, "autoregressive": 0}[method]
             stats = GenerationStats(
-                num_generated_tokens=10, num_draft_tokens=drafted, num_accepted_tokens=drafted // 2, total_s=0.5
+                num_rounds=5,
+                num_generated_tokens=10,
+                num_draft_tokens=drafted,
+                num_accepted_tokens=drafted // 2,
+                total_s=0.5,
+                draft_wait_s=0.1,
             )
             return SimpleNamespace(stats=stats)
 
-    speed = measure_texts(Client(), 0.6, num_speculative_tokens=4, max_new_tokens=10, repetitions=2)  # type: ignore[arg-type]
-    assert calls == [(method, seed) for seed in range(3) for method in ("speculative", "autoregressive")]
-    assert speed == TextSpeed(0.6, 0.5, [20.0, 20.0], [20.0, 20.0])
+    ways = [Way(4, True), Way("auto", False)]
+    speeds = measure_texts(Client(), 0.6, ways, max_new_tokens=10, repetitions=2)  # type: ignore[arg-type]
+    turn = (
+        ("autoregressive", {}),
+        ("speculative", {"num_speculative_tokens": 4, "overlap": True}),
+        ("speculative", {"num_speculative_tokens": "auto", "overlap": False, "num_alternatives": 0}),
+    )
+    assert calls == [(*call, seed) for seed in range(3) for call in turn]
+    for speed, way in zip(speeds, ways, strict=True):
+        assert (speed.num_speculative_tokens, speed.overlap) == (way.length, way.overlap)
+        assert (speed.acceptance, speed.tokens_per_round) == (0.5, 2.0)
+        assert speed.speculative == speed.autoregressive == [20.0, 20.0]
+        assert speed.round_ms == {"all": 100.0, "draft_wait": 20.0, "target_forward": 0.0}

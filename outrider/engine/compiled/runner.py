@@ -69,6 +69,13 @@ class CompiledLlamaRunner:
         rows = torch.from_numpy(logits)
         return rows if logits.shape[1] == self._vocab_size else rows[:, : self._vocab_size].contiguous()
 
+    def can_draft(self, sizes: Sequence[int], sampling: PlainSampling) -> bool:
+        """See DraftingRunner."""
+        return True
+
+    def prepare_drafting(self) -> None:
+        """See DraftingRunner: the code is compiled when drafts of one kind are first made."""
+
     def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
         """See DraftingRunner."""
         num_draws = len(sampling.uniforms)

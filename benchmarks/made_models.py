@@ -1,0 +1,82 @@
+"""Random models that are made where they run, so that 26 GB need not be written and read for each of them.
+
+A folder holds a recipe in the place of weights. `python -m benchmarks.made_models target --model FOLDER …` is the
+target service, and knows such folders; `draft` is the other one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from benchmarks.pairs import Shape, further_outputs, make_model, scale_weights
+
+MODEL_TYPE = "made_for_benchmarks"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made."""
+
+    shape: Shape
+    num_layers: int
+    device: str  # where it is made
+    scale: float = 1.0  # of what the layers add that the draft has not
+
+    def write(self, folder: Path) -> str:
+        """Write it to `folder` and return that as `--model` takes it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": MODEL_TYPE, "recipe": asdict(self)}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return str(folder)
+
+    def make(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Return the model."""
+        model = make_model(self.shape, self.num_layers, dtype, self.device)
+        scale_weights(further_outputs(model, self.shape), self.scale)
+        return model
+
+
+class MadeConfig(PretrainedConfig):
+    """The configuration file of a recipe."""
+
+    model_type = MODEL_TYPE
+
+
+class MadeModel:
+    """What transformers asks for the model."""
+
+    config_class = MadeConfig
+
+    @classmethod
+    def from_pretrained(cls, path: str, *arguments: Any, config: Any, dtype: Any, **settings: Any) -> PreTrainedModel:
+        """Return the model of the recipe in `config`."""
+        kind = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        return Recipe(**(config.recipe | {"shape": Shape(**config.recipe["shape"])})).make(kind)
+
+
+def register() -> None:
+    """Let transformers know of such folders."""
+    AutoConfig.register(MODEL_TYPE, MadeConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MadeConfig, MadeModel, exist_ok=True)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Run a service."""
+    register()
+    name = sys.argv.pop(1)
+    if name == "target":
+        from target_service.__main__ import main as serve
+    else:
+        from draft_service.__main__ import main as serve
+    serve()
+
+
+if __name__ == "__main__":
+    main()

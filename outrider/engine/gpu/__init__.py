@@ -1,0 +1,1 @@
+"""Kernels for CUDA GPUs, written in Triton, and the forward pass that is made of them."""

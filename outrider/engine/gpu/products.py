@@ -1,0 +1,188 @@
+"""Products of few rows with large weights, and norms, each one kernel with what belongs to it.
+
+A pass over few tokens takes as long as reading the weights. What costs beside it are kernels: biases, activations and
+residuals between the products take as long as reading some megabytes each. So a product does them too:
+y = f(x · Wᵀ + b) + r. A program reads some rows of W from end to end.
+
+More rows than that are left to torch's own products, which know how to reuse what they read.
+
+Shapes: T rows, I inputs, O outputs, E hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+MOST_ROWS = 32
+NO_ACTIVATION, GELU, RELU, GATED_SILU = range(4)
+_GELU_SLOPE, _GELU_CUBE = (
+    tl.constexpr(1.5957691216057308),
+    tl.constexpr(0.044715),
+)  # gelu(x) ~ x σ(1.596 (x + 0.0447 x³))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _product(
+    inputs, weight, bias, residual, outputs, num_rows, num_outputs, input_row, residual_row,
+    NUM_INPUTS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_INPUTS: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_OUTPUTS outputs of all rows. With GATED_SILU the weight holds the gates' rows, then as many others."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    places = tl.arange(0, BLOCK_INPUTS)
+    outs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    is_row, is_out = rows < num_rows, outs < num_outputs
+    from_outs = weight + tl.where(is_out, outs, 0).to(tl.int64) * NUM_INPUTS
+    from_others = from_outs + num_outputs.to(tl.int64) * NUM_INPUTS
+    from_rows = inputs + rows[:, None] * input_row
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
+    others = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
+    for start in tl.range(0, NUM_INPUTS, BLOCK_INPUTS, num_stages=NUM_STAGES):
+        is_place = start + places < NUM_INPUTS
+        x = tl.load(from_rows + start + places[None, :], mask=is_row[:, None] & is_place[None, :], other=0.0)
+        part = tl.load(
+            from_outs[None, :] + start + places[:, None], mask=is_place[:, None], other=0.0,
+            eviction_policy="evict_first",
+        )  # fmt: skip
+        sums = tl.dot(x, part, sums, input_precision="ieee")
+        if ACTIVATION == 3:
+            part = tl.load(
+                from_others[None, :] + start + places[:, None], mask=is_place[:, None], other=0.0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+            others = tl.dot(x, part, others, input_precision="ieee")
+    if HAS_BIAS:
+        sums += tl.load(bias + outs, mask=is_out, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == 1:
+        sums = sums / (1.0 + tl.exp((sums + sums * sums * sums * _GELU_CUBE) * -_GELU_SLOPE))
+    elif ACTIVATION == 2:
+        sums = tl.maximum(sums, 0.0)
+    elif ACTIVATION == 3:
+        sums = sums / (1.0 + tl.exp(-sums)) * others
+    is_stored = is_row[:, None] & is_out[None, :]
+    if HAS_RESIDUAL:
+        added = tl.load(residual + rows[:, None] * residual_row + outs[None, :], mask=is_stored, other=0.0)
+        sums += added.to(tl.float32)
+    tl.store(outputs + rows[:, None] * num_outputs + outs[None, :], sums.to(outputs.dtype.element_ty), mask=is_stored)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut into programs."""
+
+    outputs: int
+    inputs: int
+    stages: int
+
+    @classmethod
+    def of(cls, num_outputs: int, num_inputs: int, activation: int) -> Tiles:
+        """Return the fastest that was found on an H200 (docs/performance.md)."""
+        if activation == GATED_SILU:
+            return cls(32, 128, 4)
+        if num_outputs < 2048:
+            return cls(16, 512, 3)
+        if num_outputs * num_inputs < 12_000_000 or num_outputs >= 8192:
+            return cls(64, 64, 6)
+        return cls(32, 128, 6)
+
+
+class GpuProduct:
+    """f(x · Wᵀ + b) + r."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        activation: int = NO_ACTIVATION,
+        output_dtype: torch.dtype | None = None,
+    ):
+        """`weight` is `[O, I]`, contiguous; with GATED_SILU `[2 O, I]`, the gates' rows first."""
+        assert weight.is_contiguous()
+        self._weight, self._bias, self._activation = weight, bias, activation
+        self._num_outputs = len(weight) // (2 if activation == GATED_SILU else 1)
+        self._output_dtype = output_dtype or weight.dtype
+        self._tiles = Tiles.of(self._num_outputs, weight.shape[1], activation)
+
+    def __call__(self, inputs: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `[T, O]` for `inputs` `[T, I]` and `residual` `[T, O]`."""
+        if len(inputs) <= MOST_ROWS:
+            return self.in_one_kernel(inputs, residual)
+        return self.by_torch(inputs, residual)
+
+    def in_one_kernel(
+        self, inputs: torch.Tensor, residual: torch.Tensor | None = None, tiles: Tiles | None = None
+    ) -> torch.Tensor:
+        """See __call__; `tiles` replace those that are usual."""
+        tiles = tiles or self._tiles
+        outputs = inputs.new_empty(len(inputs), self._num_outputs, dtype=self._output_dtype)
+        unused = self._weight
+        _product[(triton.cdiv(self._num_outputs, tiles.outputs),)](
+            inputs, self._weight, _or(self._bias, unused), _or(residual, unused), outputs, len(inputs),
+            self._num_outputs, inputs.stride(0), 0 if residual is None else residual.stride(0),
+            NUM_INPUTS=self._weight.shape[1], ACTIVATION=self._activation, HAS_BIAS=self._bias is not None,
+            HAS_RESIDUAL=residual is not None, BLOCK_ROWS=max(16, triton.next_power_of_2(len(inputs))),
+            BLOCK_OUTPUTS=tiles.outputs, BLOCK_INPUTS=tiles.inputs, NUM_STAGES=tiles.stages,
+        )  # fmt: skip
+        return outputs
+
+    def by_torch(self, inputs: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """See __call__."""
+        outputs = F.linear(inputs, self._weight, self._bias)
+        if self._activation == GELU:
+            outputs = F.gelu(outputs, approximate="tanh")
+        elif self._activation == RELU:
+            outputs = outputs.relu_()
+        elif self._activation == GATED_SILU:
+            gates, others = outputs.chunk(2, dim=-1)
+            outputs = F.silu(gates).mul_(others)
+        return (outputs if residual is None else outputs.add_(residual)).to(self._output_dtype)
+
+
+@triton.jit
+def _norm(
+    inputs, weight, bias, outputs, input_row, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_CENTRED: tl.constexpr,
+):  # fmt: skip
+    """One row: RMS norm, or layer norm where IS_CENTRED."""
+    row, places = tl.program_id(0), tl.arange(0, BLOCK)
+    is_place = places < SIZE
+    scale = tl.load(weight + places, mask=is_place, other=0.0).to(tl.float32)
+    if IS_CENTRED:
+        shift = tl.load(bias + places, mask=is_place, other=0.0).to(tl.float32)
+    x = tl.load(inputs + row * input_row + places, mask=is_place, other=0.0).to(tl.float32)
+    if IS_CENTRED:
+        x = tl.where(is_place, x - tl.sum(x, 0) / SIZE, 0.0)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * scale
+    if IS_CENTRED:
+        x += shift
+    tl.store(outputs + row * SIZE + places, x.to(outputs.dtype.element_ty), mask=is_place)
+
+
+@dataclass(frozen=True)
+class GpuNorm:
+    """An RMS norm, or with a bias a layer norm."""
+
+    weight: torch.Tensor  # [E]
+    eps: float
+    bias: torch.Tensor | None = None  # [E]
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return `[T, E]` for `inputs` `[T, E]`."""
+        outputs, size = torch.empty_like(inputs), len(self.weight)
+        _norm[(len(inputs),)](
+            inputs, self.weight, _or(self.bias, self.weight), outputs, inputs.stride(0), self.eps,
+            SIZE=size, BLOCK=triton.next_power_of_2(size), IS_CENTRED=self.bias is not None,
+            num_warps=8 if size > 1024 else 4,
+        )  # fmt: skip
+        return outputs
+
+
+def _or(tensor: Any, other: torch.Tensor) -> torch.Tensor:
+    """Return the tensor; the other where there is none, for a kernel that will not read it."""
+    return other if tensor is None else tensor

@@ -1,0 +1,135 @@
+"""Rows are read alike on the host, by torch and by kernels for GPUs, which run in Triton's interpreter here.
+
+host_rows is what the tests of the law know. Probabilities are computed in float32 by one and in float64 by another, so
+that a weight may differ by one unit; uniforms are chosen away from the borders of intervals.
+
+Shapes: N rows, V vocabulary size, S tokens of a support.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from outrider import device_rows
+from outrider.device_rows import RowOptions
+from outrider.host_rows import GIVEN, draft_rows, noise_addresses
+from outrider.host_rows import target_rows as host_target_rows
+from outrider.probs import MIN_SUPPORT_PROB
+from outrider.rng import Noise
+
+gpu_rows = pytest.importorskip("outrider.gpu_rows")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: rows that are no law
+READERS = {"torch": device_rows, "kernels": gpu_rows}
+EVERY_READER = pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+NUM_OTHERS = 2
+NO_LAW = (3, 4, 5)
+TEMPERATURES = np.array([0.0, 1.0, 0.7, 1.0, 1.0, 1.0, 1.0, GIVEN, 1.0, 0.5, 0.0, 1.0])
+COUPLED = (1, 2, 9, 10)  # the last of them greedy, so that its noise does nothing
+NUM_ROWS = len(TEMPERATURES)
+UNIFORMS = np.random.default_rng(1).random(NUM_ROWS)
+NOISES = noise_addresses([Noise(2**40 + row, 77 + row) if row in COUPLED else 0.0 for row in range(NUM_ROWS)])
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch) -> None:
+    """Have a program take many turns, as it does with the vocabularies of real models."""
+    monkeypatch.setattr(gpu_rows, "_BLOCK", 64)
+
+
+def rows_of(vocab_size: int, std: float) -> torch.Tensor:
+    rows = std * torch.randn(NUM_ROWS, vocab_size, generator=torch.Generator().manual_seed(0))
+    rows[3, 5], rows[4], rows[5, 7] = torch.nan, -torch.inf, torch.inf
+    rows[6, : vocab_size // 2] = -torch.inf
+    rows[7] = rows[7].softmax(-1)
+    return rows
+
+
+def options() -> RowOptions:
+    return RowOptions(*(torch.from_numpy(it) for it in (TEMPERATURES, UNIFORMS, NOISES.astype(np.int64))))
+
+
+@EVERY_READER
+@pytest.mark.parametrize(
+    ("vocab_size", "std", "most"),
+    [(97, 3.0, 97), (97, 1.0, 8), (1000, 0.5, 256), (9, 1.0, 4), (300, 3.0, 256)],
+    ids=["usual", "cut", "flat", "tiny", "sharp"],
+)
+def test_drafts_are_those_of_the_host(reader: ModuleType, vocab_size, std, most):
+    rows = rows_of(vocab_size, std)
+    vocab_sizes, limits = np.full(NUM_ROWS, vocab_size), np.full(NUM_ROWS, most)
+    vocab_sizes[8:] -= 3
+    limits[6:] = 3
+    parts = draft_rows(rows.numpy(), vocab_sizes, TEMPERATURES, MIN_SUPPORT_PROB, limits, UNIFORMS, NOISES, NUM_OTHERS)
+    ids, weights, sizes, places, finite, others, other_probs = parts
+    sizes_and_limits = (torch.from_numpy(vocab_sizes), options(), torch.from_numpy(limits))
+    table, token_ids = reader.draft_table(rows, *sizes_and_limits, MIN_SUPPORT_PROB, most, NUM_OTHERS)
+    width = (table.shape[1] - 2 - 2 * NUM_OTHERS) // 2
+    ends = sizes.cumsum()
+    for row in range(NUM_ROWS):
+        told, told_weights, place, is_law, *rest = np.split(table[row].numpy(), np.cumsum([width, width, 1, 1]))
+        assert is_law == finite[row] == (row not in NO_LAW)
+        if row in NO_LAW:
+            assert token_ids[row] == 0
+            continue
+        expected = slice(ends[row] - sizes[row], ends[row])
+        assert told[told_weights > 0].tolist() == ids[expected].tolist()
+        assert np.abs(told_weights[told_weights > 0] - weights[expected]).max() <= 1
+        assert told[int(place[0])] == token_ids[row] == ids[expected][places[row]]
+        assert rest[0][:NUM_OTHERS] == pytest.approx(others[row])
+        assert rest[0][NUM_OTHERS:] == pytest.approx(other_probs[row], abs=1e-5)
+
+
+@EVERY_READER
+@pytest.mark.parametrize(("vocab_size", "std"), [(97, 3.0), (1000, 0.5), (9, 1.0)])
+def test_the_targets_rows_are_those_of_the_host(reader: ModuleType, vocab_size, std):
+    rows, random = rows_of(vocab_size, std), np.random.default_rng(2)
+    supports = [np.sort(random.choice(vocab_size, min(vocab_size, 3 * row % 11), replace=False)) for row in range(12)]
+    sizes, ids = np.array([len(support) for support in supports]), np.concatenate(supports)
+    expected = host_target_rows(rows.numpy(), TEMPERATURES, ids, sizes, UNIFORMS, NOISES)
+    actual = reader.target_rows(rows, torch.from_numpy(ids), torch.from_numpy(sizes.cumsum()), options())
+    told, masses, token_ids, are_laws = (part.double().numpy() for part in actual)
+    is_law = expected[3]
+    assert are_laws.astype(bool).tolist() == is_law.tolist() == [row not in NO_LAW for row in range(NUM_ROWS)]
+    of_laws = np.repeat(is_law, sizes)
+    assert np.abs(told - expected[0])[of_laws].max() <= 2**-18
+    assert masses[is_law] == pytest.approx(expected[1][is_law], abs=1e-4)
+    assert token_ids[is_law].tolist() == expected[2][is_law].tolist()
+
+
+@EVERY_READER
+def test_a_grid_of_uniforms_draws_each_token_as_often_as_it_weighs(reader: ModuleType):
+    """Of the draft by its weights, of the target by what its support leaves: to one point of the grid."""
+    num_points = 100
+    points = (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
+    rows = 2 * torch.randn(1, 20, generator=torch.Generator().manual_seed(3)).expand(num_points, -1).contiguous()
+    ones, nothing = torch.ones(num_points, dtype=torch.float64), torch.zeros(num_points, 4, dtype=torch.int64)
+    its = RowOptions(ones, points, nothing)
+    sizes = torch.full((num_points,), 20)
+    table, token_ids = reader.draft_table(rows, sizes, its, sizes, MIN_SUPPORT_PROB, 20, 0)
+    width = (table.shape[1] - 2) // 2
+    told, weights = table[0, :width].long(), table[0, width : 2 * width]
+    law = torch.zeros(20, dtype=torch.float64).index_add_(0, told, weights / weights.sum())
+    assert (token_ids.bincount(minlength=20) / num_points - law).abs().max() <= 1 / num_points
+    support = torch.tensor([1, 4, 5])
+    ends = torch.arange(1, num_points + 1) * len(support)
+    _, _, drawn, _ = reader.target_rows(rows, support.repeat(num_points), ends, its)
+    outside = rows[0].double().softmax(-1)
+    outside[support] = 0.0
+    shares = drawn.long().bincount(minlength=20) / num_points
+    assert (shares - outside / outside.sum()).abs().max() <= 1 / num_points + 1e-4  # the support keeps its remainders
+
+
+@pytest.mark.parametrize("fault", ["uniforms", "temperatures", "noises"])
+@EVERY_READER
+def test_a_row_read_with_anothers_options_is_found(reader: ModuleType, fault):
+    rows = rows_of(97, 3.0)
+    sizes = torch.full((NUM_ROWS,), 97)
+    shifted = {name: getattr(options(), name) for name in ("temperatures", "uniforms", "noises")}
+    shifted[fault] = shifted[fault].roll(1, 0)
+    settings = (sizes, MIN_SUPPORT_PROB, 97, 0)
+    drawn = [reader.draft_table(rows, sizes, its, *settings)[1] for its in (options(), RowOptions(**shifted))]
+    assert not torch.equal(*drawn)
