@@ -1,6 +1,7 @@
 """How the project compiles: numba, without the interpreter's lock, with the machine code kept on disk.
 
-numba notices changes of a function's own file alone. Whoever changes this one deletes the code on disk: `make clean`.
+numba notices changes of a function's own file alone. Whoever changes this one, or another whose functions are compiled
+into those of a third, deletes the code on disk: `make clean`.
 """
 
 from __future__ import annotations
