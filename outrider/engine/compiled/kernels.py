@@ -17,6 +17,7 @@ key-value heads, D head size, F feed-forward size, L layers, N positions that a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -206,11 +207,12 @@ def _block_intrinsic(num_rows: int, width: int) -> Callable:
     return block
 
 
+@cache
 def _product_function(width: int) -> Callable:
     """Return compiled code for products with panels of `width` outputs."""
     one, two, three, four, five, six = (_block_intrinsic(num_rows, width) for num_rows in range(1, ROWS + 1))
 
-    @compiled(on_disk=False)
+    @compiled(on_disk=False, name=f"product_{width}")
     def product(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, adds):
         """y `[num_rows, num_panels width]` = x `[num_rows, num_inputs]` @ panels, added to what y holds where `adds`.
 

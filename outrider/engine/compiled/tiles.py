@@ -10,9 +10,6 @@ beside it. A single row, which tiles would read no faster, is multiplied by vect
 tiles take time to wake up, and the processor runs at a lower frequency for a while after them. (To tiles alone numbers
 below 2^-126 are 0; only an output below 2^-100 or so could tell.)
 
-This code is part of that of kernels and drafting, which numba keeps on disk without noticing changes here: whoever
-changes this file deletes it, `make clean`.
-
 Shapes: n rows, I inputs, O outputs.
 """
 
