@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -457,6 +457,28 @@ class TestChoice:
         with caplog.at_level(logging.WARNING):
             assert self.choose(make_float32("llama")) is None
         assert "the model runs uncompiled" in caplog.text
+
+    @pytest.mark.parametrize("index", range(6))
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda draft: None,
+            lambda draft: replace(draft, token_id=(draft.token_id + 1) % VOCAB_SIZE),
+            lambda draft: replace(draft, token_prob=draft.token_prob - 0.01),
+        ],
+        ids=["no_law", "another_token", "another_probability"],
+    )
+    def test_falls_on_the_reference_where_drafts_differ(self, monkeypatch, caplog, spoil, index):
+        draft = CompiledLlamaRunner.draft
+
+        def draft_wrongly(runner, feeds, sampling):
+            drafts = draft(runner, feeds, sampling)
+            return [*drafts[:index], spoil(drafts[index]), *drafts[index + 1 :]]
+
+        monkeypatch.setattr(CompiledLlamaRunner, "draft", draft_wrongly)
+        with caplog.at_level(logging.WARNING):
+            assert self.choose(make_float32("llama")) is None
+        assert "the model runs uncompiled: what it drafts in one go is not" in caplog.text
 
     @pytest.mark.parametrize("name", ["draft", "target"])
     def test_the_embedded_models_run_as_compiled_code(self, name):
