@@ -49,6 +49,7 @@ COPY_BYTES = 1 << 30
 SHARE_FOR_WEIGHTS = 0.65  # of a GPU's memory; the rest is for caches and for what loading takes
 MAX_CACHED_TOKENS = 8192
 PROMPT_LENGTH = 32
+GPU_SHAPES = ("gpt2-xl", "opt-13b", "llama3-8b")
 OVERLAPS = {"on": (True,), "off": (False,), "both": (False, True)}
 
 
@@ -280,7 +281,7 @@ def lengths(context: click.Context, parameter: click.Parameter, value: str) -> l
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--shape", "shapes", type=click.Choice(list(SHAPES)), multiple=True, default=list(SHAPES))
+@click.option("--shape", "shapes", type=click.Choice(list(SHAPES)), multiple=True, default=GPU_SHAPES)
 @click.option("--acceptance", callback=numbers, default="0.6,0.8,0.9", help="Acceptance rates of the pairs.")
 @click.option("-k", "--num-speculative-tokens", "lengths", callback=lengths, default="4,8")
 @click.option(

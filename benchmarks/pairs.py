@@ -1,5 +1,8 @@
 """Random-weight pairs of draft and target whose acceptance rate is set, so that no weights need to be downloaded.
 
+    python -m benchmarks.pairs --shape smollm2-135m --acceptance 0.8 pair
+    outrider bench --draft-model pair/draft --target-model pair/target
+
 The draft is the target's first layers with the same embedding, final norm and head. What the target's further layers
 add to the residual stream is scaled down: by 0 both models are one, the more is left the less they have in common, and
 a bisection finds the acceptance rate that is wanted. The final norm is scaled up, so that laws are about as sharp as
@@ -12,15 +15,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from outrider.engine.loader import DTYPES
 
 LOGIT_STD = 6.0  # a few tokens hold most of the mass, in vocabularies of 50,000 and of 130,000
 INIT_STD = 0.02
@@ -70,6 +78,11 @@ class Shape:
 
 
 SHAPES = {
+    "smollm2-135m": Shape(  # for CPUs; with the vocabulary of the embedded pair, whose tokenizer it gets
+        "llama", 2,
+        {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+         "num_key_value_heads": 3, "vocab_size": 4096, "max_position_embeddings": 2048},
+    ),
     "gpt2-xl": Shape("gpt2", 4, {"n_embd": 1600, "n_layer": 48, "n_head": 25, "vocab_size": 50_257}),
     "opt-13b": Shape(
         "opt", 4,
@@ -236,3 +249,28 @@ def write_pair(shape: Shape, aim: float, folder: Path, dtype: torch.dtype, devic
     draft.save_pretrained(pair.draft)
     (folder / "pair.json").write_text(json.dumps(vars(pair)), encoding="utf-8")
     return pair
+
+
+def add_tokenizer(folder: str) -> None:
+    """Give a model the embedded pair's tokenizer, so that commands can send it text."""
+    with as_file(files("outrider") / "models" / "target") as source:
+        for file in source.glob("tokenizer*.json"):
+            shutil.copy(file, folder)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="smollm2-135m")
+@click.option("--acceptance", type=click.FloatRange(0, 1, min_open=True), default=0.8, help="Of single proposals.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", help="How weights are stored.")
+@click.option("--device", default="cpu", help="Where the pair is made.")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def main(shape: str, acceptance: float, dtype: str, device: str, folder: Path) -> None:
+    """Write a pair to FOLDER/draft and FOLDER/target, with the embedded pair's tokenizer."""
+    pair = write_pair(SHAPES[shape], acceptance, folder, DTYPES[dtype], device)
+    for model in (pair.draft, pair.target):
+        add_tokenizer(model)
+    click.echo(f"{pair.draft} and {pair.target}: {pair.acceptance:.3f} of random proposals are accepted")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,9 @@
-"""How the project compiles: numba, without the interpreter's lock, with the machine code kept on disk.
-
-numba notices changes of a function's own file alone. Whoever changes this one deletes the code on disk: `make clean`.
-"""
+"""How the project compiles: numba, without the interpreter's lock, with the machine code kept on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,25 +12,32 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from outrider.code_files import CodeCache
+
 EXACT = {"contract"}  # products and sums may be one operation
 SUMS = {"contract", "reassoc", "nsz"}  # sums in vectors; NaN and infinity keep their meaning
 
 
-def compiled(fastmath: set[str] | bool = False, on_disk: bool = True) -> Callable[[Any], Any]:
+def compiled(fastmath: set[str] | bool = False, on_disk: bool = True, name: str | None = None) -> Callable[[Any], Any]:
     """Return a decorator for functions of numbers and numpy arrays.
 
     Args:
         fastmath: liberties with floating-point numbers, by LLVM's names.
         on_disk: keep the code for later starts. Needed only where Python calls the function; what it calls is part of
             its code.
+        name: of a function that is made by another, which gives each that it makes one of its own. Code is linked by
+            names. numba puts a number into them too, but counts anew in every process: where code of several comes
+            together from disk, functions of one name would be taken for each other.
     """
 
     def decorate(function: Callable) -> Any:
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
-        try:
-            return njit(cache=on_disk, **options)(function)
-        except RuntimeError:  # neither the package's folder nor the user's can be written
-            return njit(**options)(function)
+        function.__qualname__ = name or function.__qualname__
+        assert "<locals>" not in function.__qualname__, f"{function.__qualname__} needs a name of its own"
+        dispatcher: Any = njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+        if on_disk:
+            with suppress(RuntimeError, OSError):  # there is no folder that can be written, or no file of the source
+                dispatcher._cache = CodeCache(function)
+        return dispatcher
 
     return decorate
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-VarlenAttention = Callable[..., torch.Tensor]  # varlen_attn's signature
+VarlenAttention = Callable[..., Any]  # varlen_attn's signature, and a tensor [T, Hq, D]
 
 
 @dataclass(frozen=True)

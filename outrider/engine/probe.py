@@ -8,11 +8,15 @@ from __future__ import annotations
 import torch
 
 from outrider.engine.kv_cache import Cache
-from outrider.engine.runner import Feed, Runner
+from outrider.engine.runner import DraftingRunner, Feed, Runner
+from outrider.probs import Draft, PlainSampling, draft_tokens
+from outrider.rng import Noise
+from outrider.warping import Warping
 
 MAX_VARIATION = 1e-3
 MAX_RELATIVE_DISTANCE = 0.2  # of bfloat16, deep models with random weights reach a tenth
 _LENGTH = 13
+_NUM_DRAWS, _MAX_SUPPORT = 2, 64
 
 
 @torch.inference_mode()
@@ -30,6 +34,40 @@ def probe_rows(runner: Runner, vocab_size: int, cache: Cache | None = None) -> t
     if cache is None:
         used.clear()
     return torch.cat(rows)
+
+
+@torch.inference_mode()
+def probe_drafts(runner: DraftingRunner, vocab_size: int) -> tuple[list[Draft | None], list[Draft | None]]:
+    """Return what the runner drafts in one call, and what is drawn token by token from the rows that it returns.
+
+    Three texts are continued, in the three ways in which a token is drawn.
+    """
+    texts = [[index * 7919 % vocab_size for index in range(first, 2 * first)] for first in (1, 2, 4)]
+    warpings, limits = [Warping(1.0), Warping(0.0), Warping(1.0)], [_MAX_SUPPORT] * 3
+    numbers: list[list[float | Noise]] = [[0.3, 0.3, Noise(0, index)] for index in range(_NUM_DRAWS)]
+    sampling = PlainSampling.of([vocab_size] * 3, warpings, limits, numbers)
+    assert sampling
+    together = runner.draft(_feeds(runner, texts), sampling)
+    feeds, one_by_one = _feeds(runner, texts), []
+    for its_numbers in numbers:
+        drawn = draft_tokens(runner.forward(feeds), warpings, limits, its_numbers)
+        one_by_one += drawn
+        feeds = [
+            Feed(feed.cache, [draft.token_id if draft else 0], 1) for feed, draft in zip(feeds, drawn, strict=True)
+        ]
+    return together, one_by_one
+
+
+def _feeds(runner: Runner, texts: list[list[int]]) -> list[Feed]:
+    return [Feed(runner.new_cache(), text, 1) for text in texts]
+
+
+def are_alike(drafts: list[Draft | None], others: list[Draft | None], tolerance: float) -> bool:
+    """Return whether all are tokens, and the same ones, with about the same probabilities."""
+    return all(
+        one and other and one.token_id == other.token_id and abs(one.token_prob - other.token_prob) < tolerance
+        for one, other in zip(drafts, others, strict=True)
+    )
 
 
 def total_variation(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -25,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 import outrider
-from outrider.engine.compiled import kernels
+from outrider.engine.compiled import kernels, tiles
 from outrider.engine.compiled.cache import PanelCache
 from outrider.engine.compiled.choice import choose_compiled
 from outrider.engine.compiled.runner import CompiledLlamaRunner
@@ -116,12 +117,12 @@ class TestTransformersGivesTheSame:
         assert distance(make_float32("mistral", sliding_window=right), ids, at_once(runner, ids)) > SABOTAGED
 
 
-def exact_in(dtype: torch.dtype) -> PreTrainedModel:
+def exact_in(dtype: torch.dtype, **changes) -> PreTrainedModel:
     """Return a model whose matrices this type holds exactly, and none that is narrower; with extreme numbers of it.
 
     Some layers have a window, and there are biases.
     """
-    model = make_float32("qwen2")
+    model = make_float32("qwen2", **changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -136,28 +137,70 @@ def exact_in(dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-STORAGES = {torch.float16: kernels.FLOAT16, torch.bfloat16: kernels.BFLOAT16, torch.float32: kernels.FLOAT32}
+with_tiles = pytest.mark.skipif(not tiles.have_tiles(), reason="the processor has no tiles")
 
 
-@pytest.fixture(scope="module", params=STORAGES, ids=str)
-def stored(request) -> tuple[PreTrainedModel, CompiledLlamaRunner]:
-    """Return a model in each storage of weights, with its runner."""
-    model = exact_in(request.param)
-    runner = CompiledLlamaRunner(model)
+def uses_tiles(runner: CompiledLlamaRunner) -> bool:
+    weights = runner._weights
+    nums_axes = {panels.ndim for panels in (weights.query_key_value, weights.output, weights.gate_up, weights.down)}
+    assert nums_axes in ({4}, {5})
+    assert weights.head.ndim == max(nums_axes) - 1
+    return nums_axes == {5}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A way in which weights lie in memory."""
+
+    dtype: torch.dtype
+    tag: np.dtype
+    is_tiles: bool = False
+
+    def runner(self, model: PreTrainedModel) -> CompiledLlamaRunner:
+        return CompiledLlamaRunner(model, tiles_from=0 if self.is_tiles else sys.maxsize)
+
+
+STORAGES = {
+    "float16": Storage(torch.float16, kernels.FLOAT16),
+    "bfloat16": Storage(torch.bfloat16, kernels.BFLOAT16),
+    "float32": Storage(torch.float32, kernels.FLOAT32),
+    "tiles": Storage(torch.bfloat16, kernels.BFLOAT16, is_tiles=True),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model in one storage of weights, with a runner."""
+
+    storage: Storage
+    model: PreTrainedModel
+    runner: CompiledLlamaRunner
+
+    def new_runner(self) -> CompiledLlamaRunner:
+        return self.storage.runner(self.model)
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=with_tiles if name == "tiles" else ()) for name in STORAGES]
+)
+def stored(request) -> Stored:
+    storage = STORAGES[request.param]
+    model = exact_in(storage.dtype)
+    runner = storage.runner(model)
     weights = runner._weights
     matrices = (weights.embedding, weights.query_key_value, weights.output, weights.gate_up, weights.down, weights.head)
-    assert {matrix.dtype for matrix in matrices} == {STORAGES[request.param]}
-    return model, runner
+    assert {matrix.dtype for matrix in matrices} == {storage.tag}
+    assert uses_tiles(runner) == storage.is_tiles
+    return Stored(storage, model, runner)
 
 
 class TestStorages:
     """Weights lie in 16 bits where these hold them exactly, and in 32 else."""
 
     def test_none_of_them_changes_the_model(self, stored):
-        model, runner = stored
         all_ids = texts(1)
-        for ids, logits in zip(all_ids, interleaved_logits(runner, all_ids, 1), strict=True):
-            assert distance(model, ids, logits) < TOLERANCE
+        for ids, logits in zip(all_ids, interleaved_logits(stored.runner, all_ids, 1), strict=True):
+            assert distance(stored.model, ids, logits) < TOLERANCE
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_one_number_that_does_not_fit_makes_all_of_them_wide(self, dtype):
@@ -167,9 +210,8 @@ class TestStorages:
         assert CompiledLlamaRunner(model)._weights.query_key_value.dtype == kernels.FLOAT32
 
     def test_the_model_is_copied(self, stored):
-        model, _ = stored
-        copied = copy.deepcopy(model)
-        runner, ids = CompiledLlamaRunner(copied), random_ids(9)
+        copied = copy.deepcopy(stored.model)
+        runner, ids = stored.storage.runner(copied), random_ids(9)
         before = at_once(runner, ids)
         with torch.no_grad():
             for parameter in copied.parameters():
@@ -183,10 +225,9 @@ LONG_IDS = random_ids(1300)  # beyond the first table of angles, the first scrat
 @pytest.fixture(scope="module")
 def expected(stored) -> torch.Tensor:
     """Return the long text's logits from one pass."""
-    model, runner = stored
-    logits = at_once(CompiledLlamaRunner(model), LONG_IDS)
-    assert distance(model, LONG_IDS, logits) < TOLERANCE
-    assert torch.equal(at_once(runner, LONG_IDS), logits)
+    logits = at_once(stored.new_runner(), LONG_IDS)
+    assert distance(stored.model, LONG_IDS, logits) < TOLERANCE
+    assert torch.equal(at_once(stored.runner, LONG_IDS), logits)
     return logits
 
 
@@ -194,15 +235,13 @@ class TestBits:
     """Logits do not depend on the cut into passes nor on neighbours, to the last bit."""
 
     def test_one_token_at_a_time(self, stored, expected):
-        model, _ = stored
-        runner = CompiledLlamaRunner(model)  # whose rooms grow on the way
+        runner = stored.new_runner()  # whose rooms grow on the way
         cache = runner.new_cache()
         assert torch.equal(torch.cat([runner.forward([Feed(cache, [one], 1)]) for one in LONG_IDS]), expected)
 
     @pytest.mark.parametrize("most", [3, kernels.CHUNK + 1, 70, 600])
     def test_random_chunks(self, stored, expected, most):
-        model, _ = stored
-        runner, random = CompiledLlamaRunner(model), Random(most)
+        runner, random = stored.new_runner(), Random(most)
         cache, rows = runner.new_cache(), []
         while cache.length < len(LONG_IDS):
             chunk = LONG_IDS[cache.length : cache.length + random.randint(1, most)]
@@ -211,15 +250,14 @@ class TestBits:
 
     @pytest.mark.parametrize("seed", range(4))
     def test_beside_other_sequences_and_with_rollbacks(self, stored, seed):
-        _, runner = stored
         all_ids = texts(seed)
-        for ids, logits in zip(all_ids, interleaved_logits(runner, all_ids, seed), strict=True):
-            assert torch.equal(logits, at_once(runner, ids))
+        for ids, logits in zip(all_ids, interleaved_logits(stored.runner, all_ids, seed), strict=True):
+            assert torch.equal(logits, at_once(stored.runner, ids))
 
     @pytest.mark.parametrize("num_rows", [0, 1, 2, 5, 20])
     def test_fewer_rows_read(self, stored, num_rows):
         """The rows of each of two texts are its last ones, and none at all may be wanted of one."""
-        _, runner = stored
+        runner = stored.runner
         first, second = random_ids(20), random_ids(31)
         rows = runner.forward([Feed(runner.new_cache(), first, num_rows), Feed(runner.new_cache(), second, 3)])
         assert torch.equal(rows[:num_rows], at_once(runner, first)[20 - num_rows :])
@@ -241,12 +279,13 @@ class TestNumbersThatAreNone:
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf], ids=str)
     @pytest.mark.parametrize("place", PLACES)
-    def test_one_in_the_weights_is_in_every_row(self, place, number):
-        model = make_float32("qwen2")
+    @pytest.mark.parametrize("storage", ["float32", pytest.param("tiles", marks=with_tiles)])
+    def test_one_in_the_weights_is_in_every_row(self, storage, place, number):
+        model = exact_in(STORAGES[storage].dtype)
         with torch.no_grad():
             model.get_parameter(place).view(-1)[3] = number
         ids = random_ids(20)
-        runner = CompiledLlamaRunner(model)
+        runner = STORAGES[storage].runner(model)
         cache = runner.new_cache()
         for chunk in (ids[:1], ids[1:3], ids[3:]):
             assert not runner.forward([Feed(cache, chunk, len(chunk))]).isfinite().all(-1).any()
@@ -419,6 +458,28 @@ class TestChoice:
             assert self.choose(make_float32("llama")) is None
         assert "the model runs uncompiled" in caplog.text
 
+    @pytest.mark.parametrize("index", range(6))
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda draft: None,
+            lambda draft: replace(draft, token_id=(draft.token_id + 1) % VOCAB_SIZE),
+            lambda draft: replace(draft, token_prob=draft.token_prob - 0.01),
+        ],
+        ids=["no_law", "another_token", "another_probability"],
+    )
+    def test_falls_on_the_reference_where_drafts_differ(self, monkeypatch, caplog, spoil, index):
+        draft = CompiledLlamaRunner.draft
+
+        def draft_wrongly(runner, feeds, sampling):
+            drafts = draft(runner, feeds, sampling)
+            return [*drafts[:index], spoil(drafts[index]), *drafts[index + 1 :]]
+
+        monkeypatch.setattr(CompiledLlamaRunner, "draft", draft_wrongly)
+        with caplog.at_level(logging.WARNING):
+            assert self.choose(make_float32("llama")) is None
+        assert "the model runs uncompiled: what it drafts in one go is not" in caplog.text
+
     @pytest.mark.parametrize("name", ["draft", "target"])
     def test_the_embedded_models_run_as_compiled_code(self, name):
         options = ModelOptions(f"builtin:{name}", dtype="float32", device="cpu")
@@ -437,7 +498,7 @@ import llvmlite.binding
 llvmlite.binding.get_host_cpu_features = llvmlite.binding.FeatureMap
 import torch
 torch.set_num_threads(1)
-from outrider.engine.compiled import kernels
+from outrider.engine.compiled import kernels, tiles
 from tests.model import test_compiled
 print(kernels.__file__, kernels.PANEL, type(kernels.forward._cache).__name__)
 test_compiled.assert_same(test_compiled.make_float32("qwen2", head_dim=48))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from random import Random
 
 import pytest
+import torch
 
 from draft_service import session as session_module
 from draft_service.drafter import Drafter
@@ -14,6 +16,7 @@ from outrider.engine.compiled.runner import CompiledLlamaRunner
 from outrider.engine.engine import Engine
 from outrider.tokens import TokenLog
 from outrider.warping import Warping
+from tests.model.test_compiled import exact_in, with_tiles
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 PROMPTS = [[5, 80, 25, 7], [9], [3, 3, 3, 61, 8, 2, 90]]
@@ -31,11 +34,12 @@ def drafted(
     batch: int,
     vocab_sizes: Sequence[int] = (VOCAB_SIZE,) * 3,
     max_alternatives: int = 0,
+    prompts: Sequence[list[int]] = PROMPTS,
 ) -> tuple[list[TokenLog], list[list[Drafted]]]:
     """Return the sequences of sessions that draft side by side, and what each emitted."""
-    worker, emitted = Drafter(Engine(runner, 10_000, 512), 256), [[] for _ in PROMPTS]
+    worker, emitted = Drafter(Engine(runner, 10_000, 512), 256), [[] for _ in prompts]
     sessions = []
-    for index, prompt in enumerate(PROMPTS):
+    for index, prompt in enumerate(prompts):
         options = DraftOptions(
             Warping(temperature), index, vocab_sizes[index], VOCAB_SIZE, 0.0, max_alternatives=max_alternatives
         )
@@ -59,6 +63,20 @@ def test_tokens_are_those_of_drafting_one_by_one(runner, temperature, monkeypatc
     together, _ = drafted(runner, temperature, batch=4)
     monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
     one_by_one, _ = drafted(runner, temperature, batch=4)
+    assert list(map(ids_of, together)) == list(map(ids_of, one_by_one))
+
+
+@with_tiles
+@pytest.mark.parametrize("num_sessions", [1, 16, 17, 40])
+def test_tokens_are_those_of_drafting_one_by_one_by_tiles_too(num_sessions, monkeypatch):
+    """From 17 sessions on tiles write more rows than there are."""
+    random = Random(num_sessions)
+    prompts = [random.choices(range(VOCAB_SIZE), k=random.randint(1, 9)) for _ in range(num_sessions)]
+    options = {"batch": 4, "vocab_sizes": [VOCAB_SIZE] * num_sessions, "prompts": prompts}
+    runner = CompiledLlamaRunner(exact_in(torch.bfloat16), tiles_from=0)
+    together, _ = drafted(runner, 1.0, **options)
+    monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
+    one_by_one, _ = drafted(runner, 1.0, **options)
     assert list(map(ids_of, together)) == list(map(ids_of, one_by_one))
 
 

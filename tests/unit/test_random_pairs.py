@@ -29,6 +29,7 @@ from benchmarks.cuda import (
 )
 from benchmarks.pairs import Shape
 from client.results import GenerationStats
+from outrider.engine.loader import ModelOptions, load
 
 TINY = {
     "gpt2": Shape("gpt2", 1, {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 97, "n_positions": 64}),
@@ -176,6 +177,19 @@ def test_targets_run_together_where_the_gpu_holds_them():
     assert groups_that_fit(aims, 26 * 10**9, 141 * 10**9) == [aims]
     assert groups_that_fit(aims, 26 * 10**9, 80 * 10**9) == [[0.6, 0.8], [0.9]]
     assert groups_that_fit(aims, 26 * 10**9, 24 * 10**9) == [[0.6], [0.8], [0.9]]
+
+
+def test_the_command_writes_a_pair_that_services_take_text_for(monkeypatch, tmp_path):
+    tiny = Shape("llama", 1, TINY["llama"].config | {"vocab_size": 4096, "max_position_embeddings": 512})
+    monkeypatch.setitem(pairs.SHAPES, "smollm2-135m", tiny)
+    result = CliRunner().invoke(pairs.main, ["--acceptance", "0.7", str(tmp_path)], catch_exceptions=False)
+    assert "of random proposals are accepted" in result.output
+    embedded = load(ModelOptions("builtin:target", device="cpu")).tokenizer
+    for name, num_layers in (("draft", 1), ("target", 4)):
+        loaded = load(ModelOptions(str(tmp_path / name), device="cpu"))
+        assert loaded.tokenizer.block_digests() == embedded.block_digests()
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["num_hidden_layers"], config["dtype"]) == (num_layers, "bfloat16")
 
 
 def test_without_a_gpu_one_sentence_says_so(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from outrider.engine.compiled.memory import aligned_empty
 from outrider.engine.kv_cache import TokenCountedCache
 
 _GROWTH = 256  # positions, a multiple of every panel's width
@@ -28,7 +29,7 @@ class PanelCache(TokenCountedCache):
             return
         capacity = -(-max(length, self.capacity * 3 // 2) // _GROWTH) * _GROWTH
         held = self._views() if self._length else None
-        self._memory = np.empty((*self._shape, capacity * self._head_dim), dtype=np.float32)
+        self._memory = aligned_empty((*self._shape, capacity * self._head_dim), np.float32)
         self.capacity, self.address = capacity, self._memory.ctypes.data
         if held:
             (keys, values), (old_keys, old_values) = self._views(), held

@@ -7,7 +7,7 @@ import logging
 import torch
 from transformers import PreTrainedModel
 
-from outrider.engine.probe import probe_rows, total_variation
+from outrider.engine.probe import are_alike, probe_drafts, probe_rows, total_variation
 from outrider.engine.runner import Runner
 
 MAX_DISTANCE = 1e-3
@@ -16,12 +16,15 @@ log = logging.getLogger(__name__)
 
 
 def choose_compiled(model: PreTrainedModel, reference: Runner, vocab_size: int) -> Runner | None:
-    """Return a runner for the model, compared with `reference` on a short text; None where it should run otherwise."""
+    """Return a runner for the model; None where it should run otherwise.
+
+    Its rows are compared with those of `reference` on a short text, and what it drafts with what its rows say.
+    """
     if torch.get_num_threads() != 1:
         return None
     try:
         return _compiled(model, reference, vocab_size)
-    except Exception as error:  # numba refuses a numpy that it does not know, LLVM a processor, a full disk the code
+    except Exception as error:  # numba refuses a numpy that it does not know, LLVM a processor
         log.warning("the model runs uncompiled: %s", error)
         return None
 
@@ -31,10 +34,13 @@ def _compiled(model: PreTrainedModel, reference: Runner, vocab_size: int) -> Run
 
     if not CompiledLlamaRunner.can_run(model):
         return None
-    log.info("compiling the forward pass, if this machine has not done so before")
+    log.info("compiling the model, if this machine has not done so before")
     compiled = CompiledLlamaRunner(model)
     distance = total_variation(probe_rows(compiled, vocab_size), probe_rows(reference, vocab_size))
-    if distance < MAX_DISTANCE:
-        return compiled
-    log.warning("the model runs uncompiled: compiled, its rows differ by a total variation of %.2g", distance)
-    return None
+    if not distance < MAX_DISTANCE:
+        log.warning("the model runs uncompiled: compiled, its rows differ by a total variation of %.2g", distance)
+        return None
+    if not are_alike(*probe_drafts(compiled, vocab_size), MAX_DISTANCE):
+        log.warning("the model runs uncompiled: what it drafts in one go is not what it drafts token by token")
+        return None
+    return compiled

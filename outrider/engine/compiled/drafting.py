@@ -6,6 +6,7 @@ import numpy as np
 
 from outrider.compiling import compiled
 from outrider.engine.compiled.kernels import PANEL, Batch, forward
+from outrider.engine.compiled.tiles import num_rows_written
 from outrider.host_rows import draft_rows
 
 
@@ -24,7 +25,8 @@ def draft(
         nothing.
     """
     num_draws, num_sequences = uniforms.shape
-    logits = np.empty((num_sequences, model.head.shape[0] * PANEL), np.float32)
+    room = np.empty((num_rows_written(num_sequences), model.head.shape[0] * PANEL), np.float32)
+    logits = room[:num_sequences]
     capacity = num_draws * num_sequences
     all_sizes, all_places = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
     all_finite = np.empty(capacity, np.bool_)
@@ -34,7 +36,7 @@ def draft(
     token_ids, starts, lengths, rows = batch.token_ids, batch.starts, batch.lengths, batch.rows
     for index in range(num_draws):
         part = Batch(token_ids, starts, lengths, batch.caches, batch.capacities, rows)
-        forward(part, sizes, model, scratch, logits)
+        forward(part, sizes, model, scratch, room)
         ids, weights, supports, places, finite, others, other_probs = draft_rows(
             logits, vocab_sizes, temperatures, min_prob, max_supports, uniforms[index], noises[index], num_others
         )

@@ -7,7 +7,8 @@ to ROWS rows are multiplied with every number read. Attention is the same produc
 values of PANEL channels, are panels of the cache.
 
 Every output is one chain of additions in the order of its inputs, whatever rows are beside it: logits do not depend on
-how a text is cut into passes, nor on other sequences of the pass, to the last bit.
+how a text is cut into passes, nor on other sequences of the pass, to the last bit. Large models of bfloat16 are
+multiplied by `tiles` where the processor has them, which has an order of its own and keeps to it as well.
 
 Shapes: T new tokens in the packed row, S sequences, R rows read, V vocabulary, E hidden size, Hq query heads, H
 key-value heads, D head size, F feed-forward size, L layers, N positions that a cache has room for.
@@ -16,6 +17,7 @@ key-value heads, D head size, F feed-forward size, L layers, N positions that a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from outrider.compiling import EXACT, SUMS, compiled, exponential, largest
+from outrider.engine.compiled.tiles import multiply_tiles
 
 LANES = 16  # numbers in a vector; LLVM splits it where registers are shorter
 ROWS = 6  # most rows multiplied at once
@@ -51,7 +54,10 @@ class Sizes(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The model's numbers. Panels are `[L, outputs / PANEL, inputs, PANEL]` in one of the three storages."""
+    """The model's numbers.
+
+    Panels are `[L, outputs / PANEL, inputs, PANEL]` in one of the three storages, or those of `tiles`.
+    """
 
     embedding: np.ndarray  # [V, E]
     norms: np.ndarray  # [2 L + 1, E] float32: before attention, before the feed-forward layer, ..., at the end
@@ -60,7 +66,7 @@ class Weights(NamedTuple):
     output: np.ndarray
     gate_up: np.ndarray
     down: np.ndarray
-    head: np.ndarray  # [V / PANEL, E, PANEL]
+    head: np.ndarray  # panels without L
     cosines: np.ndarray  # [positions, D / 2] float32
     sines: np.ndarray
 
@@ -77,7 +83,10 @@ class Batch(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Room for what a pass computes on the way, for at least T tokens; float32."""
+    """Room for what a pass computes on the way, for at least T tokens and as many more as tiles write.
+
+    It is float32 where nothing else is said.
+    """
 
     hidden: np.ndarray  # [T, E]
     normed: np.ndarray  # [T, E]
@@ -85,6 +94,7 @@ class Scratch(NamedTuple):
     mixed: np.ndarray  # [T, Hq D]
     gates: np.ndarray  # [T, 2 F]
     scores: np.ndarray  # [CHUNK, longest N]
+    parts: np.ndarray  # [3 T most inputs] uint16, where there are tiles
 
 
 # --- the product ------------------------------------------------------------------------------------------------------
@@ -197,11 +207,12 @@ def _block_intrinsic(num_rows: int, width: int) -> Callable:
     return block
 
 
+@cache
 def _product_function(width: int) -> Callable:
     """Return compiled code for products with panels of `width` outputs."""
     one, two, three, four, five, six = (_block_intrinsic(num_rows, width) for num_rows in range(1, ROWS + 1))
 
-    @compiled(on_disk=False)
+    @compiled(on_disk=False, name=f"product_{width}")
     def product(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, adds):
         """y `[num_rows, num_panels width]` = x `[num_rows, num_inputs]` @ panels, added to what y holds where `adds`.
 
@@ -235,21 +246,24 @@ _product_16 = _product_function(16)
 
 
 @compiled(on_disk=False)
-def multiply(x, num_rows, panels, y, adds):
-    """y `[rows, outputs]` = x `[rows, inputs]` @ panels `[outputs / PANEL, inputs, PANEL]`, added where `adds`."""
-    _product(
-        panels,
-        x.ctypes.data,
-        x.shape[1],
-        num_rows,
-        panels.ctypes.data,
-        panels.strides[0],
-        panels.shape[0],
-        panels.shape[1],
-        y.ctypes.data,
-        y.shape[1],
-        adds,
-    )
+def multiply(x, num_rows, panels, y, adds, parts):
+    """y `[rows, outputs]` = the first inputs of x `[rows, ...]` @ one matrix in panels, added where `adds`."""
+    if panels.ndim == 4:
+        multiply_tiles(x, num_rows, panels, y, adds, parts)
+    else:
+        _product(
+            panels,
+            x.ctypes.data,
+            x.shape[1],
+            num_rows,
+            panels.ctypes.data,
+            panels.strides[0],
+            panels.shape[0],
+            panels.shape[1],
+            y.ctypes.data,
+            y.shape[1],
+            adds,
+        )
 
 
 @compiled(on_disk=False)
@@ -346,18 +360,23 @@ def _weigh(scores, start, end, scaling):
 
 
 @compiled(on_disk=False)
-def _remember(row, sizes, width, keys, values, capacity, position):
-    """Write one token's keys and values, which stand behind the query heads in its row, to the cache of a layer."""
+def _remember(rows, sizes, width, keys, values, capacity, past):
+    """Write the keys and values of tokens, which stand behind the query heads in their rows, to the cache of a layer.
+
+    Head by head, since the lines of memory that one head's keys of a position lie in crowd others out of the cache.
+    """
     head_dim = sizes.head_dim
     for head in range(sizes.num_kv_heads):
         key = (sizes.num_query_heads + head) * head_dim
         value = key + sizes.num_kv_heads * head_dim
         base = head * capacity * head_dim
-        place = base + (position // width) * head_dim * width + position % width
-        for index in range(head_dim):
-            keys[place + index * width] = row[key + index]
-            channel = base + (index // width) * capacity * width + position * width + index % width
-            values[channel] = row[value + index]
+        for token in range(len(rows)):
+            position = past + token
+            place = base + (position // width) * head_dim * width + position % width
+            for index in range(head_dim):
+                keys[place + index * width] = rows[token, key + index]
+                channel = base + (index // width) * capacity * width + position * width + index % width
+                values[channel] = rows[token, value + index]
 
 
 @compiled(on_disk=False)
@@ -375,8 +394,7 @@ def _attend(layer, sizes, batch, scratch):
         key_address = batch.caches[sequence] + 8 * layer * part
         value_address = key_address + 4 * part
         keys, values = carray(_pointer(key_address), (part,)), carray(_pointer(value_address), (part,))
-        for token in range(first, end):
-            _remember(projected[token], sizes, width, keys, values, capacity, past + token - first)
+        _remember(projected[first:end], sizes, width, keys, values, capacity, past)
         for start in range(first, end, CHUNK):
             num_tokens = min(CHUNK, end - start)
             num_seen = past + start - first + num_tokens
@@ -453,10 +471,14 @@ def attention_width(head_dim):
 
 @compiled()
 def forward(batch, sizes, weights, scratch, logits):
-    """Run the model over a packed row: write caches, and write the logits of `batch.rows` `[R, V]`."""
+    """Run the model over a packed row: write caches, and write the logits of `batch.rows`.
+
+    `logits` has `num_rows_written(R)` rows of `tiles`, of which the first R mean something.
+    """
     num_tokens, num_rows = len(batch.token_ids), len(batch.rows)
     num_turned = sizes.num_query_heads + sizes.num_kv_heads
     hidden, normed, projected, gates = scratch.hidden, scratch.normed, scratch.projected, scratch.gates
+    parts = scratch.parts
     for token in range(num_tokens):
         embedded = weights.embedding[batch.token_ids[token]]
         for index in range(len(embedded)):
@@ -465,31 +487,19 @@ def forward(batch, sizes, weights, scratch, logits):
         _norm(hidden, weights.norms[2 * layer], sizes.eps, normed, num_tokens)
         for token in range(num_tokens):
             projected[token] = weights.biases[layer]
-        multiply(normed, num_tokens, weights.query_key_value[layer], projected, True)
+        multiply(normed, num_tokens, weights.query_key_value[layer], projected, True, parts)
         for sequence in range(len(batch.lengths)):
             for token in range(batch.starts[sequence], batch.starts[sequence + 1]):
                 position = batch.lengths[sequence] + token - batch.starts[sequence]
                 cosines, sines = weights.cosines[position], weights.sines[position]
                 _rotate(projected[token], num_turned, sizes.head_dim, cosines, sines)
         _attend(layer, sizes, batch, scratch)
-        multiply(scratch.mixed, num_tokens, weights.output[layer], hidden, True)
+        multiply(scratch.mixed, num_tokens, weights.output[layer], hidden, True, parts)
         _norm(hidden, weights.norms[2 * layer + 1], sizes.eps, normed, num_tokens)
-        multiply(normed, num_tokens, weights.gate_up[layer], gates, False)
+        multiply(normed, num_tokens, weights.gate_up[layer], gates, False, parts)
         _gate(gates, num_tokens, sizes.feed_forward)
-        _product(
-            weights.down,
-            gates.ctypes.data,
-            gates.shape[1],
-            num_tokens,
-            weights.down[layer].ctypes.data,
-            weights.down.strides[1],
-            weights.down.shape[1],
-            weights.down.shape[2],
-            hidden.ctypes.data,
-            hidden.shape[1],
-            True,
-        )
+        multiply(gates, num_tokens, weights.down[layer], hidden, True, parts)
     for row in range(num_rows):
         hidden[row] = hidden[batch.rows[row]]  # rows ascend, so that none is lost
     _norm(hidden, weights.norms[2 * sizes.num_layers], sizes.eps, normed, num_rows)
-    multiply(normed, num_rows, weights.head, logits, False)
+    multiply(normed, num_rows, weights.head, logits, False, parts)

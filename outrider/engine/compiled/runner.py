@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from outrider.engine.compiled import drafting, kernels
+from outrider.engine.compiled import drafting, kernels, tiles
 from outrider.engine.compiled.cache import PanelCache
 from outrider.engine.compiled.kernels import PANEL, Batch, Scratch, Sizes, Weights
+from outrider.engine.compiled.memory import aligned_empty, aligned_stack, aligned_zeros
 from outrider.engine.llama import LlamaForward, head_dim_of, sliding_window
 from outrider.engine.runner import Feed
 from outrider.probs import MIN_SUPPORT_PROB, Draft, PlainSampling, drafts_of
+
+TILES_FROM = 30_000_000  # numbers; a pass of fewer takes a few milliseconds, waking the tiles up to 0.3
 
 _NUM_TOKENS, _NUM_POSITIONS = 64, 1024  # that there is room for at first
 
@@ -25,8 +28,12 @@ class CompiledLlamaRunner:
 
     device = torch.device("cpu")
 
-    def __init__(self, model: PreTrainedModel):
-        """`model` must be one that `can_run` accepts; it is read and not changed."""
+    def __init__(self, model: PreTrainedModel, tiles_from: int = TILES_FROM):
+        """Copy the numbers of `model`, which must be one that `can_run` accepts.
+
+        Args:
+            tiles_from: how many numbers the matrices of a model's products have at least for which `tiles` pay.
+        """
         config: Any = model.config
         decoder: Any = model.model
         head_dim = head_dim_of(config)
@@ -42,7 +49,7 @@ class CompiledLlamaRunner:
             eps=config.rms_norm_eps,
         )
         self._rotary = decoder.rotary_emb
-        self._weights = _weights_of(model, *self._angles_up_to(_NUM_POSITIONS))
+        self._weights = _weights_of(model, *self._angles_up_to(_NUM_POSITIONS), tiles_from)
         self._vocab_size = model.get_output_embeddings().weight.shape[0]
         self._width = kernels.attention_width(head_dim)
         self._scratch = self._scratch_for(_NUM_TOKENS, _NUM_POSITIONS)
@@ -62,8 +69,10 @@ class CompiledLlamaRunner:
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """See Runner."""
         batch = self._batch_of(feeds)
-        logits = np.empty((len(batch.rows), self._weights.head.shape[0] * PANEL), dtype=np.float32)
-        kernels.forward(batch, self._sizes, self._weights, self._scratch, logits)
+        num_rows = len(batch.rows)
+        room = aligned_empty((tiles.num_rows_written(num_rows), self._weights.head.shape[0] * PANEL), np.float32)
+        kernels.forward(batch, self._sizes, self._weights, self._scratch, room)
+        logits = room[:num_rows]
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))
         rows = torch.from_numpy(logits)
@@ -108,24 +117,27 @@ class CompiledLlamaRunner:
         if longest > len(self._weights.cosines):
             cosines, sines = self._angles_up_to(max(longest, 2 * len(self._weights.cosines)))
             self._weights = self._weights._replace(cosines=cosines, sines=sines)
-        has_tokens, has_positions = len(self._scratch.hidden), self._scratch.scores.shape[1]
+        has_tokens, has_positions = len(self._scratch.mixed), self._scratch.scores.shape[1]
         if num_tokens > has_tokens or longest > has_positions:
             self._scratch = self._scratch_for(max(num_tokens, has_tokens), max(longest, has_positions))
 
     def _scratch_for(self, num_tokens: int, longest: int) -> Scratch:
         weights, sizes = self._weights, self._sizes
+        num_rows = tiles.num_rows_written(num_tokens)
 
-        def room(num_rows: int, num_columns: int) -> np.ndarray:
-            return np.zeros((num_rows, _padded(num_columns)), dtype=np.float32)
+        def room(num_columns: int) -> np.ndarray:
+            return aligned_zeros((num_rows, _padded(num_columns)), np.float32)
 
         hidden_size, mixed_size = weights.norms.shape[1], sizes.num_query_heads * sizes.head_dim
+        most_inputs, has_tiles = max(hidden_size, mixed_size, sizes.feed_forward), weights.head.ndim == 4
         return Scratch(
-            hidden=room(num_tokens, hidden_size),
-            normed=room(num_tokens, hidden_size),
-            projected=room(num_tokens, weights.biases.shape[1]),
-            mixed=np.zeros((num_tokens, mixed_size), dtype=np.float32),
-            gates=room(num_tokens, 2 * sizes.feed_forward),
-            scores=room(kernels.CHUNK, longest),
+            hidden=room(hidden_size),
+            normed=room(hidden_size),
+            projected=room(weights.biases.shape[1]),
+            mixed=aligned_zeros((num_tokens, mixed_size), np.float32),
+            gates=room(2 * sizes.feed_forward),
+            scores=aligned_zeros((kernels.CHUNK, _padded(longest)), np.float32),
+            parts=aligned_zeros((tiles.parts_room(num_tokens, most_inputs) if has_tiles else 0,), np.uint16),
         )
 
     def _angles_up_to(self, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +164,7 @@ def _batch_of(feeds: Sequence[Feed]) -> Batch:
     return Batch(*(numbers[start:end] for start, end in pairwise([0, *ends])))
 
 
-def _weights_of(model: PreTrainedModel, cosines: np.ndarray, sines: np.ndarray) -> Weights:
+def _weights_of(model: PreTrainedModel, cosines: np.ndarray, sines: np.ndarray, tiles_from: int) -> Weights:
     """Return the model's numbers as the kernels read them."""
     decoder: Any = model.model
     layers = list(decoder.layers)
@@ -165,16 +177,18 @@ def _weights_of(model: PreTrainedModel, cosines: np.ndarray, sines: np.ndarray) 
         "gate_up": [torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]).detach() for layer in layers],
         "down": [layer.mlp.down_proj.weight.detach() for layer in layers],
     }
-    store = _storage_for([embedding, head, *(matrix for group in matrices.values() for matrix in group)])
+    products = [head, *chain.from_iterable(matrices.values())]
+    store = _storage_for([embedding, *products])
+    panels_of = _layout_for(store(head).dtype, products, tiles_from)
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
     return Weights(
         embedding=store(embedding),
         norms=torch.stack([norm.weight.detach() for norm in [*norms, decoder.norm]]).numpy().copy(),
         biases=np.stack([_bias_of(parts) for parts in projections]),
-        head=_panels_of(store(head)),
+        head=aligned_stack([panels_of(store(head))])[0],
         cosines=cosines,
         sines=sines,
-        **{name: np.stack([_panels_of(store(matrix)) for matrix in group]) for name, group in matrices.items()},
+        **{name: aligned_stack([panels_of(store(matrix)) for matrix in group]) for name, group in matrices.items()},
     )
 
 
@@ -187,17 +201,24 @@ def _bias_of(parts: list[Any]) -> np.ndarray:
 
 def _storage_for(matrices: Sequence[torch.Tensor]):
     """Return a function that stores a matrix: in 16 bits when these hold every number of all `matrices` exactly."""
-    for half, tag in ((torch.float16, kernels.FLOAT16), (torch.bfloat16, kernels.BFLOAT16)):
+    for half, tag in ((torch.bfloat16, kernels.BFLOAT16), (torch.float16, kernels.FLOAT16)):
         if all(torch.equal(matrix.to(half).float(), matrix) for matrix in matrices):
             return lambda matrix, half=half, tag=tag: matrix.to(half).view(torch.int16).numpy().view(tag)
     return lambda matrix: matrix.numpy().copy()
 
 
+def _layout_for(storage: np.dtype, matrices: Sequence[torch.Tensor], tiles_from: int):
+    """Return a function that puts a stored matrix `[O, I]` into panels, with zeros behind the last output."""
+    fit_tiles = storage == kernels.BFLOAT16 and all(matrix.shape[1] % tiles.STEP == 0 for matrix in matrices)
+    is_large = sum(matrix.numel() for matrix in matrices) >= tiles_from
+    lay_out = tiles.tiles_of if fit_tiles and is_large and tiles.have_tiles() else _panels_of
+    assert PANEL == tiles.WIDTH or lay_out is _panels_of
+    return lambda matrix: lay_out(np.pad(matrix, ((0, _padded(len(matrix)) - len(matrix)), (0, 0))))
+
+
 def _panels_of(matrix: np.ndarray) -> np.ndarray:
-    """Return `matrix` `[O, I]` as panels `[O / PANEL, I, PANEL]`, with zeros behind the last output."""
-    num_outputs, num_inputs = matrix.shape
-    padded = np.pad(matrix, ((0, _padded(num_outputs) - num_outputs), (0, 0)))
-    return np.ascontiguousarray(padded.reshape(-1, PANEL, num_inputs).transpose(0, 2, 1))
+    """Return `matrix` `[O, I]` as panels `[O / PANEL, I, PANEL]`."""
+    return np.ascontiguousarray(matrix.reshape(-1, PANEL, matrix.shape[1]).transpose(0, 2, 1))
 
 
 def _padded(size: int) -> int:

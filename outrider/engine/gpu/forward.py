@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from outrider.engine.attention import AttentionBatch
 from outrider.engine.gpu.entries import Angles, store_entries
 from outrider.engine.gpu.products import GATED_SILU, GELU, NO_ACTIVATION, RELU, GpuNorm, GpuProduct
 from outrider.engine.llama import LlamaForward, head_dim_of, sliding_window
@@ -69,9 +70,10 @@ class GpuForward:
 
     @torch.inference_mode()
     def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: PagedBatch
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: AttentionBatch
     ) -> torch.Tensor:
-        """See ForwardPass."""
+        """See ForwardPass; `packed` must be a PagedBatch."""
+        assert isinstance(packed, PagedBatch)
         hidden = self._embed(token_ids, positions)
         for index, layer in enumerate(self._layers):
             projected = layer.query_key_value(layer.attention_norm(hidden)).view(len(hidden), -1, self._head_dim)
