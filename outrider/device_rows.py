@@ -22,11 +22,11 @@ from outrider.warping import COLDEST
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How rows are read, each array on their device."""
+    """How rows are read, each array float64 and on their device, as on_device brings them."""
 
-    temperatures: torch.Tensor  # [N] float64
-    uniforms: torch.Tensor  # [N] float64
-    noises: torch.Tensor  # [N, 4] int64, host_rows.noise_addresses: noise takes the place of the uniform
+    temperatures: torch.Tensor  # [N]
+    uniforms: torch.Tensor  # [N]
+    noises: torch.Tensor  # [N, 4], host_rows.noise_addresses: noise takes the place of the uniform
 
     @property
     def are_given(self) -> torch.Tensor:
@@ -90,8 +90,8 @@ def draft_rows(
     """Truncate each of `rows` `[N, V]` to its support, round that to whole weights, and draw a token.
 
     Args:
-        vocab_sizes: `[N]` int64; what a row holds from there on does not count.
-        max_supports: `[N]` int64; a support has no more tokens, and no more than `most`.
+        vocab_sizes: `[N]`; what a row holds from there on does not count.
+        max_supports: `[N]`; a support has no more tokens, and no more than `most`.
         min_prob: a support has every token of at least this probability, or as the likeliest.
     """
     scores = rows.masked_fill(torch.arange(rows.shape[1], device=rows.device) >= vocab_sizes[:, None], -torch.inf)
@@ -105,7 +105,7 @@ def draft_rows(
     kept_probs = torch.where(is_kept, probs, 0.0).gather(1, order)
     weights = torch.where(kept_probs > 0, (kept_probs / WEIGHT_UNIT).round().long().clamp(min=1), 0)
     by_uniform = _place(weights, options.uniforms)
-    rates = kept_probs / arrival_times(options.noises, support)
+    rates = kept_probs / arrival_times(options.noises.long(), support)
     places = torch.where(options.are_coupled, rates.argmax(-1, keepdim=True), by_uniform)
     if num_others:
         drawn_rank = order.gather(1, places)
@@ -158,20 +158,19 @@ def _next_in_race(rates: torch.Tensor, number: int) -> tuple[torch.Tensor, torch
     return F.pad(places[:, 1:], pad), F.pad(shares[:, 1:], pad)
 
 
-def target_rows(
-    rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, options: RowOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, options: RowOptions) -> torch.Tensor:
     """Read `rows` `[N, V]` on supports, and draw a token from what rounding down and the other ids leave of each.
 
     Args:
-        ids: `[I]` int64, the supports' ids one after the other.
-        ends: `[N]` int64, where each support ends among them.
+        ids: `[I]`, the supports' ids one after the other.
+        ends: `[N]`, where each support ends among them.
 
     Returns:
-        The rounded probabilities like `ids`, float64; for each row the mass left over, float64, the token drawn from
-        it, and whether the row is finite.
+        `[3 N + I] float64`: for each row the mass left over, then for each the token drawn from it, then whether each
+        is finite; and the rounded probabilities like `ids`.
     """
-    cells = ids + (torch.searchsorted(ends, torch.arange(len(ids), device=ids.device), right=True)) * rows.shape[1]
+    owners = torch.searchsorted(ends, torch.arange(len(ids), dtype=ends.dtype, device=ids.device), right=True)
+    cells = ids.long() + owners * rows.shape[1]
     likeliest, places = rows.max(-1, keepdim=True)
     left = ((rows - likeliest).double() / options.temperatures.clamp(min=COLDEST)[:, None]).exp_()
     left /= left.sum(-1, keepdim=True)
@@ -180,7 +179,7 @@ def target_rows(
     on_support = left.take(cells)
     told = round_down(on_support)
     left.view(-1)[cells] = on_support - told
-    return told, left.sum(-1), _draw(left, options), likeliest[:, 0].isfinite()
+    return torch.cat([left.sum(-1), _draw(left, options).double(), likeliest[:, 0].isfinite().double(), told])
 
 
 def _draw(weights: torch.Tensor, options: RowOptions) -> torch.Tensor:
@@ -188,7 +187,7 @@ def _draw(weights: torch.Tensor, options: RowOptions) -> torch.Tensor:
     token_ids = inverse_cdf(weights, options.uniforms)
     coupled = options.are_coupled[:, 0].nonzero()[:, 0]
     if len(coupled):
-        token_ids[coupled] = race(weights[coupled], options.noises[coupled])
+        token_ids[coupled] = race(weights[coupled], options.noises[coupled].long())
     return token_ids
 
 

@@ -4,6 +4,8 @@ A program reads one row, some times over: it lies in the L2 cache. Its first pas
 whether the row is a law, and the sum of exponentials. In the vocabularies of today that takes some ten microseconds,
 where torch's operations take a hundred and more, most of it to be launched.
 
+Whole numbers come as float64, too, which holds them exactly: then one copy brings everything.
+
 Shapes: N rows, V vocabulary size, S tokens of a support at most, I ids of all supports, M other tokens.
 """
 
@@ -226,12 +228,12 @@ def draft_table(
     return table, token_ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _target(
-    rows, cells, ends, temperatures, uniforms, noises, left, told, masses, token_ids, are_laws, row_stride, vocab_size,
-    BLOCK: tl.constexpr, BLOCK_CELLS: tl.constexpr,
+    rows, support_ids, ends, temperatures, uniforms, noises, left, table, num_rows, row_stride, vocab_size,
+    BLOCK: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
-    """One row: what is told of its support, and a draw from what is left; `left` is room for it."""
+    """One row of what target_table returns; `left` is room for what is left of it."""
     row, places = tl.program_id(0), tl.arange(0, BLOCK)
     source, room = rows + row * row_stride, left + row.to(tl.int64) * vocab_size
     temperature = tl.load(temperatures + row)
@@ -246,9 +248,10 @@ def _target(
     begin, end = 0, tl.load(ends + row).to(tl.int32)
     if row > 0:
         begin = tl.load(ends + row - 1).to(tl.int32)
-    for start in range(begin, end, BLOCK_CELLS):
-        index = start + tl.arange(0, BLOCK_CELLS)
-        ids = tl.load(cells + index, mask=index < end, other=0)
+    told = table + 3 * num_rows
+    for start in range(begin, end, BLOCK_IDS):
+        index = start + tl.arange(0, BLOCK_IDS)
+        ids = tl.load(support_ids + index, mask=index < end, other=0).to(tl.int32)
         probs = tl.load(room + ids, mask=index < end, other=0.0)
         rounded = tl.floor(probs / _PROB_UNIT) * _PROB_UNIT
         tl.store(told + index, rounded, mask=index < end)
@@ -258,13 +261,13 @@ def _target(
     for start in range(0, vocab_size, BLOCK):
         parts += tl.load(room + start + places, mask=start + places < vocab_size, other=0.0)
     mass = tl.sum(parts, 0)
-    tl.store(masses + row, mass)
-    tl.store(are_laws + row, is_law.to(tl.float64))
+    tl.store(table + row, mass)
+    tl.store(table + 2 * num_rows + row, is_law.to(tl.float64))
     if (tl.load(noises + row * 4) != 0) & (temperature != 0):
         token_id = _race(room, vocab_size, noises + row * 4, BLOCK)
     else:
         token_id = _inverse_cdf(room, vocab_size, tl.load(uniforms + row) * mass, BLOCK)
-    tl.store(token_ids + row, token_id.to(tl.float64))
+    tl.store(table + num_rows + row, token_id.to(tl.float64))
 
 
 @triton.jit
@@ -311,21 +314,17 @@ def _race(weights, size, noise, BLOCK: tl.constexpr):
     return tl.min(tl.where(highest == tl.max(highest, 0), winners, _NO_ID), 0)
 
 
-def target_rows(
-    rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, options: RowOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Do what device_rows.target_rows does."""
+def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, options: RowOptions) -> torch.Tensor:
+    """Do what device_rows.target_table does."""
     rows = rows.float()
     num_rows, vocab_size = rows.shape
     left = torch.empty(num_rows, vocab_size, dtype=torch.float64, device=rows.device)
-    size = num_rows + num_rows % 2  # so that each part begins at a multiple of 16 bytes
-    found = left.new_empty(3 * size + len(ids))  # in one, so that one copy brings it to the host
-    masses, token_ids, are_laws, told = found.split([size, size, size, len(ids)])
+    table = left.new_empty(3 * num_rows + len(ids))
     _target[(num_rows,)](
-        rows, ids, ends, options.temperatures, options.uniforms, options.noises, left, told, masses, token_ids,
-        are_laws, rows.stride(0), vocab_size, BLOCK=_block(rows), BLOCK_CELLS=256, num_warps=16,
+        rows, ids, ends, options.temperatures, options.uniforms, options.noises, left, table, num_rows, rows.stride(0),
+        vocab_size, BLOCK=_block(rows), BLOCK_IDS=256, num_warps=16,
     )  # fmt: skip
-    return told, masses[:num_rows], token_ids[:num_rows], are_laws[:num_rows]
+    return table
 
 
 def _block(rows: torch.Tensor) -> int:

@@ -110,10 +110,9 @@ def _drafts_on_device(
     """Return a draft for each of `rows` `[N, V]`, as device_rows reads them; None where the row is no law."""
     vocab_sizes, limits = np.full(len(rows), rows.shape[1]), np.array(max_supports)
     uniforms, noises = _uniforms_and_noises(numbers)
-    inputs = on_device(rows.device, vocab_sizes, limits, temperatures, uniforms, noises.astype(np.int64))
-    options, most = RowOptions(*inputs[2:]), int(limits.max())
+    sizes, most, *options = on_device(rows.device, vocab_sizes, limits, temperatures, uniforms, noises)
     read = reader_of(rows).draft_table
-    table, _ = read(rows, inputs[0], options, inputs[1], MIN_SUPPORT_PROB, most, num_others)
+    table, _ = read(rows, sizes, RowOptions(*options), most, MIN_SUPPORT_PROB, int(limits.max()), num_others)
     return drafts_in(on_host(table)[0], num_others, noises[:, 0])
 
 
@@ -293,14 +292,13 @@ def _rows_on_device(
 ) -> tuple[TargetRows, list[bool]]:
     """Return what `rows` `[N, V]` are on their supports, as device_rows reads them, and which of them are laws."""
     sizes = np.array([len(support) for support in supports])
-    uniforms, noises = _uniforms_and_noises(numbers)
-    ids, ends, *options = on_device(
-        rows.device, np.concatenate(supports), sizes.cumsum(), temperatures, uniforms, noises.astype(np.int64)
-    )
-    told, masses, token_ids, finite = on_host(*reader_of(rows).target_rows(rows, ids, ends, RowOptions(*options)))
+    inputs = (np.concatenate(supports), sizes.cumsum(), temperatures, *_uniforms_and_noises(numbers))
+    ids, ends, *options = on_device(rows.device, *inputs)
+    [table] = on_host(reader_of(rows).target_table(rows, ids, ends, RowOptions(*options)))
+    masses, token_ids, are_finite, told = np.split(table, np.arange(1, 4) * len(rows))
     told_by_row = np.split(told, sizes.cumsum()[:-1])
-    are_finite = finite.astype(bool).tolist()
-    return TargetRows(told_by_row, masses.tolist(), token_ids.astype(np.int64).tolist()), are_finite
+    read = TargetRows(told_by_row, masses.tolist(), token_ids.astype(np.int64).tolist())
+    return read, are_finite.astype(bool).tolist()
 
 
 def reader_of(rows: torch.Tensor) -> Any:
@@ -331,18 +329,13 @@ def read_logits(
 
 
 def on_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """Return arrays as tensors of the device, in one copy, as float64 on the way: whole numbers to 2^53 are exact."""
-    sizes = [array.size + array.size % 2 for array in arrays]  # so that each begins at a multiple of 16 bytes
-    joined = np.zeros(sum(sizes))
-    starts = np.cumsum([0, *sizes])[:-1].tolist()
+    """Return arrays as tensors of the device, brought there in one copy: as float64, which holds integers to 2^53."""
+    sizes = [array.size + array.size % 2 for array in arrays]  # kernels want each to begin at a multiple of 16 bytes
+    joined, starts = np.zeros(sum(sizes)), np.cumsum([0, *sizes])[:-1].tolist()
     for array, start in zip(arrays, starts, strict=True):
         joined[start : start + array.size] = array.ravel()
-    on_device = torch.from_numpy(joined).to(device)
-    kinds = [torch.float64 if array.dtype == np.float64 else torch.int64 for array in arrays]
-    return [
-        on_device[start : start + array.size].view(array.shape).to(kind)
-        for array, start, kind in zip(arrays, starts, kinds, strict=True)
-    ]
+    there = torch.from_numpy(joined).to(device)
+    return [there[start : start + array.size].view(array.shape) for array, start in zip(arrays, starts, strict=True)]
 
 
 def on_host(*tensors: torch.Tensor) -> list[np.ndarray]:

@@ -68,11 +68,11 @@ class _StagedNumbers:
         """Return an array on the device: always the same tensor."""
         return self._tensors[name]
 
-    def options(self) -> tuple[torch.Tensor, RowOptions]:
-        """Return which step it is, `[1] int64`, and how it draws."""
+    def options(self) -> RowOptions:
+        """Return how the present step draws."""
         step = self["step"].long()
         uniforms, noises = (self[name].index_select(0, step)[0] for name in ("uniforms", "noises"))
-        return step, RowOptions(self["temperatures"], uniforms, noises.long())
+        return RowOptions(self["temperatures"], uniforms, noises)
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,8 @@ class DraftingPagedRunner(PagedRunner):
     @staticmethod
     def _draw(logits: torch.Tensor, inputs: StagedInputs, numbers: _StagedNumbers) -> torch.Tensor:
         """Draw from `logits` `[N, V]`, to be fed by the next step of `inputs`; return `[N, numbers of a draft]`."""
-        vocab_sizes, max_supports = numbers["vocab_sizes"].long(), numbers["max_supports"].long()
-        _, options = numbers.options()
-        read = reader_of(logits).draft_table
-        table, token_ids = read(logits, vocab_sizes, options, max_supports, MIN_SUPPORT_PROB, MOST_SUPPORT, MOST_OTHERS)
+        read, sizes, limits = reader_of(logits).draft_table, numbers["vocab_sizes"], numbers["max_supports"]
+        table, token_ids = read(logits, sizes, numbers.options(), limits, MIN_SUPPORT_PROB, MOST_SUPPORT, MOST_OTHERS)
         inputs["token_ids"].copy_(token_ids)
         return table
 

@@ -157,6 +157,13 @@ def test_a_pass_that_raises_leaves_length_and_pool():
     assert (cache.length, runner._pool.num_free) == (6, num_free)
 
 
+@pytest.mark.parametrize(("num_sequences", "num_tokens", "max_pages"), [(1, 1, 3), (3, 7, 5), (2, 301, 1)])
+def test_staged_arrays_begin_where_compiled_kernels_expect_them(num_sequences, num_tokens, max_pages):
+    inputs = StagedInputs(num_sequences, num_tokens, max_pages, torch.device("cpu"))
+    for name in ("token_ids", "positions", "slots", "rows", "cu_seq_q", "seqused_k", "block_table"):
+        assert inputs[name].data_ptr() % 16 == 0
+
+
 class TestSabotage:
     """Each fault of the bookkeeping that can be thought of moves the rows far beyond the tolerance."""
 

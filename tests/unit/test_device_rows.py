@@ -18,7 +18,7 @@ from outrider import device_rows
 from outrider.device_rows import RowOptions
 from outrider.host_rows import GIVEN, draft_rows, noise_addresses
 from outrider.host_rows import target_rows as host_target_rows
-from outrider.probs import MIN_SUPPORT_PROB
+from outrider.probs import MIN_SUPPORT_PROB, on_device
 from outrider.rng import Noise
 
 gpu_rows = pytest.importorskip("outrider.gpu_rows")
@@ -49,7 +49,7 @@ def rows_of(vocab_size: int, std: float) -> torch.Tensor:
 
 
 def options() -> RowOptions:
-    return RowOptions(*(torch.from_numpy(it) for it in (TEMPERATURES, UNIFORMS, NOISES.astype(np.int64))))
+    return RowOptions(*(torch.from_numpy(it.astype(np.float64)) for it in (TEMPERATURES, UNIFORMS, NOISES)))
 
 
 @EVERY_READER
@@ -90,8 +90,9 @@ def test_the_targets_rows_are_those_of_the_host(reader: ModuleType, vocab_size, 
     supports = [np.sort(random.choice(vocab_size, min(vocab_size, 3 * row % 11), replace=False)) for row in range(12)]
     sizes, ids = np.array([len(support) for support in supports]), np.concatenate(supports)
     expected = host_target_rows(rows.numpy(), TEMPERATURES, ids, sizes, UNIFORMS, NOISES)
-    actual = reader.target_rows(rows, torch.from_numpy(ids), torch.from_numpy(sizes.cumsum()), options())
-    told, masses, token_ids, are_laws = (part.double().numpy() for part in actual)
+    ids_and_ends = (torch.from_numpy(part.astype(np.float64)) for part in (ids, sizes.cumsum()))
+    table = reader.target_table(rows, *ids_and_ends, options()).numpy()
+    masses, token_ids, are_laws, told = np.split(table, np.arange(1, 4) * NUM_ROWS)
     is_law = expected[3]
     assert are_laws.astype(bool).tolist() == is_law.tolist() == [row not in NO_LAW for row in range(NUM_ROWS)]
     of_laws = np.repeat(is_law, sizes)
@@ -106,7 +107,7 @@ def test_a_grid_of_uniforms_draws_each_token_as_often_as_it_weighs(reader: Modul
     num_points = 100
     points = (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
     rows = 2 * torch.randn(1, 20, generator=torch.Generator().manual_seed(3)).expand(num_points, -1).contiguous()
-    ones, nothing = torch.ones(num_points, dtype=torch.float64), torch.zeros(num_points, 4, dtype=torch.int64)
+    ones, nothing = torch.ones(num_points, dtype=torch.float64), torch.zeros(num_points, 4, dtype=torch.float64)
     its = RowOptions(ones, points, nothing)
     sizes = torch.full((num_points,), 20)
     table, token_ids = reader.draft_table(rows, sizes, its, sizes, MIN_SUPPORT_PROB, 20, 0)
@@ -114,13 +115,27 @@ def test_a_grid_of_uniforms_draws_each_token_as_often_as_it_weighs(reader: Modul
     told, weights = table[0, :width].long(), table[0, width : 2 * width]
     law = torch.zeros(20, dtype=torch.float64).index_add_(0, told, weights / weights.sum())
     assert (token_ids.bincount(minlength=20) / num_points - law).abs().max() <= 1 / num_points
-    support = torch.tensor([1, 4, 5])
-    ends = torch.arange(1, num_points + 1) * len(support)
-    _, _, drawn, _ = reader.target_rows(rows, support.repeat(num_points), ends, its)
+    support, ends = torch.tensor([1.0, 4.0, 5.0]).double(), 3.0 * torch.arange(1, num_points + 1).double()
+    drawn = reader.target_table(rows, support.repeat(num_points), ends, its)[num_points : 2 * num_points]
     outside = rows[0].double().softmax(-1)
-    outside[support] = 0.0
+    outside[support.long()] = 0.0
     shares = drawn.long().bincount(minlength=20) / num_points
     assert (shares - outside / outside.sum()).abs().max() <= 1 / num_points + 1e-4  # the support keeps its remainders
+
+
+def test_a_kernels_room_does_not_grow_with_what_is_asked_for():
+    """No more tokens than 1 / MIN_SUPPORT_PROB can be so likely, whatever a session would take."""
+    rows, sizes = rows_of(300, 3.0), torch.full((NUM_ROWS,), 300)
+    table, _ = gpu_rows.draft_table(rows, sizes, options(), sizes, 0.1, 10**6, 0)
+    assert table.shape[1] == device_rows.table_width(16, 0)
+
+
+def test_what_goes_to_a_device_is_aligned_and_exact():
+    """Kernels are compiled anew for addresses that are no multiples of 16 bytes, which would take a second each."""
+    arrays = [np.arange(3), np.array([2**53]), np.random.default_rng(0).random(5), np.zeros((2, 0)), np.ones((1, 4))]
+    for tensor, array in zip(on_device(torch.device("cpu"), *arrays), arrays, strict=True):
+        assert tensor.data_ptr() % 16 == 0
+        assert np.array_equal(tensor.numpy(), array)
 
 
 @pytest.mark.parametrize("fault", ["uniforms", "temperatures", "noises"])

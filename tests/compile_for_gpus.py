@@ -1,0 +1,93 @@
+"""Compiles every kernel for GPUs down to machine code, which needs no GPU; run by tests/model/test_gpu_code.py.
+
+It is a program of its own, since kernels are either compiled or interpreted, which is settled when they are defined.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from outrider import gpu_rows
+from outrider.engine.gpu import attention, entries, products
+
+HALF, SINGLE, DOUBLE = "*bf16", "*fp32", "*fp64"
+PRODUCT = {
+    **dict.fromkeys(("inputs", "weight", "bias", "residual", "outputs"), HALF),
+    **dict.fromkeys(("num_rows", "num_outputs", "input_row", "residual_row"), "i32"),
+}
+SIZES = {"NUM_INPUTS": 4096, "BLOCK_ROWS": 16, "HAS_BIAS": True, "HAS_RESIDUAL": True}
+ROWS = dict.fromkeys(("temperatures", "uniforms", "noises"), DOUBLE) | {"rows": SINGLE, "row_stride": "i32"}
+HEADS = {"HEAD_DIM": 128, "PADDED_DIM": 128, "NUM_SPLITS": 16}
+
+
+def product(activation: int, outputs: int, inputs: int, stages: int) -> tuple:
+    tiles = {"BLOCK_OUTPUTS": outputs, "BLOCK_INPUTS": inputs, "NUM_STAGES": stages}
+    return products._product, PRODUCT, SIZES | tiles | {"ACTIVATION": activation}
+
+
+KERNELS = {
+    "wide product": product(products.GELU, 64, 64, 6),
+    "gated product": product(products.GATED_SILU, 32, 128, 4),
+    "small product": product(products.NO_ACTIVATION, 16, 512, 3),
+    "norm": (
+        products._norm,
+        dict.fromkeys(("inputs", "weight", "bias", "outputs"), HALF) | {"input_row": "i32", "eps": "fp32"},
+        {"SIZE": 1600, "BLOCK": 2048, "IS_CENTRED": True},
+    ),
+    "entries": (
+        entries._store,
+        dict.fromkeys(("projected", "keys", "values"), HALF)
+        | {"positions": "*i64", "slots": "*i64", "cosines": SINGLE, "sines": SINGLE, "first_head": "i32"},
+        {"NUM_QUERY_HEADS": 32, "NUM_HEADS": 8, "HALF_DIM": 64, "PADDED_HALF": 64, "HAS_ANGLES": True},
+    ),
+    "attention": (
+        attention._attend,
+        dict.fromkeys(("query", "keys", "values", "output"), HALF)
+        | dict.fromkeys(("parts", "sums"), SINGLE)
+        | dict.fromkeys(("cu_seq_q", "seqused_k", "block_table"), "*i32")
+        | dict.fromkeys(("query_token", "query_head", "key_slot", "value_slot", "key_head", "value_head"), "i32")
+        | {"scale": "fp32", "table_row": "i32", "num_tokens": "i32", "num_blocks": "i32"},
+        HEADS | {"GROUP": 4, "PAGE_SIZE": 64, "WINDOW": 100, "NUM_HEADS": 8, "BLOCK_ROWS": 16, "BLOCK_KEYS": 64},
+    ),
+    "parts of attention": (
+        attention._combine,
+        {"parts": SINGLE, "sums": SINGLE, "output": HALF, "num_rows": "i32"},
+        HEADS,
+    ),
+    "drafts": (
+        gpu_rows._draft,
+        ROWS
+        | {"table": DOUBLE, "vocab_sizes": DOUBLE, "max_supports": DOUBLE, "min_prob": "fp32"}
+        | {"token_ids": "*i64", "room_ids": "*i32", "room_numbers": SINGLE},
+        {"MOST": 1024, "NUM_OTHERS": 2, "ROOM": 8192, "BLOCK": 8192},
+    ),
+    "target rows": (
+        gpu_rows._target,
+        ROWS
+        | dict.fromkeys(("support_ids", "ends", "left", "table"), DOUBLE)
+        | {"num_rows": "i32", "vocab_size": "i32"},
+        {"BLOCK": 8192, "BLOCK_IDS": 256},
+    ),
+}
+
+
+def main(capability: int) -> None:
+    """Compile all of them for GPUs of a compute capability and print their names."""
+    for name, (kernel, types, constants) in KERNELS.items():
+        names = kernel.arg_names
+        source = ASTSource(
+            fn=kernel,
+            signature={argument: types.get(argument, "constexpr") for argument in names},
+            constexprs={(names.index(argument),): value for argument, value in constants.items()},
+        )
+        code = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        assert code.asm["cubin"]
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
