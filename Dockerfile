@@ -59,15 +59,26 @@ RUN --mount=type=cache,target=/cache/pip \
     if [ "${VARIANT}" = cuda ]; then extras=serve,gguf,quantization; else extras=serve,gguf; fi && \
     /app/bin/pip install "$1[${extras}]"
 
+FROM python:${PYTHON_VERSION}-slim-bookworm AS base-cpu
+
+# Triton compiles the kernels for GPUs by itself, but what launches them needs a C compiler.
+FROM base-cpu AS base-cuda
+# hadolint ignore=DL3008
+RUN apt-get update && \
+    apt-get install --yes --no-install-recommends gcc libc6-dev && \
+    rm -rf /var/lib/apt/lists/*
+
 # The caches of the hub and of compiled code are made here, so that volumes mounted on them belong to the user who
 # writes them. Code is compiled at the first start, not here: it is for the processor that runs it.
-FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
+# hadolint ignore=DL3006
+FROM base-${VARIANT} AS runtime
 RUN useradd --uid 10001 --user-group --create-home outrider && \
-    install --directory --owner=outrider --group=outrider /cache/huggingface /cache/numba
+    install --directory --owner=outrider --group=outrider /cache/huggingface /cache/code
 ENV PATH=/app/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/huggingface \
-    NUMBA_CACHE_DIR=/cache/numba
+    NUMBA_CACHE_DIR=/cache/code/numba \
+    TRITON_CACHE_DIR=/cache/code/triton
 WORKDIR /home/outrider
 USER 10001:10001
 

@@ -11,6 +11,9 @@ Shapes: N rows, V vocabulary size, S tokens of a support at most, I ids of all s
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +27,20 @@ _GIVEN, _NOISE = tl.constexpr(GIVEN), tl.constexpr(int(Purpose.NOISE))
 _WEIGHT_UNIT, _PROB_UNIT = tl.constexpr(WEIGHT_UNIT), tl.constexpr(PROB_UNIT)
 _NO_ID = tl.constexpr(1 << 30)
 _BLOCK = 8192
+
+log = logging.getLogger(__name__)
+
+
+@lru_cache
+def can_run(device: torch.device) -> bool:
+    """Return whether the device runs these kernels: tried once. It may lack the compiler that Triton needs."""
+    one, none = torch.ones(1, dtype=torch.float64, device=device), torch.zeros(1, 4, dtype=torch.float64, device=device)
+    try:
+        draft_table(one.float()[None], one, RowOptions(one, 0 * one, none), one, 0.5, 1, 0)
+    except Exception as error:
+        log.warning("rows are read by torch's operations: Triton does not run (%s: %s)", type(error).__name__, error)
+        return False
+    return True
 
 
 @triton.jit

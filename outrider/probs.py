@@ -310,7 +310,7 @@ def reader_of(rows: torch.Tensor) -> Any:
         from outrider import gpu_rows
     except ImportError:  # there is no Triton
         return device_rows
-    return gpu_rows
+    return gpu_rows if gpu_rows.can_run(rows.device) else device_rows
 
 
 def read_logits(

@@ -231,7 +231,8 @@ def test_images_run_as_a_numbered_user_and_keep_caches_that_it_owns_in_volumes()
     runtime = instructions[instructions.index(" AS runtime") :]
     assert re.findall(r"^USER (.*)$", runtime, re.M) == ["10001:10001"]
     (hub,) = re.findall(r"HF_HOME=(\S+)", runtime)
-    (code,) = re.findall(r"NUMBA_CACHE_DIR=(\S+)", runtime)
+    (code,) = re.findall(r"NUMBA_CACHE_DIR=(\S+)/numba", runtime)
+    assert f"TRITON_CACHE_DIR={code}/triton" in runtime
     assert f"install --directory --owner=outrider --group=outrider {hub} {code}\n" in runtime
     for name in SERVICES:
         assert compose()[name]["volumes"] == [f"hub-cache:{hub}", f"code-cache:{code}"]

@@ -8,7 +8,7 @@ Shapes: N rows, V vocabulary size, S tokens of a support.
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from outrider import device_rows
 from outrider.device_rows import RowOptions
 from outrider.host_rows import GIVEN, draft_rows, noise_addresses
 from outrider.host_rows import target_rows as host_target_rows
-from outrider.probs import MIN_SUPPORT_PROB, on_device
+from outrider.probs import MIN_SUPPORT_PROB, on_device, reader_of
 from outrider.rng import Noise
 
 gpu_rows = pytest.importorskip("outrider.gpu_rows")
@@ -121,6 +121,24 @@ def test_a_grid_of_uniforms_draws_each_token_as_often_as_it_weighs(reader: Modul
     outside[support.long()] = 0.0
     shares = drawn.long().bincount(minlength=20) / num_points
     assert (shares - outside / outside.sum()).abs().max() <= 1 / num_points + 1e-4  # the support keeps its remainders
+
+
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_kernels_are_used_where_they_run(monkeypatch, caplog, has_compiler):
+    """Of a tensor that says it lies on a GPU."""
+
+    def fails(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    if not has_compiler:
+        monkeypatch.setattr(gpu_rows, "draft_table", fails)
+    gpu_rows.can_run.cache_clear()
+    assert gpu_rows.can_run(torch.device("cpu")) is has_compiler
+    assert ("Failed to find C compiler" in caplog.text) is not has_compiler
+    monkeypatch.setattr(gpu_rows, "can_run", lambda device: has_compiler)
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    assert reader_of(elsewhere) is (gpu_rows if has_compiler else device_rows)
+    assert reader_of(torch.zeros(1)) is device_rows
 
 
 def test_a_kernels_room_does_not_grow_with_what_is_asked_for():
