@@ -178,6 +178,8 @@ class Drafter:
 
         A commit has to wait meanwhile, so that there are only so many as it can wait for.
         """
+        if not self._engine.drafts:
+            return False
         num_draws = min(min(path.num_wanted for path in paths), self._most_draws(paths))
         demands = [_demand_of(path) for path in paths]
         options = [path.session.options for path in paths]

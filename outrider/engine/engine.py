@@ -168,6 +168,11 @@ class Engine:
                 demand.sequence.cache.clear()
         return finished
 
+    @property
+    def drafts(self) -> bool:
+        """Whether there is a way to draw several tokens in one go."""
+        return self._drafting is not None
+
     def prepare_drafting(self) -> None:
         """Have the runner do now what the first drafts would otherwise wait for."""
         if self._drafting:

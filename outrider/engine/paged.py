@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 SCRATCH_PAGE = 0
+MOST_COPIED_AT_ONCE = 1024  # positions, which lie twice in memory meanwhile
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class PagePool:
     @torch.inference_mode()
     def copy(self, from_slots: np.ndarray, to_slots: np.ndarray) -> None:
         """Copy the entries of some positions, `[n] int64` each, in every layer."""
-        source, destination = torch.from_numpy(np.stack([from_slots, to_slots])).to(self._entries.device)
+        slots = torch.from_numpy(np.stack([from_slots, to_slots])).to(self._entries.device)
         by_slot = self._entries.flatten(0, 1).flatten(1, 2)
-        by_slot[:, destination] = by_slot[:, source]
+        for source, destination in slots.split(MOST_COPIED_AT_ONCE, dim=1):
+            by_slot[:, destination] = by_slot[:, source]
 
     def num_pages_for(self, num_tokens: int) -> int:
         """Return how many pages `num_tokens` positions fill, the last of them perhaps in part."""

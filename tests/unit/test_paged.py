@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider.engine import paged
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.graphs import Buckets, EagerRunner, GraphKey
 from outrider.engine.paged import SCRATCH_PAGE, EntryShape, PagedCache, PagePool
@@ -81,6 +82,20 @@ class TestCache:
         assert pool.num_free == 7
         cache.truncate(cache.length)
         assert (cache.length, cache.pages, pool.num_free) == (3, [1], 9)
+
+    @pytest.mark.parametrize("most", [1, 3, 1024])
+    def test_a_copy_holds_the_entries_of_every_layer(self, monkeypatch, most):
+        monkeypatch.setattr(paged, "MOST_COPIED_AT_ONCE", most)
+        pool = PagePool(60, PAGE_SIZE, EntryShape(num_layers=2, num_kv_heads=2, head_dim=3, dtype=torch.float32))
+        first, second = PagedCache(pool, MAX_LENGTH), PagedCache(pool, MAX_LENGTH)
+        slots = torch.from_numpy(grow(first, 11))
+        for entries in (part for layer in pool.layers for part in layer):
+            entries.flatten(0, 1)[slots] = torch.rand(11, 2, 3)
+        second.copy_from(first, 10)
+        copied = torch.from_numpy(second._slots(0, 10))
+        for entries in (part.flatten(0, 1) for layer in pool.layers for part in layer):
+            assert torch.equal(entries[copied], entries[slots[:10]])
+        assert not set(first.pages) & set(second.pages)
 
     def test_tokens_cost_whole_pages(self):
         cache = PagedCache(pool_of(40), MAX_LENGTH)
