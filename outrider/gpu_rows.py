@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 @lru_cache
 def can_run(device: torch.device) -> bool:
     """Return whether the device runs these kernels: tried once. It may lack the compiler that Triton needs."""
-    one, none = torch.ones(1, dtype=torch.float64, device=device), torch.zeros(1, 4, dtype=torch.float64, device=device)
+    size, one = torch.full((1,), _BLOCK, dtype=torch.float64, device=device), torch.ones(1, 4, device=device).double()
+    rows = torch.zeros(1, _BLOCK, device=device)  # of a usual size, for which the kernel is compiled anyway
     try:
-        draft_table(one.float()[None], one, RowOptions(one, 0 * one, none), one, 0.5, 1, 0)
+        draft_table(rows, size, RowOptions(one[:, 0], 0 * one[:, 0], 0 * one), size, 2e-4, 1024, 2)[1].tolist()
     except Exception as error:
         log.warning("rows are read by torch's operations: Triton does not run (%s: %s)", type(error).__name__, error)
         return False
