@@ -16,10 +16,10 @@ import torch
 from draft_service.session import Commit, DraftOptions, Path, Session
 from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
-from outrider.engine.runner import MOST_DRAWS, MOST_SUPPORT
+from outrider.engine.runner import MOST_DRAWS
 from outrider.engine.thread import ModelThread
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError
-from outrider.probs import Draft, PlainSampling, draft_tokens
+from outrider.probs import MOST_SUPPORT, Draft, PlainSampling, draft_tokens
 from outrider.warping import Warping
 
 log = logging.getLogger(__name__)

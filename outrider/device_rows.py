@@ -95,11 +95,13 @@ def draft_rows(
         min_prob: a support has every token of at least this probability, or as the likeliest.
     """
     scores = rows.masked_fill(torch.arange(rows.shape[1], device=rows.device) >= vocab_sizes[:, None], -torch.inf)
-    top, ids = scores.topk(min(most, rows.shape[1]), dim=-1)  # [N, S], the likeliest first
+    top, ids = scores.topk(min(max(most, num_others + 1), rows.shape[1]), dim=-1)  # [N, S], the likeliest first
     are_finite = top[:, :1].isfinite()
     probs = _probs(top, scores, options)
     ranks = torch.arange(top.shape[1], device=rows.device)
-    is_kept = (probs >= probs[:, :1].clamp(max=min_prob)) & (ranks < max_supports[:, None]) & (probs > 0)
+    is_kept = (
+        (probs >= probs[:, :1].clamp(max=min_prob)) & (ranks < max_supports[:, None].clamp(max=most)) & (probs > 0)
+    )
     is_kept |= ranks == 0
     support, order = torch.where(is_kept, ids, rows.shape[1]).sort(dim=-1)
     kept_probs = torch.where(is_kept, probs, 0.0).gather(1, order)
@@ -144,7 +146,7 @@ def _others(
     ranks = ranks + (ranks >= drawn_rank)
     is_there = ranks < top.shape[1]
     ranks = ranks.clamp(max=top.shape[1] - 1)
-    parts = (top.gather(1, ranks) - top.gather(1, drawn_rank)).double().exp()
+    parts = torch.where(is_there, (top.gather(1, ranks) - top.gather(1, drawn_rank)).double().exp(), 0.0)
     shares = parts / (1 + parts.sum(-1, keepdim=True))
     return ids.gather(1, ranks), torch.where(is_there, torch.where(are_greedy, shares, probs.gather(1, ranks)), 0.0)
 

@@ -12,6 +12,7 @@ Shapes: N rows, V vocabulary size, S tokens of a support at most, I ids of all s
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -238,11 +239,13 @@ def draft_table(
     table = torch.empty(len(rows), table_width(most, num_others), dtype=torch.float64, device=rows.device)
     token_ids = vocab_sizes.new_empty(len(rows), dtype=torch.int64)
     room_ids = vocab_sizes.new_empty(len(rows), room, dtype=torch.int32)
-    _draft[(len(rows),)](
-        rows, table, token_ids, room_ids, room_ids.new_empty(room_ids.shape, dtype=torch.float32), vocab_sizes,
-        options.temperatures, max_supports, options.uniforms, options.noises, rows.stride(0), min_prob,
-        MOST=most, NUM_OTHERS=num_others, ROOM=room, BLOCK=_block(rows), num_warps=16,
-    )  # fmt: skip
+    room_numbers = room_ids.new_empty(room_ids.shape, dtype=torch.float32)
+    with _on(rows.device):
+        _draft[(len(rows),)](
+            rows, table, token_ids, room_ids, room_numbers, vocab_sizes, options.temperatures, max_supports,
+            options.uniforms, options.noises, rows.stride(0), min_prob,
+            MOST=most, NUM_OTHERS=num_others, ROOM=room, BLOCK=_block(rows), num_warps=16,
+        )  # fmt: skip
     return table, token_ids
 
 
@@ -338,11 +341,17 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
     num_rows, vocab_size = rows.shape
     left = torch.empty(num_rows, vocab_size, dtype=torch.float64, device=rows.device)
     table = left.new_empty(3 * num_rows + len(ids))
-    _target[(num_rows,)](
-        rows, ids, ends, options.temperatures, options.uniforms, options.noises, left, table, num_rows, rows.stride(0),
-        vocab_size, BLOCK=_block(rows), BLOCK_IDS=256, num_warps=16,
-    )  # fmt: skip
+    with _on(rows.device):
+        _target[(num_rows,)](
+            rows, ids, ends, options.temperatures, options.uniforms, options.noises, left, table, num_rows,
+            rows.stride(0), vocab_size, BLOCK=_block(rows), BLOCK_IDS=256, num_warps=16,
+        )  # fmt: skip
     return table
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Return a context in which kernels run on the device: Triton's go to the present one, wherever tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _block(rows: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -24,6 +25,9 @@ from outrider.rng import Noise
 from outrider.warping import COLDEST, Warping
 
 MIN_SUPPORT_PROB = 2e-4
+# Usual sizes of what is told of a draft. Kernels are compiled for each size, so that less is read as these are.
+MOST_SUPPORT = 1024  # tokens of a support
+MOST_OTHERS = 2  # tokens beside the one that was drawn
 
 
 def probability_rows(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
@@ -111,9 +115,11 @@ def _drafts_on_device(
     vocab_sizes, limits = np.full(len(rows), rows.shape[1]), np.array(max_supports)
     uniforms, noises = _uniforms_and_noises(numbers)
     sizes, most, *options = on_device(rows.device, vocab_sizes, limits, temperatures, uniforms, noises)
-    read = reader_of(rows).draft_table
-    table, _ = read(rows, sizes, RowOptions(*options), most, MIN_SUPPORT_PROB, int(limits.max()), num_others)
-    return drafts_in(on_host(table)[0], num_others, noises[:, 0])
+    room, read = max(MOST_SUPPORT, int(limits.max())), reader_of(rows).draft_table
+    others = num_others or MOST_OTHERS
+    table, _ = read(rows, sizes, RowOptions(*options), most, MIN_SUPPORT_PROB, room, others)
+    drafts = drafts_in(on_host(table)[0], others, noises[:, 0])
+    return [draft and draft.with_others(num_others) for draft in drafts]
 
 
 def drafts_in(table: np.ndarray, num_others: int, are_coupled: np.ndarray) -> list[Draft | None]:
@@ -303,14 +309,20 @@ def _rows_on_device(
 
 def reader_of(rows: torch.Tensor) -> Any:
     """Return the module that reads rows where they lie: gpu_rows where it can, or else device_rows."""
-
     if rows.device.type != "cuda" or rows.dtype == torch.float64:
         return device_rows
+    gpu_rows = _gpu_rows()
+    return gpu_rows if gpu_rows and gpu_rows.can_run(rows.device) else device_rows
+
+
+@lru_cache
+def _gpu_rows() -> Any:
+    """Return the module; None where there is no Triton."""
     try:
         from outrider import gpu_rows
-    except ImportError:  # there is no Triton
-        return device_rows
-    return gpu_rows if gpu_rows.can_run(rows.device) else device_rows
+    except ImportError:
+        return None
+    return gpu_rows
 
 
 def read_logits(

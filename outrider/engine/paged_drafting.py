@@ -20,8 +20,8 @@ import torch
 from outrider.device_rows import RowOptions
 from outrider.engine.graphs import GraphKey, Replay
 from outrider.engine.paged_runner import PagedRunner, StagedInputs
-from outrider.engine.runner import MOST_DRAWS, MOST_OTHERS, MOST_SUPPORT, Feed, wait_for
-from outrider.probs import MIN_SUPPORT_PROB, Draft, PlainSampling, drafts_in, reader_of
+from outrider.engine.runner import MOST_DRAWS, Feed, wait_for
+from outrider.probs import MIN_SUPPORT_PROB, MOST_OTHERS, MOST_SUPPORT, Draft, PlainSampling, drafts_in, reader_of
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,15 @@ class _StagedNumbers:
             "noises": (MOST_DRAWS, num_sequences, 4),
             "step": (1,),
         }
-        num_numbers = sum(int(np.prod(shape)) for shape in self._shapes.values())
+        num_numbers = sum(map(_padded_size, self._shapes.values()))
         self._host = torch.zeros(num_numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(num_numbers, dtype=torch.float64, device=device)
         self._arrays = {name: part.numpy() for name, part in self._parts(self._host).items()}
         self._tensors = self._parts(self._device)
 
     def _parts(self, storage: torch.Tensor) -> dict[str, torch.Tensor]:
-        sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
-        parts = zip(self._shapes.items(), storage.split(sizes), strict=True)
-        return {name: part.view(shape) for (name, shape), part in parts}
+        parts = zip(self._shapes.items(), storage.split(list(map(_padded_size, self._shapes.values()))), strict=True)
+        return {name: part[: int(np.prod(shape))].view(shape) for (name, shape), part in parts}
 
     def send(self, sampling: PlainSampling) -> None:
         """Write how to draw, and copy it; the next step is the first."""
@@ -73,6 +72,12 @@ class _StagedNumbers:
         step = self["step"].long()
         uniforms, noises = (self[name].index_select(0, step)[0] for name in ("uniforms", "noises"))
         return RowOptions(self["temperatures"], uniforms, noises)
+
+
+def _padded_size(shape: tuple[int, ...]) -> int:
+    """Return how many numbers an array takes so that the next one begins at a multiple of 16 bytes."""
+    size = int(np.prod(shape))
+    return size + size % 2
 
 
 @dataclass(frozen=True)
@@ -142,12 +147,13 @@ class DraftingPagedRunner(PagedRunner):
         key = self._buckets.key_for([len(feed.token_ids) for feed in feeds])
         assert key
         num_draws, chain = len(sampling.uniforms), self._chain_of(key.num_sequences)
+        first = None if key.tokens_per_sequence == 1 else self._first_pass_of(key)  # recording it counts steps
         chain.numbers.send(sampling)
-        if key.tokens_per_sequence == 1:
+        if first is None:
             chain.inputs.send(feeds, [its_slots[:1] for its_slots in slots])
             num_left = num_draws
         else:
-            first, sizes = self._first_pass_of(key), [len(feed.token_ids) for feed in feeds]
+            sizes = [len(feed.token_ids) for feed in feeds]
             first.inputs.send(feeds, [its_slots[:size] for its_slots, size in zip(slots, sizes, strict=True)])
             if num_draws > 1:
                 ahead = [

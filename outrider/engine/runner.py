@@ -15,10 +15,7 @@ from outrider.engine.attention import AttentionBatch, PackedBatch
 from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.probs import Draft, PlainSampling
 
-# What a DraftingRunner does in one call.
-MOST_DRAWS = 32
-MOST_SUPPORT = 1024  # tokens of a draft's support
-MOST_OTHERS = 2  # tokens that a draft tells beside the one that it drew
+MOST_DRAWS = 32  # of a DraftingRunner in one call
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from outrider.engine.gpu.attention import KERNELS, paged_attention
+from outrider.engine.gpu.attention import paged_attention
 from outrider.engine.gpu.entries import Angles, store_entries
 from outrider.engine.gpu.products import (
     GATED_SILU,
@@ -81,13 +81,10 @@ class TestAttention:
         difference = caches.attend(paged_attention, window) - caches.attend(reference_varlen_attn, window)
         assert difference.abs().max() < TOLERANCE
 
-    def test_pages_may_have_any_size(self):
-        expected = None
-        for page_size in (1, 4, 64):
-            caches = Caches([3, 1], [70, 20], HEADS["grouped"], page_size)
-            mixed = caches.attend(paged_attention)
-            assert expected is None or (mixed - caches.attend(reference_varlen_attn)).abs().max() < TOLERANCE
-            expected = mixed
+    @pytest.mark.parametrize("page_size", [1, 4, 64])
+    def test_pages_may_have_any_size(self, page_size):
+        caches = Caches([3, 1], [70, 20], HEADS["grouped"], page_size)
+        assert (caches.attend(paged_attention) - caches.attend(reference_varlen_attn)).abs().max() < TOLERANCE
 
     def test_the_scale_is_taken(self):
         caches = Caches([2], [30], HEADS["grouped"], page_size=8)
@@ -105,10 +102,6 @@ class TestAttention:
         }[fault]
         difference = caches.attend(paged_attention, **changes) - caches.attend(reference_varlen_attn)
         assert not difference.abs().max() < 0.01  # NaN is a difference, too
-
-    def test_they_say_what_they_take(self):
-        assert KERNELS.varlen_attn is paged_attention
-        assert {torch.bfloat16, torch.float16, torch.float32} == set(KERNELS.dtypes)
 
 
 class TestProducts:
@@ -144,8 +137,10 @@ class TestProducts:
     def test_logits_can_be_wider_than_weights(self, dtype):
         weight, inputs = torch.randn(40, 64).to(dtype), torch.randn(40, 64).to(dtype)
         product = GpuProduct(weight, output_dtype=torch.float32)
-        for rows in (inputs[:3], inputs):
-            assert product(rows).dtype == torch.float32
+        for rows in (inputs[:0], inputs[:3], inputs):
+            logits = product(rows)
+            assert logits.dtype == torch.float32
+            assert torch.allclose(logits, rows.float() @ weight.float().T, atol=0.05)
 
     @pytest.mark.parametrize("is_centred", [False, True], ids=["rms_norm", "layer_norm"])
     @pytest.mark.parametrize("size", [64, 300])

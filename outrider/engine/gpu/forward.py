@@ -66,7 +66,14 @@ class GpuForward:
             _FAMILIES.get(config.model_type),
             {(weight.device, weight.dtype) for weight in model.parameters()},
         )
-        return family is not None and len(kinds) == 1 and model.dtype in DTYPES and family.is_plain(model)
+        is_quantised = getattr(model, "hf_quantizer", None) is not None
+        return (
+            family is not None
+            and not is_quantised
+            and len(kinds) == 1
+            and model.dtype in DTYPES
+            and family.is_plain(model)
+        )
 
     @torch.inference_mode()
     def __call__(

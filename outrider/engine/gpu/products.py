@@ -11,7 +11,7 @@ Shapes: T rows, I inputs, O outputs, E hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,10 +107,13 @@ class GpuProduct:
         self._weight, self._bias, self._activation = weight, bias, activation
         self._num_outputs = len(weight) // (2 if activation == GATED_SILU else 1)
         self._output_dtype = output_dtype or weight.dtype
-        self._tiles = Tiles.of(self._num_outputs, weight.shape[1], activation)
+        tiles = Tiles.of(self._num_outputs, weight.shape[1], activation)
+        self._tiles = replace(tiles, inputs=tiles.inputs * 2 // weight.itemsize)  # as many bytes of wider weights
 
     def __call__(self, inputs: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return `[T, O]` for `inputs` `[T, I]` and `residual` `[T, O]`."""
+        if not len(inputs):
+            return inputs.new_empty(0, self._num_outputs, dtype=self._output_dtype)
         if len(inputs) <= MOST_ROWS:
             return self.in_one_kernel(inputs, residual)
         return self.by_torch(inputs, residual)
