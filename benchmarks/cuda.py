@@ -314,6 +314,7 @@ def main(
         "settings": {name: str(value) for name, value in settings.items()},
         "shapes": {},
     }
+    torch.cuda.empty_cache()  # what was copied: the memory is for the services
     with tempfile.TemporaryDirectory() as folder:
         chosen = {shape: SHAPES[shape] for shape in shapes}
         prepared = _apart(prepare_all, chosen, acceptance, Path(folder), settings)

@@ -99,9 +99,8 @@ def draft_rows(
     are_finite = top[:, :1].isfinite()
     probs = _probs(top, scores, options)
     ranks = torch.arange(top.shape[1], device=rows.device)
-    is_kept = (
-        (probs >= probs[:, :1].clamp(max=min_prob)) & (ranks < max_supports[:, None].clamp(max=most)) & (probs > 0)
-    )
+    limits = max_supports[:, None].clamp(max=most)
+    is_kept = (probs >= probs[:, :1].clamp(max=min_prob)) & (ranks < limits) & (probs > 0)
     is_kept |= ranks == 0
     support, order = torch.where(is_kept, ids, rows.shape[1]).sort(dim=-1)
     kept_probs = torch.where(is_kept, probs, 0.0).gather(1, order)

@@ -7,10 +7,10 @@ import logging
 import torch
 from transformers import PreTrainedModel
 
-from outrider.engine.probe import are_alike, probe_drafts, probe_rows, total_variation
+from outrider.engine.probe import are_alike, probe_drafts, probe_rows, why_different
 from outrider.engine.runner import Runner
 
-MAX_DISTANCE = 1e-3
+MAX_DISTANCE = 1e-3  # of the probabilities of drafts
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,10 @@ def _compiled(model: PreTrainedModel, reference: Runner, vocab_size: int) -> Run
         return None
     log.info("compiling the model, if this machine has not done so before")
     compiled = CompiledLlamaRunner(model)
-    distance = total_variation(probe_rows(compiled, vocab_size), probe_rows(reference, vocab_size))
-    if not distance < MAX_DISTANCE:
-        log.warning("the model runs uncompiled: compiled, its rows differ by a total variation of %.2g", distance)
+    rows, expected = probe_rows(compiled, vocab_size), probe_rows(reference, vocab_size)
+    reason = why_different(rows, expected, is_rounded=False)
+    if reason:
+        log.warning("the model runs uncompiled: compiled, its %s", reason)
         return None
     if not are_alike(*probe_drafts(compiled, vocab_size), MAX_DISTANCE):
         log.warning("the model runs uncompiled: what it drafts in one go is not what it drafts token by token")

@@ -61,19 +61,12 @@ class GpuForward:
     @staticmethod
     def can_run(model: PreTrainedModel) -> bool:
         """Return whether the model is of a family, unquantised on one device, and without what is left out here."""
-        config: Any = model.config
-        family, kinds = (
-            _FAMILIES.get(config.model_type),
-            {(weight.device, weight.dtype) for weight in model.parameters()},
-        )
+        family = _FAMILIES.get(model.config.model_type)
+        kinds = {(weight.device, weight.dtype) for weight in model.parameters()}
         is_quantised = getattr(model, "hf_quantizer", None) is not None
-        return (
-            family is not None
-            and not is_quantised
-            and len(kinds) == 1
-            and model.dtype in DTYPES
-            and family.is_plain(model)
-        )
+        if family is None or is_quantised or len(kinds) > 1 or model.dtype not in DTYPES:
+            return False
+        return family.is_plain(model)
 
     @torch.inference_mode()
     def __call__(

@@ -21,10 +21,8 @@ import triton.language as tl
 
 MOST_ROWS = 32
 NO_ACTIVATION, GELU, RELU, GATED_SILU = range(4)
-_GELU_SLOPE, _GELU_CUBE = (
-    tl.constexpr(1.5957691216057308),
-    tl.constexpr(0.044715),
-)  # gelu(x) ~ x σ(1.596 (x + 0.0447 x³))
+# gelu(x) ~ x σ(1.596 (x + 0.0447 x³))
+_GELU_SLOPE, _GELU_CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
