@@ -9,7 +9,7 @@ position, which draft and target share (`outrider.race`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -22,6 +22,7 @@ from outrider import device_rows
 from outrider.device_rows import RowOptions
 from outrider.host_rows import GIVEN, draft_rows, noise_addresses, target_rows
 from outrider.rng import Noise
+from outrider.transfers import begin_to_host, lies_on_host, on_device, wait_for
 from outrider.warping import COLDEST, Warping
 
 MIN_SUPPORT_PROB = 2e-4
@@ -118,7 +119,7 @@ def _drafts_on_device(
     room, read = max(MOST_SUPPORT, int(limits.max())), reader_of(rows).draft_table
     others = num_others or MOST_OTHERS
     table, _ = read(rows, sizes, RowOptions(*options), most, MIN_SUPPORT_PROB, room, others)
-    drafts = drafts_in(on_host(table)[0], others, noises[:, 0])
+    drafts = drafts_in(table.cpu().numpy(), others, noises[:, 0])
     return [draft and draft.with_others(num_others) for draft in drafts]
 
 
@@ -266,6 +267,9 @@ class TargetRows:
         return TargetRows(self.support_probs[where], self.outside_masses[where], self.outside_token_ids[where])
 
 
+Reading = Callable[[], tuple[TargetRows, list[bool]]]  # of rows: waits for them, and tells which of them are laws
+
+
 def read_target_rows(
     probs: torch.Tensor, supports: Sequence[np.ndarray], numbers: Sequence[float | Noise]
 ) -> TargetRows:
@@ -278,7 +282,7 @@ def read_target_rows(
     given = np.full(len(probs), GIVEN)
     if lies_on_host(probs):
         return _rows_on_host(probs.numpy(), given, supports, numbers)[0]
-    return _rows_on_device(probs, given, supports, numbers)[0]
+    return _rows_on_device(probs, given, supports, numbers)()[0]
 
 
 def _rows_on_host(
@@ -295,16 +299,21 @@ def _rows_on_host(
 
 def _rows_on_device(
     rows: torch.Tensor, temperatures: np.ndarray, supports: Sequence[np.ndarray], numbers: Sequence[float | Noise]
-) -> tuple[TargetRows, list[bool]]:
-    """Return what `rows` `[N, V]` are on their supports, as device_rows reads them, and which of them are laws."""
-    sizes = np.array([len(support) for support in supports])
-    inputs = (np.concatenate(supports), sizes.cumsum(), temperatures, *_uniforms_and_noises(numbers))
-    ids, ends, *options = on_device(rows.device, *inputs)
-    [table] = on_host(reader_of(rows).target_table(rows, ids, ends, RowOptions(*options)))
-    masses, token_ids, are_finite, told = np.split(table, np.arange(1, 4) * len(rows))
-    told_by_row = np.split(told, sizes.cumsum()[:-1])
-    read = TargetRows(told_by_row, masses.tolist(), token_ids.astype(np.int64).tolist())
-    return read, are_finite.astype(bool).tolist()
+) -> Reading:
+    """Have the device read `rows` `[N, V]` on their supports, as device_rows does, and return how to get the result."""
+    ends = np.array([len(support) for support in supports]).cumsum()
+    inputs = (np.concatenate(supports), ends, temperatures, *_uniforms_and_noises(numbers))
+    ids, its_ends, *options = on_device(rows.device, *inputs)
+    table = begin_to_host(reader_of(rows).target_table(rows, ids, its_ends, RowOptions(*options)))
+
+    def result() -> tuple[TargetRows, list[bool]]:
+        wait_for(rows.device)
+        masses, token_ids, are_finite, told = np.split(table.numpy(), np.arange(1, 4) * len(rows))
+        told_by_row = np.split(told, ends[:-1])
+        read = TargetRows(told_by_row, masses.tolist(), token_ids.astype(np.int64).tolist())
+        return read, are_finite.astype(bool).tolist()
+
+    return result
 
 
 def reader_of(rows: torch.Tensor) -> Any:
@@ -325,6 +334,22 @@ def _gpu_rows() -> Any:
     return gpu_rows
 
 
+def begin_reading(
+    logits: torch.Tensor,
+    warpings: Sequence[Warping],
+    supports: Sequence[np.ndarray],
+    numbers: Sequence[float | Noise],
+) -> Reading:
+    """Begin to read `logits` `[N, V]`, which an accelerator may not have computed yet, and return how to go on.
+
+    An accelerator reads them behind the pass that it is in, and nobody has to tell it when that is over. All else is
+    done when the result is asked for.
+    """
+    if _are_plain(warpings) and not lies_on_host(logits):
+        return _rows_on_device(logits, _temperatures(warpings), supports, numbers)
+    return lambda: read_logits(logits, warpings, supports, numbers)
+
+
 def read_logits(
     logits: torch.Tensor,
     warpings: Sequence[Warping],
@@ -335,33 +360,6 @@ def read_logits(
     if _is_compiled(logits, warpings):
         return _rows_on_host(logits.numpy(), _temperatures(warpings), supports, numbers)
     if _are_plain(warpings):
-        return _rows_on_device(logits, _temperatures(warpings), supports, numbers)
+        return _rows_on_device(logits, _temperatures(warpings), supports, numbers)()
     finite = are_rows_finite(logits)
     return read_target_rows(probability_rows(_with_zeros(logits, finite), warpings), supports, numbers), finite
-
-
-def on_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """Return arrays as tensors of the device, brought there in one copy: as float64, which holds integers to 2^53."""
-    sizes = [array.size + array.size % 2 for array in arrays]  # kernels want each to begin at a multiple of 16 bytes
-    joined, starts = np.zeros(sum(sizes)), np.cumsum([0, *sizes])[:-1].tolist()
-    for array, start in zip(arrays, starts, strict=True):
-        joined[start : start + array.size] = array.ravel()
-    there = torch.from_numpy(joined).to(device)
-    return [there[start : start + array.size].view(array.shape) for array, start in zip(arrays, starts, strict=True)]
-
-
-def on_host(*tensors: torch.Tensor) -> list[np.ndarray]:
-    """Return tensors of one device as arrays; from an accelerator in one copy, since each waits for the device.
-
-    They travel as float64, which holds float32 and token ids exactly.
-    """
-    if lies_on_host(tensors[0]):
-        return [tensor.numpy() for tensor in tensors]
-    joined = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
-    parts = joined.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape).to(tensor.dtype).numpy() for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def lies_on_host(tensor: torch.Tensor) -> bool:
-    """Return whether the CPU can read the tensor as it is."""
-    return tensor.device.type == "cpu"

@@ -21,7 +21,7 @@ from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError
-from outrider.probs import TargetRows, read_logits
+from outrider.probs import Reading, TargetRows, begin_reading
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.warping import Warping
 
@@ -179,9 +179,11 @@ class Scheduler:
         demands = [*self._prefills.values(), *(job.demand for job in self._jobs.values())]
         if not demands:
             return False
+        readings: list[_Reading] = []
         try:
-            finished = set(self._engine.run_pass(demands))
-            self._answer([job for job in self._jobs.values() if job.demand in finished])
+            finished = set(self._engine.run_pass(demands, lambda its: readings.extend(self._begin_readings(its))))
+            for reading in readings:
+                self._answer(reading)
         except Exception:
             log.exception("a forward pass failed; its sessions are told")
             self._fail_all()
@@ -201,9 +203,15 @@ class Scheduler:
         del self._jobs[job.session]
         job.emit(answer)
 
-    def _answer(self, jobs: list[_Job]) -> None:
-        """Read the rows of all finished rounds together; a row with NaN or infinity fails its own round alone."""
-        for job, rows in zip(jobs, _read_rows(jobs) if jobs else [], strict=True):
+    def _begin_readings(self, demands: list[Demand]) -> list[_Reading]:
+        """Begin to read the rows of all rounds among `demands` together: one reading, or none."""
+        finished = set(demands)
+        jobs = [job for job in self._jobs.values() if job.demand in finished]
+        return [_begin_reading(jobs)] if jobs else []
+
+    def _answer(self, reading: _Reading) -> None:
+        """Answer rounds whose rows are read; a row with NaN or infinity fails its own round alone."""
+        for job, rows in zip(reading.jobs, reading.rows_by_job(), strict=True):
             sequence, demand = job.session.sequence, job.demand
             if rows is None:
                 sequence.cache.clear()
@@ -221,8 +229,23 @@ class Scheduler:
             self._reply(job, verdict)
 
 
-def _read_rows(jobs: list[_Job]) -> list[TargetRows | None]:
-    """Return each job's rows, read from one batch of logits; None where one of them is no law."""
+@dataclass(frozen=True)
+class _Reading:
+    """Rounds whose rows are being read, one batch of logits for all."""
+
+    jobs: list[_Job]
+    ends: list[int]  # where the rows of each end
+    result: Reading
+
+    def rows_by_job(self) -> list[TargetRows | None]:
+        """Wait for the rows and return each job's; None where one of them is no law."""
+        rows, finite = self.result()
+        borders = pairwise([0, *self.ends])
+        return [rows.part(start, end) if all(finite[start:end]) else None for start, end in borders]
+
+
+def _begin_reading(jobs: list[_Job]) -> _Reading:
+    """Begin to read the rows of `jobs`, all of which the engine has computed or is computing."""
     logits = [joined(job.demand.rows) for job in jobs]
     warpings: list[Warping] = []
     supports: list[np.ndarray] = []
@@ -235,6 +258,4 @@ def _read_rows(jobs: list[_Job]) -> list[TargetRows | None]:
         supports += job.round.supports or [no_support]
         numbers += [job.session.numbers.at(first + offset) for offset in range(size)]
         ends.append(len(supports))
-    rows, finite = read_logits(joined(logits), warpings, supports, numbers)
-    borders = list(pairwise([0, *ends]))
-    return [rows.part(start, end) if all(finite[start:end]) else None for start, end in borders]
+    return _Reading(jobs, ends, begin_reading(joined(logits), warpings, supports, numbers))

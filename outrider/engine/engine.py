@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -17,11 +18,11 @@ from operator import attrgetter
 import torch
 
 from outrider.engine.kv_cache import Cache, SequenceCache
-from outrider.engine.runner import DraftingRunner, Feed, Runner
+from outrider.engine.runner import DeviceRunner, DraftingRunner, Feed, Runner
 from outrider.probs import Draft, PlainSampling
 from outrider.tokens import TokenLog
 
-QUICK_S = 0.003  # seconds that an event loop can be kept from its messages
+QUICK_S = 0.01  # seconds for which the event loop of a service with one session may leave its messages
 
 
 @dataclass(eq=False)
@@ -76,6 +77,9 @@ class Demand:
         return max(0, self.sequence.cache.length + num_tokens - first_wanted)
 
 
+Follow = Callable[[list[Demand]], None]  # what is done with the rows of demands
+
+
 @dataclass
 class EngineStats:
     """Counters since the start."""
@@ -100,7 +104,9 @@ class Engine:
         self.runner, self.stats = runner, EngineStats()
         self._max_cost, self._max_batch_tokens = runner.new_cache().cost(max_cached_tokens), max_batch_tokens
         self._keep_caches = keep_caches
-        self._drafting = runner if keep_caches and isinstance(runner, DraftingRunner) else None  # the question is slow
+        # Questions that are slow, so that they are asked once.
+        self._drafting = runner if keep_caches and isinstance(runner, DraftingRunner) else None
+        self._asynchronous = runner if isinstance(runner, DeviceRunner) else None
         self._sequences: set[Sequence] = set()
         self._last_s = float("inf")  # of the last pass, or of several in one go
 
@@ -111,7 +117,7 @@ class Engine:
         With several sequences it reads what has come for the others meanwhile. Spare ones are nobody's. May be asked
         while another thread uses the engine.
         """
-        if self._last_s >= QUICK_S or self.runner.device.type != "cpu":
+        if self._last_s >= QUICK_S:
             return False
         sequences = tuple(self._sequences)  # in one piece: the other thread may be adding one
         return sum(not sequence.is_spare for sequence in sequences) <= 1
@@ -144,25 +150,39 @@ class Engine:
             cache.copy_from(other.cache, num_cached)
         return True
 
-    def run_pass(self, demands: SequenceOf[Demand]) -> list[Demand]:
+    def run_pass(self, demands: SequenceOf[Demand], follow: Follow = lambda _: None) -> list[Demand]:
         """Run one forward pass for `demands` (at least one) and return those that it finished.
 
-        The others keep what they got; call again with them.
+        The others keep what they got; call again with them. When the model raises, no demand can be used any more.
+
+        Args:
+            follow: is called once with the demands that the pass finishes, and their rows. A device may be at work on
+                these still, and does what it is given meanwhile as part of the pass.
         """
         shares = self._shares(sorted(demands, key=_arrival))
         started_at = time.monotonic()
         feeds = [self._feed(demand, num_tokens) for demand, num_tokens in shares]
-        logits = self.runner.forward(feeds)
-        self._count(feeds, time.monotonic() - started_at)
-        ended_at = time.monotonic()
-        parts = [logits] if len(feeds) == 1 else logits.split([feed.num_rows for feed in feeds])
-        for (demand, _), rows in zip(shares, parts, strict=True):
-            if len(rows):
-                demand.rows.append(rows)
+        finished = [demand for demand, num_tokens in shares if num_tokens == demand.num_left]
+
+        def hand_out(logits: torch.Tensor) -> None:
+            parts = [logits] if len(feeds) == 1 else logits.split([feed.num_rows for feed in feeds])
+            for (demand, _), rows in zip(shares, parts, strict=True):
+                if len(rows):
+                    demand.rows.append(rows)
+            follow(finished)
+
+        if self._asynchronous:
+            self._asynchronous.forward_with(feeds, hand_out)
+            ended_at = time.monotonic()
+        else:
+            logits = self.runner.forward(feeds)
+            ended_at = time.monotonic()
+            hand_out(logits)
+        self._count(feeds, ended_at - started_at)
+        for demand, _ in shares:
             demand.started_at = demand.started_at or started_at
             demand.ended_at, demand.batch_size = ended_at, len(shares)
             demand.sequence.last_used = self.stats.num_forward_passes
-        finished = [demand for demand, _ in shares if demand.num_left == 0]
         if not self._keep_caches:
             for demand in finished:
                 demand.sequence.cache.clear()
@@ -186,7 +206,7 @@ class Engine:
         if sum(sizes) > self._max_batch_tokens or not self._drafting.can_draft(sizes, sampling):
             return False
         num_draws = len(sampling.uniforms)
-        costs = (_cost_of_growing(demand.sequence.cache, demand.num_left + num_draws) for demand in demands)
+        costs = (_cost_of_growing(demand.sequence.cache, demand.num_left + num_draws - 1) for demand in demands)
         return sum(costs) <= self._free()
 
     def draft(self, demands: SequenceOf[Demand], sampling: PlainSampling) -> list[list[Draft | None]]:

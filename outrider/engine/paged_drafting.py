@@ -20,8 +20,9 @@ import torch
 from outrider.device_rows import RowOptions
 from outrider.engine.graphs import GraphKey, Replay
 from outrider.engine.paged_runner import PagedRunner, StagedInputs
-from outrider.engine.runner import MOST_DRAWS, Feed, wait_for
+from outrider.engine.runner import MOST_DRAWS, Feed
 from outrider.probs import MIN_SUPPORT_PROB, MOST_OTHERS, MOST_SUPPORT, Draft, PlainSampling, drafts_in, reader_of
+from outrider.transfers import wait_for
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Shapes: T rows of the packed row, N sequences, B pages that one sequence can hav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -19,7 +19,8 @@ import torch
 from outrider.engine.graphs import Buckets, GraphKey, GraphRunner, Replay
 from outrider.engine.paged import SCRATCH_PAGE, PagedCache, PagePool
 from outrider.engine.paged_attention import PagedBatch, VarlenAttention
-from outrider.engine.runner import Feed, ForwardPass, wait_for
+from outrider.engine.runner import Feed, ForwardPass
+from outrider.transfers import wait_for
 
 ALIGNMENT = 16  # bytes: compiled kernels come in one kind for pointers that are, and another for those that are not
 
@@ -138,13 +139,19 @@ class PagedRunner:
         """See Runner."""
         return PagedCache(self._pool, self._context_length)
 
-    @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """See Runner."""
+        found: list[torch.Tensor] = []
+        self.forward_with(feeds, found.append)
+        return found[0]
+
+    @torch.inference_mode()
+    def forward_with(self, feeds: Sequence[Feed], follow: Callable[[torch.Tensor], None]) -> None:
+        """See DeviceRunner."""
         try:
             slots = [feed.cache.reserve(len(feed.token_ids)) for feed in feeds]
             with self._on_device():
-                logits = self._run(feeds, slots)
+                follow(self._run(feeds, slots))
                 wait_for(self.device)
         except BaseException:
             for feed in feeds:
@@ -152,7 +159,6 @@ class PagedRunner:
             raise
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))
-        return logits
 
     @torch.inference_mode()
     def record_all(self) -> None:

@@ -5,7 +5,7 @@ Shapes: T new tokens in the batch, R rows read, V vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ import torch
 from outrider.engine.attention import AttentionBatch, PackedBatch
 from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.probs import Draft, PlainSampling
+from outrider.transfers import wait_for
 
 MOST_DRAWS = 32  # of a DraftingRunner in one call
 
@@ -64,10 +65,15 @@ class DraftingRunner(Runner, Protocol):
         """
 
 
-def wait_for(device: torch.device) -> None:
-    """Return when the device has done what it was given; a CPU has."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+@runtime_checkable
+class DeviceRunner(Runner, Protocol):
+    """A runner whose rows are computed by a device, while the host does something else."""
+
+    def forward_with(self, feeds: Sequence[Feed], follow: Callable[[torch.Tensor], None]) -> None:
+        """Do what `forward` does, and call `follow` with the rows as soon as the device has been told to compute them.
+
+        What that gives the device to do comes behind the pass, and all of it is done when this returns.
+        """
 
 
 class ForwardPass(Protocol):

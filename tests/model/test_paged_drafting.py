@@ -182,7 +182,7 @@ def test_a_pass_that_raises_leaves_lengths_and_pool():
 
 
 def test_an_engine_counts_whole_pages_before_it_drafts():
-    """Two sequences of 4 tokens hold 2 of 4 pages. A token and 3 draws take a page each, with 4 draws two."""
+    """Two sequences of 4 tokens hold 2 of 4 pages. A token and all of 4 draws but the last fill one more each."""
     runner = runner_of(num_tokens=16)
     engine, demands = Engine(runner, 16, 100), []
     for index in range(2):
@@ -190,9 +190,9 @@ def test_an_engine_counts_whole_pages_before_it_drafts():
         engine.add(sequence)
         engine.run_pass([Demand(sequence, 4, 0, index)])
         demands.append(Demand(sequence, 5, 1, index))
-    assert not engine.can_draft(demands, sampling(4, 2))
-    assert engine.can_draft(demands, sampling(3, 2))
-    assert len(engine.draft(demands, sampling(3, 2))) == 2
+    assert not engine.can_draft(demands, sampling(5, 2))
+    assert engine.can_draft(demands, sampling(4, 2))
+    assert len(engine.draft(demands, sampling(4, 2))) == 2
     assert runner._pool.num_free == 0
 
 

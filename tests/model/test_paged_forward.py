@@ -13,7 +13,7 @@ from random import Random
 import pytest
 import torch
 
-from outrider.engine import paged_choice
+from outrider.engine import paged_choice, paged_runner
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.graphs import Buckets, EagerRunner
 from outrider.engine.loader import ModelOptions, choose_forward_pass, load
@@ -27,7 +27,7 @@ from outrider.engine.paged_choice import (
     why_no_pages,
 )
 from outrider.engine.paged_runner import PagedRunner, StagedInputs
-from outrider.engine.runner import Feed, ForwardPass, ModelRunner
+from outrider.engine.runner import DeviceRunner, Feed, ForwardPass, ModelRunner
 from outrider.tokens import TokenLog
 from tests.model.against_transformers import interleaved_logits
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save
@@ -135,6 +135,29 @@ def test_rows_outlive_the_next_pass_of_the_same_bucket():
     kept = rows.clone()
     assert not torch.equal(runner.forward([Feed(cache, [1, 5, 9], 3)]), kept)
     assert torch.equal(rows, kept)
+
+
+def test_what_follows_a_pass_is_told_before_the_host_waits_for_it(monkeypatch):
+    runner, events = paged(forward_pass_of("llama"), EagerRunner()), []
+    assert isinstance(runner, DeviceRunner)
+    monkeypatch.setattr(paged_runner, "wait_for", lambda device: events.append("waits"))
+    cache = runner.new_cache()
+    runner.forward_with([Feed(cache, [3, 1, 4], 2)], lambda rows: events.append((rows.shape[0], cache.length)))
+    assert events == [(2, 0), "waits"]
+    assert cache.length == 3
+
+
+def test_a_pass_whose_followers_fail_has_not_been():
+    runner = paged(forward_pass_of("llama"), EagerRunner())
+    cache = runner.new_cache()
+    num_free = runner._pool.num_free
+
+    def fails(rows: torch.Tensor) -> None:
+        raise RuntimeError("no reader")
+
+    with pytest.raises(RuntimeError, match="no reader"):
+        runner.forward_with([Feed(cache, [3, 1, 4], 2)], fails)
+    assert (cache.length, runner._pool.num_free) == (0, num_free)
 
 
 def test_a_prefill_wants_no_rows():

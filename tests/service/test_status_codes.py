@@ -283,7 +283,7 @@ def fail_once(monkeypatch, owner, name: str) -> None:
     monkeypatch.setattr(owner, name, call)
 
 
-@pytest.mark.parametrize("place", [(ModelRunner, "forward"), (scheduler, "read_logits")], ids=["model", "rows"])
+@pytest.mark.parametrize("place", [(ModelRunner, "forward"), (scheduler, "begin_reading")], ids=["model", "rows"])
 def test_a_pass_that_fails_is_internal_and_tells_nothing_of_why(target, models, monkeypatch, place):
     fail_once(monkeypatch, *place)
     with RawStream(target.stub.Verify, open_verification([3]), round_of(span(PROMPT))) as stream:

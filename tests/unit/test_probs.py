@@ -16,9 +16,9 @@ from outrider import probs as probs_module
 from outrider.device_rows import inverse_cdf
 from outrider.probs import (
     MIN_SUPPORT_PROB,
+    begin_reading,
     draft_tokens,
     draw_drafts,
-    on_host,
     probability_rows,
     read_logits,
     read_target_rows,
@@ -263,33 +263,25 @@ def test_greedy_drafts_are_those_of_one_hot_rows():
         assert np.array_equal(draft.weights, other.weights)
 
 
-class TestOnHost:
-    """What an accelerator drew comes back in one copy; a tensor that says it lies elsewhere stands for one."""
+class TestElsewhere:
+    """Rows that an accelerator has are read there; tensors that say that they lie elsewhere stand for them."""
 
     @pytest.fixture
     def copies(self, monkeypatch) -> list[int]:
-        """Have all tensors of probabilities claim to be elsewhere, and count what comes to the host."""
+        """Have all rows claim to be elsewhere, and count what comes to the host."""
         counts: list[int] = []
-        original = torch.Tensor.cpu
 
-        def counting(tensor):
-            counts.append(tensor.numel())
-            return original(tensor)
+        def counted(copy):
+            def counting(tensor):
+                counts.append(tensor.numel())
+                return copy(tensor)
 
-        monkeypatch.setattr(torch.Tensor, "cpu", counting)
+            return counting
+
+        monkeypatch.setattr(torch.Tensor, "cpu", counted(torch.Tensor.cpu))
+        monkeypatch.setattr(probs_module, "begin_to_host", counted(probs_module.begin_to_host))
         monkeypatch.setattr(probs_module, "lies_on_host", lambda tensor: False)
         return counts
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_values_types_and_shapes_come_back_as_they_were(self, copies, dtype):
-        numbers = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
-        ids = torch.tensor([0, 1, 2**53 - 1, 150_000])
-        back = on_host(numbers, ids, numbers[:0])
-        assert [array.dtype for array in back] == [numbers.numpy().dtype, np.int64, numbers.numpy().dtype]
-        for array, tensor in zip(back, (numbers, ids, numbers[:0]), strict=True):
-            assert np.array_equal(array, tensor.numpy())
-            assert array.shape == tuple(tensor.shape)
-        assert len(copies) == 1
 
     def test_a_batch_of_drafts_takes_one_copy_and_is_what_it_was(self, copies, monkeypatch):
         probs = logits_of(5, seed=6).softmax(-1)
@@ -314,6 +306,25 @@ class TestOnHost:
         for actual, row in zip(elsewhere.support_probs, expected.support_probs, strict=True):
             assert actual.dtype == np.float64
             assert np.array_equal(actual, row)
+
+    @pytest.mark.parametrize("warping", [Warping(0.7), Warping(0.7, top_k=9)], ids=["plain", "filtered"])
+    def test_what_a_begun_reading_finds_is_what_reading_finds(self, warping):
+        logits, supports, points = logits_of(2, seed=8), [np.array([1, 4])] * 2, [0.2, 0.8]
+        rows, are_laws = begin_reading(logits, [warping] * 2, supports, points)()
+        expected, _ = read_logits(logits, [warping] * 2, supports, points)
+        assert (rows.outside_token_ids, rows.outside_masses) == (expected.outside_token_ids, expected.outside_masses)
+        assert np.array_equal(rows.support_probs, expected.support_probs)
+        assert are_laws == [True, True]
+
+    def test_a_reading_begins_where_rows_are_elsewhere_and_waits_where_the_host_has_them(self, copies, monkeypatch):
+        """What happens to the rows between its begin and its result shows when they are read."""
+        for is_elsewhere in (True, False):
+            logits = logits_of(1, seed=9)
+            result = begin_reading(logits, [Warping()], [np.array([1])], [0.5])
+            logits[0, 1] = 40.0
+            rows, _ = result()
+            assert bool(rows.support_probs[0][0] < 0.9) is is_elsewhere
+            monkeypatch.undo()
 
 
 class TestOthers:
