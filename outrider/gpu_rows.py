@@ -1,8 +1,8 @@
-"""Reading rows where a GPU has them: device_rows' work, one kernel for drafts and one for the target's rows.
+"""Reading rows where a GPU has them: device_rows' work, by few kernels.
 
-A program reads one row, some times over: it lies in the L2 cache. Its first passes find the largest score, which says
-whether the row is a law, and the sum of exponentials. In the vocabularies of today that takes some ten microseconds,
-where torch's operations take a hundred and more, most of it to be launched.
+Many programs read a row together, each a part of it. They find the largest score, which says whether the row is a law,
+the sum of exponentials, and then the candidates for a support; one more draws from these. What a draw takes matters,
+for all drafts of a round wait for it, one after the other.
 
 Whole numbers come as float64, too, which holds them exactly: then one copy brings everything.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -27,7 +28,7 @@ from outrider.scales import PROB_UNIT, WEIGHT_UNIT
 _GIVEN, _NOISE = tl.constexpr(GIVEN), tl.constexpr(int(Purpose.NOISE))
 _WEIGHT_UNIT, _PROB_UNIT = tl.constexpr(WEIGHT_UNIT), tl.constexpr(PROB_UNIT)
 _NO_ID = tl.constexpr(1 << 30)
-_BLOCK = 8192
+_PART, _BLOCK = 4096, 8192
 
 log = logging.getLogger(__name__)
 
@@ -46,30 +47,70 @@ def can_run(device: torch.device) -> bool:
 
 
 @triton.jit
-def _first_passes(source, size, temperature, BLOCK: tl.constexpr):
-    """Return the largest score, the first place where it stands, what the row's numbers sum to, and if it is a law."""
-    places = tl.arange(0, BLOCK)
-    tops, are_bad = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
-    for start in range(0, size, BLOCK):
-        scores = tl.load(source + start + places, mask=start + places < size, other=float("-inf"))
-        are_bad |= (scores != scores).to(tl.int32)
-        tops = tl.maximum(tops, scores)
-    top, num_bad = tl.max(tops, 0), tl.sum(are_bad, 0)
-    totals, firsts = tl.zeros([BLOCK], tl.float64), tl.full([BLOCK], _NO_ID, tl.int32)
-    for start in range(0, size, BLOCK):
-        ids = start + places
-        scores = tl.load(source + ids, mask=ids < size, other=float("-inf"))
-        firsts = tl.minimum(firsts, tl.where(scores == top, ids, _NO_ID))
-        totals += _numbers(scores, ids, top, -1, temperature).to(tl.float64)
+def _scan(
+    rows, parts, vocab_sizes, vocab_size, temperatures, row_stride, num_parts,
+    HAS_SIZES: tl.constexpr, NUM_BEST: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """One part of one row: what _law_of needs to know of it, and its best scores with their ids."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    size = vocab_size
+    if HAS_SIZES:
+        size = tl.load(vocab_sizes + row).to(tl.int32)
+    ids = part * PART + tl.arange(0, PART)
+    scores = tl.load(rows + row * row_stride + ids, mask=ids < size, other=float("-inf"))
+    temperature = tl.load(temperatures + row)
+    top = tl.max(scores, 0)
+    numbers = tl.where(top > float("-inf"), tl.exp((scores - top) * _inverse(temperature)), 0.0)
+    told = parts + row * (4 + 2 * NUM_BEST) * num_parts + part
+    tl.store(told, top.to(tl.float64))
+    tl.store(told + num_parts, tl.min(tl.where(scores == top, ids, _NO_ID), 0).to(tl.float64))
+    tl.store(told + 2 * num_parts, tl.sum(numbers.to(tl.float64), 0))
+    tl.store(told + 3 * num_parts, tl.sum((scores != scores).to(tl.int32), 0).to(tl.float64))
+    last_score, last_id = float("inf"), -1
+    for index in tl.static_range(NUM_BEST):
+        last_score, last_id = _next_best(scores, ids, last_score, last_id, -1)
+        tl.store(told + (4 + 2 * index) * num_parts, last_score.to(tl.float64))
+        tl.store(told + (5 + 2 * index) * num_parts, last_id.to(tl.float64))
+
+
+@triton.jit
+def _next_best(scores, ids, last_score, last_id, but):
+    """Return the best score behind the last one, and its id, not `but`; the lower id goes first where they are equal.
+
+    Where there is none, the score is -infinity.
+    """
+    is_left = (scores < last_score) | ((scores == last_score) & (ids > last_id))
+    left = tl.where(is_left & (ids != but), scores, float("-inf"))
+    best = tl.max(left, 0)
+    return best, tl.min(tl.where((left == best) & (left > float("-inf")), ids, _NO_ID), 0)
+
+
+@triton.jit
+def _law_of(parts, row, num_parts, temperature, NUM_BEST: tl.constexpr, PARTS: tl.constexpr):
+    """Return a row's largest score, its first place, what the row's numbers sum to, and whether it is a law."""
+    index = tl.arange(0, PARTS)
+    is_part, told = index < num_parts, parts + row * (4 + 2 * NUM_BEST) * num_parts + index
+    tops = tl.load(told, mask=is_part, other=float("-inf"))
+    firsts = tl.load(told + num_parts, mask=is_part, other=_NO_ID)
+    sums = tl.load(told + 2 * num_parts, mask=is_part, other=0.0)
+    num_bad = tl.sum(tl.load(told + 3 * num_parts, mask=is_part, other=0.0), 0)
+    top = tl.max(tops, 0)
+    first = tl.min(tl.where(tops == top, firsts, _NO_ID), 0).to(tl.int32)
+    scales = tl.exp((tops - top) * _inverse(temperature).to(tl.float64))
+    total = tl.sum(tl.where(tops > float("-inf"), sums * scales, 0.0), 0)
     is_law = (num_bad == 0) & (top > float("-inf")) & (top < float("inf"))
-    return top, tl.min(firsts, 0), tl.where(temperature > 0, tl.sum(totals, 0), 1.0), is_law
+    return top.to(tl.float32), first, tl.where(temperature > 0, total, 1.0), is_law
+
+
+@triton.jit
+def _inverse(temperature):
+    return (1.0 / tl.where(temperature > 0, temperature, 1.0)).to(tl.float32)
 
 
 @triton.jit
 def _numbers(scores, ids, top, first, temperature):
     """Return numbers in proportion to a row's probabilities: at the temperature 0 that of the id `first` alone."""
-    inverse = (1.0 / tl.where(temperature > 0, temperature, 1.0)).to(tl.float32)
-    numbers = tl.exp((scores - top) * inverse)
+    numbers = tl.exp((scores - top) * _inverse(temperature))
     numbers = tl.where(temperature == 0, (ids == first).to(tl.float32), numbers)
     return tl.where(temperature == _GIVEN, tl.where(scores == float("-inf"), 0.0, scores), numbers)
 
@@ -89,30 +130,43 @@ def _arrival_times(noise, ids):
 
 
 @triton.jit
-def _draft(
-    rows, table, token_ids, room_ids, room_numbers, vocab_sizes, temperatures, max_supports, uniforms, noises,
-    row_stride, min_prob, MOST: tl.constexpr, NUM_OTHERS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+def _collect(
+    rows, parts, counts, room_ids, room_numbers, vocab_sizes, temperatures, row_stride, num_parts, min_prob,
+    ARE_COUNTED: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """One row of DraftRows.table: its support, in the order of ids, and what is drawn from it."""
-    row, places = tl.program_id(0), tl.arange(0, BLOCK)
-    source, target = rows + row * row_stride, table + row * (2 * MOST + 2 + 2 * NUM_OTHERS)
+    """The candidates of one part of one row: count them, or once all are counted, keep them in the order of ids."""
+    row, part = tl.program_id(0), tl.program_id(1)
     size, temperature = tl.load(vocab_sizes + row).to(tl.int32), tl.load(temperatures + row)
-    top, first, total, is_law = _first_passes(source, size, temperature, BLOCK)
-
-    # Candidates, in the order of ids: there are no more than 1 / min_prob.
+    top, first, total, _ = _law_of(parts, row, num_parts, temperature, NUM_BEST, PARTS)
+    ids = part * PART + tl.arange(0, PART)
+    scores = tl.load(rows + row * row_stride + ids, mask=ids < size, other=float("-inf"))
+    numbers = _numbers(scores, ids, top, first, temperature)
     largest = tl.where(temperature == _GIVEN, top, 1.0)
     least = tl.minimum(largest, (min_prob * total).to(tl.float32))
-    count = 0
-    for start in range(0, size, BLOCK):
-        ids = start + places
-        scores = tl.load(source + ids, mask=ids < size, other=float("-inf"))
-        numbers = _numbers(scores, ids, top, first, temperature)
-        is_candidate = (numbers >= least) & (numbers > 0) & (ids < size)
-        where = count + tl.cumsum(is_candidate.to(tl.int32), 0) - 1
+    is_candidate = (numbers >= least) & (numbers > 0) & (ids < size)
+    its_counts = counts + row * num_parts
+    if ARE_COUNTED:
+        index = tl.arange(0, PARTS)
+        start = tl.sum(tl.load(its_counts + index, mask=index < part, other=0), 0)
+        where = start + tl.cumsum(is_candidate.to(tl.int32), 0) - 1
         tl.store(room_ids + row * ROOM + where, ids, mask=is_candidate & (where < ROOM))
         tl.store(room_numbers + row * ROOM + where, numbers, mask=is_candidate & (where < ROOM))
-        count += tl.sum(is_candidate.to(tl.int32), 0)
-    tl.debug_barrier()
+    else:
+        tl.store(its_counts + part, tl.sum(is_candidate.to(tl.int32), 0))
+
+
+@triton.jit
+def _draft(
+    parts, counts, table, token_ids, room_ids, room_numbers, temperatures, max_supports, uniforms, noises, num_parts,
+    MOST: tl.constexpr, NUM_OTHERS: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """One row of DraftRows.table: its support, in the order of ids, and what is drawn from it."""
+    row, index = tl.program_id(0), tl.arange(0, PARTS)
+    target = table + row * (2 * MOST + 2 + 2 * NUM_OTHERS)
+    temperature = tl.load(temperatures + row)
+    top, first, total, is_law = _law_of(parts, row, num_parts, temperature, NUM_BEST, PARTS)
+    # There are no more candidates than 1 / min_prob.
+    count = tl.sum(tl.load(counts + row * num_parts + index, mask=index < num_parts, other=0), 0)
     room = tl.arange(0, ROOM)
     numbers = tl.load(room_numbers + row * ROOM + room, mask=room < count, other=0.0)
     ids = tl.load(room_ids + row * ROOM + room, mask=room < count, other=0)
@@ -164,7 +218,8 @@ def _draft(
     if is_coupled:
         _tell_next_in_race(others, ids, rates, NUM_OTHERS)
     else:
-        _tell_others(others, source, size, temperature, top, first, total, drawn, NUM_OTHERS, BLOCK)
+        its_parts = parts + row * (4 + 2 * NUM_BEST) * num_parts
+        _tell_others(others, its_parts, num_parts, temperature, top, first, total, drawn, NUM_OTHERS, NUM_BEST, PARTS)
 
 
 @triton.jit
@@ -193,35 +248,36 @@ def _tell_next_in_race(others, ids, rates, NUM_OTHERS: tl.constexpr):
 
 @triton.jit
 def _tell_others(
-    others, source, size, temperature, top, first, total, drawn, NUM_OTHERS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Write the likeliest ids but the one drawn, and their probabilities; greedy, their shares among all and it."""
-    places = tl.arange(0, BLOCK)
+    others, its_parts, num_parts, temperature, top, first, total, drawn,
+    NUM_OTHERS: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write the likeliest ids but the one drawn, and their probabilities; greedy, their shares among all and it.
+
+    The best of all are among the best of each part.
+    """
+    index = tl.arange(0, PARTS)
     last_score, last_id = float("inf"), -1
     sum_of_all = tl.zeros([1], tl.float64).sum(0) + 1.0
-    for index in tl.static_range(NUM_OTHERS):
-        bests, best_ids = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], _NO_ID, tl.int32)
-        for start in range(0, size, BLOCK):
-            ids = start + places
-            scores = tl.load(source + ids, mask=ids < size, other=float("-inf"))
-            # Behind the one found before: of a lower score, or of the same and a higher id.
-            is_left = (scores < last_score) | ((scores == last_score) & (ids > last_id))
-            is_better = is_left & (ids != drawn) & (scores > bests)
-            bests = tl.where(is_better, scores, bests)
-            best_ids = tl.where(is_better, ids, best_ids)
-        score = tl.max(bests, 0)
-        found = tl.min(tl.where(bests == score, best_ids, _NO_ID), 0)
+    for other in tl.static_range(NUM_OTHERS):
+        score, found = float("-inf"), _NO_ID
+        for rank in tl.static_range(NUM_BEST):
+            told = its_parts + (4 + 2 * rank) * num_parts + index
+            scores = tl.load(told, mask=index < num_parts, other=float("-inf")).to(tl.float32)
+            ids = tl.load(told + num_parts, mask=index < num_parts, other=_NO_ID).to(tl.int32)
+            its_score, its_id = _next_best(scores, ids, last_score, last_id, drawn)
+            is_better = (its_score > score) | ((its_score == score) & (its_id < found))
+            score, found = tl.where(is_better, its_score, score), tl.where(is_better, its_id, found)
         is_there = found < _NO_ID
         number = _numbers(score, found, top, first, temperature).to(tl.float64) / total
         share = tl.exp((score - top).to(tl.float64))
         prob = tl.where(is_there, tl.where(temperature == 0, share, number), 0.0)
         sum_of_all += tl.where(temperature == 0, prob, 0.0)
-        tl.store(others + index, tl.where(is_there, found, 0).to(tl.float64))
-        tl.store(others + NUM_OTHERS + index, prob)
+        tl.store(others + other, tl.where(is_there, found, 0).to(tl.float64))
+        tl.store(others + NUM_OTHERS + other, prob)
         last_score, last_id = score, found
     tl.debug_barrier()
-    for index in tl.static_range(NUM_OTHERS):
-        tl.store(others + NUM_OTHERS + index, tl.load(others + NUM_OTHERS + index) / sum_of_all)
+    for other in tl.static_range(NUM_OTHERS):
+        tl.store(others + NUM_OTHERS + other, tl.load(others + NUM_OTHERS + other) / sum_of_all)
 
 
 def draft_table(
@@ -240,25 +296,57 @@ def draft_table(
     token_ids = vocab_sizes.new_empty(len(rows), dtype=torch.int64)
     room_ids = vocab_sizes.new_empty(len(rows), room, dtype=torch.int32)
     room_numbers = room_ids.new_empty(room_ids.shape, dtype=torch.float32)
+    temperatures, cut, num_best = options.temperatures, _Cut.of(rows), num_others + 1
+    parts, its_sizes = cut.new_parts(rows, num_best), {"NUM_BEST": num_best, "PARTS": cut.padded, "ROOM": room}
+    counts = room_ids.new_empty(len(rows), cut.number)
     with _on(rows.device):
+        _scan[(len(rows), cut.number)](
+            rows, parts, vocab_sizes, 0, temperatures, rows.stride(0), cut.number,
+            HAS_SIZES=True, NUM_BEST=num_best, PART=cut.size, num_warps=8,
+        )  # fmt: skip
+        for are_counted in (False, True):
+            _collect[(len(rows), cut.number)](
+                rows, parts, counts, room_ids, room_numbers, vocab_sizes, temperatures, rows.stride(0), cut.number,
+                min_prob, ARE_COUNTED=are_counted, PART=cut.size, **its_sizes, num_warps=8,
+            )  # fmt: skip
         _draft[(len(rows),)](
-            rows, table, token_ids, room_ids, room_numbers, vocab_sizes, options.temperatures, max_supports,
-            options.uniforms, options.noises, rows.stride(0), min_prob,
-            MOST=most, NUM_OTHERS=num_others, ROOM=room, BLOCK=_block(rows), num_warps=16,
+            parts, counts, table, token_ids, room_ids, room_numbers, temperatures, max_supports, options.uniforms,
+            options.noises, cut.number, MOST=most, NUM_OTHERS=num_others, **its_sizes, num_warps=16,
         )  # fmt: skip
     return table, token_ids
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """How rows are divided among programs that read them together."""
+
+    size: int  # ids of a part
+    number: int  # of parts
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> _Cut:
+        size = min(_PART, triton.next_power_of_2(rows.shape[1]))
+        return cls(size, triton.cdiv(rows.shape[1], size))
+
+    @property
+    def padded(self) -> int:
+        return triton.next_power_of_2(self.number)
+
+    def new_parts(self, rows: torch.Tensor, num_best: int) -> torch.Tensor:
+        """Return room for what _scan finds."""
+        return rows.new_empty(len(rows), 4 + 2 * num_best, self.number, dtype=torch.float64)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _target(
-    rows, support_ids, ends, temperatures, uniforms, noises, left, table, num_rows, row_stride, vocab_size,
-    BLOCK: tl.constexpr, BLOCK_IDS: tl.constexpr,
+    rows, parts, support_ids, ends, temperatures, uniforms, noises, left, table, num_rows, row_stride, vocab_size,
+    num_parts, PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
     """One row of what target_table returns; `left` is room for what is left of it."""
     row, places = tl.program_id(0), tl.arange(0, BLOCK)
     source, room = rows + row * row_stride, left + row.to(tl.int64) * vocab_size
     temperature = tl.load(temperatures + row)
-    top, first, total, is_law = _first_passes(source, vocab_size, temperature, BLOCK)
+    top, first, total, is_law = _law_of(parts, row, num_parts, temperature, 0, PARTS)
     scale = 1.0 / total
     for start in range(0, vocab_size, BLOCK):
         ids = start + places
@@ -340,11 +428,17 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
     rows = rows.float()
     num_rows, vocab_size = rows.shape
     left = torch.empty(num_rows, vocab_size, dtype=torch.float64, device=rows.device)
-    table = left.new_empty(3 * num_rows + len(ids))
+    table, cut = left.new_empty(3 * num_rows + len(ids)), _Cut.of(rows)
+    parts = cut.new_parts(rows, 0)
     with _on(rows.device):
+        _scan[(num_rows, cut.number)](
+            rows, parts, ends, vocab_size, options.temperatures, rows.stride(0), cut.number,
+            HAS_SIZES=False, NUM_BEST=0, PART=cut.size, num_warps=8,
+        )  # fmt: skip
         _target[(num_rows,)](
-            rows, ids, ends, options.temperatures, options.uniforms, options.noises, left, table, num_rows,
-            rows.stride(0), vocab_size, BLOCK=_block(rows), BLOCK_IDS=256, num_warps=16,
+            rows, parts, ids, ends, options.temperatures, options.uniforms, options.noises, left, table, num_rows,
+            rows.stride(0), vocab_size, cut.number, PARTS=cut.padded,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(vocab_size)), BLOCK_IDS=256, num_warps=16,
         )  # fmt: skip
     return table
 
@@ -352,7 +446,3 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
 def _on(device: torch.device) -> AbstractContextManager:
     """Return a context in which kernels run on the device: Triton's go to the present one, wherever tensors lie."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _block(rows: torch.Tensor) -> int:
-    return min(_BLOCK, triton.next_power_of_2(rows.shape[1]))

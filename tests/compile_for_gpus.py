@@ -20,7 +20,10 @@ PRODUCT = {
     **dict.fromkeys(("num_rows", "num_outputs", "input_row", "residual_row"), "i32"),
 }
 SIZES = {"NUM_INPUTS": 4096, "BLOCK_ROWS": 16, "HAS_BIAS": True, "HAS_RESIDUAL": True}
-ROWS = dict.fromkeys(("temperatures", "uniforms", "noises"), DOUBLE) | {"rows": SINGLE, "row_stride": "i32"}
+PARTS = dict.fromkeys(("parts", "vocab_sizes", "temperatures", "uniforms", "noises"), DOUBLE)
+PARTS |= {"rows": SINGLE, "row_stride": "i32", "num_parts": "i32"}
+ROOMS = {"counts": "*i32", "room_ids": "*i32", "room_numbers": SINGLE, "min_prob": "fp32"}
+CANDIDATES = {"NUM_BEST": 3, "PARTS": 32, "PART": 4096, "ROOM": 8192}
 HEADS = {"HEAD_DIM": 128, "PADDED_DIM": 128, "NUM_SPLITS": 16}
 
 
@@ -58,21 +61,28 @@ KERNELS = {
         {"parts": SINGLE, "sums": SINGLE, "output": HALF, "num_rows": "i32"},
         HEADS,
     ),
+    "parts of rows": (
+        gpu_rows._scan,
+        PARTS | {"vocab_size": "i32"},
+        {"HAS_SIZES": True, "NUM_BEST": 3, "PART": 4096},
+    ),
+    "counts of candidates": (gpu_rows._collect, PARTS | ROOMS, CANDIDATES | {"ARE_COUNTED": False}),
+    "candidates": (gpu_rows._collect, PARTS | ROOMS, CANDIDATES | {"ARE_COUNTED": True}),
     "drafts": (
         gpu_rows._draft,
-        ROWS
-        | {"table": DOUBLE, "vocab_sizes": DOUBLE, "max_supports": DOUBLE, "min_prob": "fp32"}
-        | {"token_ids": "*i64", "room_ids": "*i32", "room_numbers": SINGLE},
-        {"MOST": 1024, "NUM_OTHERS": 2, "ROOM": 8192, "BLOCK": 8192},
+        PARTS | ROOMS | {"table": DOUBLE, "max_supports": DOUBLE, "token_ids": "*i64"},
+        {"MOST": 1024, "NUM_OTHERS": 2, "NUM_BEST": 3, "PARTS": 32, "ROOM": 8192},
     ),
     "target rows": (
         gpu_rows._target,
-        ROWS
+        PARTS
         | dict.fromkeys(("support_ids", "ends", "left", "table"), DOUBLE)
         | {"num_rows": "i32", "vocab_size": "i32"},
-        {"BLOCK": 8192, "BLOCK_IDS": 256},
+        {"PARTS": 32, "BLOCK": 8192, "BLOCK_IDS": 256},
     ),
 }
+NUM_WARPS = {"entries": 1, "attention": 4, "parts of attention": 1, "drafts": 16, "target rows": 16}  # others 8
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a program can have, CUDA C Programming Guide, table 24
 
 
 def main(capability: int) -> None:
@@ -84,8 +94,10 @@ def main(capability: int) -> None:
             signature={argument: types.get(argument, "constexpr") for argument in names},
             constexprs={(names.index(argument),): value for argument, value in constants.items()},
         )
-        code = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        options = {"num_warps": NUM_WARPS.get(name, 8)}
+        code = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert code.asm["cubin"]
+        assert code.metadata.shared <= SHARED_BYTES[capability], f"{name} takes {code.metadata.shared} bytes"
         print(name, flush=True)
 
 

@@ -36,7 +36,8 @@ NOISES = noise_addresses([Noise(2**40 + row, 77 + row) if row in COUPLED else 0.
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch) -> None:
-    """Have a program take many turns, as it does with the vocabularies of real models."""
+    """Have rows cut into many parts, and a program take many turns, as with the vocabularies of real models."""
+    monkeypatch.setattr(gpu_rows, "_PART", 32)
     monkeypatch.setattr(gpu_rows, "_BLOCK", 64)
 
 
