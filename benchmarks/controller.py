@@ -274,7 +274,7 @@ def document_of(results: Mapping[str, Result], outcomes: Sequence[Outcome]) -> d
     }
 
 
-@click.command(context_settings={"show_default": True, "default_map": {"max_new_tokens": 256, "num_prompts": 2}})
+@click.command(context_settings={"show_default": True, "default_map": {"max_new_tokens": 256, "num_prompts": 6}})
 @click.option(
     "--case",
     "chosen",

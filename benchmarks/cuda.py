@@ -99,8 +99,7 @@ class Way:
     @property
     def settings(self) -> dict[str, Any]:
         """What is passed to `generate`."""
-        alone = {} if self.overlap else {"num_alternatives": 0}
-        return {"method": "speculative", "num_speculative_tokens": self.length, "overlap": self.overlap} | alone
+        return {"method": "speculative", "num_speculative_tokens": self.length, "overlap": self.overlap}
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class DraftLink:
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
                 batch_until=self._batch_until(),
                 branch=generation.branch,
-                max_alternatives=speculation.max_alternatives(generation.warping.is_greedy),
+                max_alternatives=speculation.max_alternatives(generation.warping.is_greedy, self._overlaps),
             )
         )
 
@@ -135,7 +135,7 @@ class DraftLink:
         generation = self._generation
         most = self.info.context_length - len(generation.tokens)
         limit = generation.target_info.limits.max_proposals or generation.length
-        ahead = generation.speculation.num_ahead(generation.length)
+        ahead = generation.speculation.num_ahead(generation.length, self._overlaps)
         return min(generation.length, generation.num_left, most, limit, ahead)
 
     def _take_proposals(self, response: draft_pb2.ProposeResponse) -> None:
@@ -204,6 +204,13 @@ class DraftLink:
         self._valid_from = len(self._commit_starts) + 1 if is_untold else bisect_right(self._commit_starts, position)
 
     @property
+    def _overlaps(self) -> bool:
+        assert self.info is not None
+        accelerator = self.info.accelerator
+        has_targets = accelerator != "" and accelerator == self._generation.target_info.accelerator
+        return self._generation.speculation.overlaps(has_targets)
+
+    @property
     def _min_draft_prob(self) -> float:
         """A draft that writes alone must not stop, since only a commit would make it go on."""
         speculation = self._generation.speculation
@@ -219,7 +226,9 @@ class DraftLink:
         generation = self._generation
         assert self.info is not None
         speculation = generation.speculation
-        ahead = generation.num_left if speculation.method == "draft" else speculation.num_ahead(generation.length)
+        ahead = speculation.num_ahead(generation.length, self._overlaps)
+        if speculation.method == "draft":
+            ahead = generation.num_left
         end = min(len(generation.tokens) + ahead, generation.max_length, self.info.context_length)
         return max(end, len(generation.tokens))
 

@@ -84,7 +84,7 @@ class SpeculationParams:
 
     method: Method = "speculative"
     num_speculative_tokens: int | Literal["auto"] = AUTO  # K: most proposals in a round; 0 is the method autoregressive
-    overlap: bool = True  # the draft goes on while the target verifies
+    overlap: bool | None = None  # the draft goes on while the target verifies; None: unless they share an accelerator
     window: int | None = None  # positions the draft may be ahead of the committed text; None: 2 K with overlap, else K
     max_support: int = 0  # 0: the draft service's own limit
     min_draft_prob: float = 0.0
@@ -124,23 +124,27 @@ class SpeculationParams:
     def is_coupled(self) -> bool:
         return self.coupling != "none"
 
-    def max_alternatives(self, is_greedy: bool) -> int:
+    def overlaps(self, have_one_accelerator: bool) -> bool:
+        """Return whether the draft goes on while the target verifies: on one accelerator they would take turns."""
+        return not have_one_accelerator if self.overlap is None else self.overlap
+
+    def max_alternatives(self, is_greedy: bool, overlaps: bool) -> int:
         """Return how many alternatives the draft is asked for.
 
         None without overlap, and none with block acceptance, where what is drafted next depends on the whole round.
         By default fewer where they are harder to guess and supports make their messages long.
         """
-        if self.method != "speculative" or not self.overlap or self.acceptance != "token":
+        if self.method != "speculative" or not overlaps or self.acceptance != "token":
             return 0
         if self.num_alternatives is not None:
             return self.num_alternatives
         return ALTERNATIVES if is_greedy or self.greedy_draft or self.is_coupled else ALTERNATIVES_TO_DRAWS
 
-    def num_ahead(self, num_speculative_tokens: int) -> int:
+    def num_ahead(self, num_speculative_tokens: int, overlaps: bool) -> int:
         """Return how far beyond the committed text the draft may go when rounds have so many proposals."""
         if self.window is not None:
             return self.window
-        return num_speculative_tokens * (2 if self.overlap else 1)
+        return num_speculative_tokens * (2 if overlaps else 1)
 
 
 def _is_length(value: object) -> bool:

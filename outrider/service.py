@@ -147,6 +147,7 @@ class ModelHost(Generic[WorkerT]):
             eos_token_ids=model.eos_token_ids,
             tokenizer=self.tokenizer_fingerprint,
             device=model.device,
+            accelerator=model.accelerator,
             dtype=model.dtype,
             limits=common_pb2.ServiceLimits(
                 max_sessions=options.max_sessions,

@@ -16,10 +16,10 @@ from outrider.engine.gpu import attention, entries, products
 
 HALF, SINGLE, DOUBLE = "*bf16", "*fp32", "*fp64"
 PRODUCT = {
-    **dict.fromkeys(("inputs", "weight", "bias", "residual", "outputs"), HALF),
-    **dict.fromkeys(("num_rows", "num_outputs", "input_row", "residual_row"), "i32"),
+    **dict.fromkeys(("inputs", "weight", "bias", "outputs"), HALF),
+    **dict.fromkeys(("num_rows", "num_outputs", "input_row"), "i32"),
 }
-SIZES = {"NUM_INPUTS": 4096, "BLOCK_ROWS": 16, "HAS_BIAS": True, "HAS_RESIDUAL": True}
+SIZES = {"NUM_INPUTS": 4096, "BLOCK_ROWS": 16, "HAS_BIAS": True}
 PARTS = dict.fromkeys(("parts", "vocab_sizes", "temperatures", "uniforms", "noises"), DOUBLE)
 PARTS |= {"rows": SINGLE, "row_stride": "i32", "num_parts": "i32"}
 ROOMS = {"counts": "*i32", "room_ids": "*i32", "room_numbers": SINGLE, "min_prob": "fp32"}
@@ -27,8 +27,8 @@ CANDIDATES = {"NUM_BEST": 3, "PARTS": 32, "PART": 4096, "ROOM": 8192}
 HEADS = {"HEAD_DIM": 128, "PADDED_DIM": 128, "NUM_SPLITS": 16}
 
 
-def product(activation: int, outputs: int, inputs: int, stages: int) -> tuple:
-    tiles = {"BLOCK_OUTPUTS": outputs, "BLOCK_INPUTS": inputs, "NUM_STAGES": stages}
+def product(activation: int, outputs: int, inputs: int, stages: int, parts: int = 1) -> tuple:
+    tiles = {"BLOCK_OUTPUTS": outputs, "BLOCK_INPUTS": inputs, "NUM_STAGES": stages, "PART_INPUTS": 4096 // parts}
     return products._product, PRODUCT, SIZES | tiles | {"ACTIVATION": activation}
 
 
@@ -36,10 +36,12 @@ KERNELS = {
     "wide product": product(products.GELU, 64, 64, 6),
     "gated product": product(products.GATED_SILU, 32, 128, 4),
     "small product": product(products.NO_ACTIVATION, 16, 512, 3),
+    "product in parts": product(products.NO_ACTIVATION, 16, 256, 4, parts=4),
     "norm": (
         products._norm,
-        dict.fromkeys(("inputs", "weight", "bias", "outputs"), HALF) | {"input_row": "i32", "eps": "fp32"},
-        {"SIZE": 1600, "BLOCK": 2048, "IS_CENTRED": True},
+        dict.fromkeys(("inputs", "weight", "bias", "sums", "outputs"), HALF)
+        | {"parts": SINGLE, "num_rows": "i32", "input_row": "i32", "eps": "fp32"},
+        {"NUM_PARTS": 4, "SIZE": 1600, "BLOCK": 2048, "IS_CENTRED": True},
     ),
     "entries": (
         entries._store,
@@ -81,7 +83,8 @@ KERNELS = {
         {"PARTS": 32, "BLOCK": 8192, "BLOCK_IDS": 256},
     ),
 }
-NUM_WARPS = {"entries": 1, "attention": 4, "parts of attention": 1, "drafts": 16, "target rows": 16}  # others 8
+NUM_WARPS = dict.fromkeys(("wide product", "gated product", "small product", "product in parts"), 4)
+NUM_WARPS |= {"entries": 1, "attention": 4, "parts of attention": 1, "drafts": 16, "target rows": 16}  # others 8
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a program can have, CUDA C Programming Guide, table 24
 
 

@@ -49,7 +49,7 @@ class Settings:
     warm_up: int = 1  # rounds over the grid that are not counted
     seed: int = 0
     ignore_eos: bool = True  # all texts of one length, so that rates compare
-    overlap: bool = True
+    overlap: bool | None = None
     window: int | None = None
     num_alternatives: int | None = None
     acceptance: Acceptance = "token"

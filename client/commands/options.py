@@ -76,7 +76,7 @@ class Length(click.ParamType):
 
 
 ahead_options = add_options(
-    click.option("--overlap/--no-overlap", default=True, help="Let the draft go on while the target verifies."),
+    click.option("--overlap/--no-overlap", default=None, help="Let the draft go on while the target verifies; by default unless both share an accelerator, on which they would take turns."),
     click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text; 2 K with overlap, else K."),
     click.option("--num-alternatives", type=click.IntRange(0), help="Other ends of a round that the draft prepares for meanwhile; 4, or 2 where tokens are drawn without a coupling."),
 )  # fmt: skip

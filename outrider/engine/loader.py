@@ -83,6 +83,7 @@ class LoadedModel:
     context_length: int
     eos_token_ids: tuple[int, ...]
     device: str
+    accelerator: str  # identifies it anywhere; empty for a CPU
     dtype: str
 
 
@@ -105,6 +106,7 @@ def load(options: ModelOptions) -> LoadedModel:
         "context_length": config.max_position_embeddings,
         "eos_token_ids": _eos_token_ids(model),
         "device": str(forward_pass.device),
+        "accelerator": _accelerator_id(forward_pass.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     compiled = None
@@ -159,6 +161,10 @@ class _Source:
     def arguments(self, options: ModelOptions) -> dict:
         arguments = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+
+def _accelerator_id(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def _device(name: str) -> torch.device:

@@ -108,14 +108,13 @@ class TestProducts:
     @pytest.mark.parametrize("num_rows", [1, 20, MOST_ROWS + 1])
     @pytest.mark.parametrize(("num_inputs", "num_outputs"), [(64, 48), (90, 70)])
     @pytest.mark.parametrize("activation", [NO_ACTIVATION, GELU, RELU, GATED_SILU])
-    @pytest.mark.parametrize("has_more", [False, True], ids=["bare", "bias_and_residual"])
-    def test_one_kernel_does_what_torch_does(self, num_rows, num_inputs, num_outputs, activation, has_more):
+    @pytest.mark.parametrize("has_bias", [False, True], ids=["bare", "bias"])
+    def test_one_kernel_does_what_torch_does(self, num_rows, num_inputs, num_outputs, activation, has_bias):
         torch.manual_seed(0)
         weight = torch.randn(num_outputs * (2 if activation == GATED_SILU else 1), num_inputs) / num_inputs**0.5
-        bias = torch.randn(num_outputs) if has_more and activation != GATED_SILU else None
+        bias = torch.randn(num_outputs) if has_bias and activation != GATED_SILU else None
         product = GpuProduct(weight, bias, activation)
         inputs = torch.randn(num_rows, num_inputs)
-        residual = torch.randn(num_rows, num_outputs) if has_more else None
         expected = F.linear(inputs, weight, bias)
         if activation == GATED_SILU:
             gates, others = expected.chunk(2, dim=-1)
@@ -123,10 +122,21 @@ class TestProducts:
         else:
             functions = {NO_ACTIVATION: lambda it: it, GELU: lambda it: F.gelu(it, approximate="tanh"), RELU: F.relu}
             expected = functions[activation](expected)
-        expected = expected if residual is None else expected + residual
-        for tiles in (None, Tiles(16, 32, 2)):
-            assert (product.in_one_kernel(inputs, residual, tiles) - expected).abs().max() < TOLERANCE
-        assert (product(inputs, residual) - expected).abs().max() < TOLERANCE
+        for tiles in (Tiles(16, 32, 2), Tiles(32, 64, 3, warps=8)):
+            assert (product.in_one_kernel(inputs, tiles)[0] - expected).abs().max() < TOLERANCE
+        assert (product(inputs) - expected).abs().max() < TOLERANCE
+
+    @pytest.mark.parametrize("num_rows", [1, 20, MOST_ROWS + 1])
+    @pytest.mark.parametrize("num_parts", [None, 1, 2, 3, 7])
+    def test_parts_add_up_to_the_product(self, monkeypatch, num_rows, num_parts):
+        """Of 90 inputs in blocks of 16; of seven parts the last has nothing to add."""
+        torch.manual_seed(0)
+        weight, bias, inputs = torch.randn(70, 90) / 90**0.5, torch.randn(70), torch.randn(num_rows, 90)
+        if num_parts:
+            monkeypatch.setattr(Tiles, "of", lambda *arguments: Tiles(16, 32, 2, num_parts))
+        parts = GpuProduct(weight, bias, in_parts=True).parts(inputs)
+        assert len(parts) == (1 if num_rows > MOST_ROWS else num_parts or len(parts))
+        assert (parts.sum(0) - F.linear(inputs, weight, bias)).abs().max() < TOLERANCE
 
     def test_rows_of_a_larger_tensor_are_read_where_they_are(self):
         weight, wide = torch.randn(40, 64), torch.randn(6, 100)
@@ -151,8 +161,20 @@ class TestProducts:
             expected = F.layer_norm(inputs, (size,), weight, bias, 1e-5)
         else:
             expected = F.rms_norm(inputs, (size,), weight, 1e-5)
-        actual = GpuNorm(weight, 1e-5, bias if is_centred else None)(inputs)
+        norm = GpuNorm(weight, 1e-5, bias if is_centred else None)
+        assert (norm(inputs) - expected).abs().max() < TOLERANCE
+        parts = torch.randn(3, 5, size)
+        sums, actual = norm.of_sum(inputs - parts.sum(0), parts)
+        assert (sums - inputs).abs().max() < TOLERANCE
         assert (actual - expected).abs().max() < TOLERANCE
+
+    def test_a_norm_is_of_the_sum_as_it_is_kept(self):
+        """In half precision: the next layer must see the numbers that were normed."""
+        inputs, parts = torch.randn(4, 64).half(), torch.randn(2, 4, 64)
+        norm = GpuNorm(torch.ones(64).half(), 1e-5)
+        sums, actual = norm.of_sum(inputs, parts)
+        assert torch.equal(sums, (inputs.float() + parts[0] + parts[1]).half())
+        assert torch.equal(actual, norm(sums))
 
 
 @pytest.mark.parametrize("has_angles", [True, False], ids=["rotary", "learned_positions"])

@@ -281,6 +281,20 @@ class TestDraftMessages:
     def test_the_window_ends_where_proposals_are_of_no_more_use(self, settings, window):
         assert make_generation(**settings).draft.open().open.window == window
 
+    @pytest.mark.parametrize(
+        ("ours", "theirs", "window"),
+        [("GPU-1", "GPU-1", T + 4), ("GPU-1", "GPU-2", T + 8), ("", "", T + 8), ("GPU-1", "", T + 8)],
+        ids=["one GPU", "two GPUs", "CPUs", "a GPU and a CPU"],
+    )
+    def test_a_draft_on_the_targets_accelerator_waits_while_it_verifies(self, ours, theirs, window):
+        generation = make_generation(
+            target_info=common_pb2.ModelInfo(vocab_size=100, context_length=50, accelerator=ours),
+            draft_info=common_pb2.ModelInfo(vocab_size=100, context_length=50, accelerator=theirs),
+            num_speculative_tokens=4,
+        )
+        opening = generation.draft.open().open
+        assert (opening.window, opening.max_alternatives > 0) == (window, window == T + 8)
+
     def test_a_commit_carries_what_is_new_and_moves_the_window(self):
         generation = make_generation(num_speculative_tokens=2)
         propose(generation, 5, 6, 7)

@@ -82,17 +82,19 @@ def test_without_a_seed_each_generation_gets_its_own():
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_ahead"),
-    [
-        ({}, 10),
-        ({"overlap": False}, 5),
-        ({"window": 3}, 3),
-        ({"window": 7, "overlap": False}, 7),
-    ],
+    ("settings", "overlaps", "num_ahead"),
+    [({}, True, 10), ({}, False, 5), ({"window": 3}, True, 3), ({"window": 7}, False, 7)],
     ids=["overlap", "no_overlap", "window", "window_wins"],
 )
-def test_how_far_ahead_the_draft_may_go(settings, num_ahead):
-    assert SpeculationParams(**settings).num_ahead(5) == num_ahead
+def test_how_far_ahead_the_draft_may_go(settings, overlaps, num_ahead):
+    assert SpeculationParams(**settings).num_ahead(5, overlaps) == num_ahead
+
+
+@pytest.mark.parametrize(("overlap", "have_one", "overlaps"), [
+    (None, False, True), (None, True, False), (True, True, True), (False, False, False),
+])  # fmt: skip
+def test_a_draft_goes_on_meanwhile_unless_it_would_hold_up_the_target(overlap, have_one, overlaps):
+    assert SpeculationParams(overlap=overlap).overlaps(have_one) is overlaps
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_all_lengths_are_timed_in_turn():
     turn = (
         ("autoregressive", {}),
         ("speculative", {"num_speculative_tokens": 4, "overlap": True}),
-        ("speculative", {"num_speculative_tokens": "auto", "overlap": False, "num_alternatives": 0}),
+        ("speculative", {"num_speculative_tokens": "auto", "overlap": False}),
     )
     assert calls == [(*call, seed) for seed in range(3) for call in turn]
     for speed, way in zip(speeds, ways, strict=True):

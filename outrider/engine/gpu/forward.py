@@ -36,10 +36,10 @@ _ACTIVATIONS = {"gelu_new": GELU, "gelu_pytorch_tanh": GELU, "relu": RELU}
 class _Layer:
     attention_norm: GpuNorm
     query_key_value: GpuProduct  # E -> (Hq + 2 H) D
-    output: GpuProduct  # Hq D -> E
+    output: GpuProduct  # Hq D -> E, in parts
     feed_forward_norm: GpuNorm
     up: GpuProduct  # E -> F
-    down: GpuProduct  # F -> E
+    down: GpuProduct  # F -> E, in parts
     scaling: float
     sliding_window: int | None = None
 
@@ -75,15 +75,17 @@ class GpuForward:
         """See ForwardPass; `packed` must be a PagedBatch."""
         assert isinstance(packed, PagedBatch)
         hidden = self._embed(token_ids, positions)
-        for index, layer in enumerate(self._layers):
-            projected = layer.query_key_value(layer.attention_norm(hidden)).view(len(hidden), -1, self._head_dim)
+        normed = self._layers[0].attention_norm(hidden)
+        next_norms = [*(layer.attention_norm for layer in self._layers[1:]), self._norm]
+        for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
+            projected = layer.query_key_value(normed).view(len(hidden), -1, self._head_dim)
             keys, values = packed.layers[index]
             store_entries(projected, keys, values, packed.slots, positions, self._angles)
             query = projected[:, : self._num_query_heads]
             mixed = packed.mix(index, query, layer.scaling, layer.sliding_window)
-            hidden = layer.output(mixed.view(len(hidden), -1), hidden)
-            hidden = layer.down(layer.up(layer.feed_forward_norm(hidden)), hidden)
-        return self._head(self._norm(hidden if len(rows) == len(hidden) else hidden[rows]))
+            hidden, normed = layer.feed_forward_norm.of_sum(hidden, layer.output.parts(mixed.view(len(hidden), -1)))
+            hidden, normed = next_norm.of_sum(hidden, layer.down.parts(layer.up(normed)))
+        return self._head(normed if len(rows) == len(normed) else normed[rows])
 
 
 _Parts = tuple[list[_Layer], GpuNorm, Callable, Angles | None]  # layers, last norm, embedding, rotary embedding
@@ -106,10 +108,10 @@ def _read_llama(model: Any) -> _Parts:
         return _Layer(
             attention_norm=norm(layer.input_layernorm),
             query_key_value=_joined((attention.q_proj, attention.k_proj, attention.v_proj)),
-            output=_joined((attention.o_proj,)),
+            output=_joined((attention.o_proj,), in_parts=True),
             feed_forward_norm=norm(layer.post_attention_layernorm),
             up=_joined((mlp.gate_proj, mlp.up_proj), GATED_SILU),
-            down=_joined((mlp.down_proj,)),
+            down=_joined((mlp.down_proj,), in_parts=True),
             scaling=attention.scaling,
             sliding_window=sliding_window(attention, config),
         )
@@ -134,10 +136,10 @@ def _read_gpt2(model: Any) -> _Parts:
         return _Layer(
             attention_norm=_layer_norm(layer.ln_1),
             query_key_value=_transposed(layer.attn.c_attn),
-            output=_transposed(layer.attn.c_proj),
+            output=_transposed(layer.attn.c_proj, in_parts=True),
             feed_forward_norm=_layer_norm(layer.ln_2),
             up=_transposed(layer.mlp.c_fc, activation),
-            down=_transposed(layer.mlp.c_proj),
+            down=_transposed(layer.mlp.c_proj, in_parts=True),
             scaling=layer.attn.scaling,
         )
 
@@ -155,10 +157,10 @@ def _read_opt(model: Any) -> _Parts:
         return _Layer(
             attention_norm=_layer_norm(layer.self_attn_layer_norm),
             query_key_value=_joined(parts),
-            output=_joined((attention.out_proj,)),
+            output=_joined((attention.out_proj,), in_parts=True),
             feed_forward_norm=_layer_norm(layer.final_layer_norm),
             up=_joined((layer.fc1,), activation),
-            down=_joined((layer.fc2,)),
+            down=_joined((layer.fc2,), in_parts=True),
             scaling=attention.scaling,
         )
 
@@ -197,11 +199,11 @@ def _layer_norm(module: Any) -> GpuNorm:
     return GpuNorm(module.weight.detach(), module.eps, module.bias.detach())
 
 
-def _joined(modules: tuple[Any, ...], activation: int = NO_ACTIVATION) -> GpuProduct:
+def _joined(modules: tuple[Any, ...], activation: int = NO_ACTIVATION, in_parts: bool = False) -> GpuProduct:
     """Return one product for some `nn.Linear` modules, which get views of the joint weight."""
     weight = _join([module.weight for module in modules])
     bias = None if modules[0].bias is None else _join([module.bias for module in modules])
-    return GpuProduct(weight, bias, activation)
+    return GpuProduct(weight, bias, activation, in_parts=in_parts)
 
 
 def _join(parts: list[nn.Parameter]) -> torch.Tensor:
@@ -213,8 +215,8 @@ def _join(parts: list[nn.Parameter]) -> torch.Tensor:
     return joined
 
 
-def _transposed(module: Any, activation: int = NO_ACTIVATION) -> GpuProduct:
+def _transposed(module: Any, activation: int = NO_ACTIVATION, in_parts: bool = False) -> GpuProduct:
     """Return the product of a `Conv1D` module, whose weight lies the other way round; it gets a view of the new one."""
     weight = module.weight.detach().T.contiguous()
     module.weight.data = weight.T
-    return GpuProduct(weight, module.bias.detach(), activation)
+    return GpuProduct(weight, module.bias.detach(), activation, in_parts=in_parts)

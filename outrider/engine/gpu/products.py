@@ -27,13 +27,17 @@ _GELU_SLOPE, _GELU_CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.04471
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _product(
-    inputs, weight, bias, residual, outputs, num_rows, num_outputs, input_row, residual_row,
-    NUM_INPUTS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    inputs, weight, bias, outputs, num_rows, num_outputs, input_row,
+    NUM_INPUTS: tl.constexpr, PART_INPUTS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_INPUTS: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUTPUTS outputs of all rows. With GATED_SILU the weight holds the gates' rows, then as many others."""
+    """BLOCK_OUTPUTS outputs of all rows, or one part of their sums: that of PART_INPUTS inputs.
+
+    With GATED_SILU the weight holds the gates' rows, then as many others.
+    """
+    part = tl.program_id(1)
     rows = tl.arange(0, BLOCK_ROWS)
-    places = tl.arange(0, BLOCK_INPUTS)
+    places = part * PART_INPUTS + tl.arange(0, BLOCK_INPUTS)
     outs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     is_row, is_out = rows < num_rows, outs < num_outputs
     from_outs = weight + tl.where(is_out, outs, 0).to(tl.int64) * NUM_INPUTS
@@ -41,33 +45,32 @@ def _product(
     from_rows = inputs + rows[:, None] * input_row
     sums = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
     others = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
-    for start in tl.range(0, NUM_INPUTS, BLOCK_INPUTS, num_stages=NUM_STAGES):
+    for start in tl.range(0, PART_INPUTS, BLOCK_INPUTS, num_stages=NUM_STAGES):
         is_place = start + places < NUM_INPUTS
         x = tl.load(from_rows + start + places[None, :], mask=is_row[:, None] & is_place[None, :], other=0.0)
-        part = tl.load(
+        w = tl.load(
             from_outs[None, :] + start + places[:, None], mask=is_place[:, None], other=0.0,
             eviction_policy="evict_first",
         )  # fmt: skip
-        sums = tl.dot(x, part, sums, input_precision="ieee")
+        sums = tl.dot(x, w, sums, input_precision="ieee")
         if ACTIVATION == 3:
-            part = tl.load(
+            w = tl.load(
                 from_others[None, :] + start + places[:, None], mask=is_place[:, None], other=0.0,
                 eviction_policy="evict_first",
             )  # fmt: skip
-            others = tl.dot(x, part, others, input_precision="ieee")
+            others = tl.dot(x, w, others, input_precision="ieee")
     if HAS_BIAS:
-        sums += tl.load(bias + outs, mask=is_out, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias + outs, mask=is_out & (part == 0), other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == 1:
         sums = sums / (1.0 + tl.exp((sums + sums * sums * sums * _GELU_CUBE) * -_GELU_SLOPE))
     elif ACTIVATION == 2:
         sums = tl.maximum(sums, 0.0)
     elif ACTIVATION == 3:
         sums = sums / (1.0 + tl.exp(-sums)) * others
-    is_stored = is_row[:, None] & is_out[None, :]
-    if HAS_RESIDUAL:
-        added = tl.load(residual + rows[:, None] * residual_row + outs[None, :], mask=is_stored, other=0.0)
-        sums += added.to(tl.float32)
-    tl.store(outputs + rows[:, None] * num_outputs + outs[None, :], sums.to(outputs.dtype.element_ty), mask=is_stored)
+    tl.store(
+        outputs + (part * num_rows + rows[:, None]) * num_outputs + outs[None, :], sums.to(outputs.dtype.element_ty),
+        mask=is_row[:, None] & is_out[None, :],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,14 @@ class Tiles:
     outputs: int
     inputs: int
     stages: int
+    parts: int = 1  # of a sum
+    warps: int = 4
 
     @classmethod
-    def of(cls, num_outputs: int, num_inputs: int, activation: int) -> Tiles:
+    def of(cls, num_outputs: int, num_inputs: int, activation: int, in_parts: bool) -> Tiles:
         """Return the fastest that was found on an H200 (docs/performance.md)."""
+        if in_parts:
+            return cls(16, 256, 4, parts=4)
         if activation == GATED_SILU:
             return cls(32, 128, 4)
         if num_outputs < 2048:
@@ -91,7 +98,7 @@ class Tiles:
 
 
 class GpuProduct:
-    """f(x · Wᵀ + b) + r."""
+    """f(x · Wᵀ + b)."""
 
     def __init__(
         self,
@@ -99,40 +106,52 @@ class GpuProduct:
         bias: torch.Tensor | None = None,
         activation: int = NO_ACTIVATION,
         output_dtype: torch.dtype | None = None,
+        in_parts: bool = False,
     ):
-        """`weight` is `[O, I]`, contiguous; with GATED_SILU `[2 O, I]`, the gates' rows first."""
+        """Prepare it.
+
+        Args:
+            weight: `[O, I]`, contiguous; with GATED_SILU `[2 O, I]`, the gates' rows first.
+            in_parts: it is asked for `parts`, without an activation.
+        """
         assert weight.is_contiguous()
+        assert not (in_parts and activation)
         self._weight, self._bias, self._activation = weight, bias, activation
         self._num_outputs = len(weight) // (2 if activation == GATED_SILU else 1)
         self._output_dtype = output_dtype or weight.dtype
-        tiles = Tiles.of(self._num_outputs, weight.shape[1], activation)
+        tiles = Tiles.of(self._num_outputs, weight.shape[1], activation, in_parts)
         self._tiles = replace(tiles, inputs=tiles.inputs * 2 // weight.itemsize)  # as many bytes of wider weights
 
-    def __call__(self, inputs: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `[T, O]` for `inputs` `[T, I]` and `residual` `[T, O]`."""
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return `[T, O]` for `inputs` `[T, I]`."""
         if not len(inputs):
             return inputs.new_empty(0, self._num_outputs, dtype=self._output_dtype)
         if len(inputs) <= MOST_ROWS:
-            return self.in_one_kernel(inputs, residual)
-        return self.by_torch(inputs, residual)
+            return self.in_one_kernel(inputs, self._tiles)[0]
+        return self.by_torch(inputs)
 
-    def in_one_kernel(
-        self, inputs: torch.Tensor, residual: torch.Tensor | None = None, tiles: Tiles | None = None
-    ) -> torch.Tensor:
-        """See __call__; `tiles` replace those that are usual."""
-        tiles = tiles or self._tiles
-        outputs = inputs.new_empty(len(inputs), self._num_outputs, dtype=self._output_dtype)
-        unused = self._weight
-        _product[(triton.cdiv(self._num_outputs, tiles.outputs),)](
-            inputs, self._weight, _or(self._bias, unused), _or(residual, unused), outputs, len(inputs),
-            self._num_outputs, inputs.stride(0), 0 if residual is None else residual.stride(0),
-            NUM_INPUTS=self._weight.shape[1], ACTIVATION=self._activation, HAS_BIAS=self._bias is not None,
-            HAS_RESIDUAL=residual is not None, BLOCK_ROWS=max(16, triton.next_power_of_2(len(inputs))),
-            BLOCK_OUTPUTS=tiles.outputs, BLOCK_INPUTS=tiles.inputs, NUM_STAGES=tiles.stages,
+    def parts(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return `[S, T, O]`, which are the product when they are added up, as GpuNorm does.
+
+        Of few outputs, programs that read whole rows of W are too few to keep the memory busy.
+        """
+        return self.in_one_kernel(inputs, self._tiles) if len(inputs) <= MOST_ROWS else self.by_torch(inputs)[None]
+
+    def in_one_kernel(self, inputs: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+        """Return `[tiles.parts, T, O]`, float32 where there are several parts."""
+        num_rows, num_inputs = len(inputs), self._weight.shape[1]
+        dtype = self._output_dtype if tiles.parts == 1 else torch.float32
+        outputs = inputs.new_empty(tiles.parts, num_rows, self._num_outputs, dtype=dtype)
+        part_inputs = triton.cdiv(triton.cdiv(num_inputs, tiles.parts), tiles.inputs) * tiles.inputs
+        _product[(triton.cdiv(self._num_outputs, tiles.outputs), tiles.parts)](
+            inputs, self._weight, _or(self._bias, self._weight), outputs, num_rows, self._num_outputs, inputs.stride(0),
+            NUM_INPUTS=num_inputs, PART_INPUTS=part_inputs, ACTIVATION=self._activation,
+            HAS_BIAS=self._bias is not None, BLOCK_ROWS=max(16, triton.next_power_of_2(num_rows)),
+            BLOCK_OUTPUTS=tiles.outputs, BLOCK_INPUTS=tiles.inputs, NUM_STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
         return outputs
 
-    def by_torch(self, inputs: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def by_torch(self, inputs: torch.Tensor) -> torch.Tensor:
         """See __call__."""
         outputs = F.linear(inputs, self._weight, self._bias)
         if self._activation == GELU:
@@ -142,21 +161,27 @@ class GpuProduct:
         elif self._activation == GATED_SILU:
             gates, others = outputs.chunk(2, dim=-1)
             outputs = F.silu(gates).mul_(others)
-        return (outputs if residual is None else outputs.add_(residual)).to(self._output_dtype)
+        return outputs.to(self._output_dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm(
-    inputs, weight, bias, outputs, input_row, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_CENTRED: tl.constexpr,
+    inputs, parts, weight, bias, sums, outputs, num_rows, input_row, eps,
+    NUM_PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """One row: RMS norm, or layer norm where IS_CENTRED."""
+    """One row: add the parts to it, if there are any, and take its RMS norm, or layer norm where IS_CENTRED."""
     row, places = tl.program_id(0), tl.arange(0, BLOCK)
     is_place = places < SIZE
     scale = tl.load(weight + places, mask=is_place, other=0.0).to(tl.float32)
     if IS_CENTRED:
         shift = tl.load(bias + places, mask=is_place, other=0.0).to(tl.float32)
     x = tl.load(inputs + row * input_row + places, mask=is_place, other=0.0).to(tl.float32)
+    for part in tl.static_range(NUM_PARTS):
+        x += tl.load(parts + (part * num_rows + row) * SIZE + places, mask=is_place, other=0.0).to(tl.float32)
+    if NUM_PARTS:
+        rounded = x.to(sums.dtype.element_ty)
+        tl.store(sums + row * SIZE + places, rounded, mask=is_place)
+        x = rounded.to(tl.float32)
     if IS_CENTRED:
         x = tl.where(is_place, x - tl.sum(x, 0) / SIZE, 0.0)
     x = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * scale
@@ -175,13 +200,21 @@ class GpuNorm:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return `[T, E]` for `inputs` `[T, E]`."""
+        return self._run(inputs, None)[1]
+
+    def of_sum(self, inputs: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of `inputs` `[T, E]` and all `parts` `[S, T, E]`, and the norm of that."""
+        return self._run(inputs, parts)
+
+    def _run(self, inputs: torch.Tensor, parts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         outputs, size = torch.empty_like(inputs), len(self.weight)
+        sums = inputs if parts is None else torch.empty_like(inputs)
         _norm[(len(inputs),)](
-            inputs, self.weight, _or(self.bias, self.weight), outputs, inputs.stride(0), self.eps,
-            SIZE=size, BLOCK=triton.next_power_of_2(size), IS_CENTRED=self.bias is not None,
-            num_warps=8 if size > 1024 else 4,
+            inputs, _or(parts, inputs), self.weight, _or(self.bias, self.weight), sums, outputs, len(inputs),
+            inputs.stride(0), self.eps, NUM_PARTS=0 if parts is None else len(parts), SIZE=size,
+            BLOCK=triton.next_power_of_2(size), IS_CENTRED=self.bias is not None, num_warps=8 if size > 1024 else 4,
         )  # fmt: skip
-        return outputs
+        return sums, outputs
 
 
 def _or(tensor: Any, other: torch.Tensor) -> torch.Tensor:
