@@ -19,7 +19,7 @@ PRODUCT = {
     **dict.fromkeys(("inputs", "weight", "bias", "outputs"), HALF),
     **dict.fromkeys(("num_rows", "num_outputs", "input_row"), "i32"),
 }
-SIZES = {"NUM_INPUTS": 4096, "BLOCK_ROWS": 16, "HAS_BIAS": True}
+SIZES = {"NUM_INPUTS": 4096, "HAS_BIAS": True}
 PARTS = dict.fromkeys(("parts", "vocab_sizes", "temperatures", "uniforms", "noises"), DOUBLE)
 PARTS |= {"rows": SINGLE, "row_stride": "i32", "num_parts": "i32"}
 ROOMS = {"counts": "*i32", "room_ids": "*i32", "room_numbers": SINGLE, "min_prob": "fp32"}
@@ -27,16 +27,18 @@ CANDIDATES = {"NUM_BEST": 3, "PARTS": 32, "PART": 4096, "ROOM": 8192}
 HEADS = {"HEAD_DIM": 128, "PADDED_DIM": 128, "NUM_SPLITS": 16}
 
 
-def product(activation: int, outputs: int, inputs: int, stages: int, parts: int = 1) -> tuple:
+def product(activation: int, outputs: int, inputs: int, stages: int, parts: int = 1, rows: int = 16) -> tuple:
     tiles = {"BLOCK_OUTPUTS": outputs, "BLOCK_INPUTS": inputs, "NUM_STAGES": stages, "PART_INPUTS": 4096 // parts}
-    return products._product, PRODUCT, SIZES | tiles | {"ACTIVATION": activation}
+    return products._product, PRODUCT, SIZES | tiles | {"ACTIVATION": activation, "BLOCK_ROWS": rows}
 
 
 KERNELS = {
     "wide product": product(products.GELU, 64, 64, 6),
-    "gated product": product(products.GATED_SILU, 32, 128, 4),
-    "small product": product(products.NO_ACTIVATION, 16, 512, 3),
-    "product in parts": product(products.NO_ACTIVATION, 16, 256, 4, parts=4),
+    "gated product": product(products.GATED_SILU, 32, 256, 3),
+    "gated product of more rows": product(products.GATED_SILU, 32, 256, 3, rows=products.MOST_ROWS),
+    "gated product with less memory": product(products.GATED_SILU, 32, 128, 4, rows=products.MOST_ROWS),
+    "narrow product": product(products.NO_ACTIVATION, 32, 128, 6),
+    "product in parts": product(products.NO_ACTIVATION, 32, 128, 6, parts=2),
     "norm": (
         products._norm,
         dict.fromkeys(("inputs", "weight", "bias", "sums", "outputs"), HALF)
@@ -83,9 +85,10 @@ KERNELS = {
         {"PARTS": 32, "BLOCK": 8192, "BLOCK_IDS": 256},
     ),
 }
-NUM_WARPS = dict.fromkeys(("wide product", "gated product", "small product", "product in parts"), 4)
+NUM_WARPS = dict.fromkeys((name for name in KERNELS if "product" in name), 4)
 NUM_WARPS |= {"entries": 1, "attention": 4, "parts of attention": 1, "drafts": 16, "target rows": 16}  # others 8
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a program can have, CUDA C Programming Guide, table 24
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # that a program can have, CUDA C Programming Guide
+MUCH_MEMORY = ("gated product", "gated product of more rows")  # not for the small ones
 
 
 def main(capability: int) -> None:
@@ -97,6 +100,8 @@ def main(capability: int) -> None:
             signature={argument: types.get(argument, "constexpr") for argument in names},
             constexprs={(names.index(argument),): value for argument, value in constants.items()},
         )
+        if name in MUCH_MEMORY and SHARED_BYTES[capability] < products._MUCH_SHARED_MEMORY:
+            continue
         options = {"num_warps": NUM_WARPS.get(name, 8)}
         code = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert code.asm["cubin"]
