@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import torch
 
-from draft_service.session import Commit, DraftOptions, Path, Session
+from draft_service.session import Commit, Drafted, DraftOptions, Path, Session
 from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.runner import MOST_DRAWS
 from outrider.engine.thread import ModelThread
-from outrider.errors import InternalError, InvalidArgumentError, ServiceError
+from outrider.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.probs import MOST_SUPPORT, Draft, PlainSampling, draft_tokens
 from outrider.warping import Warping
 
@@ -41,17 +41,23 @@ class Drafter:
         self._arrivals = itertools.count()
 
     def warm_up(self, vocab_size: int) -> None:
-        """Draft greedily and not, several tokens in one go and one by one; the thread must not run yet."""
+        """Draft greedily and not, several tokens in one go and one by one; the thread must not run yet.
+
+        Raises:
+            ServiceError: a draft failed, as others would.
+        """
+        answers: list[Drafted | ServiceError] = []
         self._engine.prepare_drafting()
         for temperature, min_draft_prob in ((0.0, 0.0), (1.0, 0.0), (1.0, 1e-9)):
             options = DraftOptions(Warping(temperature), 0, vocab_size, MOST_SUPPORT, min_draft_prob)
             window = min(WARM_UP_WINDOW, self._context_length)
-            session = Session(options, lambda _: None, next(self._arrivals), window)
+            session = Session(options, answers.append, next(self._arrivals), window)
             session.begin([0])
             self._begin(session)
             while self._step():
                 pass
             self._end(session)
+        raise_errors_in(answers)
 
     def open(self, options: DraftOptions, token_ids: Sequence[int], window: int, batch_until: int, emit) -> Session:
         """Return a new session, which drafts at once.

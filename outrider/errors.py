@@ -11,6 +11,10 @@
 They know nothing of gRPC; `outrider.server` maps each to its status code.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class ServiceError(Exception):
     """Base of the errors whose message may be shown to the caller."""
@@ -42,3 +46,10 @@ class UnavailableError(ServiceError):
 
 class InternalError(ServiceError):
     """The model failed on this request alone."""
+
+
+def raise_errors_in(answers: Iterable[object]) -> None:
+    """Raise the first ServiceError among some answers, if there is one."""
+    for answer in answers:
+        if isinstance(answer, ServiceError):
+            raise answer

@@ -37,9 +37,11 @@ log = logging.getLogger(__name__)
 def can_run(device: torch.device) -> bool:
     """Return whether the device runs these kernels: tried once. It may lack the compiler that Triton needs."""
     size, one = torch.full((1,), _BLOCK, dtype=torch.float64, device=device), torch.ones(1, 4, device=device).double()
-    rows = torch.zeros(1, _BLOCK, device=device)  # of a usual size, for which the kernel is compiled anyway
+    rows = torch.zeros(1, _BLOCK, device=device)  # of a usual size, for which the kernels are compiled anyway
+    options = RowOptions(one[:, 0], 0 * one[:, 0], 0 * one)
     try:
-        draft_table(rows, size, RowOptions(one[:, 0], 0 * one[:, 0], 0 * one), size, 2e-4, 1024, 2)[1].tolist()
+        draft_table(rows, size, options, size, 2e-4, 1024, 2)[1].tolist()
+        target_table(rows, one[0], 4 * one[:, 0], options).tolist()
     except Exception as error:
         log.warning("rows are read by torch's operations: Triton does not run (%s: %s)", type(error).__name__, error)
         return False

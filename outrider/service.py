@@ -18,7 +18,7 @@ from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.paged_choice import CacheOptions
 from outrider.engine.thread import ModelThread
-from outrider.errors import ResourceExhaustedError, UnavailableError
+from outrider.errors import ResourceExhaustedError, ServiceError, UnavailableError
 from outrider.options import ServiceOptions
 from outrider.server import Server, run_until_signal
 from outrider.v1 import common_pb2
@@ -34,7 +34,11 @@ class Worker(Protocol):
     thread: ModelThread
 
     def warm_up(self, vocab_size: int) -> None:
-        """Do a little of everything before the thread starts: no session shall pay for what is set up on first use."""
+        """Do a little of everything before the thread starts: no session shall pay for what is set up on first use.
+
+        Raises:
+            ServiceError: something of it failed.
+        """
 
 
 WorkerT = TypeVar("WorkerT", bound=Worker)
@@ -76,7 +80,10 @@ class ModelHost(Generic[WorkerT]):
         self._context_length = min(model.context_length, self._max_cached_tokens)
         self._engine = Engine(model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
         worker = self._make_worker(self._engine, self._context_length)
-        worker.warm_up(model.vocab_size)
+        try:
+            worker.warm_up(model.vocab_size)
+        except ServiceError as error:
+            raise ModelRefusedError(f"{options.model} was loaded, but does not run here: {error}") from error
         self._engine.stats = EngineStats()
         gc.collect()
         gc.freeze()  # what torch and transformers keep would take each full collection 0.1 s

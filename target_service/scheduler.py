@@ -20,7 +20,7 @@ import numpy as np
 from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.thread import ModelThread
-from outrider.errors import InternalError, InvalidArgumentError, ServiceError
+from outrider.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.probs import Reading, TargetRows, begin_reading
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.warping import Warping
@@ -97,16 +97,22 @@ class Scheduler:
         self._arrivals = itertools.count()
 
     def warm_up(self, vocab_size: int) -> None:
-        """Answer rounds with and without proposals; the thread must not run yet."""
+        """Answer rounds with and without proposals; the thread must not run yet.
+
+        Raises:
+            ServiceError: a round failed, as others would.
+        """
+        answers: list[Verdict | ServiceError] = []
         for num_proposals in (0, 2) if self._context_length > 2 else (0,):
             session = Session(Warping(), AddressedUniforms(0, Purpose.OUTSIDE))
             session.sequence.tokens.extend([0])
             self._begin(session)
             proposals, supports = [0] * num_proposals, [np.arange(min(2, vocab_size))] * num_proposals
-            self._enqueue(session, Round(Span(0, [0], 0), proposals, supports), time.monotonic(), lambda _: None)
+            self._enqueue(session, Round(Span(0, [0], 0), proposals, supports), time.monotonic(), answers.append)
             while self._step():
                 pass
             self._end(session)
+        raise_errors_in(answers)
 
     def open(self, warping: Warping, seed: int, committed: Span, is_coupled: bool = False) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.

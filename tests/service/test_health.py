@@ -10,7 +10,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import outrider.service
+from draft_service import drafter
 from outrider.engine.loader import ModelRefusedError
+from target_service import scheduler
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import open_proposals, open_verification, round_of, span
 
@@ -103,6 +105,23 @@ def test_a_port_that_is_taken_is_refused_to_a_second_server(services, models):
 def test_a_model_that_is_refused_ends_its_server(services, tmp_path):
     server = services.listen(TARGET, str(tmp_path))
     with pytest.raises(ModelRefusedError):
+        server.load()
+    with pytest.raises(grpc.RpcError):
+        server.model_info()
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "reader"),
+    [(TARGET, scheduler, "begin_reading"), (DRAFT, drafter, "draft_tokens")],
+    ids=["target", "draft"],
+)
+def test_a_model_that_loads_and_cannot_serve_ends_its_server(services, models, monkeypatch, kind, module, reader):
+    def fails(*arguments):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(module, reader, fails)
+    server = services.listen(kind, models.target_path)
+    with pytest.raises(ModelRefusedError, match="does not run here"):
         server.load()
     with pytest.raises(grpc.RpcError):
         server.model_info()
