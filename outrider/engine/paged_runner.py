@@ -151,8 +151,10 @@ class PagedRunner:
         try:
             slots = [feed.cache.reserve(len(feed.token_ids)) for feed in feeds]
             with self._on_device():
-                follow(self._run(feeds, slots))
-                wait_for(self.device)
+                try:
+                    follow(self._run(feeds, slots))
+                finally:
+                    wait_for(self.device)  # whatever has failed: the buffers are in use until then
         except BaseException:
             for feed in feeds:
                 feed.cache.truncate(feed.cache.length)  # gives back what was reserved

@@ -1,8 +1,8 @@
 """A forward pass of our own on GPUs, for families whose layers are norm, attention, norm, feed-forward.
 
-Eight kernels make a layer of few tokens: a norm; query, key and value together; rotary embedding and the way into the
-pages; attention (two kernels, where a cache is read in parts); the output with its residual; a norm; the feed-forward
-layer's first product with its activation; its second with the residual.
+Eight kernels make a layer of few tokens: query, key and value together; rotary embedding and the way into the pages;
+attention (two kernels, where a cache is read in parts); the output, in parts; a norm, which adds them to the residual;
+the feed-forward layer's first product with its activation; its second, in parts; the next layer's norm.
 
 The products' weights are the model's own, put side by side where one kernel reads them together: the model goes on
 with views of them, and nothing is held twice.
@@ -53,7 +53,8 @@ class GpuForward:
         self._num_query_heads = config.num_attention_heads
         self._head_dim = head_dim_of(config)
         with torch.no_grad():
-            self._layers, self._norm, self._embed, self._angles = _FAMILIES[config.model_type].read(model)
+            self._layers, last_norm, self._embed, self._angles = _FAMILIES[config.model_type].read(model)
+        self._next_norms = [*(layer.attention_norm for layer in self._layers[1:]), last_norm]  # behind each layer
         head: Any = model.get_output_embeddings()
         self._head = GpuProduct(head.weight.detach(), output_dtype=torch.float32)
         self.device: torch.device = head.weight.device
@@ -76,8 +77,7 @@ class GpuForward:
         assert isinstance(packed, PagedBatch)
         hidden = self._embed(token_ids, positions)
         normed = self._layers[0].attention_norm(hidden)
-        next_norms = [*(layer.attention_norm for layer in self._layers[1:]), self._norm]
-        for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
+        for index, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
             projected = layer.query_key_value(normed).view(len(hidden), -1, self._head_dim)
             keys, values = packed.layers[index]
             store_entries(projected, keys, values, packed.slots, positions, self._angles)

@@ -199,19 +199,16 @@ class GpuNorm:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return `[T, E]` for `inputs` `[T, E]`."""
-        return self._run(inputs, None)[1]
+        return self.of_sum(inputs, inputs[:0])[1]
 
     def of_sum(self, inputs: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of `inputs` `[T, E]` and all `parts` `[S, T, E]`, and the norm of that."""
-        return self._run(inputs, parts)
-
-    def _run(self, inputs: torch.Tensor, parts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         outputs, size = torch.empty_like(inputs), len(self.weight)
-        sums = inputs if parts is None else torch.empty_like(inputs)
+        sums = torch.empty_like(inputs) if len(parts) else inputs
         _norm[(len(inputs),)](
-            inputs, _or(parts, inputs), self.weight, _or(self.bias, self.weight), sums, outputs, len(inputs),
-            inputs.stride(0), self.eps, NUM_PARTS=0 if parts is None else len(parts), SIZE=size,
-            BLOCK=triton.next_power_of_2(size), IS_CENTRED=self.bias is not None, num_warps=8 if size > 1024 else 4,
+            inputs, parts, self.weight, _or(self.bias, self.weight), sums, outputs, len(inputs), inputs.stride(0),
+            self.eps, NUM_PARTS=len(parts), SIZE=size, BLOCK=triton.next_power_of_2(size),
+            IS_CENTRED=self.bias is not None, num_warps=8 if size > 1024 else 4,
         )  # fmt: skip
         return sums, outputs
 
