@@ -29,6 +29,7 @@ _GIVEN, _NOISE = tl.constexpr(GIVEN), tl.constexpr(int(Purpose.NOISE))
 _WEIGHT_UNIT, _PROB_UNIT = tl.constexpr(WEIGHT_UNIT), tl.constexpr(PROB_UNIT)
 _NO_ID = tl.constexpr(1 << 30)
 _PART, _BLOCK = 4096, 8192
+_USUAL_PARTS = 64  # of a vocabulary of up to 262,144
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 def can_run(device: torch.device) -> bool:
     """Return whether the device runs these kernels: tried once. It may lack the compiler that Triton needs."""
     size, one = torch.full((1,), _BLOCK, dtype=torch.float64, device=device), torch.ones(1, 4, device=device).double()
-    rows = torch.zeros(1, _BLOCK, device=device)  # of a usual size, for which the kernels are compiled anyway
+    rows = torch.zeros(1, _BLOCK, device=device)  # long enough to be cut as those of usual vocabularies are
     options = RowOptions(one[:, 0], 0 * one[:, 0], 0 * one)
     try:
         draft_table(rows, size, options, size, 2e-4, 1024, 2)[1].tolist()
@@ -48,7 +49,7 @@ def can_run(device: torch.device) -> bool:
     return True
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _scan(
     rows, parts, vocab_sizes, vocab_size, temperatures, row_stride, num_parts,
     HAS_SIZES: tl.constexpr, NUM_BEST: tl.constexpr, PART: tl.constexpr,
@@ -131,7 +132,7 @@ def _arrival_times(noise, ids):
     return -tl.log((bits.to(tl.float64) + 0.5) * 2.220446049250313e-16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _collect(
     rows, parts, counts, room_ids, room_numbers, vocab_sizes, temperatures, row_stride, num_parts, min_prob,
     ARE_COUNTED: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, ROOM: tl.constexpr,
@@ -157,7 +158,7 @@ def _collect(
         tl.store(its_counts + part, tl.sum(is_candidate.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _draft(
     parts, counts, table, token_ids, room_ids, room_numbers, temperatures, max_supports, uniforms, noises, num_parts,
     MOST: tl.constexpr, NUM_OTHERS: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr,
@@ -332,14 +333,14 @@ class _Cut:
 
     @property
     def padded(self) -> int:
-        return triton.next_power_of_2(self.number)
+        return max(_USUAL_PARTS, triton.next_power_of_2(self.number))  # one kernel for all usual vocabularies
 
     def new_parts(self, rows: torch.Tensor, num_best: int) -> torch.Tensor:
         """Return room for what _scan finds."""
         return rows.new_empty(len(rows), 4 + 2 * num_best, self.number, dtype=torch.float64)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def _target(
     rows, parts, support_ids, ends, temperatures, uniforms, noises, left, table, num_rows, row_stride, vocab_size,
     num_parts, PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_IDS: tl.constexpr,
@@ -368,10 +369,10 @@ def _target(
         tl.store(told + index, rounded, mask=index < end)
         tl.store(room + ids, probs - rounded, mask=index < end)
     tl.debug_barrier()
-    parts = tl.zeros([BLOCK], tl.float64)
+    sums = tl.zeros([BLOCK], tl.float64)
     for start in range(0, vocab_size, BLOCK):
-        parts += tl.load(room + start + places, mask=start + places < vocab_size, other=0.0)
-    mass = tl.sum(parts, 0)
+        sums += tl.load(room + start + places, mask=start + places < vocab_size, other=0.0)
+    mass = tl.sum(sums, 0)
     tl.store(table + row, mass)
     tl.store(table + 2 * num_rows + row, is_law.to(tl.float64))
     if (tl.load(noises + row * 4) != 0) & (temperature != 0):

@@ -16,34 +16,40 @@ from outrider.engine.gpu import attention, entries, products
 
 HALF, SINGLE, DOUBLE = "*bf16", "*fp32", "*fp64"
 PRODUCT = {
-    **dict.fromkeys(("inputs", "weight", "bias", "outputs"), HALF),
+    **dict.fromkeys(("inputs", "weight", "bias"), HALF),
     **dict.fromkeys(("num_rows", "num_outputs", "input_row"), "i32"),
 }
 SIZES = {"NUM_INPUTS": 4096, "HAS_BIAS": True}
 PARTS = dict.fromkeys(("parts", "vocab_sizes", "temperatures", "uniforms", "noises"), DOUBLE)
 PARTS |= {"rows": SINGLE, "row_stride": "i32", "num_parts": "i32"}
 ROOMS = {"counts": "*i32", "room_ids": "*i32", "room_numbers": SINGLE, "min_prob": "fp32"}
-CANDIDATES = {"NUM_BEST": 3, "PARTS": 32, "PART": 4096, "ROOM": 8192}
+CANDIDATES = {"NUM_BEST": 3, "PARTS": 64, "PART": 4096, "ROOM": 8192}
 HEADS = {"HEAD_DIM": 128, "PADDED_DIM": 128, "NUM_SPLITS": 16}
 
 
 def product(activation: int, outputs: int, inputs: int, stages: int, parts: int = 1, rows: int = 16) -> tuple:
     tiles = {"BLOCK_OUTPUTS": outputs, "BLOCK_INPUTS": inputs, "NUM_STAGES": stages, "PART_INPUTS": 4096 // parts}
-    return products._product, PRODUCT, SIZES | tiles | {"ACTIVATION": activation, "BLOCK_ROWS": rows}
+    types = PRODUCT | {"outputs": HALF if parts == 1 else SINGLE}
+    return products._product, types, SIZES | tiles | {"ACTIVATION": activation, "BLOCK_ROWS": rows}
 
 
+PRODUCTS = {
+    "wide product": (products.GELU, 64, 64, 6),
+    "gated product": (products.GATED_SILU, 32, 256, 3),
+    "narrow product": (products.NO_ACTIVATION, 32, 128, 6),
+    "product in parts": (products.NO_ACTIVATION, 32, 128, 6, 2),
+}
 KERNELS = {
-    "wide product": product(products.GELU, 64, 64, 6),
-    "gated product": product(products.GATED_SILU, 32, 256, 3),
-    "gated product of more rows": product(products.GATED_SILU, 32, 256, 3, rows=products.MOST_ROWS),
-    "gated product with less memory": product(products.GATED_SILU, 32, 128, 4, rows=products.MOST_ROWS),
-    "narrow product": product(products.NO_ACTIVATION, 32, 128, 6),
-    "product in parts": product(products.NO_ACTIVATION, 32, 128, 6, parts=2),
+    **{
+        f"{name}, {rows} rows": product(*tiles, rows=rows)
+        for name, tiles in PRODUCTS.items()
+        for rows in (16, products.MOST_ROWS)
+    },
     "norm": (
         products._norm,
         dict.fromkeys(("inputs", "weight", "bias", "sums", "outputs"), HALF)
         | {"parts": SINGLE, "num_rows": "i32", "input_row": "i32", "eps": "fp32"},
-        {"NUM_PARTS": 4, "SIZE": 1600, "BLOCK": 2048, "IS_CENTRED": True},
+        {"NUM_PARTS": 2, "SIZE": 1600, "BLOCK": 2048, "IS_CENTRED": True},
     ),
     "entries": (
         entries._store,
@@ -75,20 +81,29 @@ KERNELS = {
     "drafts": (
         gpu_rows._draft,
         PARTS | ROOMS | {"table": DOUBLE, "max_supports": DOUBLE, "token_ids": "*i64"},
-        {"MOST": 1024, "NUM_OTHERS": 2, "NUM_BEST": 3, "PARTS": 32, "ROOM": 8192},
+        {"MOST": 1024, "NUM_OTHERS": 2, "NUM_BEST": 3, "PARTS": 64, "ROOM": 8192},
     ),
     "target rows": (
         gpu_rows._target,
         PARTS
         | dict.fromkeys(("support_ids", "ends", "left", "table"), DOUBLE)
         | {"num_rows": "i32", "vocab_size": "i32"},
-        {"PARTS": 32, "BLOCK": 8192, "BLOCK_IDS": 256},
+        {"PARTS": 64, "BLOCK": 8192, "BLOCK_IDS": 256},
     ),
 }
 NUM_WARPS = dict.fromkeys((name for name in KERNELS if "product" in name), 4)
 NUM_WARPS |= {"entries": 1, "attention": 4, "parts of attention": 1, "drafts": 16, "target rows": 16}  # others 8
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # that a program can have, CUDA C Programming Guide
-MUCH_MEMORY = ("gated product", "gated product of more rows")  # not for the small ones
+
+
+def _aligned(kernel, types: dict[str, str]) -> list[int]:
+    """Return the places of arguments that are multiples of 16, as nearly all are: then loads are wide and pipelined."""
+    are_whole = [types.get(argument, "fp").startswith(("*", "i")) for argument in kernel.arg_names]
+    return [
+        index
+        for index, (is_whole, param) in enumerate(zip(are_whole, kernel.params, strict=True))
+        if is_whole and not param.do_not_specialize
+    ]
 
 
 def main(capability: int) -> None:
@@ -99,9 +114,8 @@ def main(capability: int) -> None:
             fn=kernel,
             signature={argument: types.get(argument, "constexpr") for argument in names},
             constexprs={(names.index(argument),): value for argument, value in constants.items()},
+            attrs={(index,): [["tt.divisibility", 16]] for index in _aligned(kernel, types)},
         )
-        if name in MUCH_MEMORY and SHARED_BYTES[capability] < products._MUCH_SHARED_MEMORY:
-            continue
         options = {"num_warps": NUM_WARPS.get(name, 8)}
         code = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert code.asm["cubin"]

@@ -77,7 +77,7 @@ class Demand:
         return max(0, self.sequence.cache.length + num_tokens - first_wanted)
 
 
-Follow = Callable[[list[Demand]], None]  # what is done with the rows of demands
+Then = Callable[[list[Demand]], None]  # what is done with the rows of demands
 
 
 @dataclass
@@ -150,13 +150,13 @@ class Engine:
             cache.copy_from(other.cache, num_cached)
         return True
 
-    def run_pass(self, demands: SequenceOf[Demand], follow: Follow = lambda _: None) -> list[Demand]:
+    def run_pass(self, demands: SequenceOf[Demand], then: Then = lambda _: None) -> list[Demand]:
         """Run one forward pass for `demands` (at least one) and return those that it finished.
 
         The others keep what they got; call again with them. When the model raises, no demand can be used any more.
 
         Args:
-            follow: is called once with the demands that the pass finishes, and their rows. A device may be at work on
+            then: is called once with the demands that the pass finishes, and their rows. A device may be at work on
                 these still, and does what it is given meanwhile as part of the pass.
         """
         shares = self._shares(sorted(demands, key=_arrival))
@@ -169,7 +169,7 @@ class Engine:
             for (demand, _), rows in zip(shares, parts, strict=True):
                 if len(rows):
                     demand.rows.append(rows)
-            follow(finished)
+            then(finished)
 
         if self._asynchronous:
             self._asynchronous.forward_with(feeds, hand_out)

@@ -22,7 +22,6 @@ from outrider.engine.graphs import GraphKey, Replay
 from outrider.engine.paged_runner import PagedRunner, StagedInputs
 from outrider.engine.runner import MOST_DRAWS, Feed
 from outrider.probs import MIN_SUPPORT_PROB, MOST_OTHERS, MOST_SUPPORT, Draft, PlainSampling, drafts_in, reader_of
-from outrider.transfers import wait_for
 
 
 @dataclass(frozen=True)
@@ -130,21 +129,14 @@ class DraftingPagedRunner(PagedRunner):
     def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
         """See DraftingRunner."""
         num_more = len(sampling.uniforms) - 1
-        try:
-            slots = [feed.cache.reserve(len(feed.token_ids) + num_more) for feed in feeds]
-            with self._on_device():
-                table = self._draw_all(feeds, slots, sampling)
-        except BaseException:
-            for feed in feeds:
-                feed.cache.truncate(feed.cache.length)  # gives back what was reserved
-            raise
-        for feed in feeds:
-            feed.cache.advance(len(feed.token_ids) + num_more)
+        with self._growing(feeds, num_more) as slots:
+            drawn = self._draw_all(feeds, slots, sampling)
+        table = drawn[:, : len(feeds)].flatten(0, 1).numpy()
         drafts = drafts_in(table, MOST_OTHERS, sampling.noises[..., 0].ravel())
         return [draft and draft.with_others(sampling.num_others) for draft in drafts]
 
-    def _draw_all(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray], sampling: PlainSampling) -> np.ndarray:
-        """Run all steps; return what they drew, `[n · N, numbers of a draft]`."""
+    def _draw_all(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray], sampling: PlainSampling) -> torch.Tensor:
+        """Have all steps run; return where the host will find what they drew, `[n, N, numbers of a draft]`."""
         key = self._buckets.key_for([len(feed.token_ids) for feed in feeds])
         assert key
         num_draws, chain = len(sampling.uniforms), self._chain_of(key.num_sequences)
@@ -168,9 +160,7 @@ class DraftingPagedRunner(PagedRunner):
         for _ in range(num_left):
             chain.replay()
         host = chain.drawn_on_host[:num_draws]
-        host.copy_(chain.drawn[:num_draws], non_blocking=True)
-        wait_for(self.device)
-        return host[:, : len(feeds)].flatten(0, 1).numpy()
+        return host.copy_(chain.drawn[:num_draws], non_blocking=True)
 
     def _chain_of(self, num_sequences: int) -> _Chain:
         """Return the chain, recorded now if there is none."""

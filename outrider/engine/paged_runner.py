@@ -9,8 +9,8 @@ Shapes: T rows of the packed row, N sequences, B pages that one sequence can hav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,21 +146,30 @@ class PagedRunner:
         return found[0]
 
     @torch.inference_mode()
-    def forward_with(self, feeds: Sequence[Feed], follow: Callable[[torch.Tensor], None]) -> None:
+    def forward_with(self, feeds: Sequence[Feed], then: Callable[[torch.Tensor], None]) -> None:
         """See DeviceRunner."""
+        with self._growing(feeds) as slots:
+            then(self._run(feeds, slots))
+
+    @contextmanager
+    def _growing(self, feeds: Sequence[Feed], num_more: int = 0) -> Iterator[list[np.ndarray]]:
+        """Reserve slots for the tokens of `feeds` and `num_more` behind each; then wait for the device and grow caches.
+
+        Where something fails they stay as they were.
+        """
         try:
-            slots = [feed.cache.reserve(len(feed.token_ids)) for feed in feeds]
+            slots = [feed.cache.reserve(len(feed.token_ids) + num_more) for feed in feeds]
             with self._on_device():
                 try:
-                    follow(self._run(feeds, slots))
+                    yield slots
                 finally:
-                    wait_for(self.device)  # whatever has failed: the buffers are in use until then
+                    wait_for(self.device)  # behind a failure, too: buffers and pages are in use until then
         except BaseException:
             for feed in feeds:
                 feed.cache.truncate(feed.cache.length)  # gives back what was reserved
             raise
         for feed in feeds:
-            feed.cache.advance(len(feed.token_ids))
+            feed.cache.advance(len(feed.token_ids) + num_more)
 
     @torch.inference_mode()
     def record_all(self) -> None:

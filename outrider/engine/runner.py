@@ -69,8 +69,8 @@ class DraftingRunner(Runner, Protocol):
 class DeviceRunner(Runner, Protocol):
     """A runner whose rows are computed by a device, while the host does something else."""
 
-    def forward_with(self, feeds: Sequence[Feed], follow: Callable[[torch.Tensor], None]) -> None:
-        """Do what `forward` does, and call `follow` with the rows as soon as the device has been told to compute them.
+    def forward_with(self, feeds: Sequence[Feed], then: Callable[[torch.Tensor], None]) -> None:
+        """Do what `forward` does, and call `then` with the rows as soon as the device has been told to compute them.
 
         What that gives the device to do comes behind the pass, and all of it is done when this returns.
         """

@@ -127,15 +127,17 @@ class TestProducts:
         assert (product(inputs) - expected).abs().max() < TOLERANCE
 
     @pytest.mark.parametrize("num_rows", [1, 20, MOST_ROWS + 1])
-    @pytest.mark.parametrize("num_parts", [None, 1, 2, 3, 7])
+    @pytest.mark.parametrize("num_parts", ["usual", 1, 2, 3, 7])
     def test_parts_add_up_to_the_product(self, monkeypatch, num_rows, num_parts):
         """Of 90 inputs in blocks of 16; of seven parts the last has nothing to add."""
         torch.manual_seed(0)
         weight, bias, inputs = torch.randn(70, 90) / 90**0.5, torch.randn(70), torch.randn(num_rows, 90)
-        if num_parts:
+        if num_parts == "usual":
+            num_parts = Tiles.of(70, 90, NO_ACTIVATION, True).parts
+        else:
             monkeypatch.setattr(Tiles, "of", lambda *arguments: Tiles(16, 32, 2, num_parts))
         parts = GpuProduct(weight, bias, in_parts=True).parts(inputs)
-        assert len(parts) == (1 if num_rows > MOST_ROWS else num_parts or len(parts))
+        assert len(parts) == (1 if num_rows > MOST_ROWS else num_parts)
         assert (parts.sum(0) - F.linear(inputs, weight, bias)).abs().max() < TOLERANCE
 
     def test_rows_of_a_larger_tensor_are_read_where_they_are(self):

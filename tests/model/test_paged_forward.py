@@ -147,16 +147,19 @@ def test_what_follows_a_pass_is_told_before_the_host_waits_for_it(monkeypatch):
     assert cache.length == 3
 
 
-def test_a_pass_whose_followers_fail_has_not_been():
-    runner = paged(forward_pass_of("llama"), EagerRunner())
+def test_a_pass_whose_rows_cannot_be_read_has_not_been(monkeypatch):
+    """Its pages are given back, but not before the device has done with them."""
+    runner, num_free_at_waits = paged(forward_pass_of("llama"), EagerRunner()), []
     cache = runner.new_cache()
     num_free = runner._pool.num_free
+    monkeypatch.setattr(paged_runner, "wait_for", lambda device: num_free_at_waits.append(runner._pool.num_free))
 
     def fails(rows: torch.Tensor) -> None:
         raise RuntimeError("no reader")
 
     with pytest.raises(RuntimeError, match="no reader"):
         runner.forward_with([Feed(cache, [3, 1, 4], 2)], fails)
+    assert num_free_at_waits == [num_free - 1]
     assert (cache.length, runner._pool.num_free) == (0, num_free)
 
 

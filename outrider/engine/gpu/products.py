@@ -21,7 +21,6 @@ import triton.language as tl
 
 MOST_ROWS = 32
 NO_ACTIVATION, GELU, RELU, GATED_SILU = range(4)
-_MUCH_SHARED_MEMORY = 160 * 1024  # bytes: on an A100 a program can have 163 KiB, on an H100 227, on smaller ones 99
 # gelu(x) ~ x σ(1.596 (x + 0.0447 x³))
 _GELU_SLOPE, _GELU_CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)
 
@@ -85,12 +84,12 @@ class Tiles:
     warps: int = 4
 
     @classmethod
-    def of(cls, num_outputs: int, num_inputs: int, activation: int, in_parts: bool, shared_bytes: int) -> Tiles:
-        """Return the fastest that was found on an H200 (docs/performance.md), for programs with so much memory."""
+    def of(cls, num_outputs: int, num_inputs: int, activation: int, in_parts: bool) -> Tiles:
+        """Return the fastest that was found on an H200 (docs/performance.md); none takes more than 99 KiB of memory."""
         if in_parts:
             return cls(32, 128, 6, parts=2)
         if activation == GATED_SILU:
-            return cls(32, 256, 3) if shared_bytes >= _MUCH_SHARED_MEMORY else cls(32, 128, 4)
+            return cls(32, 256, 3)
         if num_outputs * num_inputs < 12_000_000 or num_outputs >= 8192:
             return cls(64, 64, 6)
         return cls(32, 128, 6)
@@ -118,11 +117,12 @@ class GpuProduct:
         self._weight, self._bias, self._activation = weight, bias, activation
         self._num_outputs = len(weight) // (2 if activation == GATED_SILU else 1)
         self._output_dtype = output_dtype or weight.dtype
-        tiles = Tiles.of(self._num_outputs, weight.shape[1], activation, in_parts, _shared_bytes(weight.device))
+        tiles = Tiles.of(self._num_outputs, weight.shape[1], activation, in_parts)
         self._tiles = replace(tiles, inputs=tiles.inputs * 2 // weight.itemsize)  # as many bytes of wider weights
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return `[T, O]` for `inputs` `[T, I]`."""
+        assert self._tiles.parts == 1
         if not len(inputs):
             return inputs.new_empty(0, self._num_outputs, dtype=self._output_dtype)
         if len(inputs) <= MOST_ROWS:
@@ -211,12 +211,6 @@ class GpuNorm:
             IS_CENTRED=self.bias is not None, num_warps=8 if size > 1024 else 4,
         )  # fmt: skip
         return sums, outputs
-
-
-def _shared_bytes(device: torch.device) -> int:
-    """Return how much memory a program can have on the processor that it runs on."""
-    properties: Any = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return properties.shared_memory_per_block_optin if properties else 0
 
 
 def _or(tensor: Any, other: torch.Tensor) -> torch.Tensor:
