@@ -19,7 +19,8 @@ when the account allows it. What a look has shown decides, whatever it has cost,
 
 Sessions of one client share what they learn, and decide together: when many share a target, a session that speculates
 makes every other wait, so that one which tries K = 0 by itself among others that do not learns nothing about what
-would be if all did. Seconds, and the account, are kept for each load apart.
+would be if all did. Seconds, and the account, are kept for each number of open sessions apart, to a factor of two. As
+long as nothing is to be decided, a session asks only now and then: among many, what choosing takes is time of theirs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from operator import mul
 from statistics import fmean
+from typing import NamedTuple
 
 MOST = 16  # proposals in a round
 FIRST = 2  # with which a look at the draft begins
@@ -39,7 +41,8 @@ PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.65, 3.0
 PRIOR_SLOPE_ROUNDS = 3.0  # weight of the stand-in for b
 PRIOR_BEND_ROUNDS = 2.0  # weight of a pass that takes as long as the line says
 MARGIN = 0.03  # K = 0 is left only for a gain of more than this share
-REVIEW_EVERY = 4  # rounds between looks at the rates, which move slowly
+REVIEW_EVERY = 4  # rounds of a session between looks at the rates, which move slowly
+REST_ROUNDS = 3  # of the target alone in a row that a session does without the controller, where nothing is to decide
 VARY_EVERY = 6  # rounds between small steps away from the best K, which the line needs
 
 # Of each session, where there are several.
@@ -62,13 +65,12 @@ PROBE_BALANCE = 4.0  # tokens with which another does, at a draft that is known 
 LEAST_CREDIBLE = -4.0  # tokens below which predictions have been refuted: the target goes on alone
 MOST_LOST = 3.5  # tokens that one round is said to have lost: a first look is never enough to refute
 MOST_BALANCE = 16.0
+HELD_UP = 2.0  # times as long as usual, beyond which a round of the target alone was held up by something else
 
 INCOME = 0.01  # tokens to lose, for each token of the text
-LOAD_MEMORY = 0.7  # weight of a session's last sight of the load, against the one before
 
 
-@dataclass(frozen=True)
-class RoundTimes:
+class RoundTimes(NamedTuple):
     """What one round took, in seconds. Failed rounds are not reported."""
 
     num_proposals: int
@@ -128,6 +130,11 @@ class Average:
     def add(self, value: float) -> None:
         self.weight, self.total = self.memory * self.weight + 1.0, self.memory * self.total + value
 
+    def fade(self, weight: float) -> None:
+        """Have all that was added so far weigh no more than so many further values."""
+        if self.weight > weight:
+            self.weight, self.total = weight, self.mean * weight
+
     @property
     def mean(self) -> float:
         return self.total / self.weight if self.weight else 0.0
@@ -162,9 +169,9 @@ class Acceptance:
         return [1.0, *accumulate(islice(reached, most))]
 
 
-def in_company(num_rounds: int, num_sessions: float) -> int:
-    """Return START_ROUNDS or SETTLE_ROUNDS for so many sessions at once."""
-    return num_rounds if num_sessions < 1.5 else CROWD_ROUNDS * num_rounds
+def in_company(num_rounds: int, num_sessions: int) -> int:
+    """Return START_ROUNDS, SETTLE_ROUNDS or PROBE_ALONE for so many sessions at once."""
+    return num_rounds if num_sessions == 1 else CROWD_ROUNDS * num_rounds
 
 
 @dataclass
@@ -178,6 +185,21 @@ class Side:
     probe_rounds_left: int = 0
     num_extra: int = 0  # rounds for which the look may go on
     probe_length: int = FIRST  # K of a look from K = 0
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether a look at the draft is to come, for which the draft catches up."""
+        return self.prepare_rounds_left is not None
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether rounds go without proposals, and no look is being prepared, under way or just over."""
+        return self.is_alone and self.prepare_rounds_left is None and not self.probe_rounds_left and self.num_rounds > 0
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether the rounds of a look are over, and nothing has been decided since."""
+        return not self.probe_rounds_left and not self.num_rounds
 
     def end_look(self) -> None:
         """Have no further rounds of a look that has begun."""
@@ -226,7 +248,8 @@ class Side:
         self.num_rounds, self.pause = 0, min(max(self._first_pause, 2 * self.pause), LONGEST_PAUSE)
         self.probe_length = FIRST
         self.num_extra = MOST_EXTRA if is_alone and num_sessions == 1 and not rate_pair else 0
-        self.probe_rounds_left = (PROBE_PROPOSALS if is_alone else PROBE_ALONE) * num_sessions - 1
+        rounds = PROBE_PROPOSALS if is_alone else in_company(PROBE_ALONE, num_sessions)
+        self.probe_rounds_left = rounds * num_sessions - 1
         return not is_alone
 
     def _goes_on(self, rate_alone: float, rate_pair: float, balance: float) -> bool:
@@ -258,6 +281,8 @@ class Side:
 
         The longer one side has been the better, and the clearer, the rarer are looks at the other.
         """
+        if self.is_preparing:  # which costs something, too: no reason to give up while there is anything left
+            return balance >= LEAST_BALANCE
         if self.is_alone and balance < (PROBE_BALANCE if rate_pair else LEAST_BALANCE):
             return False
         is_known = rate_alone and rate_pair
@@ -266,13 +291,35 @@ class Side:
         return seems_better or self.num_rounds >= self.pause * clearness * num_sessions
 
 
+class Rates:
+    """Predicted tokens per second for K = 0 … MOST; 0 where nothing is known."""
+
+    def __init__(self, by_length: list[float]):
+        self.by_length = by_length
+        self._best: dict[tuple[int, int], tuple[int, float]] = {}
+        self.alone = by_length[0]
+        self.knows_pair = any(by_length[1:])
+
+    def best(self, least: int, most: int) -> tuple[int, float]:
+        """Return the K ≥ 1 of the highest rate among least … most, and the rate; FIRST and 0 where none is known."""
+        key = (least, most)
+        if key not in self._best:
+            length = max(range(least, most + 1), key=self.by_length.__getitem__)
+            rate = self.by_length[length]
+            self._best[key] = (length if rate else min(FIRST, most), rate)
+        return self._best[key]
+
+
 class LoadSpeed:
     """Seconds of rounds while `num_sessions` run at once, about, and what may be lost in such rounds."""
 
     def __init__(self, num_sessions: int):
         memory = MEMORY ** (1 / num_sessions)
         self.num_sessions = num_sessions
-        self.num_rounds = 0
+        self.num_settle = in_company(SETTLE_ROUNDS, num_sessions)
+        self._num_start = in_company(START_ROUNDS, num_sessions) * num_sessions
+        self._knows_alone = False
+        self.num_rounds = 0  # with proposals, but those of looks
         self.rounds = Line(memory)  # seconds over K, K ≥ 1
         self.forward = Line(memory)  # the target's seconds over K
         self.forward_of = [Average(memory) for _ in range(MOST + 1)]  # and for each K
@@ -281,10 +328,13 @@ class LoadSpeed:
         self.longest = FIRST  # K that there was so far
         self.side = Side()
         self.balance = CREDIT * num_sessions  # tokens that may be lost against the target alone
+        self._rates = Rates([0.0] * (MOST + 1))
+        self._num_since_review = 0
 
     def add(self, times: RoundTimes) -> None:
+        """Learn from a round."""
         if not times.num_proposals:
-            self.round_alone.add(times.round_s)
+            self._add_alone(times.round_s)
             return
         self.longest = max(self.longest, times.num_proposals)
         self.rounds.add(times.num_proposals, times.round_s)
@@ -293,12 +343,29 @@ class LoadSpeed:
         if times.draft_token_s:
             self.draft_token.add(times.draft_token_s)
 
+    def add_rested(self, seconds: Sequence[float]) -> None:
+        """Learn from the rounds of a session that it has done without the controller, and count them."""
+        for each in seconds:
+            self._add_alone(each)
+        self._earn(len(seconds))
+        self.side.num_rounds += len(seconds)
+        self._num_since_review += len(seconds)
+
+    def _add_alone(self, round_s: float) -> None:
+        """Learn R(0). Sessions that end hold up all others: what is too long for a round says nothing of the next."""
+        usual_s = self.alone_s
+        self.round_alone.add(min(round_s, HELD_UP * usual_s) if usual_s else round_s)
+        self._knows_alone |= self.round_alone.weight >= 0.9 * self._num_start  # they weigh less with time
+
     def book(self, times: RoundTimes, is_steady: bool) -> None:
         """Enter a round into the account; `is_steady` as for PairSpeed.add."""
         if times.num_proposals or not is_steady:
             # A round that something else has held up says nothing of the next look.
             self.balance += max(-MOST_LOST, self.won(times))
-        self.balance = min(self.balance + INCOME * times.num_committed, MOST_BALANCE * self.num_sessions)
+        self._earn(times.num_committed)
+
+    def _earn(self, num_tokens: int) -> None:
+        self.balance = min(self.balance + INCOME * num_tokens, MOST_BALANCE * self.num_sessions)
 
     def won(self, times: RoundTimes) -> float:
         """Return the round's tokens less those that the target alone had made meanwhile; 0 where that is unknown."""
@@ -308,6 +375,26 @@ class LoadSpeed:
         """Whether a round was so much slower, and its proposals so improbable to be accepted, that it says enough."""
         return self.won(times) < -ENOUGH_LOST and fmean(times.accept_probs) < IMPROBABLE
 
+    def next_is_alone(self, rate_alone: float, rate_pair: float) -> bool:
+        """Return whether the next round goes without proposals; arguments as for Side.next_is_alone."""
+        was_looking = self.side.probe_rounds_left > 0
+        is_alone = self.side.next_is_alone(rate_alone, rate_pair, self.session_balance, self.num_sessions)
+        if is_alone and not self.side.is_alone and not was_looking:
+            self._fade_alone()
+        return is_alone
+
+    def next_step(self) -> int:
+        """Return by how much the next K shall differ from the best one: now and then by 1.
+
+        A line needs more than one place. Sessions step aside together, so that the line shows what it costs when all of
+        them do.
+        """
+        self.num_rounds += 1
+        wave = self.num_rounds // self.num_sessions
+        if wave % VARY_EVERY:
+            return 0
+        return 1 if wave // VARY_EVERY % 2 else -1
+
     @property
     def session_balance(self) -> float:
         """Tokens of each session that may be lost."""
@@ -316,9 +403,28 @@ class LoadSpeed:
     @property
     def alone_s(self) -> float:
         """R(0); 0 until it has been seen often enough."""
-        enough = 0.9 * in_company(START_ROUNDS, self.num_sessions) * self.num_sessions  # they weigh less with time
-        few = self.round_alone.weight < enough
-        return 0.0 if few else self.round_alone.mean
+        return self.round_alone.mean if self._knows_alone else 0.0
+
+    def _fade_alone(self) -> None:
+        """Before a look at K = 0, have what it will show outweigh what was known from before, perhaps a bad moment.
+
+        Among several sessions there is much of that: R(0) is a mean of some hundred rounds.
+        """
+        if self.num_sessions > 1:
+            self.round_alone.fade(self._num_start / CROWD_ROUNDS)
+
+    def next_rates(self, acceptance: Acceptance) -> Rates:
+        """Return the rates for the next round: those of the last review, or where one is due, those of now.
+
+        It is due from time to time, after a look, and as long as something has been measured whose rate is unknown.
+        """
+        self._num_since_review += 1
+        rates = self._rates
+        is_new = (not rates.alone and self.alone_s) or (not rates.knows_pair and self.rounds.weight)
+        if is_new or self.side.has_looked or self._num_since_review > REVIEW_EVERY * self.num_sessions:
+            self._num_since_review = 0
+            rates = self._rates = Rates(self.rates(acceptance.expected_tokens(MOST)))
+        return rates
 
     def rates(self, tokens: list[float]) -> list[float]:
         """Return the predicted tokens per second for each K, of which `tokens` are the tokens; 0 where not known.
@@ -355,36 +461,33 @@ class LoadSpeed:
         return max(work, (self.rounds.y / self.rounds.weight - self.alone_s) * self.rounds.weight / self.rounds.x)
 
 
+class OpenSessions:
+    """Counts the sessions that are open at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        with self._lock:
+            self.number += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self.number -= 1
+
+
 class PairSpeed:
     """What is known of a pair's speed and agreement: shared by a client's generations, at once and one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self, sessions: OpenSessions | None = None) -> None:
+        self.sessions = sessions or OpenSessions()
         self._acceptance = Acceptance()
         self._loads: dict[int, LoadSpeed] = {}
-        self._num_rounds = 0
+        self._load_of: dict[int, LoadSpeed] = {}  # by number of sessions
         self._lock = threading.Lock()
-        self._num_open = 0
-        self.num_sessions = 1.0  # at once, as a session has last seen it
 
-    def begin_session(self) -> None:
-        """Count a session; until it has seen for itself how many run beside it, all that are open are thought to."""
-        with self._lock:
-            self._num_open += 1
-            self.num_sessions = float(self._num_open)
-
-    def end_session(self) -> None:
-        with self._lock:
-            self._num_open -= 1
-
-    def count_round(self) -> int:
-        """Return the number of rounds of all sessions so far, this one included."""
-        with self._lock:
-            self._num_rounds += 1
-            return self._num_rounds
-
-    def add(
-        self, times: RoundTimes, num_sessions: float = 1.0, is_steady: bool = True, has_choice: bool = True
-    ) -> None:
+    def add(self, times: RoundTimes, is_steady: bool = True, has_choice: bool = True) -> None:
         """Learn from one round.
 
         Args:
@@ -392,7 +495,8 @@ class PairSpeed:
             has_choice: whether K might have been 0; the account is of such rounds.
         """
         with self._lock:
-            load = self.load(num_sessions)
+            load = self.load
+            is_steady = is_steady and not load.side.is_preparing  # the draft is at work, and may hold up the target
             if times.num_proposals:
                 self._acceptance.add(times.accept_probs)
             if has_choice:
@@ -406,50 +510,47 @@ class PairSpeed:
             if is_steady or is_enough:
                 load.add(times)
 
-    def rates(self, most: int) -> list[float]:
-        """Return the predicted tokens per second for K = 0 … most at the present load; 0.0 where nothing is known."""
+    def add_rested(self, load: LoadSpeed, seconds: Sequence[float]) -> None:
+        """Learn from rounds of the target alone that a session has done at a load without the controller."""
         with self._lock:
-            return self.load(self.num_sessions).rates(self._acceptance.expected_tokens(most))
+            load.add_rested(seconds)
 
-    def next_length(self, rate_alone: float, rate_pair: float, best: int) -> int:
-        """Return K of the next round: 0, `best`, or that of a look at the draft.
-
-        Args:
-            rate_alone, rate_pair: predicted tokens per second with K = 0 and with `best`; 0 where nothing is known.
-        """
+    def next_length(self, least: int, most: int, may_be_zero: bool = True) -> int:
+        """Return K of the next round: 0, that of a look at the draft, or the best of least … most or its neighbour."""
         with self._lock:
-            load = self.load(self.num_sessions)
-            side = load.side
-            if side.next_is_alone(rate_alone, rate_pair, load.session_balance, load.num_sessions):
-                return 0
-            return side.probe_length if side.is_alone else best
+            load = self.load
+            rates = load.next_rates(self._acceptance)
+            best, rate_pair = rates.best(least, most)
+            if may_be_zero:
+                if load.next_is_alone(rates.alone, rate_pair):
+                    return 0
+                if load.side.is_alone:
+                    return min(load.side.probe_length, most)
+            return min(most, max(least, best + load.next_step()))
 
     @property
     def is_preparing(self) -> bool:
         """Whether a look at the draft is to come, for which the draft should have all tokens."""
-        with self._lock:
-            return self.load(self.num_sessions).side.prepare_rounds_left is not None
+        return self.load.side.is_preparing
 
-    def needs_draft(self, rate_alone: float, rate_pair: float) -> bool:
-        """Return whether rounds with proposals are usual, or it is time for some; arguments as for next_length."""
+    def needs_draft(self, least: int, most: int) -> bool:
+        """Return whether rounds with proposals are usual, or it is time for some."""
         with self._lock:
-            load = self.load(self.num_sessions)
-            is_due = load.side.is_time_to_look(rate_alone, rate_pair, load.session_balance, load.num_sessions)
+            load = self.load
+            rates = load.next_rates(self._acceptance)
+            _, rate_pair = rates.best(least, most)
+            is_due = load.side.is_time_to_look(rates.alone, rate_pair, load.session_balance, load.num_sessions)
             return is_due or not load.side.is_alone
 
-    def next_wave(self) -> int:
-        """Return how many rounds a session has had at the present load, about: the same for sessions at one time."""
-        with self._lock:
-            load = self.load(self.num_sessions)
-            load.num_rounds += 1
-            return load.num_rounds // load.num_sessions
-
-    def load(self, num_sessions: float) -> LoadSpeed:
-        """Return what is known of this load, to a factor of two."""
-        number = 1 << max(0, round(math.log2(num_sessions)))
-        if number not in self._loads:
-            self._loads[number] = LoadSpeed(number)
-        return self._loads[number]
+    @property
+    def load(self) -> LoadSpeed:
+        """What is known of the present load, to a factor of two."""
+        number = self.sessions.number
+        load = self._load_of.get(number)
+        if load is None:
+            rounded = 1 << round(math.log2(max(1, number)))
+            load = self._load_of[number] = self._loads.setdefault(rounded, LoadSpeed(rounded))
+        return load
 
 
 class PairSpeeds:
@@ -457,11 +558,12 @@ class PairSpeeds:
 
     def __init__(self) -> None:
         self._speeds: dict[float, PairSpeed] = {}
+        self._sessions = OpenSessions()
         self._lock = threading.Lock()
 
     def at(self, temperature: float) -> PairSpeed:
         with self._lock:
-            return self._speeds.setdefault(round(min(temperature, 10.0), 1), PairSpeed())
+            return self._speeds.setdefault(round(min(temperature, 10.0), 1), PairSpeed(self._sessions))
 
 
 class FixedLength:
@@ -494,88 +596,67 @@ class LengthController:
     def __init__(self, speed: PairSpeed, may_be_zero: bool, most: int = MOST):
         """With `may_be_zero` off, K is at least 1: then one seed gives one text."""
         self._speed, self._may_be_zero, self._most = speed, may_be_zero, most
-        self._num_rounds = 0
         self._least = min(2, most) if may_be_zero else 1  # one proposal brings no more than none, and later
-        self._rates = [0.0] * (most + 1)
-        self._best = min(FIRST, most)  # K ≥ 1 of the highest rate
-        self._had_proposals = False  # of the last round
+        self._num_rounds = 0
+        self._had_proposals = False  # the last round
         self._num_on_side = 0  # rounds in a row with proposals, or without
-        self._counted = 0  # rounds of all sessions, when this one had its last
-        self._num_sessions: float | None = None  # at once, as this one sees it
+        self._load = speed.load  # when the controller was last asked
+        self._rest_left, self._rests = 0, False  # rounds without it; whether this is one
+        self._rested_s: list[float] = []  # seconds of such rounds, which it is still to learn from
 
     def begin(self) -> None:
         """Begin the generation; `end` has to follow."""
-        self._speed.begin_session()
+        self._speed.sessions.begin()
 
     def end(self) -> None:
         """End the generation."""
-        self._speed.end_session()
+        self._tell_rested()
+        self._speed.sessions.end()
 
     def learn(self, times: RoundTimes) -> None:
         """Learn from a round.
 
         The seconds of the first ones on either side say little: the draft comes to them from standing still or is
-        still at work, and other sessions are on the other side yet. Nothing is learned from the first round of a
-        session, which does not know yet beside how many others it runs.
+        still at work, and other sessions are on the other side yet.
         """
-        self._see_load()
+        if self._rests:
+            self._rested_s.append(times.round_s)
+            return
         has_proposals = times.num_proposals > 0
         self._num_on_side = self._num_on_side + 1 if has_proposals == self._had_proposals else 1
         self._had_proposals = has_proposals
-        if self._num_sessions is not None:
-            num_unsteady = 1 if has_proposals else in_company(SETTLE_ROUNDS, self._num_sessions)
-            is_steady = self._num_on_side > num_unsteady
-            self._speed.add(times, self._num_sessions, is_steady, self._may_be_zero)
+        num_unsteady = 1 if has_proposals else self._speed.load.num_settle
+        self._speed.add(times, self._num_on_side > num_unsteady, self._may_be_zero)
 
     def next_length(self) -> int:
         """Return K of the next round.
 
         Where it may be 0 the first one is: the target has the prompt to process, and so has the draft meanwhile.
         """
-        if self._may_be_zero and not self._num_rounds:
-            self._num_rounds = 1
-            return 0
-        awaits_alone = self._may_be_zero and not self._rates[0]
-        awaits_pair = self._had_proposals and not self._rates[self._best]
-        if self._num_rounds % REVIEW_EVERY == 1 or awaits_alone or awaits_pair:
-            self._review()
         self._num_rounds += 1
-        best = self._best
-        if not self._may_be_zero:
-            return self._varied(best)
-        length = self._speed.next_length(self._rates[0], self._rates[best], best)
-        return self._varied(best) if length == best else min(length, self._most)
+        self._rests = self._rest_left > 0 and self._load.side.is_calm
+        if self._rests:
+            self._rest_left -= 1
+            return 0
+        if self._num_rounds == 1 and self._may_be_zero:
+            return 0
+        self._tell_rested()
+        length = self._speed.next_length(self._least, self._most, self._may_be_zero)
+        self._load = self._speed.load
+        may_rest = not length and self._load.side.is_calm and self._num_on_side > self._load.num_settle
+        self._rest_left = REST_ROUNDS if may_rest else 0
+        return length
 
     @property
     def needs_draft(self) -> bool:
         """Whether rounds with proposals are to come soon, if the next one has none."""
+        if self._rests:
+            return False
         if self._num_rounds > 1:
             return self._speed.is_preparing
-        rates = self._speed.rates(self._most)
-        return self._speed.needs_draft(rates[0], max(rates[1:]))
+        return self._speed.needs_draft(self._least, self._most)
 
-    def _see_load(self) -> None:
-        """Between two rounds of this session, each other that runs at once has had about one."""
-        counted = self._speed.count_round()
-        if self._counted:
-            seen = float(counted - self._counted)
-            before = seen if self._num_sessions is None else self._num_sessions
-            self._num_sessions = LOAD_MEMORY * before + (1 - LOAD_MEMORY) * seen
-            self._speed.num_sessions = self._num_sessions
-        self._counted = counted
-
-    def _review(self) -> None:
-        self._rates = self._speed.rates(self._most)
-        best = max(range(self._least, self._most + 1), key=self._rates.__getitem__)
-        self._best = best if self._rates[best] else min(FIRST, self._most)
-
-    def _varied(self, best: int) -> int:
-        """Return `best`, or now and then a neighbour: a line needs more than one place.
-
-        Sessions step aside together, so that the line shows what it costs when all of them do.
-        """
-        wave = self._speed.next_wave()
-        if wave % VARY_EVERY:
-            return best
-        step = 1 if wave // VARY_EVERY % 2 else -1
-        return min(self._most, max(self._least, best + step))
+    def _tell_rested(self) -> None:
+        if self._rested_s:
+            self._speed.add_rested(self._load, self._rested_s)
+            self._rested_s = []

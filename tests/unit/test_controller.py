@@ -21,6 +21,7 @@ from client.controller import (
     Line,
     LoadSpeed,
     PairSpeed,
+    PairSpeeds,
     RoundTimes,
     Side,
 )
@@ -76,12 +77,26 @@ NUM_TOKENS = 256
 def rate_of(pair: Pair, speed: PairSpeed, num_tokens: int, seed: int, may_be_zero: bool = True) -> tuple[float, list]:
     """Return tokens per second of a generation that the controller drives, and its choices."""
     chooser, random, tokens, seconds, choices = LengthController(speed, may_be_zero), Random(seed), 0, 0.0, []
+    chooser.begin()
     while tokens < num_tokens:
         choices.append(chooser.next_length())
         committed, times = pair.run(choices[-1], random)
         chooser.learn(times)
         tokens, seconds = tokens + committed, seconds + times.round_s
+    chooser.end()
     return tokens / seconds, choices
+
+
+def of_sessions(num_sessions: int) -> PairSpeed:
+    """Return what is known of a pair of which nothing is known, while so many sessions are open."""
+    speed = PairSpeed()
+    for _ in range(num_sessions):
+        speed.sessions.begin()
+    return speed
+
+
+def rates_of(speed: PairSpeed) -> list[float]:
+    return speed.load.next_rates(speed._acceptance).by_length
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -91,7 +106,7 @@ def test_it_comes_near_the_best_constant_and_is_never_much_slower_than_the_targe
     rate_of(pair, speed, 200, seed)
     rate, _ = rate_of(pair, speed, 2000, seed + 100)
     best = max(pair.rate(length) for length in range(controller.MOST + 1))
-    assert rate > 0.92 * best
+    assert rate > 0.9 * best
     assert rate > 0.95 * pair.rate(0)
 
 
@@ -112,8 +127,8 @@ def test_passes_that_take_longer_than_a_line_says_are_avoided(monkeypatch, is_be
         length = (5, 6, 7, 8)[index % 4]
         forward_s = 0.002 if length < 7 else 0.005
         times = RoundTimes(length, length - (index % 16 == 0), 0.003 + forward_s, forward_s, 0.0001)
-        speed.add(times, num_sessions=1, is_steady=True)
-    rates = speed.rates(8)
+        speed.add(times)
+    rates = rates_of(speed)
     assert (max(range(5, 9), key=rates.__getitem__) == 6) == is_bent
     if is_bent:
         assert rates[6] / rates[7] == pytest.approx((6 / 0.005) / (7 / 0.008), rel=0.05)
@@ -125,6 +140,8 @@ Chooser = FixedLength | LengthController
 def rate_together(pair: Pair, num_sessions: int, seed: int, make_chooser: Callable[[], Chooser]) -> float:
     """Return tokens per second of sessions that begin together; a pass verifies every round that waits for it."""
     random, choosers = Random(seed), [make_chooser() for _ in range(num_sessions)]
+    for chooser in choosers:
+        chooser.begin()
     lengths, began = [chooser.next_length() for chooser in choosers], [0.0] * num_sessions
     left, now = [NUM_TOKENS] * num_sessions, 0.0
     waiting = [(pair.draft_token_s * length, session) for session, length in enumerate(lengths)]
@@ -139,13 +156,15 @@ def rate_together(pair: Pair, num_sessions: int, seed: int, make_chooser: Callab
         for index, session in enumerate(batch):
             end = now + pair.overhead_s * (0.2 * index + random.uniform(0.5, 2.5))
             committed, times = pair.run(lengths[session], random)
-            times = replace(times, round_s=end - began[session], target_forward_s=forward_s)
+            times = times._replace(round_s=end - began[session], target_forward_s=forward_s)
             choosers[session].learn(times)
             left[session] -= committed
             if left[session] > 0:
                 lengths[session], began[session] = choosers[session].next_length(), end
                 ready = pair.draft_token_s * lengths[session] + pair.overhead_s * bool(lengths[session])
                 heappush(waiting, (end + ready, session))
+            else:
+                choosers[session].end()
     return num_sessions * NUM_TOKENS / now
 
 
@@ -171,16 +190,109 @@ def test_many_sessions_come_near_the_best_constant(pair, num_sessions):
     assert rate > 0.8 * best  # the first round of a text has no proposals
 
 
-def test_a_session_sees_how_many_run_beside_it():
+@pytest.mark.parametrize("name", ["costly draft", "costly rows", "useless"])
+@pytest.mark.parametrize("looks_teach", [True, False])
+def test_sessions_that_took_the_target_alone_for_slow_return_to_it(monkeypatch, name, looks_teach):
+    """As after a moment in which the machine was at other work. Their looks at K = 0 have to outweigh it."""
+    if not looks_teach:
+        monkeypatch.setattr(LoadSpeed, "_fade_alone", lambda load: None)
+        monkeypatch.setattr(controller, "PROBE_ALONE", controller.SETTLE_ROUNDS)
+    pair, speed = SHARED_PAIRS[name], PairSpeed()
+    rate_together(pair, 8, 1, lambda: LengthController(speed, may_be_zero=True))
+    for load in speed._loads.values():
+        load.round_alone.total *= 2.5
+        load.side = Side(is_alone=False, pause=controller.FIRST_PAUSE)
+    rates = [rate_together(pair, 8, seed, lambda: LengthController(speed, may_be_zero=True)) for seed in range(2)]
+    alone = rate_together(pair, 8, 1, lambda: FixedLength(0))
+    assert rates[0] < 0.95 * alone
+    assert (rates[1] > 0.95 * alone) == looks_teach
+
+
+def test_while_a_draft_catches_up_nothing_is_learned_of_the_target_alone():
+    """It may hold up the target, which would then seem slow, and the draft worth a look. What it costs is booked."""
     speed = PairSpeed()
-    choosers = [LengthController(speed, may_be_zero=True) for _ in range(8)]
-    for _ in range(3):
+    for _ in range(controller.START_ROUNDS):
+        speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0))
+    before, alone_s = speed.load.balance, speed.load.alone_s
+    speed.load.side.prepare_rounds_left = 1
+    speed.add(RoundTimes(0, 0, 0.02, 0.015, 0.0))
+    assert speed.load.alone_s == alone_s
+    assert speed.load.balance - before == pytest.approx(1 - 2 + controller.INCOME)
+    speed.load.side.prepare_rounds_left = None
+    speed.add(RoundTimes(0, 0, 0.02, 0.015, 0.0))
+    assert speed.load.alone_s > alone_s
+
+
+def test_rounds_that_ends_of_other_sessions_hold_up_hardly_count():
+    """R(0) is a mean of some hundred rounds: a few that took ten times as long would make speculation look good."""
+    load = LoadSpeed(8)
+    for seconds in [0.005] * 400 + [0.05] * 8:
+        load.add(RoundTimes(0, 0, seconds, 0.004, 0.0))
+    assert 0.005 < load.alone_s < 1.03 * 0.005
+    for _ in range(2000):  # what lasts is learned all the same
+        load.add(RoundTimes(0, 0, 0.02, 0.004, 0.0))
+    assert load.alone_s == pytest.approx(0.02, rel=0.05)
+
+
+class TestRest:
+    """Rounds of the target alone in which nothing is to decide."""
+
+    def calm(self, num_sessions: int) -> tuple[LoadSpeed, list[LengthController]]:
+        """Return what is known of the load of so many sessions, and them, who have left the draft."""
+        speed = PairSpeed()
+        choosers = [LengthController(speed, may_be_zero=True) for _ in range(num_sessions)]
         for chooser in choosers:
-            chooser.learn(RoundTimes(0, 0, 0.01, 0.005, 0.0))
-    assert speed.num_sessions == pytest.approx(8)
-    for _ in range(20):
-        choosers[0].learn(RoundTimes(0, 0, 0.01, 0.005, 0.0))
-    assert speed.num_sessions == pytest.approx(1, abs=0.1)
+            chooser.begin()
+        speed.load.side = Side(pause=controller.PROBE_EVERY)
+        for _ in range(2 * controller.CROWD_ROUNDS * controller.START_ROUNDS):
+            self.round(choosers)
+        return speed.load, choosers
+
+    def round(self, choosers: list[LengthController], seconds: float = 0.01) -> list[int]:
+        """Have each session do a round; return their lengths."""
+        lengths = [chooser.next_length() for chooser in choosers]
+        for chooser, length in zip(choosers, lengths, strict=True):
+            chooser.learn(RoundTimes(length, 0, seconds, 0.005, 0.0))
+        return lengths
+
+    @pytest.mark.parametrize("num_sessions", [1, 8])
+    def test_what_is_learned_of_them_is_the_same(self, monkeypatch, num_sessions):
+        known, num_rests = [], []
+        for rest in (controller.REST_ROUNDS, 0):
+            monkeypatch.setattr(controller, "REST_ROUNDS", rest)
+            load, choosers = self.calm(num_sessions)
+            num_rests.append(0)
+            for index in range(8):
+                self.round(choosers, 0.01 + 0.001 * index)
+                num_rests[-1] += sum(chooser._rests for chooser in choosers)
+            for chooser in choosers:
+                chooser.end()
+            known.append((load.alone_s, load.round_alone.weight, load.balance, load.side.num_rounds))
+        assert known[0] == pytest.approx(known[1], rel=0.01)
+        assert num_rests == [6 * num_sessions, 0]
+
+    def test_they_end_as_soon_as_another_session_sees_that_it_is_time_for_a_look(self):
+        load, choosers = self.calm(8)
+        while not choosers[0]._rests:
+            self.round(choosers)
+        load.side.probe_rounds_left = 16
+        assert 0 not in self.round(choosers)
+
+
+def test_what_is_known_is_of_the_sessions_that_are_open_at_whatever_temperature():
+    speeds = PairSpeeds()
+    warm, cool = speeds.at(1.0), speeds.at(0.5)
+    loads = [cool.load.num_sessions]
+    choosers = [LengthController(speed, may_be_zero=True) for speed in [warm] * 6 + [cool]]
+    for chooser in choosers:
+        chooser.begin()
+        loads.append(cool.load.num_sessions)
+    assert loads == [1, 1, 2, 4, 4, 4, 8, 8]  # to a factor of two
+    assert warm.load.num_sessions == 8
+    assert warm.load is not cool.load
+    for chooser in choosers:
+        chooser.end()
+    assert cool.load.num_sessions == 1
 
 
 def test_sessions_that_begin_together_are_counted_before_any_has_seen_the_others():
@@ -207,34 +319,34 @@ class TestAccount:
         """Three rounds of 10 ms alone, then two tokens in 35 ms: 2 - 3.5, and the income of each token."""
         speed = PairSpeed()
         for _ in range(3):
-            speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0), num_sessions=1, is_steady=True)
-        before = speed.load(1).balance
-        speed.add(RoundTimes(3, 1, 0.035, 0.005, 0.001), num_sessions=1, is_steady=False)
+            speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0))
+        before = speed.load.balance
+        speed.add(RoundTimes(3, 1, 0.035, 0.005, 0.001), is_steady=False)
         assert before == pytest.approx(controller.CREDIT + 3 * controller.INCOME)
-        assert speed.load(1).balance - before == pytest.approx(2 - 3.5 + 2 * controller.INCOME)
+        assert speed.load.balance - before == pytest.approx(2 - 3.5 + 2 * controller.INCOME)
 
     def test_a_round_that_was_held_up_costs_no_more_than_a_bad_one(self):
         speed = PairSpeed()
         for _ in range(3):
-            speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0), num_sessions=1, is_steady=True)
-        before = speed.load(1).balance
-        speed.add(RoundTimes(3, 1, 2.0, 0.005, 0.001), num_sessions=1, is_steady=False)
-        assert speed.load(1).balance - before == pytest.approx(2 * controller.INCOME - controller.MOST_LOST)
+            speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0))
+        before = speed.load.balance
+        speed.add(RoundTimes(3, 1, 2.0, 0.005, 0.001), is_steady=False)
+        assert speed.load.balance - before == pytest.approx(2 * controller.INCOME - controller.MOST_LOST)
 
     def test_it_does_not_grow_without_end(self):
-        speed = PairSpeed()
+        speed = of_sessions(2)
         for _ in range(2 * controller.START_ROUNDS * controller.CROWD_ROUNDS):
-            speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0), num_sessions=2, is_steady=True)
+            speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0))
         for _ in range(100):
-            speed.add(RoundTimes(4, 4, 0.01, 0.005, 0.001), num_sessions=2, is_steady=True)
-        assert speed.load(2).balance == 2 * controller.MOST_BALANCE
+            speed.add(RoundTimes(4, 4, 0.01, 0.005, 0.001))
+        assert speed.load.balance == 2 * controller.MOST_BALANCE
 
     def test_sessions_that_must_have_proposals_do_not_spend_what_others_may(self):
         speed = PairSpeed()
         rate_of(USELESS, speed, 100, 1)
-        before = speed.load(1).balance
+        before = speed.load.balance
         rate_of(USELESS, speed, 100, 2, may_be_zero=False)
-        assert speed.load(1).balance == before
+        assert speed.load.balance == before
 
     def test_predictions_that_losses_refute_are_not_followed(self):
         side = Side(is_alone=False, pause=controller.PROBE_EVERY)
@@ -304,6 +416,13 @@ class TestLooksAtTheOtherSide:
         assert side.next_is_alone(100.0, 50.0, 0.0, 1)
         assert side.prepare_rounds_left is None
 
+    def test_what_is_prepared_is_not_given_up_for_what_preparing_costs(self):
+        """Else it would begin again and again, with the draft at work and no look to show for it."""
+        side = Side(pause=64, num_rounds=128)
+        assert side.next_is_alone(100.0, 50.0, controller.PROBE_BALANCE, 1)
+        rounds = [side.next_is_alone(100.0, 50.0, controller.LEAST_BALANCE, 1) for _ in range(PREPARE_ROUNDS)]
+        assert rounds == [True] * (PREPARE_ROUNDS - 1) + [False]
+
     def test_there_is_none_at_a_slower_side_without_tokens_to_lose(self):
         assert self.looks(Side(pause=64), 50.0, 1, balance=controller.PROBE_BALANCE - 0.1) == []
 
@@ -351,11 +470,10 @@ class TestLooksAtTheOtherSide:
         speed = PairSpeed()
         for _ in range(controller.START_ROUNDS):
             speed.add(RoundTimes(0, 0, 0.01, 0.005, 0.0))
-        lengths = [speed.next_length(100.0, 0.0, 2)]
+        lengths = [speed.next_length(2, 2)]
         speed.add(RoundTimes(2, num_accepted, seconds, 0.005, 0.001, overlaps), is_steady=False)
-        rates = speed.rates(2)
-        lengths.append(speed.next_length(rates[0], rates[2], 2))
-        assert (rates[2] > 0) == is_over
+        assert (rates_of(speed)[2] > 0) == is_over
+        lengths.append(speed.next_length(2, 2))
         assert lengths[0] == 2
         assert (lengths[1] == 0) == is_over
 
