@@ -4,7 +4,8 @@
 
 Both services run as processes of their own, on one GPU or on two. Models have random weights in the shapes of known
 pairs and a set acceptance rate (pairs.py); nothing is downloaded, and weights are made where they are used. The draft
-service stays for all acceptance rates; the target services run together where the GPU holds them.
+service stays for all acceptance rates; the target services run together where the GPU holds them. With --users many
+texts are written at once, too.
 
 A pass over few tokens must read every weight once and does little else, so the limit of its time is their bytes over
 the bandwidth of the GPU's memory, which is measured here by copying.
@@ -12,6 +13,7 @@ the bandwidth of the GPU's memory, which is measured here by copying.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import multiprocessing
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -35,7 +37,9 @@ from rich.table import Table
 from benchmarks import made_models
 from benchmarks.made_models import Recipe
 from benchmarks.pairs import SHAPES, Shape, bytes_per_pass, calibrate, make_draft, make_target
-from client import SamplingParams, SpeculativeClient
+from client import AsyncSpeculativeClient, SamplingParams, SpeculativeClient
+from client.commands.bench.options import NumberList
+from client.params import AUTO
 from client.results import GenerationStats
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.loader import DTYPES, ModelOptions, load
@@ -87,6 +91,18 @@ class TextSpeed:
     autoregressive: list[float]
     round_ms: dict[str, float]  # of a mean round: all of it, and its parts
     round_ms_alone: dict[str, float]
+
+
+@dataclass(frozen=True)
+class UsersSpeed:
+    """What texts of many users at once took, in all."""
+
+    aim: float
+    num_users: int
+    num_speculative_tokens: int | str
+    overlap: bool
+    speculative: list[float]  # tokens per second of each repetition
+    autoregressive: list[float]
 
 
 @dataclass(frozen=True)
@@ -208,6 +224,44 @@ def measure_texts(
     return [_text_speed(aim, way, all_stats[way], all_stats[None]) for way in ways]
 
 
+async def measure_users(
+    addresses: tuple[str, str], aim: float, ways: list[Way], users: list[int], max_new_tokens: int, repetitions: int
+) -> list[UsersSpeed]:
+    """Write texts of as many users at once as `users` says, in turn as `measure_texts` does."""
+    speeds = []
+    async with AsyncSpeculativeClient(*addresses) as client:
+        for num_users in users:
+            rates: dict[Way | None, list[float]] = {way: [] for way in (None, *ways)}
+            for repetition in range(-1, repetitions):
+                for way, its_rates in rates.items():
+                    rate = await _rate_of_users(client, way, num_users, repetition, max_new_tokens)
+                    if repetition >= 0:
+                        its_rates.append(rate)
+            speeds += [UsersSpeed(aim, num_users, way.length, way.overlap, rates[way], rates[None]) for way in ways]
+    return speeds
+
+
+async def _rate_of_users(
+    client: AsyncSpeculativeClient, way: Way | None, num_users: int, repetition: int, max_new_tokens: int
+) -> float:
+    """Return the tokens per second of texts that begin together; of `auto` they have no seed, so that K may be 0."""
+    random = Random(repetition)
+    settings = way.settings if way else {"method": "autoregressive"}
+    has_seed = way is None or way.length != AUTO
+    began_at = time.perf_counter()
+    results = await asyncio.gather(
+        *(
+            client.generate(
+                [random.randrange(2, 90) for _ in range(PROMPT_LENGTH)],
+                SamplingParams(1.0, seed=user if has_seed else None, max_new_tokens=max_new_tokens, ignore_eos=True),
+                **settings,
+            )
+            for user in range(num_users)
+        )
+    )
+    return sum(result.stats.num_generated_tokens for result in results) / (time.perf_counter() - began_at)
+
+
 def _text_speed(aim: float, way: Way, stats: list[GenerationStats], alone: list[GenerationStats]) -> TextSpeed:
     drafted, accepted, rounds, generated = (
         sum(getattr(its, name) for its in stats)
@@ -289,6 +343,7 @@ def lengths(context: click.Context, parameter: click.Parameter, value: str) -> l
     default="both",
     help="Whether the draft goes on while the target verifies; on one GPU they then take turns.",
 )
+@click.option("--users", type=NumberList(int, 1), default=(), help="Write texts of so many at once, too.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128)
 @click.option("--repetitions", type=click.IntRange(1), default=5)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16")
@@ -320,15 +375,21 @@ def main(
         bandwidth = document["copy_bytes_per_second"]
         for shape, (_, passes) in prepared.items():
             rows = [asdict(item) | {"share": item.share(bandwidth)} for item in passes]
-            document["shapes"][shape] = {"passes": rows, "texts": []}
+            document["shapes"][shape] = {"passes": rows, "texts": [], "users": []}
             _print_passes(shape, rows)
         _save(document, json_file)
-        for shape, (pair, _) in prepared.items():
-            texts = measure_all_texts(pair, settings)
-            rows = [asdict(item) | {"speed_up": speed_up(item.speculative, item.autoregressive)} for item in texts]
-            document["shapes"][shape]["texts"] = rows
-            _print_texts(shape, rows)
-            _save(document, json_file)
+        with closing(asyncio.new_event_loop()) as loop:  # gRPC wants one event loop
+            for shape, (pair, _) in prepared.items():
+                texts, of_users = ([_as_row(item) for item in items] for items in measure_all(pair, settings, loop))
+                document["shapes"][shape] |= {"texts": texts, "users": of_users}
+                _print_texts(shape, texts)
+                if of_users:
+                    _print_users(shape, of_users)
+                _save(document, json_file)
+
+
+def _as_row(item: TextSpeed | UsersSpeed) -> dict[str, Any]:
+    return asdict(item) | {"speed_up": speed_up(item.speculative, item.autoregressive)}
 
 
 def _save(document: dict[str, Any], json_file: Path | None) -> None:
@@ -350,20 +411,25 @@ def prepare_all(
     return prepared
 
 
-def measure_all_texts(pair: PreparedPair, settings: dict[str, Any]) -> list[TextSpeed]:
-    """Start services for a pair and measure texts at each of its acceptance rates."""
+def measure_all(
+    pair: PreparedPair, settings: dict[str, Any], loop: asyncio.AbstractEventLoop
+) -> tuple[list[TextSpeed], list[UsersSpeed]]:
+    """Start services for a pair and measure texts, of one user and of many, at each of its acceptance rates."""
     target_device, draft_device = settings["target_device"], settings["draft_device"]
     ways = [Way(length, overlap) for length in settings["lengths"] for overlap in OVERLAPS[settings["overlap"]]]
+    chosen = {name: settings[name] for name in ("max_new_tokens", "repetitions")}
     texts: list[TextSpeed] = []
+    of_users: list[UsersSpeed] = []
     for group in groups_that_fit(list(pair.targets), pair.target_bytes, _memory_bytes(target_device)):
         models = {"draft": (pair.draft, draft_device)}
         models |= {f"target {aim:g}": (pair.targets[aim], target_device) for aim in group}
         with services(models, settings["dtype"], settings["cuda_graphs"]) as addresses:
             for aim in group:
-                with SpeculativeClient(addresses[f"target {aim:g}"], addresses["draft"]) as client:
-                    chosen = {name: settings[name] for name in ("max_new_tokens", "repetitions")}
+                both = addresses[f"target {aim:g}"], addresses["draft"]
+                with SpeculativeClient(*both) as client:
                     texts += measure_texts(client, aim, ways, **chosen)
-    return texts
+                of_users += loop.run_until_complete(measure_users(both, aim, ways, settings["users"], **chosen))
+    return texts, of_users
 
 
 def groups_that_fit(aims: list[float], num_bytes: int, memory_bytes: int) -> list[list[float]]:
@@ -401,6 +467,17 @@ def _print_texts(shape: str, texts: list[dict[str, Any]]) -> None:
         numbers += (f"{alone:.1f}", f"{together:.1f}")
         way = (str(item["num_speculative_tokens"]), "yes" if item["overlap"] else "no")
         table.add_row(f"{item['aim']:g}", *way, *numbers, f"{item['speed_up']:.2f}")
+    Console().print(table)
+
+
+def _print_users(shape: str, speeds: list[dict[str, Any]]) -> None:
+    columns = ("acceptance", "users", "K", "overlap", "alone, tokens/s", "tokens/s", "speed-up")
+    table = Table(*columns, title=f"{shape}: texts of many users at once")
+    for item in speeds:
+        alone, together = (statistics.median(item[name]) for name in ("autoregressive", "speculative"))
+        way = (str(item["num_speculative_tokens"]), "yes" if item["overlap"] else "no")
+        numbers = (f"{alone:.0f}", f"{together:.0f}", f"{item['speed_up']:.2f}")
+        table.add_row(f"{item['aim']:g}", str(item["num_users"]), *way, *numbers)
     Console().print(table)
 
 

@@ -5,7 +5,9 @@ Shapes: T rows, V vocabulary size.
 
 from __future__ import annotations
 
+import asyncio
 import json
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +22,7 @@ from benchmarks.cuda import (
     Way,
     groups_that_fit,
     main,
-    measure_all_texts,
+    measure_all,
     measure_pair,
     measure_texts,
     prepare,
@@ -161,15 +163,18 @@ def test_passes_of_every_size_are_measured(prepared):
 def test_texts_are_written_by_services_of_their_own(prepared):
     settings = {
         "target_device": "cpu", "draft_device": "cpu", "dtype": "float32", "cuda_graphs": True, "lengths": [2],
-        "overlap": "both", "max_new_tokens": 100, "repetitions": 2,
+        "overlap": "both", "users": [3], "max_new_tokens": 100, "repetitions": 2,
     }  # fmt: skip
-    speeds = measure_all_texts(prepared, settings)
-    assert [(speed.aim, speed.overlap) for speed in speeds] == [
-        (aim, way) for aim in (0.6, 0.9) for way in (False, True)
-    ]
-    assert all(len(speed.speculative) == len(speed.autoregressive) == 2 for speed in speeds)
+    with closing(asyncio.new_event_loop()) as loop:
+        speeds, of_users = measure_all(prepared, settings, loop)
+    aims_and_ways = [(aim, way) for aim in (0.6, 0.9) for way in (False, True)]
+    for kind in (speeds, of_users):
+        assert [(speed.aim, speed.overlap) for speed in kind] == aims_and_ways
+        assert all(len(speed.speculative) == len(speed.autoregressive) == 2 for speed in kind)
+        assert all(rate > 0 for speed in kind for rate in speed.speculative + speed.autoregressive)
     low, _, high, _ = (speed.acceptance for speed in speeds)
     assert 0 < low < high <= 1
+    assert {speed.num_users for speed in of_users} == {3}
 
 
 def test_targets_run_together_where_the_gpu_holds_them():
