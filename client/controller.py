@@ -34,11 +34,12 @@ from operator import mul
 from statistics import fmean
 from typing import NamedTuple
 
+from outrider.averages import Average, Line
+
 MOST = 16  # proposals in a round
 FIRST = 2  # with which a look at the draft begins
 MEMORY = 0.985  # weight of a round, against the one after it
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.65, 3.0
-PRIOR_SLOPE_ROUNDS = 3.0  # weight of the stand-in for b
 PRIOR_BEND_ROUNDS = 2.0  # weight of a pass that takes as long as the line says
 MARGIN = 0.03  # K = 0 is left only for a gain of more than this share
 REVIEW_EVERY = 4  # rounds of a session between looks at the rates, which move slowly
@@ -88,56 +89,6 @@ class RoundTimes(NamedTuple):
     def accept_probs(self) -> Sequence[float]:
         """Of each proposal that was judged, how probable it was to be accepted; its outcome where nobody knows."""
         return self.overlaps or [1.0] * self.num_accepted + [0.0] * (self.num_accepted < self.num_proposals)
-
-
-@dataclass
-class Line:
-    """A decayed least-squares line y = intercept + slope · x, with a prior on the slope."""
-
-    memory: float = MEMORY
-    weight: float = 0.0
-    x: float = 0.0  # decayed sums
-    y: float = 0.0
-    xx: float = 0.0
-    xy: float = 0.0
-
-    def add(self, x: float, y: float) -> None:
-        memory = self.memory
-        self.weight, self.x, self.y = memory * self.weight + 1.0, memory * self.x + x, memory * self.y + y
-        self.xx, self.xy = memory * self.xx + x * x, memory * self.xy + x * y
-
-    def slope(self, prior: float) -> float:
-        """Return the slope, at least 0, pulled towards `prior` as if by rounds that differ by one in x."""
-        if not self.weight:
-            return prior
-        spread = self.xx - self.x * self.x / self.weight
-        covariance = self.xy - self.x * self.y / self.weight
-        return max(0.0, (covariance + PRIOR_SLOPE_ROUNDS * prior) / (spread + PRIOR_SLOPE_ROUNDS))
-
-    def at(self, x: float, slope: float) -> float:
-        """Return y at `x` on the line of this slope through the mean of what was added."""
-        return self.y / self.weight + slope * (x - self.x / self.weight)
-
-
-@dataclass
-class Average:
-    """A decayed mean."""
-
-    memory: float = MEMORY
-    weight: float = 0.0
-    total: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.weight, self.total = self.memory * self.weight + 1.0, self.memory * self.total + value
-
-    def fade(self, weight: float) -> None:
-        """Have all that was added so far weigh no more than so many further values."""
-        if self.weight > weight:
-            self.weight, self.total = weight, self.mean * weight
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.weight if self.weight else 0.0
 
 
 @dataclass

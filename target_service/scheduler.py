@@ -1,4 +1,5 @@
-"""Continuous batching of rounds: the next pass takes whatever has arrived while the present one ran. Knows no gRPC.
+"""Continuous batching of rounds: the next pass takes whatever has arrived while the present one ran, and may wait for
+what is about to (gathering.py). Knows no gRPC.
 
 A round becomes a demand on the engine: feed the pending token and all proposals but the last, return one row for
 each.
@@ -24,6 +25,7 @@ from outrider.errors import InternalError, InvalidArgumentError, ServiceError, r
 from outrider.probs import Reading, TargetRows, begin_reading
 from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.warping import Warping
+from target_service.gathering import Gathering
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,8 @@ class Scheduler:
 
     def __init__(self, engine: Engine, context_length: int):
         self._engine, self._context_length = engine, context_length
-        self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick)
+        self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick, self._patience_s)
+        self._gathering = Gathering()
         self._prefills: dict[Session, Demand] = {}
         self._jobs: dict[Session, _Job] = {}
         self._arrivals = itertools.count()
@@ -160,6 +163,7 @@ class Scheduler:
             return
         self._prefills.pop(session, None)  # the round includes what is left of it
         self._jobs[session] = _Job(session, demand, arrived_at, work, emit)
+        self._gathering.on_round(session, demand.num_left, arrived_at)
 
     def _apply(self, session: Session, work: Round) -> Demand:
         """Bring the sequence to the round's tokens and return the demand for its rows."""
@@ -180,12 +184,20 @@ class Scheduler:
         self._prefills.pop(session, None)
         self._jobs.pop(session, None)
         self._engine.remove(session.sequence)
+        self._gathering.forget(session)
+
+    def _patience_s(self) -> float:
+        """Return for how long the next pass waits for rounds that are about to come; prompts wait for nobody."""
+        if not self._jobs or self._prefills:
+            return 0.0
+        return self._gathering.patience_s(len(self._jobs), time.monotonic())
 
     def _step(self) -> bool:
         demands = [*self._prefills.values(), *(job.demand for job in self._jobs.values())]
         if not demands:
             return False
         readings: list[_Reading] = []
+        began_at, num_fed = time.monotonic(), self._engine.stats.num_tokens_fed
         try:
             finished = set(self._engine.run_pass(demands, lambda its: readings.extend(self._begin_readings(its))))
             for reading in readings:
@@ -194,6 +206,8 @@ class Scheduler:
             log.exception("a forward pass failed; its sessions are told")
             self._fail_all()
             return False
+        if not self._prefills:
+            self._gathering.add_pass(self._engine.stats.num_tokens_fed - num_fed, time.monotonic() - began_at)
         self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
         return bool(self._prefills or self._jobs)
 
@@ -207,6 +221,7 @@ class Scheduler:
 
     def _reply(self, job: _Job, answer: Verdict | ServiceError) -> None:
         del self._jobs[job.session]
+        self._gathering.on_answer(job.session, time.monotonic())
         job.emit(answer)
 
     def _begin_readings(self, demands: list[Demand]) -> list[_Reading]:

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 from outrider.mailbox import running_loop
@@ -29,14 +30,22 @@ yield_processor: Callable[[], None] = getattr(os, "sched_yield", lambda: None)  
 class ModelThread:
     """Runs posted calls in the order of posting and, while there is work, steps; one of them at a time."""
 
-    def __init__(self, name: str, step: Callable[[], bool], is_quick: Callable[[], bool]):
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[], bool],
+        is_quick: Callable[[], bool],
+        patience_s: Callable[[], float] = lambda: 0.0,
+    ):
         """Prepare; nothing runs before `start`.
 
         Args:
             step: does one unit of work and returns whether more is left.
             is_quick: whether the next step is so short that an event loop can do it.
+            patience_s: for how many seconds a step on the thread shall wait for further calls. Asked again when some
+                have come, or when the time is over; 0 for no longer.
         """
-        self._step, self._is_quick = step, is_quick
+        self._step, self._is_quick, self._patience_s = step, is_quick, patience_s
         self._calls: deque[Callable[[], None]] = deque()
         self._turn = threading.Lock()  # held by whoever runs calls and a step
         self._wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()  # for the thread: False to end it
@@ -74,10 +83,12 @@ class ModelThread:
             self._thread.join()
 
     def _run(self) -> None:
-        while self._wakes.get():
+        while not self._is_ending and self._wakes.get():
             has_work = True
             while has_work and not self._is_ending:
                 with self._turn:
+                    self._run_calls()
+                    self._gather()
                     has_work = self._take_turn()
         with self._turn:
             self._run_calls()
@@ -109,6 +120,13 @@ class ModelThread:
         """Run what was posted, then one step; return whether there is more."""
         self._run_calls()
         return self._step() or bool(self._calls)
+
+    def _gather(self) -> None:
+        """Wait for further calls as long as patience lasts, and run them."""
+        while not self._is_ending and (seconds := self._patience_s()) > 0:
+            with suppress(queue.Empty):
+                self._wakes.get(timeout=seconds)
+            self._run_calls()
 
     def _run_calls(self) -> None:
         while self._calls:

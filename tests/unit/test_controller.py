@@ -18,7 +18,6 @@ from client.controller import (
     Acceptance,
     FixedLength,
     LengthController,
-    Line,
     LoadSpeed,
     PairSpeed,
     PairSpeeds,
@@ -566,15 +565,3 @@ def test_acceptance_is_learned_from_how_probable_it_was_where_that_is_known(know
         speed.add(RoundTimes(1, 1, 0.01, 0.005, 0.0, (0.5,) if knows_overlaps else ()))
     first = next(speed._acceptance.probs())
     assert first == pytest.approx(0.55 if knows_overlaps else 0.88, abs=0.01)
-
-
-def test_a_line_finds_its_slope_and_says_its_prior_where_it_has_seen_one_place_only():
-    line, flat = Line(), Line()
-    for index in range(200):
-        line.add(index % 5, 3 + 2 * (index % 5))
-        flat.add(4, 7)
-    assert line.slope(0.0) == pytest.approx(2, rel=0.05)
-    assert line.at(10, 2.0) == pytest.approx(23, rel=0.01)
-    assert flat.slope(0.5) == pytest.approx(0.5)
-    assert flat.at(6, 0.5) == pytest.approx(8)
-    assert Line().slope(0.25) == 0.25
