@@ -1,4 +1,4 @@
-"""Whether K chosen by the client is ever much slower than the target alone: good, useless and slow drafts, and load.
+"""Whether K chosen by the client is ever much slower than the target alone: good, useless and slow drafts, many users.
 
     python -m benchmarks.controller --save-result result.json
 
@@ -255,14 +255,13 @@ def run_case(case: Case, values: dict[str, Any]) -> Result:
             return new_result(kind, bench.settings, bench.prompts, bench.described, threads, samples)
 
 
-def cases_of(num_users: int) -> dict[str, Case]:
+def cases_of(users: Sequence[int]) -> dict[str, Case]:
     """Return the cases by the names that tables have for them."""
     return {
         "embedded": Case(DRAFT),
         "useless": Case(USELESS),
         "slow": Case(TARGET),
-        f"{num_users} users": Case(DRAFT, num_users),
-    }
+    } | {f"{num_users} users": Case(DRAFT, num_users) for num_users in users}
 
 
 def document_of(results: Mapping[str, Result], outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -284,7 +283,7 @@ def document_of(results: Mapping[str, Result], outcomes: Sequence[Outcome]) -> d
     "users: many texts at once with the embedded pair. May be given several times; without it, all.",
 )
 @click.option("--temperature", type=NumberList(float, 0), default="0,1,1.5", help="Values of the temperature.")
-@click.option("--users", type=click.IntRange(2), default=16, help="Texts at once in the case users.")
+@click.option("--users", type=NumberList(int, 2), default="8,16", help="Numbers of texts at once in the case users.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each service.")
 @text_options
 @click.option(
@@ -294,12 +293,12 @@ def document_of(results: Mapping[str, Result], outcomes: Sequence[Outcome]) -> d
 )
 @as_json
 @shows_errors
-def main(chosen: tuple[str, ...], users: int, save_result: Path | None, as_json: bool, **values: Any) -> None:
+def main(chosen: tuple[str, ...], users: list[int], save_result: Path | None, as_json: bool, **values: Any) -> None:
     """Measure num_speculative_tokens="auto" against the target alone."""
     results: dict[str, Result] = {}
     outcomes: list[Outcome] = []
     for name, case in cases_of(users).items():
-        if chosen and name.replace(f"{users} ", "") not in chosen:
+        if chosen and name.split()[-1] not in chosen:
             continue
         results[name] = run_case(case, values)
         outcomes += outcomes_of(name, results[name].samples, case.order)

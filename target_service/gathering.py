@@ -4,11 +4,12 @@ A round comes back some time after the answer to the one before it: the client's
 sessions form, of which one is verified while the other has its turn, so that a pass serves half of them. Where a pass
 takes as long for all as for half, as on a GPU, that doubles what a round waits for.
 
-A pass of n tokens takes a + b n seconds. If it starts now, rounds that come d seconds later wait for its end and then
-have one of their own, of a + b m seconds. If it waits for these M rounds of m tokens, each of them has its answer
-a − d seconds sooner, and each of the W that are there already has it d + b m seconds later. So it waits where
+A pass of n tokens takes a + b n seconds. If it starts now, M rounds of m tokens that come d seconds later wait for its
+end, and have one of their own of a + b m seconds; the W whose pass it was may be back before that one ends, T seconds
+after their answers, and wait for it. If the pass waits, each of the M has its answer a − d seconds sooner, and each of
+the W has it d + b m later, but its next one not later. So it waits where
 
-    M (a − d) > W (d + b m)
+    M (a − d) + W max(0, a + b m − T) > W (d + b m)
 
 and no longer than that: for rounds that do not come as soon as they used to it waits a little longer, once.
 """
@@ -78,11 +79,18 @@ class Gathering:
 
         To be asked again when a round has come, or when the time is over.
         """
-        due = [(left, turn.num_tokens) for turn in self._turns.values() if (left := turn.seconds_left(now)) is not None]
+        turns = self._turns.values()
+        due = sorted((left, turn.num_tokens) for turn in turns if (left := turn.seconds_left(now)) is not None)
+        if not due or due[0][0] >= self._base_s:
+            return 0.0
+        usual = [turn.seconds.mean for turn in turns if turn.began_at is None and turn.seconds.weight]
+        turn_s = sum(usual) / len(usual) if usual else float("inf")  # T
         most, patience_s, num_tokens = 0.0, 0.0, 0
-        for count, (left_s, its_tokens) in enumerate(sorted(due), start=1):
+        for count, (left_s, its_tokens) in enumerate(due, start=1):
             num_tokens += its_tokens
-            gain = count * (self._base_s - left_s) - num_waiting * (left_s + self._token_s * num_tokens)
+            more_s = self._token_s * num_tokens
+            spared_s = max(0.0, self._base_s + more_s - turn_s)
+            gain = count * (self._base_s - left_s) + num_waiting * (spared_s - left_s - more_s)
             if gain > most:
                 most, patience_s = gain, left_s
         return patience_s

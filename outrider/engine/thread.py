@@ -89,7 +89,7 @@ class ModelThread:
                 with self._turn:
                     self._run_calls()
                     self._gather()
-                    has_work = self._take_turn()
+                    has_work = not self._is_ending and self._take_turn()
         with self._turn:
             self._run_calls()
 

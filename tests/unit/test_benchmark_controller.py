@@ -121,9 +121,10 @@ def test_a_case_is_saved_as_a_result_of_the_bench():
 
 
 def test_the_cases_are_those_in_which_a_draft_may_be_a_burden():
-    assert {name: case.num_users for name, case in cases_of(16).items()} == {
+    assert {name: case.num_users for name, case in cases_of([8, 16]).items()} == {
         "embedded": 1,
         "useless": 1,
         "slow": 1,
+        "8 users": 8,
         "16 users": 16,
     }

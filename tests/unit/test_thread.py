@@ -23,6 +23,7 @@ class Work:
         self.ran: list[tuple[str, int]] = []  # what, and the thread's identifier
         self.is_quick = True
         self.num_inside = self.most_inside = 0
+        self.patience_s = 0.0
 
     def step(self) -> bool:
         self.num_inside += 1
@@ -52,7 +53,7 @@ class Work:
 
 @contextmanager
 def running(work: Work) -> Iterator[ModelThread]:
-    thread = ModelThread("test-model", work.step, lambda: work.is_quick)
+    thread = ModelThread("test-model", work.step, lambda: work.is_quick, lambda: work.patience_s)
     thread.start()
     try:
         yield thread
@@ -179,6 +180,48 @@ async def test_a_call_that_raises_stops_nobody(caplog):
         thread.post(work.call("next", num_steps=1))
         await until(lambda: len(work.ran) == 2)
     assert "on purpose" in caplog.text
+
+
+async def test_a_step_on_the_thread_waits_for_further_calls_as_long_as_patience_lasts():
+    work = Work()
+    work.is_quick, work.patience_s = False, PATIENCE_S
+
+    def lose_patience() -> None:
+        work.ran.append(("last", 0))
+        work.patience_s = 0.0
+
+    with running(work) as thread:
+        thread.post(work.call("first", num_steps=1))
+        await until(lambda: work.names == ["first"])
+        thread.post(work.call("second"))
+        await until(lambda: work.names == ["first", "second"])
+        thread.post(lose_patience)
+        await until(lambda: work.names == ["first", "second", "last", "step"])
+
+
+async def test_a_step_waits_no_longer_than_it_was_to():
+    work = Work()
+    asked: list[list[str]] = []
+
+    def patience_s() -> float:
+        asked.append(work.names)
+        return 0.0 if len(asked) > 1 else 0.001
+
+    thread = ModelThread("test-model", work.step, lambda: False, patience_s)
+    thread.start()
+    thread.post(work.call("first", num_steps=1))
+    await until(lambda: work.names == ["first", "step"])
+    thread.stop()
+    assert asked[:2] == [["first"], ["first"]]
+
+
+async def test_stopping_ends_a_wait_for_calls():
+    work = Work()
+    work.is_quick, work.patience_s = False, PATIENCE_S
+    with running(work) as thread:
+        thread.post(work.call("first", num_steps=1))
+        await until(lambda: work.names == ["first"])
+    assert work.names == ["first"]
 
 
 def test_stopping_runs_what_was_posted_and_no_more_steps():
