@@ -115,6 +115,7 @@ class Scheduler:
             while self._step():
                 pass
             self._end(session)
+        self._gathering = Gathering()  # passes in which something was compiled say nothing of others
         raise_errors_in(answers)
 
     def open(self, warping: Warping, seed: int, committed: Span, is_coupled: bool = False) -> Session:
