@@ -11,6 +11,7 @@ temperature is 0; that is measured beside, and nothing is promised of it.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import shutil
@@ -120,9 +121,9 @@ class FreshClients:
 class FreshLoad(ServicesLoad):
     """Makes the texts of each cell and repetition with a client of their own; one loop has them all."""
 
-    def __init__(self, bench: Bench):
+    def __init__(self, bench: Bench, loop: asyncio.AbstractEventLoop):
         self._addresses = bench.addresses.target, bench.addresses.draft
-        super().__init__(*self._addresses, bench.settings)
+        super().__init__(*self._addresses, bench.settings, loop)
 
     def run(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
         self._loop.run_until_complete(self._client.close())
@@ -230,12 +231,12 @@ def _texts(one: Outcome) -> list[str]:
     ]
 
 
-def measure(bench: Bench, case: Case, temperatures: Sequence[float]) -> list[Sample]:
+def measure(bench: Bench, case: Case, temperatures: Sequence[float], loop: asyncio.AbstractEventLoop) -> list[Sample]:
     """Run the case's cells, alternating, under a progress bar on standard error."""
     cells, settings = case.cells(temperatures), bench.settings
     num_steps = (settings.warm_up + settings.repetitions) * len(cells)
     if case.num_users > 1:
-        with closing(FreshLoad(bench)) as load, progress(num_steps) as advance:
+        with closing(FreshLoad(bench, loop)) as load, progress(num_steps) as advance:
             loads = dict.fromkeys((cell.method for cell in cells), load)
             return run_loads(loads, bench.prompt_ids, cells, lambda cell: cell.num_users, settings, advance)
     runners = dict.fromkeys((cell.method for cell in cells), FreshClients(bench))
@@ -243,13 +244,13 @@ def measure(bench: Bench, case: Case, temperatures: Sequence[float]) -> list[Sam
         return run_grid(runners, bench.prompt_ids, cells, settings, advance)
 
 
-def run_case(case: Case, values: dict[str, Any]) -> Result:
+def run_case(case: Case, values: dict[str, Any], loop: asyncio.AbstractEventLoop) -> Result:
     """Start the case's services, measure, and return the result with its raw samples."""
     with tempfile.TemporaryDirectory() as folder:
         draft = write_random_draft(Path(folder)) if case.draft == USELESS else case.draft
         pair = {"draft": None, "target": None, "draft_model": draft, "target_model": TARGET}
         with opened(values | pair) as bench:
-            samples = measure(bench, case, values["temperature"])
+            samples = measure(bench, case, values["temperature"], loop)
             threads = {"service": values["threads"], "peer": None}
             kind = "throughput" if case.num_users > 1 else "sweep"
             return new_result(kind, bench.settings, bench.prompts, bench.described, threads, samples)
@@ -297,11 +298,12 @@ def main(chosen: tuple[str, ...], users: list[int], save_result: Path | None, as
     """Measure num_speculative_tokens="auto" against the target alone."""
     results: dict[str, Result] = {}
     outcomes: list[Outcome] = []
-    for name, case in cases_of(users).items():
-        if chosen and name.split()[-1] not in chosen:
-            continue
-        results[name] = run_case(case, values)
-        outcomes += outcomes_of(name, results[name].samples, case.order)
+    with closing(asyncio.new_event_loop()) as loop:
+        for name, case in cases_of(users).items():
+            if chosen and name.split()[-1] not in chosen:
+                continue
+            results[name] = run_case(case, values, loop)
+            outcomes += outcomes_of(name, results[name].samples, case.order)
     document = document_of(results, outcomes)
     if save_result:
         save_result.write_text(json.dumps(document), encoding="utf-8")

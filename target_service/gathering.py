@@ -50,13 +50,10 @@ class Gathering:
     def __init__(self) -> None:
         self._turns: dict[Hashable, _Turn] = {}
         self._passes = Line(PASS_MEMORY)  # seconds over tokens
-        self._base_s = self._token_s = 0.0  # a and b
 
     def add_pass(self, num_tokens: int, seconds: float) -> None:
         """Learn from a pass, what reads its rows and hands them out included."""
         self._passes.add(num_tokens, seconds)
-        self._token_s = self._passes.slope(0.0)
-        self._base_s = self._passes.at(0.0, self._token_s)
 
     def on_round(self, session: Hashable, num_tokens: int, now: float) -> None:
         """Take note of a round that has come."""
@@ -81,16 +78,18 @@ class Gathering:
         """
         turns = self._turns.values()
         due = sorted((left, turn.num_tokens) for turn in turns if (left := turn.seconds_left(now)) is not None)
-        if not due or due[0][0] >= self._base_s:
+        if not due or not self._passes.weight:
             return 0.0
+        token_s = self._passes.slope(0.0)
+        base_s = self._passes.at(0.0, token_s)
         usual = [turn.seconds.mean for turn in turns if turn.began_at is None and turn.seconds.weight]
         turn_s = sum(usual) / len(usual) if usual else float("inf")  # T
         most, patience_s, num_tokens = 0.0, 0.0, 0
         for count, (left_s, its_tokens) in enumerate(due, start=1):
             num_tokens += its_tokens
-            more_s = self._token_s * num_tokens
-            spared_s = max(0.0, self._base_s + more_s - turn_s)
-            gain = count * (self._base_s - left_s) + num_waiting * (spared_s - left_s - more_s)
+            more_s = token_s * num_tokens
+            spared_s = max(0.0, base_s + more_s - turn_s)
+            gain = count * (base_s - left_s) + num_waiting * (spared_s - left_s - more_s)
             if gain > most:
                 most, patience_s = gain, left_s
         return patience_s

@@ -90,23 +90,21 @@ def arrival_times(rate: float, num_texts: int, seed: int) -> list[float]:
 class ServicesLoad:
     """Makes texts with the two services, all from one event loop."""
 
-    def __init__(self, target: str, draft: str, settings: Settings):
-        """Addresses are HOST:PORT."""
-        self._settings = settings
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, target: str, draft: str, settings: Settings, loop: asyncio.AbstractEventLoop):
+        """Addresses are HOST:PORT. gRPC wants one loop per process, so it is the caller's."""
+        self._settings, self._loop = settings, loop
         self._client = self._loop.run_until_complete(self._connect(target, draft))
 
     async def _connect(self, target: str, draft: str) -> AsyncSpeculativeClient:
         return AsyncSpeculativeClient(target, draft)
 
     def close(self) -> None:
-        """Close the connections and the loop."""
+        """Close the connections."""
         self._loop.run_until_complete(self._client.close())
         # grpc.aio keeps a closed channel's connections for as long as anything refers to its calls, and would report on
         # standard error that the services, which may end now, have hung up.
         del self._client
         gc.collect()
-        self._loop.close()
 
     def prepare(self) -> None:
         wait_until_quiet(time.process_time, time.sleep)

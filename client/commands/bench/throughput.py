@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -78,7 +79,10 @@ def _measure(bench: Bench, cells: Sequence[Cell], values: dict[str, Any]) -> lis
     def num_texts_of(cell: Cell) -> int:
         return values["num_texts"] if cell.request_rate else cell.num_users * values["texts_per_user"]
 
-    with closing(ServicesLoad(addresses.target, addresses.draft, settings)) as services:
+    with (
+        closing(asyncio.new_event_loop()) as loop,
+        closing(ServicesLoad(addresses.target, addresses.draft, settings, loop)) as services,
+    ):
         runners: dict[str, LoadRunner] = dict.fromkeys(OWN_METHODS, services)
         if bench.peer:
             runners["transformers"] = PeerLoad(bench.peer)
