@@ -61,6 +61,7 @@ ENOUGH_LOST, IMPROBABLE = 2.0, 0.15  # tokens, mean probability of acceptance: a
 PROMISING = 0.35  # mean probability of a look's proposals to be accepted, with which longer rounds are tried
 CLOSE, MOST_EXTRA = 0.75, 3  # a first look so close to K = 0 goes on: the first rounds of a draft are slow
 CREDIT = 4.0  # tokens that may be lost before the draft has brought any
+CROWD_CREDIT = 2.0  # of each of several sessions, who see more together
 LEAST_BALANCE = 1.0  # tokens with which the first look begins
 PROBE_BALANCE = 4.0  # tokens with which another does, at a draft that is known to be slower
 LEAST_CREDIBLE = -4.0  # tokens below which predictions have been refuted: the target goes on alone
@@ -134,6 +135,7 @@ class Side:
     pause: int = 0  # rounds of a session before the next look
     prepare_rounds_left: int | None = None  # None but between deciding on a look at the draft and its begin
     probe_rounds_left: int = 0
+    await_rounds_left: int = 0  # that several sessions begin before all of a look's are over; short ones end first
     num_extra: int = 0  # rounds for which the look may go on
     probe_length: int = FIRST  # K of a look from K = 0
 
@@ -150,7 +152,7 @@ class Side:
     @property
     def has_looked(self) -> bool:
         """Whether the rounds of a look are over, and nothing has been decided since."""
-        return not self.probe_rounds_left and not self.num_rounds
+        return not self.probe_rounds_left and not self.await_rounds_left and not self.num_rounds
 
     def end_look(self) -> None:
         """Have no further rounds of a look that has begun."""
@@ -181,6 +183,9 @@ class Side:
         if self.probe_rounds_left:
             self.probe_rounds_left -= 1
             return not self.is_alone
+        if self.await_rounds_left:
+            self.await_rounds_left -= 1
+            return self.is_alone
         if self._goes_on(rate_alone, rate_pair, balance):
             return False
         margin = 1 + MARGIN if self.is_alone else 1 - MARGIN
@@ -201,6 +206,7 @@ class Side:
         self.num_extra = MOST_EXTRA if is_alone and num_sessions == 1 and not rate_pair else 0
         rounds = PROBE_PROPOSALS if is_alone else in_company(PROBE_ALONE, num_sessions)
         self.probe_rounds_left = rounds * num_sessions - 1
+        self.await_rounds_left = num_sessions if num_sessions > 1 else 0
         return not is_alone
 
     def _goes_on(self, rate_alone: float, rate_pair: float, balance: float) -> bool:
@@ -232,8 +238,8 @@ class Side:
 
         The longer one side has been the better, and the clearer, the rarer are looks at the other.
         """
-        if self.is_preparing:  # which costs something, too: no reason to give up while there is anything left
-            return balance >= LEAST_BALANCE
+        if self.is_preparing:  # which is most of what a look costs: once it has been spent, the look comes cheap
+            return balance >= LEAST_CREDIBLE
         if self.is_alone and balance < (PROBE_BALANCE if rate_pair else LEAST_BALANCE):
             return False
         is_known = rate_alone and rate_pair
@@ -278,7 +284,8 @@ class LoadSpeed:
         self.draft_token = Average(memory)
         self.longest = FIRST  # K that there was so far
         self.side = Side()
-        self.balance = CREDIT * num_sessions  # tokens that may be lost against the target alone
+        credit = CREDIT if num_sessions == 1 else CROWD_CREDIT * num_sessions
+        self.balance = credit  # tokens that may be lost against the target alone
         self._rates = Rates([0.0] * (MOST + 1))
         self._num_since_review = 0
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from random import Random
+from statistics import fmean
 
 import pytest
 
@@ -177,6 +178,18 @@ def test_many_sessions_are_together_never_much_slower_than_the_target_alone(name
     later = rate_together(pair, num_sessions, seed + 10, lambda: LengthController(speed, may_be_zero=True))
     assert first > 0.95 * alone
     assert later > 0.95 * alone
+
+
+@pytest.mark.parametrize("num_sessions", [8, 16])
+@pytest.mark.parametrize("credit", [controller.CROWD_CREDIT, controller.CREDIT])
+def test_each_of_many_sessions_pays_less_for_what_they_learn_together(monkeypatch, credit, num_sessions):
+    monkeypatch.setattr(controller, "CROWD_CREDIT", credit)
+    ratios = []
+    for seed in range(4):
+        speed = PairSpeed()
+        rate = rate_together(COSTLY_DRAFT, num_sessions, seed, lambda its=speed: LengthController(its, True))
+        ratios.append(rate / rate_together(COSTLY_DRAFT, num_sessions, seed, lambda: FixedLength(0)))
+    assert (fmean(ratios) > 0.987) == (credit < controller.CREDIT)
 
 
 @pytest.mark.parametrize("pair", [GOOD, MODEST])
@@ -408,18 +421,29 @@ class TestLooksAtTheOtherSide:
         assert not fresh.next_is_alone(100.0, 110.0, 10.0, 1)
         assert not fresh.is_alone
 
-    def test_what_is_prepared_is_given_up_when_it_cannot_be_afforded_any_more(self):
+    def test_one_of_several_sessions_is_judged_when_all_its_rounds_are_over(self):
+        """Those that end first are the short ones, by which any draft would seem fast."""
+        side, sessions = Side(), 8
+        assert not any(side.next_is_alone(100.0, 0.0, 4.0, sessions) for _ in range(2 * sessions))
+        judged = []
+        for _ in range(sessions + 1):
+            judged.append(side.has_looked)
+            side.next_is_alone(100.0, 300.0 if judged[-1] else 900.0, 4.0, sessions)
+            assert side.is_alone != judged[-1]
+        assert judged == [False] * sessions + [True]
+
+    def test_what_is_prepared_is_given_up_when_losses_have_refuted_all_predictions(self):
         side = Side(pause=64, num_rounds=128)
         assert side.next_is_alone(100.0, 50.0, controller.MOST_BALANCE, 1)
         assert side.prepare_rounds_left is not None
-        assert side.next_is_alone(100.0, 50.0, 0.0, 1)
+        assert side.next_is_alone(100.0, 50.0, controller.LEAST_CREDIBLE - 0.1, 1)
         assert side.prepare_rounds_left is None
 
     def test_what_is_prepared_is_not_given_up_for_what_preparing_costs(self):
-        """Else it would begin again and again, with the draft at work and no look to show for it."""
+        """Else the draft would have been at work for nothing, and soon again."""
         side = Side(pause=64, num_rounds=128)
         assert side.next_is_alone(100.0, 50.0, controller.PROBE_BALANCE, 1)
-        rounds = [side.next_is_alone(100.0, 50.0, controller.LEAST_BALANCE, 1) for _ in range(PREPARE_ROUNDS)]
+        rounds = [side.next_is_alone(100.0, 50.0, controller.LEAST_CREDIBLE, 1) for _ in range(PREPARE_ROUNDS)]
         assert rounds == [True] * (PREPARE_ROUNDS - 1) + [False]
 
     def test_there_is_none_at_a_slower_side_without_tokens_to_lose(self):
