@@ -87,7 +87,6 @@ class ModelThread:
             has_work = True
             while has_work and not self._is_ending:
                 with self._turn:
-                    self._run_calls()
                     self._gather()
                     has_work = not self._is_ending and self._take_turn()
         with self._turn:
@@ -122,7 +121,8 @@ class ModelThread:
         return self._step() or bool(self._calls)
 
     def _gather(self) -> None:
-        """Wait for further calls as long as patience lasts, and run them."""
+        """Run what was posted, and wait for more as long as patience lasts."""
+        self._run_calls()
         while not self._is_ending and (seconds := self._patience_s()) > 0:
             with suppress(queue.Empty):
                 self._wakes.get(timeout=seconds)
