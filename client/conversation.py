@@ -321,8 +321,12 @@ class Conversation:
             self._generation.length = 0
 
     def _is_worth_waiting(self, wanted: int) -> bool:
-        draft = self._draft
-        if not self._draft_is_open or draft.is_on_trial or self._failure is not None:
+        """Return whether to wait for more proposals.
+
+        A target whose stream has broken changes nothing, or the round would draw other tokens than the seed's.
+        """
+        draft, is_over = self._draft, self._failure is not None and self._failure.code not in RETRIED
+        if not self._draft_is_open or draft.is_on_trial or is_over:
             return False
         return len(draft.proposals) < wanted and not (draft.has_stopped and draft.proposals)
 
