@@ -323,10 +323,13 @@ class Conversation:
     def _is_worth_waiting(self, wanted: int) -> bool:
         """Return whether to wait for more proposals.
 
-        A target whose stream has broken changes nothing, or the round would draw other tokens than the seed's.
+        A target whose stream has broken, but is asked again, changes nothing: a round without proposals would draw
+        other tokens than the seed's.
         """
-        draft, is_over = self._draft, self._failure is not None and self._failure.code not in RETRIED
-        if not self._draft_is_open or draft.is_on_trial or is_over:
+        draft = self._draft
+        if not self._draft_is_open or draft.is_on_trial:
+            return False
+        if self._failure is not None and self._failure.code not in RETRIED:
             return False
         return len(draft.proposals) < wanted and not (draft.has_stopped and draft.proposals)
 

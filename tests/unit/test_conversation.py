@@ -549,6 +549,7 @@ class TestTargetFails:
         assert result.token_ids == TEXT
         assert result.stats.num_rounds_without_draft == 0
         assert world.num_opened[Link.TARGET] == 4
+        Law().check(result, world)
 
     def test_beyond_the_retry_time_it_is_unavailable_and_the_partial_text_is_kept(self):
         world = World()
