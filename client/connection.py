@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -32,8 +33,7 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-
-
+ERROR_DOMAIN = "outrider"  # of the ErrorInfo in a service's errors
 SEEDED_BLOCK_LENGTH = 5  # K where `auto` may not choose
 
 
@@ -127,23 +127,27 @@ def check_pair(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> Non
         raise IncompatiblePairError(mismatch)
 
 
-def broken(link: Link, error: grpc.RpcError) -> Broken:
-    """Return the event that an RPC's error stands for; clients branch on codes, never on text."""
-    return Broken(link, error.code(), error.details() or "", retry_delay_s(error))  # type: ignore[attr-defined]
+def broken(link: Link, error: Any) -> Broken:
+    """Return the event that an RPC's error stands for; clients branch on codes and reasons, never on text."""
+    retry_delay_s, reason = error_details(error)
+    return Broken(link, error.code(), error.details() or "", retry_delay_s, reason)
 
 
-def retry_delay_s(error: Any) -> float | None:
-    """Return the seconds of the error's google.rpc.RetryInfo, or None."""
+def error_details(error: Any) -> tuple[float | None, str | None]:
+    """Return the seconds of the error's google.rpc.RetryInfo and its ErrorInfo's reason; None for what it lacks."""
     try:
         status = rpc_status.from_call(error)
-    except (ValueError, AttributeError):
-        return None
+    except (ValueError, AttributeError, DecodeError):
+        return None, None
+    retry_info, error_info = error_details_pb2.RetryInfo(), error_details_pb2.ErrorInfo()
+    retry_delay_s: float | None = None
+    reason: str | None = None
     for detail in status.details if status else ():
-        if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            info = error_details_pb2.RetryInfo()
-            detail.Unpack(info)
-            return info.retry_delay.ToMilliseconds() / 1000
-    return None
+        if detail.Unpack(retry_info):
+            retry_delay_s = retry_info.retry_delay.ToMilliseconds() / 1000
+        elif detail.Unpack(error_info) and error_info.domain == ERROR_DOMAIN:
+            reason = error_info.reason
+    return retry_delay_s, reason
 
 
 class Retrying:

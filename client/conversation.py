@@ -82,6 +82,7 @@ class Broken:
     code: grpc.StatusCode
     details: str
     retry_delay_s: float | None = None
+    reason: str | None = None  # of the service's own ErrorInfo; None: something between here and there ended it
 
 
 Event = Received | Broken

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
@@ -30,6 +31,7 @@ from outrider.errors import (
 
 log = logging.getLogger(__name__)
 
+ERROR_DOMAIN = "outrider"
 STATUS_CODES: dict[type[ServiceError], grpc.StatusCode] = {
     InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
     FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -77,7 +79,7 @@ def answers_errors(handler: Callable) -> Callable:
             raise
         except Exception:
             log.exception("%s failed", handler.__name__)
-            await context.abort(grpc.StatusCode.INTERNAL, "the service failed on this request; its log says how")
+            await abort(context, InternalError("the service failed on this request; its log says how"))
 
     return wrapped
 
@@ -91,26 +93,40 @@ def answers_unary_errors(handler: Callable) -> Callable:
             return await handler(self, request, context)
         except ServiceError as error:
             await abort(context, error)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception:
+            log.exception("%s failed", handler.__name__)
+            await abort(context, InternalError("the service failed on this request; its log says how"))
 
     return wrapped
 
 
 async def abort(context: grpc.aio.ServicerContext, error: ServiceError) -> None:
-    """End the call with the error's status; a ResourceExhaustedError carries a google.rpc.RetryInfo."""
-    code = STATUS_CODES[type(error)]
-    if isinstance(error, ResourceExhaustedError):
-        context.set_trailing_metadata(retry_metadata(code, str(error), error.retry_delay_s))
+    """End the call with the error's status, as `error_metadata` says it."""
+    code = next(STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES)
+    context.set_trailing_metadata(error_metadata(code, error))
     await context.abort(code, str(error))
 
 
-def retry_metadata(code: grpc.StatusCode, message: str, retry_delay_s: float) -> tuple[tuple[str, bytes], ...]:
-    """Return trailing metadata that holds the status with a RetryInfo."""
-    delay = duration_pb2.Duration()
-    delay.FromMilliseconds(int(retry_delay_s * 1000))
-    detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code.value[0], message=message, details=[detail])
+def error_metadata(code: grpc.StatusCode, error: ServiceError) -> tuple[tuple[str, bytes], ...]:
+    """Return trailing metadata that holds the status with an ErrorInfo, and a RetryInfo where a limit is reached.
+
+    The ErrorInfo tells a caller that the service itself speaks, and not a proxy before it.
+    """
+    details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN))]
+    if isinstance(error, ResourceExhaustedError):
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(int(error.retry_delay_s * 1000))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    status = status_pb2.Status(code=code.value[0], message=str(error), details=details)
     return tuple(rpc_status.to_status(status).trailing_metadata)
+
+
+def _packed(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
 
 
 class Server:

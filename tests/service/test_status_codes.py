@@ -35,6 +35,7 @@ from tests.service.conftest import (
 )
 
 INVALID, FAILED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
+REASONS = {INVALID: "INVALID_FIELD", FAILED: "OUT_OF_STEP"}
 T = len(PROMPT)  # the first undecided position
 TOO_LONG = [1] * (CONTEXT_LENGTH + 1)
 ODD = common_pb2.TokenSpan(token_ids=b"\1\0\0\0\2")
@@ -153,6 +154,7 @@ def test_the_target_refuses_by_name_and_carries_on(target, models, messages, cod
         refusal = refusal_of(stream)
     assert refusal.code() == code, refusal.details()
     assert field in refusal.details()
+    assert reason_of(refusal) == REASONS[code]
     check_target_serves(target, models.target)
 
 
@@ -162,14 +164,23 @@ def test_the_draft_refuses_by_name_and_carries_on(draft, models, messages, code,
         refusal = refusal_of(stream)
     assert refusal.code() == code, refusal.details()
     assert field in refusal.details()
+    assert reason_of(refusal) == REASONS[code]
     check_draft_serves(draft, models.draft)
 
 
 def retry_delay_s(error: grpc.RpcError) -> float:
     status = rpc_status.from_call(error)
     info = error_details_pb2.RetryInfo()
-    assert status.details[0].Unpack(info)
+    assert any(detail.Unpack(info) for detail in status.details)
     return info.retry_delay.ToMilliseconds() / 1000
+
+
+def reason_of(error: grpc.RpcError) -> str:
+    """Return the reason of the ErrorInfo by which the service marks an error as its own."""
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in rpc_status.from_call(error).details)
+    assert info.domain == "outrider"
+    return info.reason
 
 
 def test_a_full_target_says_when_to_come_again_and_its_session_goes_on(services, models):
