@@ -6,14 +6,13 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from outrider.engine import attention
+from outrider.engine.checkpoint import TOKENIZER_FILES, ModelRefusedError, Source, one_line, placed, read_model
 from outrider.engine.compiled.choice import choose_compiled
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.llama import LlamaForward
@@ -21,17 +20,11 @@ from outrider.engine.paged_choice import CacheOptions, choose_runner, make_gpu_f
 from outrider.engine.probe import why_different
 from outrider.engine.runner import Feed, ForwardPass, ModelRunner, Runner, TransformersForward
 
-BUILTIN_PREFIX = "builtin:"
-BUILTIN_NAMES = ("target", "draft")
 FINGERPRINT_BLOCK = 1024
 _PROBE_LENGTH, _PROBE_START = 12, 5
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
-
-
-class ModelRefusedError(Exception):
-    """The model cannot be loaded, or not be run exactly; the message says why in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ def load(options: ModelOptions) -> LoadedModel:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    source = _Source.of(options)
+    source = Source.of(options.model, options.revision, options.trust_remote_code)
     device = _device(options.device)
     model = _load_model(options, source, device)
     forward_pass = choose_forward_pass(model)
@@ -122,7 +115,7 @@ def load(options: ModelOptions) -> LoadedModel:
         raise ModelRefusedError(
             f"the caches of {options.model} do not fit into the memory of {facts['device']}: lower --max-cached-tokens"
         ) from error
-    tokenizer = _load_tokenizer(options, source)
+    tokenizer = _load_tokenizer(source)
     return LoadedModel(options, compiled or runner, max_cached_tokens, tokenizer, **facts)
 
 
@@ -132,35 +125,9 @@ def load_plain(options: ModelOptions) -> PreTrainedModel:
     Raises:
         ModelRefusedError: nothing of that name, or no causal language model.
     """
-    return _load_model(options, _Source.of(options), _device(options.device))
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where transformers finds the files."""
-
-    path: str
-    gguf_file: str | None = None
-
-    @classmethod
-    def of(cls, options: ModelOptions) -> _Source:
-        if options.model.startswith(BUILTIN_PREFIX):
-            name = options.model.removeprefix(BUILTIN_PREFIX)
-            if name not in BUILTIN_NAMES:
-                raise ModelRefusedError(
-                    f"there is no {options.model}: the embedded models are builtin:target and builtin:draft"
-                )
-            return cls(str(files("outrider").joinpath("models", name)))
-        if options.model.endswith(".gguf"):
-            path = Path(options.model)
-            if not path.is_file():
-                raise ModelRefusedError(f"there is no file {options.model}")
-            return cls(str(path.parent), path.name)
-        return cls(options.model)
-
-    def arguments(self, options: ModelOptions) -> dict:
-        arguments = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
-        return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+    return _load_model(
+        options, Source.of(options.model, options.revision, options.trust_remote_code), _device(options.device)
+    )
 
 
 def _accelerator_id(device: torch.device) -> str:
@@ -181,24 +148,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_model(options: ModelOptions, source: _Source, device: torch.device) -> PreTrainedModel:
-    arguments = source.arguments(options)
-    arguments["dtype"] = _dtype(options, device)
+def _load_model(options: ModelOptions, source: Source, device: torch.device) -> PreTrainedModel:
+    arguments: dict = {"dtype": _dtype(options, device)}
     if options.quantization:
         arguments["quantization_config"] = _quantization(options.quantization)
-    placed_by_accelerate = options.device_map or options.quantization
-    if placed_by_accelerate:
-        arguments["device_map"] = options.device_map or {"": str(device)}
-    try:
-        config = None if source.gguf_file else AutoConfig.from_pretrained(source.path, **arguments)
-        if config is not None and getattr(config, "is_encoder_decoder", False):
-            raise ModelRefusedError(
-                f"{options.model} ({config.model_type}) is an encoder-decoder: give a decoder-only model"
-            )
-        model = AutoModelForCausalLM.from_pretrained(source.path, **arguments)
-        return (model if placed_by_accelerate else model.to(device)).eval()  # type: ignore[arg-type]
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelRefusedError(f"{options.model} cannot be loaded: {error}") from error
+    if not (options.device_map or options.quantization):
+        return placed(read_model(source, **arguments), device)
+    return read_model(source, **arguments, device_map=options.device_map or {"": str(device)})
 
 
 def _dtype(options: ModelOptions, device: torch.device):
@@ -227,6 +183,8 @@ def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
     token_ids = [index * 7919 % config.vocab_size for index in range(_PROBE_LENGTH)]
     device = next(model.parameters()).device
     expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
+    if not expected.isfinite().all():
+        raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: its weights are damaged")
     _refuse_unless_switched(model, name)
     forward_pass = TransformersForward(model)
     try:
@@ -272,20 +230,27 @@ def _refuse_unless_switched(model: PreTrainedModel, name: str) -> None:
         raise ModelRefusedError(reason)
 
 
-def _load_tokenizer(options: ModelOptions, source: _Source) -> TokenizerFiles | None:
+def _load_tokenizer(source: Source) -> TokenizerFiles | None:
+    reason = source.why_silent(TOKENIZER_FILES)
+    if reason:
+        raise ModelRefusedError(f"the tokenizer of {source.name} cannot be loaded: {reason}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments(options))
-    except Exception as error:  # tokenizers raises nothing more precise
-        log.warning("no tokenizer for %s (%s): clients must send token ids", options.model, error)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # tokenizers raises nothing more precise, and panics
+        if source.has("tokenizer.json"):
+            raise ModelRefusedError(f"the tokenizer of {source.name} cannot be read: {one_line(error)}") from error
+        log.warning("no tokenizer for %s (%s): clients must send token ids", source.name, one_line(error))
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        log.warning("the tokenizer of %s has no tokenizer.json form: clients must send token ids", options.model)
+        log.warning("the tokenizer of %s has no tokenizer.json form: clients must send token ids", source.name)
         return None
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if added.issuperset(backend.get_vocab(with_added_tokens=True)):
         # transformers makes one out of nothing but special pieces where the files of a tokenizer are missing.
-        log.warning("no tokenizer for %s (there are no files of one): clients must send token ids", options.model)
+        log.warning("no tokenizer for %s (there are no files of one): clients must send token ids", source.name)
         return None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return TokenizerFiles(

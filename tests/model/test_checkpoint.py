@@ -1,0 +1,231 @@
+"""What is loaded is what was meant: a checkpoint that is not all there is refused in a sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from outrider.engine.loader import ModelOptions, ModelRefusedError, load
+from tests.tiny_models import byte_tokenizer, make_model, save
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 16533\n"
+WEIGHTS = "model.safetensors"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """Return the folder of a model with a tokenizer, with nothing wrong."""
+    folder = tmp_path_factory.mktemp("sound")
+    save(make_model("llama", 0, vocab_size=300), folder, byte_tokenizer())
+    return folder
+
+
+@pytest.fixture
+def folder(sound, tmp_path) -> Path:
+    """Return a copy of the sound model, to be damaged."""
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+def why_refused(folder: Path | str) -> str:
+    """Return the sentence with which the loader refuses the model."""
+    with pytest.raises(ModelRefusedError) as caught:
+        load(ModelOptions(str(folder), device="cpu", dtype="float32"))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rewrite(folder: Path, change: Callable[[dict], dict]) -> None:
+    """Save the weights as `change` returns them."""
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def without(key: str) -> Callable[[dict], dict]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name != key}
+
+
+def reconfigure(folder: Path, name: str = "config.json", **settings: object) -> None:
+    config = json.loads((folder / name).read_text()) | settings
+    (folder / name).write_text(json.dumps(config))
+
+
+class TestTensors:
+    """Every one of them has to be where the architecture wants it."""
+
+    @pytest.mark.parametrize("key", [Q_PROJ, "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
+    def test_one_that_is_missing(self, folder, key):
+        rewrite(folder, without(key))
+        assert f"its files lack {key}, which would be random numbers" in why_refused(folder)
+
+    def test_all_under_a_foreign_prefix(self, folder):
+        rewrite(folder, lambda tensors: {f"foreign.{key}": tensor for key, tensor in tensors.items()})
+        reason = why_refused(folder)
+        assert "its files lack lm_head.weight, model.embed_tokens.weight, " in reason
+        assert "and 27 more (30 in all)" in reason
+        assert "its files have foreign.lm_head.weight" in reason
+
+    def test_another_shape(self, folder):
+        rewrite(folder, lambda tensors: tensors | {Q_PROJ: torch.zeros(3, 3)})
+        assert f"its files have another shape of {Q_PROJ}" in why_refused(folder)
+
+    @pytest.mark.parametrize("key", ["extra.weight", "model.layers.3.self_attn.q_proj.weight", f"{Q_PROJ}_scale"])
+    def test_one_too_many(self, folder, key):
+        rewrite(folder, lambda tensors: tensors | {key: torch.zeros(32, 32)})
+        assert f"its files have {key}, which this architecture has no place for" in why_refused(folder)
+
+    def test_fewer_layers_than_the_configuration_says(self, folder):
+        reconfigure(folder, num_hidden_layers=5)
+        assert "its files lack model.layers.3." in why_refused(folder)
+
+    def test_a_head_that_is_not_a_number(self, folder):
+        rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"].fill_(torch.nan)})
+        assert "not finite" in why_refused(folder)
+
+    def test_a_tied_head_may_be_missing(self, tmp_path):
+        folder = save(make_model("llama", 0, tie_word_embeddings=True), tmp_path)
+        assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
+        load(ModelOptions(folder, device="cpu"))
+
+    def test_names_without_the_prefix_of_the_base_model_are_known(self, folder):
+        rewrite(folder, lambda tensors: {key.removeprefix("model."): tensor for key, tensor in tensors.items()})
+        load(ModelOptions(str(folder), device="cpu"))
+
+    @pytest.mark.parametrize("name", ["bias", "masked_bias"])
+    def test_what_the_class_declares_ignorable_may_be_there(self, tmp_path, name):
+        """Old checkpoints of GPT-2 hold constants of its attention; the class has forgotten one of them."""
+        folder = save(make_model("gpt2", 0), tmp_path)
+        rewrite(tmp_path, lambda tensors: tensors | {f"h.0.attn.{name}": torch.zeros(())})
+        load(ModelOptions(folder, device="cpu"))
+
+
+class TestFiles:
+    """The sentence names the damaged one."""
+
+    @pytest.mark.parametrize(
+        "name", [WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    )
+    @pytest.mark.parametrize(("content", "reason"), [(LFS_POINTER, "is a Git LFS pointer"), (b"", "is empty")])
+    def test_pointers_and_nothing(self, folder, name, content, reason):
+        (folder / name).write_bytes(content)
+        assert f"{name} {reason}" in why_refused(folder)
+
+    @pytest.mark.parametrize("num_bytes", [5, 100, 4000, -8])
+    def test_torn_weights(self, folder, num_bytes):
+        path = folder / WEIGHTS
+        path.write_bytes(path.read_bytes()[:num_bytes])
+        assert f"{WEIGHTS} " in why_refused(folder)
+
+    @pytest.mark.parametrize("num_bytes", [3, 2000, -20])
+    def test_a_torn_pickle(self, folder, num_bytes):
+        torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+        (folder / WEIGHTS).unlink()
+        load(ModelOptions(str(folder), device="cpu"))
+        path = folder / "pytorch_model.bin"
+        path.write_bytes(path.read_bytes()[:num_bytes])
+        assert "pytorch_model.bin is cut short" in why_refused(folder)
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [("config.json", b"[1, 2]"), ("config.json", b'"llama"'), ("config.json", b"{"), ("tokenizer.json", b'{"ver')],
+    )
+    def test_nonsense(self, folder, name, content):
+        (folder / name).write_bytes(content)
+        assert f"{name} is no" in why_refused(folder)
+
+    @pytest.mark.parametrize("content", [b"{}", b"[1, 2]", b'{"model": {"type": "none"}}'])
+    def test_a_tokenizer_that_is_none(self, folder, content):
+        (folder / "tokenizer.json").write_bytes(content)
+        assert why_refused(folder).startswith("the tokenizer of ")
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"hidden_size": "wide"}, {"num_attention_heads": 3}, {"rope_parameters": 5}, {"hidden_act": "none"},
+         {"rope_parameters": {"rope_type": "none"}}, {"model_type": "nothing"}, {"dtype": "none"}],
+        ids=str,
+    )  # fmt: skip
+    def test_a_configuration_of_nonsense(self, folder, settings):
+        reconfigure(folder, **settings)
+        assert why_refused(folder)
+
+    def test_no_weights(self, folder):
+        (folder / WEIGHTS).unlink()
+        assert f"no file named {WEIGHTS}" in why_refused(folder)
+
+
+class TestShards:
+    @pytest.fixture
+    def shards(self, folder) -> list[Path]:
+        (folder / WEIGHTS).unlink()
+        make_model("llama", 0, vocab_size=300).save_pretrained(folder, max_shard_size="90KB")
+        return sorted(folder.glob("model-*"))
+
+    def test_all_there(self, folder, shards):
+        assert len(shards) > 2
+        load(ModelOptions(str(folder), device="cpu"))
+
+    def test_one_is_missing(self, folder, shards):
+        shards[1].unlink()
+        assert f"model.safetensors.index.json names {shards[1].name}, which is not there" in why_refused(folder)
+
+    def test_one_is_a_pointer(self, folder, shards):
+        shards[1].write_bytes(LFS_POINTER)
+        assert f"{shards[1].name} is a Git LFS pointer" in why_refused(folder)
+
+    @pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{"])
+    def test_an_index_of_nonsense(self, folder, shards, content):
+        (folder / "model.safetensors.index.json").write_text(content)
+        why_refused(folder)
+
+
+class TestGguf:
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [(LFS_POINTER, "is a Git LFS pointer"), (b"", "is empty"), (b"text", "is not a GGUF file")],
+    )
+    def test_is_none(self, tmp_path, content, reason):
+        path = tmp_path / "tiny.gguf"
+        path.write_bytes(content)
+        assert f"tiny.gguf {reason}" in why_refused(path)
+
+    @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+    def test_is_cut_short(self, tmp_path, share):
+        whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
+        writer = gguf.GGUFWriter(whole, "llama")
+        writer.add_tensor("token_embd.weight", torch.zeros(50, 32).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        cut.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+        assert "cut.gguf is cut short or damaged" in why_refused(cut)
+
+
+def test_the_command_ends_with_one_sentence(folder):
+    """Exit status 1, and no traceback."""
+    rewrite(folder, without(Q_PROJ))
+    command = [
+        sys.executable,
+        "-m",
+        "target_service",
+        "--model",
+        str(folder),
+        "--listen",
+        "127.0.0.1:0",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    reason = f"its files lack {Q_PROJ}, which would be random numbers"
+    assert said == [f"Error: {folder} cannot be loaded as a LlamaForCausalLM: {reason}"]
