@@ -123,8 +123,9 @@ def draft_rows(
 def _probs(top: torch.Tensor, scores: torch.Tensor, options: RowOptions) -> torch.Tensor:
     """Return the probabilities `[N, S]` float64 of the `top` scores `[N, S]` of rows `[N, V]`."""
     temperatures = options.temperatures.clamp(min=COLDEST)[:, None]
-    sums = ((scores - top[:, :1]).double() / temperatures).exp_().sum(-1, keepdim=True)
-    probs = ((top - top[:, :1]).double() / temperatures).exp_() / sums
+    largest = top[:, :1].double()
+    sums = ((scores.double() - largest) / temperatures).exp_().sum(-1, keepdim=True)
+    probs = ((top.double() - largest) / temperatures).exp_() / sums
     is_first = torch.arange(top.shape[1], device=top.device) == 0
     probs = torch.where(options.are_greedy, is_first.double(), probs)
     return torch.where(options.are_given, top.double(), probs)
@@ -145,7 +146,7 @@ def _others(
     ranks = ranks + (ranks >= drawn_rank)
     is_there = ranks < top.shape[1]
     ranks = ranks.clamp(max=top.shape[1] - 1)
-    parts = torch.where(is_there, (top.gather(1, ranks) - top.gather(1, drawn_rank)).double().exp(), 0.0)
+    parts = torch.where(is_there, (top.gather(1, ranks).double() - top.gather(1, drawn_rank).double()).exp(), 0.0)
     shares = parts / (1 + parts.sum(-1, keepdim=True))
     return ids.gather(1, ranks), torch.where(is_there, torch.where(are_greedy, shares, probs.gather(1, ranks)), 0.0)
 
@@ -173,7 +174,7 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
     owners = torch.searchsorted(ends, torch.arange(len(ids), dtype=ends.dtype, device=ids.device), right=True)
     cells = ids.long() + owners * rows.shape[1]
     likeliest, places = rows.max(-1, keepdim=True)
-    left = ((rows - likeliest).double() / options.temperatures.clamp(min=COLDEST)[:, None]).exp_()
+    left = ((rows.double() - likeliest.double()) / options.temperatures.clamp(min=COLDEST)[:, None]).exp_()
     left /= left.sum(-1, keepdim=True)
     left = torch.where(options.are_given, rows.double(), left)
     left = torch.where(options.are_greedy, torch.zeros_like(left).scatter_(1, places, 1.0), left)

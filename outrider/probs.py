@@ -9,6 +9,7 @@ position, which draft and target share (`outrider.race`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +24,7 @@ from outrider.device_rows import RowOptions
 from outrider.host_rows import GIVEN, draft_rows, noise_addresses, target_rows
 from outrider.rng import Noise
 from outrider.transfers import begin_to_host, lies_on_host, on_device, wait_for
-from outrider.warping import COLDEST, Warping
+from outrider.warping import Warping
 
 MIN_SUPPORT_PROB = 2e-4
 # Usual sizes of what is told of a draft. Kernels are compiled for each size, so that less is read as these are.
@@ -32,42 +33,53 @@ MOST_OTHERS = 2  # tokens beside the one that was drawn
 
 
 def probability_rows(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
-    """Return the distribution `[N, V]` that each row of `logits` `[N, V]` stands for under its warping.
+    """Return the distribution `[N, V]` that each row of `logits` `[N, V]` stands for; Warping has the definitions.
 
-    Temperature 0 gives a one-hot row. Filters follow transformers: top-k, then top-p of what is left, then min-p.
+    Everything that decides is computed in float64: over a temperature of 0.001, neighbours among float32 logits of 1e4
+    are e apart, and float32 would take them for equal. What is returned is right to float32's last place.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if all(warping.is_greedy for warping in warpings):
-        return _one_hot(logits)
-    scores = logits
-    if any(warping.temperature != 1 for warping in warpings):
-        scores = logits / logits.new_tensor([max(warping.temperature, COLDEST) for warping in warpings])[:, None]
-    if any(warping.has_filters for warping in warpings):
-        scores = scores.masked_fill(~_kept_by_filters(scores, warpings), -torch.inf)
-    probs = scores.softmax(-1)
-    if not any(warping.is_greedy for warping in warpings):
-        return probs
-    greedy = torch.tensor([warping.is_greedy for warping in warpings], device=logits.device)
-    return torch.where(greedy[:, None], _one_hot(logits), probs)
+    probs = torch.empty_like(logits, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    kinds = [_one_hot if it.is_greedy else _filtered if it.has_filters else _softmax for it in warpings]
+    for kind in dict.fromkeys(kinds):
+        rows = [row for row, its_kind in enumerate(kinds) if its_kind is kind]
+        probs[rows] = kind(logits[rows], [warpings[row] for row in rows]).to(probs.dtype)
+    return probs
 
 
-def _one_hot(logits: torch.Tensor) -> torch.Tensor:
+def _one_hot(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
     return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
 
 
-def _kept_by_filters(scores: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
-    """Return a mask `[N, V]` of the tokens that the filters leave."""
-    vocab_size = scores.shape[-1]
-    top_k = scores.new_tensor([warping.top_k or vocab_size for warping in warpings])
-    top_p = scores.new_tensor([warping.top_p or 1.0 for warping in warpings])
-    min_p = scores.new_tensor([warping.min_p for warping in warpings])
-    descending, order = scores.sort(dim=-1, descending=True, stable=True)
-    kept = torch.arange(vocab_size, device=scores.device) < top_k[:, None]
-    probs = descending.masked_fill(~kept, -torch.inf).softmax(-1)
-    mass_before = probs.cumsum(-1) - probs
-    kept &= (mass_before < top_p[:, None]) | (top_p[:, None] >= 1)
-    kept &= probs >= min_p[:, None] * probs[:, :1]
-    return torch.zeros_like(kept).scatter_(-1, order, kept)
+def _softmax(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
+    return _scores(logits, logits.amax(-1, keepdim=True), warpings).softmax(-1)
+
+
+def _column(logits: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
+    """Return a number for each row, `[N, 1] float64`, where the logits lie."""
+    return torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None]
+
+
+def _scores(logits: torch.Tensor, likeliest: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
+    """Return Warping's scores `[N, V] float64` of `logits` `[N, V]`, the greatest of which are `likeliest` `[N, 1]`."""
+    temperatures = _column(logits, [warping.temperature for warping in warpings])
+    return (logits.double() - likeliest.double()).div_(temperatures)
+
+
+def _filtered(logits: torch.Tensor, warpings: Sequence[Warping]) -> torch.Tensor:
+    """Return the distributions `[N, V] float64` of `logits` `[N, V]` behind the filters."""
+    vocab_size = logits.shape[-1]
+    top_k = _column(logits, [min(warping.top_k or vocab_size, vocab_size) for warping in warpings]).long()
+    top_p = _column(logits, [warping.top_p for warping in warpings])
+    least_score = _column(logits, [math.log(warping.min_p) if warping.min_p else -math.inf for warping in warpings])
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    scores = _scores(ranked, ranked[:, :1], warpings)
+    weights = scores.exp()
+    cumulative = weights.cumsum(-1)
+    kept = torch.arange(vocab_size, device=logits.device) < top_k
+    is_short = (cumulative < top_p * cumulative.gather(-1, top_k - 1)) | (top_p == 1)
+    kept[:, 1:] &= is_short[:, :-1] & (scores >= least_score)[:, 1:]
+    weights.masked_fill_(~kept, 0.0)
+    return torch.empty_like(weights).scatter_(-1, order, weights.div_(weights.sum(-1, keepdim=True)))
 
 
 @dataclass(frozen=True)
@@ -240,7 +252,7 @@ def _are_plain(warpings: Sequence[Warping]) -> bool:
 
 
 def _temperatures(warpings: Sequence[Warping]) -> np.ndarray:
-    return np.array([0.0 if warping.is_greedy else warping.temperature for warping in warpings])
+    return np.array([warping.temperature for warping in warpings], dtype=np.float64)
 
 
 def _with_zeros(logits: torch.Tensor, finite: list[bool]) -> torch.Tensor:

@@ -86,7 +86,8 @@ def check_token_id(token_id: int, field: str, vocab_size: int) -> int:
 
 def warping_from_proto(message: common_pb2.SamplingParams) -> Warping:
     """Return the warping; raises InvalidArgumentError naming the field that is out of range."""
-    return Warping(message.temperature, message.top_k, message.top_p, message.min_p)
+    top_p = message.top_p if message.HasField("top_p") else 1.0
+    return Warping(message.temperature, message.top_k, top_p, message.min_p)
 
 
 def is_coupled_from_proto(message: common_pb2.SamplingParams) -> bool:

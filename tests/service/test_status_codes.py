@@ -42,7 +42,8 @@ ODD = common_pb2.TokenSpan(token_ids=b"\1\0\0\0\2")
 WRONG_DIGEST = common_pb2.TokenSpan(start_position=T, token_ids=wire.pack_ids([3]), prefix_digest=1)
 HOLE = span([3], T + 1, [*PROMPT, 8])
 SAMPLINGS = [
-    ("temperature", math.nan), ("temperature", -0.5), ("temperature", math.inf),
+    ("temperature", math.nan), ("temperature", -0.5), ("temperature", math.inf), ("temperature", 1e-30),
+    ("temperature", 1001.0), ("top_k", 2**31), ("top_p", 0.0),
     ("top_p", 1.5), ("top_p", -0.1), ("top_p", math.nan), ("min_p", 1.5), ("min_p", -0.1), ("min_p", math.nan),
     ("coupling", 7),
 ]  # fmt: skip

@@ -139,6 +139,11 @@ def test_a_coupling_that_is_not_known_is_refused_by_its_name():
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("temperature", -0.1),
+        ("temperature", 1e-30),
+        ("temperature", 0.000999),
+        ("temperature", 1000.1),
+        ("top_k", 2**31),
+        ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", -0.1),
         ("top_p", float("nan")),
@@ -153,8 +158,7 @@ def test_a_setting_out_of_range_is_refused_by_its_name(field, value):
 
 
 def test_an_empty_message_is_greedy_without_filters():
-    """Zero values mean what common.proto says: temperature 0 is greedy, 0 keeps all."""
-    warping = wire.warping_from_proto(common_pb2.SamplingParams())
-    assert warping.is_greedy
-    assert not warping.has_filters
+    """Values that are not set mean what common.proto says: temperature 0 is greedy, and all filters keep all."""
+    assert wire.warping_from_proto(common_pb2.SamplingParams()) == Warping(0.0, 0, 1.0, 0.0)
+    assert not wire.warping_from_proto(common_pb2.SamplingParams(temperature=1.0)).has_filters
     assert not wire.is_coupled_from_proto(common_pb2.SamplingParams())
