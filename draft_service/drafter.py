@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TypeVar
 
 import torch
 
 from draft_service.session import Commit, Drafted, DraftOptions, Path, Session
+from outrider.callers import Caller
 from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
+from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.runner import MOST_DRAWS
 from outrider.engine.thread import ModelThread
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.probs import MOST_SUPPORT, Draft, PlainSampling, draft_tokens
 from outrider.warping import Warping
+
+T = TypeVar("T")
+Drawn = tuple[Path, Sequence[Draft | None]]  # a path, and what was drawn for it one token after the other
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +67,16 @@ class Drafter:
             self._end(session)
         raise_errors_in(answers)
 
-    def open(self, options: DraftOptions, token_ids: Sequence[int], window: int, batch_until: int, emit) -> Session:
-        """Return a new session, which drafts at once.
+    def open(
+        self,
+        options: DraftOptions,
+        token_ids: Sequence[int],
+        window: int,
+        batch_until: int,
+        emit: Callable[[Drafted | ServiceError], None],
+        caller: Caller = (),
+    ) -> Session:
+        """Return a new session, which drafts at once. Passes are shared fairly among callers.
 
         Raises:
             InvalidArgumentError: there are no tokens, or more than the context holds, or the window is out of range.
@@ -70,7 +86,7 @@ class Drafter:
                 f"committed.token_ids holds {len(token_ids)} tokens: give 1 to {self._context_length}"
             )
         self._check_window(window, len(token_ids))
-        session = Session(options, emit, next(self._arrivals), window, batch_until)
+        session = Session(options, emit, next(self._arrivals), window, batch_until, caller)
         session.begin(token_ids)
         self.thread.post(lambda: self._begin(session), is_long=True)
         return session
@@ -94,40 +110,54 @@ class Drafter:
             )
 
     def _begin(self, session: Session) -> None:
-        self._engine.add(session.main.sequence)
+        try:
+            self._engine.add(session.main.sequence)
+        except Exception as error:
+            self._blame(session.main, error)
+            return
         self._sessions.append(session)
 
     def _commit(self, session: Session, commit: Commit) -> None:
-        if session not in self._sessions:
+        if not session.is_open:
             return
         try:
             session.commit(commit)
         except ServiceError as error:
             self._fail(session, error)
-            return
-        self._send_if_due(session)
+        except Exception as error:
+            self._blame(session.main, error)
+        else:
+            self._send_if_due(session)
 
     def _end(self, session: Session) -> None:
+        session.is_open = False
         if session in self._sessions:
             self._sessions.remove(session)
         for path in (session.main, *session.forks):
             self._engine.remove(path.sequence)
 
     def _fail(self, session: Session, error: ServiceError) -> None:
-        session.emit(error)
         self._end(session)
+        self._emit(session, error)
+
+    def _blame(self, path: Path, error: Exception) -> None:
+        """End what made something raise: the session whose main path it is, or a fork alone."""
+        log.error("a session failed, and is told" if path is path.session.main else "a fork failed", exc_info=error)
+        if path is path.session.main:
+            self._fail(path.session, failed_alone())
+        else:
+            path.stop()
+            path.sequence.cache.clear()
+
+    def _emit(self, session: Session, item: Drafted | ServiceError) -> None:
+        try:
+            session.emit(item)
+        except Exception:
+            log.exception("nobody takes what is sent; its session ends")
+            self._end(session)
 
     def _step(self) -> bool:
-        sessions = [session for session in self._sessions if session.has_work]
-        try:
-            paths = self._paths_of(sessions)
-            if paths and not self._draft_several(paths):
-                finished = set(self._engine.run_pass([_demand_of(path) for path in paths]))
-                self._draft([path for path in paths if path.demand in finished])
-        except Exception:
-            log.exception("a forward pass failed; its sessions are told")
-            for session in sessions:
-                self._fail(session, InternalError("the forward pass failed; the service's log says how"))
+        self._draft(self._paths_of([session for session in self._sessions if session.has_work]))
         return any(session.has_work for session in self._sessions)
 
     def _paths_of(self, sessions: list[Session]) -> list[Path]:
@@ -136,7 +166,10 @@ class Drafter:
         if any(session.is_waited_for for session in sessions):
             return paths
         for session in sessions:
-            self._fork(session)
+            try:
+                self._fork(session)
+            except Exception as error:
+                self._blame(session.main, error)
             paths += session.wanting_forks
         return paths
 
@@ -179,27 +212,73 @@ class Drafter:
             return 0
         return max(0, MOST_PATHS // num_sessions - 1)
 
-    def _draft_several(self, paths: list[Path]) -> bool:
-        """Draft what the paths want in one go, if the engine can; return whether it did.
+    def _draft(self, paths: list[Path]) -> None:
+        """Draft for paths: several tokens in one go where that can be, and meanwhile one by one for the others."""
+        num_rounds = 1
+        if drawn := self._draft_several(self._together(paths)):
+            self._take(drawn)
+            done = {path for path, _ in drawn}
+            paths = [path for path in paths if path not in done]
+            num_rounds = len(drawn[0][1])
+        until = time.monotonic() + LONGEST_DEAFNESS_S
+        for index in range(num_rounds):
+            if not paths or (index and time.monotonic() > until):
+                break
+            self._draft_one_each(paths)
 
-        A commit has to wait meanwhile, so that there are only so many as it can wait for.
+    def _together(self, paths: list[Path]) -> list[Path]:
+        """Return the paths for which several tokens may be drafted in one go."""
+        able = [path for path in paths if path.can_run_ahead] if self._engine.drafts else []
+        is_worth_it = len(able) == len(paths) or (able and self._num_draws(able) > 1)
+        return able if is_worth_it else []  # else one pass does it for all
+
+    def _draft_several(self, paths: Sequence[Path]) -> list[Drawn]:
+        """Draft several tokens in one go; return the drafts of those paths for which the engine can.
+
+        One for which it cannot, as with a long prompt to feed, does not keep it from the others.
         """
-        if not self._engine.drafts:
-            return False
-        num_draws = min(min(path.num_wanted for path in paths), self._most_draws(paths))
+
+        def draft(paths: Sequence[Path]) -> list[Drawn]:
+            paths = [path for path in paths if path.wants_token]
+            plan = self._plan(paths)
+            if plan is None:
+                paths = [path for path in paths if self._plan([path])]
+                plan = self._plan(paths)
+            return list(zip(paths, self._engine.draft(*plan), strict=True)) if plan else []
+
+        return self._isolated(draft, paths)
+
+    def _plan(self, paths: Sequence[Path]) -> tuple[list[Demand], PlainSampling] | None:
+        """Return what the engine is asked for to draft in one go; None where it cannot."""
+        if not paths:
+            return None
         demands = [_demand_of(path) for path in paths]
         options = [path.session.options for path in paths]
         sampling = PlainSampling.of(
             [its.vocab_size for its in options],
             [its.warping for its in options],
             [its.max_support for its in options],
-            [[path.number_of(index) for path in paths] for index in range(num_draws)],
+            [[path.number_of(index) for path in paths] for index in range(self._num_draws(paths))],
             max(its.num_others for its in options),
         )
-        if sampling is None or not self._engine.can_draft(demands, sampling):
-            return False
-        self._take(paths, self._engine.draft(demands, sampling))
-        return True
+        return (demands, sampling) if sampling and self._engine.can_draft(demands, sampling) else None
+
+    def _num_draws(self, paths: Sequence[Path]) -> int:
+        """Return how many tokens to draft in one go: a commit has to wait meanwhile."""
+        return min(min(path.num_wanted for path in paths), self._most_draws(paths))
+
+    def _draft_one_each(self, paths: Sequence[Path]) -> None:
+        """Run a pass, and draw one token for each path whose row is there then."""
+        fed = self._isolated(self._run_pass, paths)
+        self._take(self._isolated(_draw, fed))
+
+    def _run_pass(self, paths: Sequence[Path]) -> list[Path]:
+        paths = [path for path in paths if path.wants_token]
+        finished = set(self._engine.run_pass([_demand_of(path) for path in paths]) if paths else [])
+        return [path for path in paths if path.demand in finished]
+
+    def _isolated(self, do: Callable[[Sequence[Path]], list[T]], paths: Sequence[Path]) -> list[T]:
+        return list(chain.from_iterable(in_halves(do, paths, self._blame)))
 
     def _most_draws(self, paths: list[Path]) -> int:
         """Return how many tokens are drafted in LONGEST_DEAFNESS_S, as passes have been so far; one at least.
@@ -210,58 +289,69 @@ class Drafter:
             return MOST_DRAWS
         return min(MOST_DRAWS, max(1, int(LONGEST_DEAFNESS_S / max(self._pass_s, 1e-9))))
 
-    def _draft(self, paths: list[Path]) -> None:
-        """Draw one token for each path whose row is there."""
-        rows = [path.demand.rows[-1] for path in paths if path.demand]
-        if rows:
-            self._take(paths, [[draft] for draft in _draw(joined(rows), paths)])
-
-    def _take(self, paths: list[Path], drafts: Sequence[Sequence[Draft | None]]) -> None:
+    def _take(self, drawn: Sequence[Drawn]) -> None:
         """Append the drafts of each path's demand, and send them when it is time.
 
         A row with NaN or infinity ends its own session alone, and behind an alternative, which may have been absurd,
         its own fork. All drafts are appended before any is sent: the cache that is told of holds them already.
         """
-        for path, its_drafts in zip(paths, drafts, strict=True):
-            demand, path.demand = path.demand, None
-            assert demand is not None
-            assert demand.started_at is not None
-            queue_ms = max(0.0, demand.started_at - path.session.committed_at) * 1000
-            forward_ms = (demand.ended_at - demand.started_at) * 1000 / len(its_drafts)
-            laws = [draft for draft in its_drafts if draft]
-            if len(laws) == len(its_drafts):
-                path.session.append(path, laws, queue_ms, forward_ms, demand.batch_size)
-            elif path.alternative:
-                path.stop()
-            else:
-                self._fail(path.session, InternalError("the model returned NaN or infinity for this session"))
-        for session in {path.session: None for path in paths}:
-            if session in self._sessions:
+        for path, drafts in drawn:
+            try:
+                self._append(path, drafts)
+            except Exception as error:
+                self._blame(path.session.main, error)
+        for session in {path.session: None for path, _ in drawn}:
+            if session.is_open:
                 self._send_if_due(session)
 
+    def _append(self, path: Path, drafts: Sequence[Draft | None]) -> None:
+        demand, path.demand = path.demand, None
+        if not path.session.is_open:
+            return
+        assert demand is not None
+        assert demand.started_at is not None
+        queue_ms = max(0.0, demand.started_at - path.session.committed_at) * 1000
+        forward_ms = (demand.ended_at - demand.started_at) * 1000 / len(drafts)
+        laws = [draft for draft in drafts if draft]
+        if len(laws) == len(drafts):
+            path.session.append(path, laws, queue_ms, forward_ms, demand.batch_size)
+        elif path.alternative:
+            path.stop()
+        else:
+            self._fail(path.session, InternalError("the model returned NaN or infinity for this session"))
+
     def _send_if_due(self, session: Session) -> None:
-        if session.must_send:
-            session.emit(session.take_held())
+        try:
+            item = session.take_held() if session.must_send else None
+        except Exception as error:
+            self._blame(session.main, error)
+            return
+        if item:
+            self._emit(session, item)
 
 
 def _demand_of(path: Path) -> Demand:
     """Return the path's demand for the row of its last token, which stays the same until it is finished."""
     if path.demand is None:
-        path.demand = Demand(path.sequence, path.length, 1, path.session.arrival)
+        path.demand = Demand(path.sequence, path.length, 1, path.session.arrival, path.session.caller)
     return path.demand
 
 
-def _draw(logits: torch.Tensor, paths: Sequence[Path]) -> list[Draft | None]:
-    """Return a draft for each path's row of `logits` `[N, V]`; None where the row is no law."""
+def _draw(paths: Sequence[Path]) -> list[Drawn]:
+    """Draw a token for each path whose demand is finished; None where its row is no law."""
+    if not (paths := [path for path in paths if path.wants_token and path.demand]):
+        return []
     options = [path.session.options for path in paths]
+    logits = joined([path.demand.rows[-1] for path in paths if path.demand])
     if any(its.vocab_size < logits.shape[1] for its in options):
         logits = logits.clone()
         for row, its in zip(logits, options, strict=True):
             row[its.vocab_size :] = -torch.inf
-    return draft_tokens(
+    drafts = draft_tokens(
         logits,
         [its.warping for its in options],
         [its.max_support for its in options],
         [path.number_of(0) for path in paths],
         max(its.num_others for its in options),
     )
+    return [(path, [draft]) for path, draft in zip(paths, drafts, strict=True)]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from draft_service.drafter import GREEDY, Drafter
 from draft_service.session import Commit, Drafted, DraftOptions, Session
 from outrider import wire
+from outrider.callers import Caller, caller_of
 from outrider.errors import InvalidArgumentError, ServiceError
 from outrider.mailbox import Mailbox
 from outrider.options import ServiceOptions
@@ -53,7 +54,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             if opening.WhichOneof("kind") != "open":
                 raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
             outbox: Outbox = Mailbox()
-            session = self._open(drafter, opening.open, outbox)
+            session = self._open(drafter, opening.open, outbox, caller_of(context.peer()))
             commits = asyncio.ensure_future(self._read_commits(drafter, session, requests, outbox))
             try:
                 async for response in _responses(outbox):
@@ -62,7 +63,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 drafter.close(session)
                 commits.cancel()
 
-    def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: Outbox) -> Session:
+    def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: Outbox, caller: Caller) -> Session:
         options = self._draft_options(message)
         if message.HasField("tokenizer") and message.tokenizer != self._host.tokenizer_fingerprint:
             raise InvalidArgumentError(
@@ -71,7 +72,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         if message.committed.start_position:
             raise InvalidArgumentError("open.committed.start_position is not 0: a session opens at position 0")
         token_ids = wire.unpack_ids(message.committed.token_ids, "open.committed.token_ids", self._host.vocab_size)
-        return drafter.open(options, token_ids, message.window, message.batch_until, outbox.put)
+        _check_batch_until("open.batch_until", message)
+        return drafter.open(options, token_ids, message.window, message.batch_until, outbox.put, caller)
 
     def _draft_options(self, message: draft_pb2.OpenProposals) -> DraftOptions:
         limit = self._options.max_support
@@ -101,6 +103,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                     )
                 commit = request.commit
                 token_ids = wire.unpack_ids(commit.span.token_ids, "commit.span.token_ids", self._host.vocab_size)
+                _check_batch_until("commit.batch_until", commit)
                 drafter.commit(
                     session,
                     Commit(
@@ -116,6 +119,13 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             outbox.put(_EndOfStream())
         except ServiceError as error:
             outbox.put(error)
+
+
+def _check_batch_until(field: str, message: draft_pb2.OpenProposals | draft_pb2.Commit) -> None:
+    if message.batch_until > message.window:
+        raise InvalidArgumentError(
+            f"{field} is {message.batch_until}: give a position up to the window, {message.window}, or 0"
+        )
 
 
 async def _responses(outbox: Outbox) -> AsyncIterator[draft_pb2.ProposeResponse]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from draft_service.alternatives import Alternative, likely_alternatives
+from outrider.callers import Caller
 from outrider.engine.engine import Demand
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.errors import FailedPreconditionError, ServiceError
@@ -100,12 +101,24 @@ class Path:
         return len(self.sequence.tokens)
 
     @property
+    def wants_token(self) -> bool:
+        """Whether the path is to be drafted further."""
+        if self is self.session.main:
+            return self.session.is_open and self.session.wants_token
+        return self.session.is_open and self.alternative is not None and self.length < self.end
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether several tokens may be drafted before somebody looks: one alone is a likely stop, or needs filters."""
+        options = self.session.options
+        return not (options.min_draft_prob or options.warping.has_filters)
+
+    @property
     def num_wanted(self) -> int:
-        """How many tokens may be drafted before somebody looks: up to what is sent together, and to a likely stop."""
-        if self.session.options.min_draft_prob:
-            return 1
+        """How many tokens may be drafted before they are sent: up to what is sent together."""
         until = self.session.batch_until
-        return (until if self.alternative is None and self.length < until else self.end) - self.length
+        is_in_round = self.alternative is None and self.length < until
+        return (min(until, self.end) if is_in_round else self.end) - self.length
 
     def number_of(self, index: int) -> float | Noise:
         """Return the random number of the token `index` positions behind the sequence's end."""
@@ -157,7 +170,9 @@ class Session:
         arrival: int,
         window: int,
         batch_until: int = 0,
+        caller: Caller = (),
     ):
+        self.caller, self.is_open = caller, True
         self.options, self.emit, self.arrival = options, emit, arrival
         self.batch_until, self.branch = batch_until, options.branch
         self.numbers = self._numbers()
@@ -209,12 +224,12 @@ class Session:
 
     @property
     def wanting_forks(self) -> list[Path]:
-        return [fork for fork in self.forks if fork.alternative and fork.length < fork.end]
+        return [fork for fork in self.forks if fork.wants_token]
 
     def append(self, path: Path, drafts: Sequence[Draft], queue_ms: float, forward_ms: float, batch_size: int) -> None:
         """Add drafted tokens to a path; `forward_ms` is that of one of them."""
         for draft in drafts:
-            path.append(draft, queue_ms, forward_ms, batch_size)
+            path.append(draft.with_others(self.options.num_others), queue_ms, forward_ms, batch_size)
             self.is_stopped = draft.token_prob < self.options.min_draft_prob
         self._note_time()
 
@@ -281,7 +296,9 @@ class Session:
         tokens = self.main.sequence.tokens
         tokens.check_span(commit.start_position, commit.prefix_digest)
         is_new_branch = commit.branch != self.branch
-        if is_new_branch or tokens.num_agreeing(commit.start_position, commit.token_ids) < len(commit.token_ids):
+        agrees = tokens.num_agreeing(commit.start_position, commit.token_ids) == len(commit.token_ids)
+        is_taken_back = commit.start_position + len(commit.token_ids) < self.num_committed
+        if is_new_branch or is_taken_back or not agrees:
             self.main.rewrite(commit.start_position, commit.token_ids)
         if is_new_branch:
             self.branch = commit.branch

@@ -14,12 +14,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
+from outrider.callers import Caller
 from outrider.engine.engine import Demand, Engine, joined
 from outrider.engine.engine import Sequence as EngineSequence
+from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.thread import ModelThread
 from outrider.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.probs import Reading, TargetRows, begin_reading
@@ -73,8 +75,10 @@ class Session:
 
     warping: Warping
     numbers: AddressedUniforms | SharedNoise  # that tokens outside the supports are drawn with
+    caller: Caller = ()
     sequence: EngineSequence = field(default_factory=EngineSequence)
     is_open: bool = True
+    failure: ServiceError | None = None  # what its next round is answered with
 
 
 @dataclass(eq=False)
@@ -118,10 +122,13 @@ class Scheduler:
         self._gathering = Gathering()  # passes in which something was compiled say nothing of others
         raise_errors_in(answers)
 
-    def open(self, warping: Warping, seed: int, committed: Span, is_coupled: bool = False) -> Session:
+    def open(
+        self, warping: Warping, seed: int, committed: Span, is_coupled: bool = False, caller: Caller = ()
+    ) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.
 
         Where it is coupled (COUPLING_GUMBEL in common.proto), its tokens are drawn with the noise that drafts share.
+        Passes are shared fairly among callers.
 
         Raises:
             InvalidArgumentError: there are no tokens, or more than the context holds.
@@ -131,7 +138,8 @@ class Scheduler:
                 f"committed.token_ids holds {len(committed.token_ids)} tokens: give 1 to {self._context_length}"
             )
         needs_noise = is_coupled and not warping.is_greedy  # a greedy draw is the same with any number
-        session = Session(warping, SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE))
+        numbers = SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE)
+        session = Session(warping, numbers, caller)
         session.sequence.tokens.extend(committed.token_ids)
         self.thread.post(lambda: self._begin(session), is_long=True)
         return session
@@ -146,21 +154,32 @@ class Scheduler:
         self.thread.post(lambda: self._end(session))
 
     def _begin(self, session: Session) -> None:
-        self._engine.add(session.sequence)
+        try:
+            self._engine.add(session.sequence)
+        except Exception as error:
+            self._fail(session, error)
+            return
         num_prefill = len(session.sequence.tokens) - 1
         if num_prefill:
             self._prefills[session] = self._demand(session, num_prefill, num_rows=0)
 
     def _demand(self, session: Session, end: int, num_rows: int) -> Demand:
-        return Demand(session.sequence, end, num_rows, next(self._arrivals))
+        return Demand(session.sequence, end, num_rows, next(self._arrivals), session.caller)
 
     def _enqueue(self, session: Session, work: Round, arrived_at: float, emit: Emit) -> None:
         if not session.is_open:
+            return
+        if session.failure:
+            emit(session.failure)
             return
         try:
             demand = self._apply(session, work)
         except ServiceError as error:
             emit(error)
+            return
+        except Exception as error:
+            self._fail(session, error)
+            emit(failed_alone())
             return
         self._prefills.pop(session, None)  # the round includes what is left of it
         self._jobs[session] = _Job(session, demand, arrived_at, work, emit)
@@ -194,90 +213,118 @@ class Scheduler:
         return self._gathering.patience_s(len(self._jobs), time.monotonic())
 
     def _step(self) -> bool:
-        demands = [*self._prefills.values(), *(job.demand for job in self._jobs.values())]
-        if not demands:
+        waiting = self._prefills | {session: job.demand for session, job in self._jobs.items()}
+        owners = {demand: session for session, demand in waiting.items()}
+        if not owners:
             return False
-        readings: list[_Reading] = []
         began_at, num_fed = time.monotonic(), self._engine.stats.num_tokens_fed
-        try:
-            finished = set(self._engine.run_pass(demands, lambda its: readings.extend(self._begin_readings(its))))
-            for reading in readings:
+        passes = in_halves(self._run_pass, list(owners), lambda demand, error: self._fail(owners[demand], error))
+        for _, reading in passes:
+            if reading:
                 self._answer(reading)
-        except Exception:
-            log.exception("a forward pass failed; its sessions are told")
-            self._fail_all()
-            return False
-        if not self._prefills:
+        if not self._prefills and len(passes) == 1:
             self._gathering.add_pass(self._engine.stats.num_tokens_fed - num_fed, time.monotonic() - began_at)
+        finished = {demand for its_finished, _ in passes for demand in its_finished}
         self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
         return bool(self._prefills or self._jobs)
 
-    def _fail_all(self) -> None:
-        """Fail every round that was waiting; what their caches hold is not to be trusted."""
-        for session in [*self._prefills, *self._jobs]:
-            session.sequence.cache.clear()
-        self._prefills.clear()
-        for job in list(self._jobs.values()):
-            self._reply(job, InternalError("the forward pass failed; the service's log says how"))
+    def _run_pass(self, demands: Sequence[Demand]) -> tuple[list[Demand], _Reading | None]:
+        """Run a pass for some demands; return those that it finished, and the reading of the rounds among them."""
+        begun: list[_Reading] = []
+        finished = self._engine.run_pass(demands, lambda its: begun.extend(self._begin_reading(its)))
+        return finished, begun[0] if begun else None
+
+    def _begin_reading(self, demands: list[Demand]) -> list[_Reading]:
+        """Begin to read the rows of all rounds among `demands` together: one reading, or none.
+
+        What raises here is no fault of the pass, and is raised again when the result is asked for.
+        """
+        finished = set(demands)
+        jobs = [job for job in self._jobs.values() if job.demand in finished]
+        if not jobs:
+            return []
+        try:
+            return [_Reading(jobs, _begin_reading(jobs))]
+        except Exception as error:
+            return [_Reading(jobs, _raiser(error))]
+
+    def _answer(self, reading: _Reading) -> None:
+        """Answer rounds when their rows are read; what cannot be read fails the rounds that it belongs to."""
+
+        def read(jobs: Sequence[_Job]) -> list[tuple[_Job, TargetRows | None]]:
+            its = reading if len(jobs) == len(reading.jobs) else _Reading(jobs, _begin_reading(jobs))
+            return list(zip(jobs, its.rows_by_job(), strict=True))
+
+        for part in in_halves(read, reading.jobs, lambda job, error: self._fail(job.session, error)):
+            for job, rows in part:
+                self._reply(job, self._verdict(job, rows))
+
+    def _verdict(self, job: _Job, rows: TargetRows | None) -> Verdict | ServiceError:
+        """Return what a round is answered with; a row with NaN or infinity fails its own round alone."""
+        sequence, demand = job.session.sequence, job.demand
+        if rows is None:
+            sequence.cache.clear()
+            return InternalError("the model returned NaN or infinity for this session")
+        assert demand.started_at is not None
+        return Verdict(
+            rows=rows,
+            num_cached_tokens=sequence.cache.length,
+            cache_digest=sequence.tokens.digest(sequence.cache.length),
+            queue_ms=(demand.started_at - job.arrived_at) * 1000,
+            forward_ms=(demand.ended_at - demand.started_at) * 1000,
+            batch_size=demand.batch_size,
+        )
+
+    def _fail(self, session: Session, error: Exception) -> None:
+        """Fail the session that made something raise; what its cache holds is not to be trusted."""
+        log.error("a session failed, and is told", exc_info=error)
+        session.failure = failed_alone()
+        session.sequence.cache.clear()
+        self._prefills.pop(session, None)
+        if session in self._jobs:
+            self._reply(self._jobs[session], session.failure)
 
     def _reply(self, job: _Job, answer: Verdict | ServiceError) -> None:
         del self._jobs[job.session]
         self._gathering.on_answer(job.session, time.monotonic())
-        job.emit(answer)
-
-    def _begin_readings(self, demands: list[Demand]) -> list[_Reading]:
-        """Begin to read the rows of all rounds among `demands` together: one reading, or none."""
-        finished = set(demands)
-        jobs = [job for job in self._jobs.values() if job.demand in finished]
-        return [_begin_reading(jobs)] if jobs else []
-
-    def _answer(self, reading: _Reading) -> None:
-        """Answer rounds whose rows are read; a row with NaN or infinity fails its own round alone."""
-        for job, rows in zip(reading.jobs, reading.rows_by_job(), strict=True):
-            sequence, demand = job.session.sequence, job.demand
-            if rows is None:
-                sequence.cache.clear()
-                self._reply(job, InternalError("the model returned NaN or infinity for this session"))
-                continue
-            assert demand.started_at is not None
-            verdict = Verdict(
-                rows=rows,
-                num_cached_tokens=sequence.cache.length,
-                cache_digest=sequence.tokens.digest(sequence.cache.length),
-                queue_ms=(demand.started_at - job.arrived_at) * 1000,
-                forward_ms=(demand.ended_at - demand.started_at) * 1000,
-                batch_size=demand.batch_size,
-            )
-            self._reply(job, verdict)
+        try:
+            job.emit(answer)
+        except Exception:
+            log.exception("nobody takes an answer; its session ends")
+            self._end(job.session)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Rounds whose rows are being read, one batch of logits for all."""
+    """Rounds whose rows are read, one batch of logits for all."""
 
-    jobs: list[_Job]
-    ends: list[int]  # where the rows of each end
+    jobs: Sequence[_Job]
     result: Reading
 
     def rows_by_job(self) -> list[TargetRows | None]:
         """Wait for the rows and return each job's; None where one of them is no law."""
         rows, finite = self.result()
-        borders = pairwise([0, *self.ends])
+        borders = pairwise([0, *accumulate(max(1, len(job.round.proposed_ids)) for job in self.jobs)])
         return [rows.part(start, end) if all(finite[start:end]) else None for start, end in borders]
 
 
-def _begin_reading(jobs: list[_Job]) -> _Reading:
+def _raiser(error: Exception) -> Reading:
+    def result() -> tuple[TargetRows, list[bool]]:
+        raise error
+
+    return result
+
+
+def _begin_reading(jobs: Sequence[_Job]) -> Reading:
     """Begin to read the rows of `jobs`, all of which the engine has computed or is computing."""
     logits = [joined(job.demand.rows) for job in jobs]
     warpings: list[Warping] = []
     supports: list[np.ndarray] = []
     numbers: list[float | Noise] = []
-    ends: list[int] = []
     no_support = np.empty(0, dtype=np.int64)
     for job, part in zip(jobs, logits, strict=True):
         first, size = job.round.committed.end, len(part)
         warpings += [job.session.warping] * size
         supports += job.round.supports or [no_support]
         numbers += [job.session.numbers.at(first + offset) for offset in range(size)]
-        ends.append(len(supports))
-    return _Reading(jobs, ends, begin_reading(joined(logits), warpings, supports, numbers))
+    return begin_reading(joined(logits), warpings, supports, numbers)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 
 from outrider import wire
+from outrider.callers import caller_of
 from outrider.errors import InvalidArgumentError, NotFoundError, ServiceError
 from outrider.mailbox import Mailbox
 from outrider.options import ServiceOptions
@@ -66,6 +67,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                 opening.open.seed,
                 self._span(opening.open.committed, "open.committed"),
                 is_coupled,
+                caller_of(context.peer()),
             )
             answers: Mailbox[Verdict | ServiceError] = Mailbox()
             try:

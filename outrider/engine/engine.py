@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 import torch
 
+from outrider.callers import Caller
 from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.engine.runner import DeviceRunner, DraftingRunner, Feed, Runner
 from outrider.probs import Draft, PlainSampling
@@ -60,6 +62,7 @@ class Demand:
     end: int
     num_rows: int
     arrival: int
+    caller: Caller = ()
     rows: list[torch.Tensor] = field(default_factory=list)  # of [rows in one chunk, V]
     started_at: float | None = None  # seconds, time.monotonic, when the first pass began
     ended_at: float = 0.0
@@ -153,7 +156,8 @@ class Engine:
     def run_pass(self, demands: SequenceOf[Demand], then: Then = lambda _: None) -> list[Demand]:
         """Run one forward pass for `demands` (at least one) and return those that it finished.
 
-        The others keep what they got; call again with them. When the model raises, no demand can be used any more.
+        The others keep what they got; call again with them. When the model or `then` raises, all demands and caches are
+        as before, but for caches that were dropped to make room.
 
         Args:
             then: is called once with the demands that the pass finishes, and their rows. A device may be at work on
@@ -171,13 +175,14 @@ class Engine:
                     demand.rows.append(rows)
             then(finished)
 
-        if self._asynchronous:
-            self._asynchronous.forward_with(feeds, hand_out)
-            ended_at = time.monotonic()
-        else:
-            logits = self.runner.forward(feeds)
-            ended_at = time.monotonic()
-            hand_out(logits)
+        with _all_or_nothing([demand for demand, _ in shares]):
+            if self._asynchronous:
+                self._asynchronous.forward_with(feeds, hand_out)
+                ended_at = time.monotonic()
+            else:
+                logits = self.runner.forward(feeds)
+                ended_at = time.monotonic()
+                hand_out(logits)
         self._count(feeds, ended_at - started_at)
         for demand, _ in shares:
             demand.started_at = demand.started_at or started_at
@@ -212,13 +217,14 @@ class Engine:
     def draft(self, demands: SequenceOf[Demand], sampling: PlainSampling) -> list[list[Draft | None]]:
         """Finish `demands` of one row each, and draw from the rows, draw after draw; return the drafts of each demand.
 
-        See DraftingRunner.draft. Whoever asks extends the sequences by what was drawn.
+        See DraftingRunner.draft. Whoever asks extends the sequences by what was drawn. When it raises, all is as before.
         """
         assert self._drafting
         num_draws, num_sequences = sampling.uniforms.shape
         started_at = time.monotonic()
         feeds = [self._feed(demand, demand.num_left) for demand in demands]
-        drafts = self._drafting.draft(feeds, sampling)
+        with _all_or_nothing(demands):
+            drafts = self._drafting.draft(feeds, sampling)
         ended_at = time.monotonic()
         self._count(feeds, ended_at - started_at, num_draws - 1)
         for demand in demands:
@@ -284,6 +290,19 @@ class Engine:
         sequence.num_evicted = max(sequence.num_evicted, sequence.cache.length)
         sequence.cache.clear()
         self.stats.num_evictions += 1
+
+
+@contextmanager
+def _all_or_nothing(demands: SequenceOf[Demand]) -> Iterator[None]:
+    """Have caches and demands be what they were when a pass for them raises, whatever its runner has done by then."""
+    before = [(demand, demand.sequence.cache.length, len(demand.rows)) for demand in demands]
+    try:
+        yield
+    except BaseException:
+        for demand, length, num_parts in before:
+            demand.sequence.cache.truncate(length)  # gives back what was reserved
+            del demand.rows[num_parts:]
+        raise
 
 
 _arrival = attrgetter("arrival")

@@ -117,9 +117,16 @@ class PagedCache:
 
         Returns:
             `[n] int64`: page · page_size + offset. Until `advance`, `truncate` gives the pages back.
+
+        Raises:
+            ValueError: the sequence would be longer than it may become; no page has been taken.
         """
         end = self._length + num_new
-        while self._num_pages < self._pool.num_pages_for(end):
+        num_needed = self._pool.num_pages_for(end)
+        if num_needed > len(self._table):
+            most = len(self._table) * self._pool.page_size
+            raise ValueError(f"a sequence of {end} tokens is longer than the {most} that its page table has place for")
+        while self._num_pages < num_needed:
             self._table[self._num_pages] = self._pool.take()
             self._num_pages += 1
         return self._slots(self._length, end)
@@ -132,7 +139,11 @@ class PagedCache:
     def copy_from(self, other: PagedCache, length: int) -> None:
         """See kv_cache.Cache; both are of one pool."""
         start = self._length
-        self._pool.copy(other._slots(start, length), self.reserve(length - start))
+        try:
+            self._pool.copy(other._slots(start, length), self.reserve(length - start))
+        except BaseException:
+            self.truncate(start)
+            raise
         self.advance(length - start)
 
     def advance(self, num_new: int) -> None:

@@ -72,7 +72,14 @@ class ModelThread:
         """
         reply: Future[Answer] = Future()
         reply.set_running_or_notify_cancel()
-        self.post(lambda: reply.set_result(question()))
+
+        def answer() -> None:
+            try:
+                reply.set_result(question())
+            except Exception as error:
+                reply.set_exception(error)
+
+        self.post(answer)
         return reply
 
     def stop(self) -> None:
@@ -118,12 +125,12 @@ class ModelThread:
     def _take_turn(self) -> bool:
         """Run what was posted, then one step; return whether there is more."""
         self._run_calls()
-        return self._step() or bool(self._calls)
+        return _guarded(self._step, False) or bool(self._calls)
 
     def _gather(self) -> None:
         """Run what was posted, and wait for more as long as patience lasts."""
         self._run_calls()
-        while not self._is_ending and (seconds := self._patience_s()) > 0:
+        while not self._is_ending and (seconds := _guarded(self._patience_s, 0.0)) > 0:
             with suppress(queue.Empty):
                 self._wakes.get(timeout=seconds)
             self._run_calls()
@@ -134,3 +141,12 @@ class ModelThread:
                 self._calls.popleft()()
             except Exception:
                 log.exception("a call posted to the model thread failed")
+
+
+def _guarded(question: Callable[[], Answer], otherwise: Answer) -> Answer:
+    """Return the answer, or what stands for it where asking raises: the thread is everybody's, and goes on."""
+    try:
+        return question()
+    except Exception:
+        log.exception("a step of the model thread failed")
+        return otherwise
