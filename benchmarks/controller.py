@@ -5,8 +5,9 @@
 Both services run as processes of their own on loopback, one thread each. A text of the target alone and one of
 `num_speculative_tokens="auto"` take turns, on the same prompts. Every text is made with a client that knows nothing of
 the pair yet (of many texts at once: all of them with one), so what the client pays for learning is part of each ratio;
-the second half of a text shows what is left of it then. Without a seed K may be 0. With one it may not, unless the
-temperature is 0; that is measured beside, and nothing is promised of it.
+the second half of a text shows what is left of it then. Acceptance sampling is measured unless `--coupling` says
+otherwise: without a seed K may be 0; with one it may not, unless the temperature is 0, which is measured beside, and
+nothing is promised of it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from client.results import GenerationStats, RoundStats
 from client.sync import SpeculativeClient
 
 LEAST_RATIO = 0.95  # of the target alone
+DEFAULTS = {"max_new_tokens": 256, "num_prompts": 6, "coupling": "none"}
 TARGET, DRAFT = "builtin:target", "builtin:draft"
 USELESS = "random weights"  # stands for the folder that they are written to
 
@@ -274,7 +276,7 @@ def document_of(results: Mapping[str, Result], outcomes: Sequence[Outcome]) -> d
     }
 
 
-@click.command(context_settings={"show_default": True, "default_map": {"max_new_tokens": 256, "num_prompts": 6}})
+@click.command(context_settings={"show_default": True, "default_map": DEFAULTS})
 @click.option(
     "--case",
     "chosen",

@@ -62,6 +62,7 @@ class TargetRow:
     probs: np.ndarray  # [S] float64: p on the support
     outside_mass: float  # m
     outside_token_id: int  # y
+    outside_token_prob: float | None = None  # p(y); None where the target did not tell it
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Decision:
     num_accepted: int
     # Of each proposal up to the first rejection, as overlap() says; empty where nobody knows.
     overlaps: tuple[float, ...] = field(default=(), compare=False)
+    # The target's probability of each token, rounded down where it was proposed; None where nobody knows.
+    token_probs: tuple[float | None, ...] = field(default=(), compare=False)
 
 
 def acceptance_prob(proposal: Proposal, row: TargetRow) -> float:
@@ -100,6 +103,33 @@ def residual_weights(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> 
     return weights
 
 
+def token_prob(token_id: int, proposal: Proposal, row: TargetRow) -> float | None:
+    """Return what a row says of the target's probability of a token that came of it; None where it says nothing."""
+    if token_id == proposal.token_id and len(proposal.support_ids):
+        return float(row.probs[proposal.index])
+    if token_id == row.outside_token_id and row.outside_token_prob is not None:
+        return row.outside_token_prob
+    support_ids = proposal.support_ids.tolist()
+    index = bisect_left(support_ids, token_id)
+    return float(row.probs[index]) if support_ids[index : index + 1] == [token_id] else None
+
+
+def _decision(
+    token_ids: list[int],
+    num_accepted: int,
+    proposals: Sequence[Proposal],
+    rows: Sequence[TargetRow],
+    overlaps: Sequence[float] = (),
+) -> Decision:
+    probs = (token_prob(*each) for each in zip(token_ids, proposals, rows, strict=False))
+    return Decision(token_ids, num_accepted, tuple(overlaps), tuple(probs))
+
+
+def _drawn_alone(row: TargetRow) -> Decision:
+    """Return the decision of a round without proposals."""
+    return Decision([row.outside_token_id], num_accepted=0, token_probs=(row.outside_token_prob,))
+
+
 def draw_recovered(proposal: Proposal, row: TargetRow, uniform: float, scale: float = 1.0) -> int | None:
     """Return a token from the residual distribution; None when it is empty, which only rounding can bring about."""
     cumulative = residual_weights(proposal, row, scale).cumsum()
@@ -125,7 +155,7 @@ def decide(
         accept_uniforms, residual_uniforms: K each, addressed by position.
     """
     if not proposals:
-        return Decision([rows[0].outside_token_id], num_accepted=0)
+        return _drawn_alone(rows[0])
     token_ids: list[int] = []
     overlaps: list[float] = []
     for proposal, row, accept, residual in zip(proposals, rows, accept_uniforms, residual_uniforms, strict=True):
@@ -133,9 +163,9 @@ def decide(
         if accept >= acceptance_prob(proposal, row):
             recovered = draw_recovered(proposal, row, residual)
             if recovered is not None:
-                return Decision([*token_ids, recovered], len(token_ids), tuple(overlaps))
+                return _decision([*token_ids, recovered], len(token_ids), proposals, rows, overlaps)
         token_ids.append(proposal.token_id)
-    return Decision(token_ids, len(token_ids), tuple(overlaps))
+    return _decision(token_ids, len(token_ids), proposals, rows, overlaps)
 
 
 def joint_ratios(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> list[float]:
@@ -191,14 +221,14 @@ def decide_block(
         accept_uniform: one for the round.
     """
     if not proposals:
-        return Decision([rows[0].outside_token_id], num_accepted=0)
+        return _drawn_alone(rows[0])
     ratios = joint_ratios(proposals, rows)
     token_ids = [proposal.token_id for proposal in proposals]
     for end in range(longest_kept(prefix_probs(proposals, rows, ratios), accept_uniform), len(proposals)):
         recovered = draw_recovered(proposals[end], rows[end], residual_uniforms[end], ratios[end])
         if recovered is not None:
-            return Decision([*token_ids[:end], recovered], num_accepted=end)
-    return Decision(token_ids, num_accepted=len(token_ids))
+            return _decision([*token_ids[:end], recovered], end, proposals, rows)
+    return _decision(token_ids, len(token_ids), proposals, rows)
 
 
 def decide_coupled(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> Decision:
@@ -211,4 +241,6 @@ def decide_coupled(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> 
     choices = [row.outside_token_id for row in rows]
     pairs = zip(proposals, choices, strict=False)  # without proposals there is one row all the same
     num_accepted = sum(1 for _ in takewhile(lambda pair: pair[0].token_id == pair[1], pairs))
-    return Decision(choices[: num_accepted + 1], num_accepted)
+    token_ids = choices[: num_accepted + 1]
+    probs = tuple(row.outside_token_prob for row in rows[: len(token_ids)])
+    return Decision(token_ids, num_accepted, token_probs=probs)

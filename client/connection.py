@@ -71,7 +71,8 @@ def begin_conversation(
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
     """
-    sampling, params = sampling or SamplingParams(), SpeculationParams(**speculation)
+    sampling = sampling or SamplingParams()
+    params = SpeculationParams(**speculation).resolved(has_seed=sampling.seed is not None)
     if params.uses_draft and settings.draft is None:
         raise InvalidRequestError(
             f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
@@ -96,9 +97,9 @@ def lengths_for(
 ) -> FixedLength | LengthController:
     """Return what chooses K.
 
-    A seed's text must not depend on the clock. Rounds with K = 0 draw other random numbers, so they are kept for texts
-    without a seed, and for greedy and coupled ones, which are the same in any case; and with block acceptance, where K
-    shapes the text, a seed has a fixed K.
+    A seed's text must not depend on the clock. With acceptance sampling, rounds with K = 0 draw other random numbers,
+    so they are kept for texts without a seed; greedy and coupled texts are the same in any case. And with block
+    acceptance, where K shapes the text, a seed has a fixed K.
     """
     if not params.uses_draft or params.method == "draft":
         return FixedLength(0)
@@ -108,7 +109,7 @@ def lengths_for(
     may_be_zero = sampling.seed is None or is_same_for_every_length
     if params.acceptance == "block" and not may_be_zero:
         return FixedLength(SEEDED_BLOCK_LENGTH)
-    return LengthController(speeds.at(sampling.temperature), may_be_zero)
+    return LengthController(speeds.at(sampling.temperature, params.is_coupled), may_be_zero)
 
 
 def tokenizer_from_parts(parts: Sequence[target_pb2.GetTokenizerResponse]) -> TargetTokenizer:

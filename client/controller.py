@@ -512,16 +512,17 @@ class PairSpeed:
 
 
 class PairSpeeds:
-    """One PairSpeed for each temperature, to a tenth: agreement depends on it."""
+    """One PairSpeed for each temperature, to a tenth, and rule of acceptance: agreement depends on both."""
 
     def __init__(self) -> None:
-        self._speeds: dict[float, PairSpeed] = {}
+        self._speeds: dict[tuple[float, bool], PairSpeed] = {}
         self._sessions = OpenSessions()
         self._lock = threading.Lock()
 
-    def at(self, temperature: float) -> PairSpeed:
+    def at(self, temperature: float, is_coupled: bool = False) -> PairSpeed:
         with self._lock:
-            return self._speeds.setdefault(round(min(temperature, 10.0), 1), PairSpeed(self._sessions))
+            key = round(min(temperature, 10.0), 1), is_coupled
+            return self._speeds.setdefault(key, PairSpeed(self._sessions))
 
 
 class FixedLength:

@@ -135,6 +135,7 @@ class Conversation:
         self._draft_is_open = self._is_draft_prepared = False
         self._draft_failures = 0
         self._draft_retry_at = 0.0
+        self._token_probs: list[float | None] = []
         self._response: Any = None
         self._failure: Broken | None = None
         self._started_at = 0.0
@@ -169,6 +170,7 @@ class Conversation:
             seed=self._seed,
             prompt_token_ids=self._generation.tokens[: self._generation.num_prompt],
             stats=self._stats,
+            token_probs=self._token_probs,
         )
 
     @property
@@ -198,7 +200,8 @@ class Conversation:
             if taken.finish_reason is None and self._generation.length and self._draft_is_open:
                 yield from self._tell_draft()
             segments = [Segment(text, index < decision.num_accepted) for index, text in enumerate(taken.texts)]
-            yield from self._hand_over(Chunk(decision.token_ids[: taken.num_taken], segments))
+            token_probs = list(decision.token_probs[: taken.num_taken])
+            yield from self._hand_over(Chunk(decision.token_ids[: taken.num_taken], segments, token_probs))
 
     @property
     def _num_failures(self) -> int:
@@ -384,7 +387,11 @@ class Conversation:
             taken = self._text.take(token_ids)
             self._generation.commit_drafts(taken.num_taken)
             yield from self._hand_over(
-                Chunk(token_ids[: taken.num_taken], [Segment(text, True) for text in taken.texts])
+                Chunk(
+                    token_ids[: taken.num_taken],
+                    [Segment(text, True) for text in taken.texts],
+                    [None] * taken.num_taken,  # the target has not been asked
+                )
             )
 
     # Effects.
@@ -401,6 +408,7 @@ class Conversation:
         handed_at = self._clock()
         if not self._stats.first_token_s:
             self._stats.first_token_s = handed_at - self._started_at
+        self._token_probs += chunk.token_probs
         yield chunk
         self._away_s += self._clock() - handed_at
 

@@ -194,5 +194,6 @@ def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[P
     if not all(math.isfinite(row.outside_mass) for row in rows):
         raise ServiceFailedError("the target sent an outside mass that is no number")
     return [
-        TargetRow(row_probs, row.outside_mass, row.outside_token_id) for row_probs, row in zip(probs, rows, strict=True)
+        TargetRow(row_probs, row.outside_mass, row.outside_token_id, row.outside_token_prob or None)
+        for row_probs, row in zip(probs, rows, strict=True)
     ]

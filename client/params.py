@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from client.errors import InvalidRequestError
@@ -17,7 +17,7 @@ AUTO: Literal["auto"] = "auto"  # the client picks K for each round, from what i
 
 Acceptance = Literal["token", "block"]
 ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
-Coupling = Literal["none", "gumbel"]
+Coupling = Literal["auto", "none", "gumbel"]
 COUPLINGS: tuple[str, ...] = get_args(Coupling)
 
 
@@ -76,7 +76,9 @@ class SpeculationParams:
 
     `coupling` says which random numbers draft and target draw with. `none`: each its own. `gumbel`: the same noise, and
     a proposal is accepted when it is what the target itself chooses. Fewer proposals may be accepted, but tokens alone
-    cross the wire, and a seed's text is the target's own: the same for every draft and K, and without a draft.
+    cross the wire, and a seed's text is the target's own: the same for every draft and K, and without a draft. `auto`:
+    `gumbel` where a seed is given, so that its text does not depend on the draft at all, and `none` where none is, or
+    with `acceptance="block"`, which is acceptance sampling.
 
     Raises:
         InvalidRequestError: a value is out of range; the message names the field.
@@ -90,7 +92,7 @@ class SpeculationParams:
     min_draft_prob: float = 0.0
     greedy_draft: bool = False
     acceptance: Acceptance = "token"
-    coupling: Coupling = "none"
+    coupling: Coupling = AUTO
     num_alternatives: int | None = None  # other ends of a round that the draft prepares for; None: see max_alternatives
 
     def __post_init__(self) -> None:
@@ -122,7 +124,14 @@ class SpeculationParams:
 
     @property
     def is_coupled(self) -> bool:
-        return self.coupling != "none"
+        """Whether draft and target share their noise; `auto` says so only once it is `resolved`."""
+        return self.coupling == "gumbel"
+
+    def resolved(self, has_seed: bool) -> SpeculationParams:
+        """Return these with the coupling that `auto` means for a text with or without a seed of its own."""
+        if self.coupling != AUTO:
+            return self
+        return replace(self, coupling="gumbel" if has_seed and self.acceptance == "token" else "none")
 
     def overlaps(self, have_one_accelerator: bool) -> bool:
         """Return whether the draft goes on while the target verifies: on one accelerator they would take turns."""

@@ -22,6 +22,9 @@ class Chunk:
 
     token_ids: list[int]
     segments: list[Segment]
+    # The target's probability of each token, under the sampling parameters; None where it is not known, as of a draft's
+    # own text. Of an accepted proposal it is rounded down to a multiple of 2^-18.
+    token_probs: list[float | None] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -112,6 +115,7 @@ class GenerationResult:
     seed: int
     prompt_token_ids: list[int]
     stats: GenerationStats
+    token_probs: list[float | None] = field(default_factory=list)  # of token_ids, as Chunk says
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"stats": self.stats.as_dict()}

@@ -120,10 +120,12 @@ def target_row(
     told = round_down(probs[support])
     outside = probs.copy()
     outside[support] -= told
+    outside_token_id = draw(outside, number) if outside.any() else 0
     return target_pb2.TargetRow(
         support_units=wire.prob_units(told),
         outside_mass=outside.sum(),
-        outside_token_id=draw(outside, number) if outside.any() else 0,
+        outside_token_id=outside_token_id,
+        outside_token_prob=probs[outside_token_id],
     )
 
 
@@ -411,8 +413,11 @@ def make_conversation(
     lengths: Any = None,
     **speculation: Any,
 ) -> Conversation:
-    """Return a conversation as client.connection makes it, on the world's clock; `lengths` chooses K, 5 by default."""
-    params = SpeculationParams(**speculation)
+    """Return a conversation as client.connection makes it, on the world's clock; `lengths` chooses K, 5 by default.
+
+    Proposals are judged by acceptance sampling unless `coupling` says otherwise, although there is a seed.
+    """
+    params = SpeculationParams(**({"coupling": "none"} | speculation))
     warping = SamplingParams(temperature).warping
     generation = Generation(
         prompt_ids, warping, seed, params, len(prompt_ids) + max_new_tokens, model_info(context_length)

@@ -48,7 +48,7 @@ class Result:
 
     @property
     def title(self) -> str:
-        return f"{self.pair['target']['model_id']} with {self.pair['draft']['model_id']}"
+        return f"{self.pair['target']['model_id']} with {self.pair['draft']['model_id']}, {self.settings.rule_name}"
 
     @property
     def order(self) -> Order:

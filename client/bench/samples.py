@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from client.bench.metrics import Timeline
-from client.params import AUTO, METHODS, Acceptance, Coupling
+from client.params import AUTO, METHODS, Acceptance, Coupling, SpeculationParams
 from client.results import GenerationStats, RoundStats
 
 BASELINE = "autoregressive"
@@ -53,7 +53,22 @@ class Settings:
     window: int | None = None
     num_alternatives: int | None = None
     acceptance: Acceptance = "token"
-    coupling: Coupling = "none"
+    coupling: Coupling = AUTO
+
+    def resolved(self) -> Settings:
+        """Return these with the rule that `auto` means for texts with seeds, so that all cells are measured by one."""
+        return replace(self, coupling=SpeculationParams(**self.rules).resolved(has_seed=True).coupling)
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """How proposals are accepted, as fields of SpeculationParams."""
+        return {"acceptance": self.acceptance, "coupling": self.coupling}
+
+    @property
+    def rule_name(self) -> str:
+        """How proposals are accepted, in words."""
+        names = {"gumbel": "shared noise", "none": "acceptance sampling", AUTO: "shared noise where seeded"}
+        return names[self.coupling] + (", block" if self.acceptance == "block" else "")
 
     def seed_of(self, repetition: int, index: int) -> int:
         """Return the seed of a text; all methods get the same."""

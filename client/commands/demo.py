@@ -29,7 +29,7 @@ PROMPT = "Once upon a time, there was a little girl named Lily. She loved to"
     "--temperature",
     type=NumberList(float),
     default="0,1",
-    help="Values of the temperature; at 0 both texts must be the same.",
+    help="Values of the temperature; at each both texts must be the same.",
 )
 @click.option("-k", "--num-speculative-tokens", type=click.IntRange(1), default=4, help="K: most proposals in a round.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=160)
@@ -56,9 +56,8 @@ def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) ->
         print_json({"texts": texts, "summary": [row.as_dict() for row in rows]})
         return
     out.print()
-    out.print(
-        speed_table(rows, f"{values['target_model']} with {values['draft_model']}, {values['threads']} thread each")
-    )
+    pair_name = f"{values['target_model']} with {values['draft_model']}"
+    out.print(speed_table(rows, f"{pair_name}, {Settings().resolved().rule_name}, {values['threads']} thread each"))
 
 
 def _show(
@@ -78,14 +77,13 @@ def _show(
             align="left",
         )
         together = write(client, prompt, sampling, True, num_speculative_tokens=length)
-        if temperature == 0:
-            _compare(alone, together)
+        _compare(alone, together, temperature)
     return {"temperature": temperature, "autoregressive": alone.as_dict(), "speculative": together.as_dict()}
 
 
-def _compare(alone: GenerationResult, together: GenerationResult) -> None:
+def _compare(alone: GenerationResult, together: GenerationResult, temperature: float) -> None:
     if alone.token_ids == together.token_ids:
-        out.print("At temperature 0 the two texts are the same, token for token.", style="italic")
+        out.print(f"At temperature {temperature:g} the two texts are the same, token for token.", style="italic")
     else:
         out.print("The two texts differ: two tokens were equally likely up to rounding.", style="bold red")
 

@@ -54,7 +54,7 @@ sampling_options = add_options(
     click.option(
         "--seed",
         type=int,
-        help="The same seed gives the same text for every K from 1 on (but see --acceptance and --coupling); without it, a new one.",
+        help="The same seed gives the same text, whatever the draft does (but see --acceptance and --coupling); without it, a new one.",
     ),
     click.option("--max-new-tokens", type=int, default=128),
     click.option("--stop", multiple=True, help="End before this text; may be given several times."),
@@ -83,7 +83,7 @@ ahead_options = add_options(
 
 rule_options = add_options(
     click.option("--acceptance", type=click.Choice(ACCEPTANCES), default="token", help="Judge proposals one by one, or a round's together: more are kept, of the same law, but a seed's text then depends on K and on where rounds end."),
-    click.option("--coupling", type=click.Choice(COUPLINGS), default="none", help="gumbel: draft and target draw with the same noise, and tokens alone cross the wire. A seed's text is then the target's own, with any draft or none."),
+    click.option("--coupling", type=click.Choice(COUPLINGS), default=AUTO, help="gumbel: draft and target draw with the same noise, and tokens alone cross the wire. A seed's text is then the target's own, with any draft or none. none: acceptance sampling. auto: gumbel where a seed is given."),
 )  # fmt: skip
 
 speculation_options = add_options(

@@ -63,7 +63,8 @@ def trio(services, tmp_path_factory) -> Iterator[Trio]:
 
 
 def write(client: SpeculativeClient, name: str, **speculation) -> GenerationResult:
-    return client.generate(PROMPT, SAMPLINGS[name], coupling="gumbel", **speculation)
+    """Return a text with the coupling that a seed has by default."""
+    return client.generate(PROMPT, SAMPLINGS[name], **speculation)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_a_draft_that_is_killed_in_the_middle(trio, texts, name):
     """And comes back as another one, at the same address."""
     draft = trio.services.start(DRAFT, trio.draft_path)
     with trio.client(draft, Patience(draft_wait_s=0.2, describe_draft_s=0.2)) as client:
-        stream = client.stream(PROMPT, SAMPLINGS[name], coupling="gumbel", num_speculative_tokens=2)
+        stream = client.stream(PROMPT, SAMPLINGS[name], num_speculative_tokens=2)
         token_ids = next(stream).token_ids
         draft.stop()
         for chunk in (next(stream) for _ in range(3)):
@@ -122,17 +123,23 @@ def test_a_draft_that_is_killed_in_the_middle(trio, texts, name):
     assert stream.result.stats.num_rounds_without_draft >= 1
 
 
+def test_a_coupling_that_is_named_is_the_default_of_a_seed(trio, texts):
+    with trio.client() as client:
+        assert write(client, "plain", coupling="gumbel").token_ids == texts["plain"]
+        assert write(client, "plain", coupling="none").token_ids != texts["plain"]
+
+
 def test_another_seed_writes_another_text(trio, texts):
     with trio.client() as client:
         sampling = replace(SAMPLINGS["plain"], seed=99)
-        assert client.generate(PROMPT, sampling, coupling="gumbel").token_ids != texts["plain"]
+        assert client.generate(PROMPT, sampling).token_ids != texts["plain"]
 
 
 def test_rounds_carry_fewer_bytes(trio):
     """Supports are the greater part of a round: ids and weights from the draft, ids to the target, and its answer."""
     with trio.client() as client:
         coupled = write(client, "plain").stats
-        free = client.generate(PROMPT, SAMPLINGS["plain"]).stats
+        free = client.generate(PROMPT, SAMPLINGS["plain"], coupling="none").stats
     num_bytes = [stats.num_bytes_sent + stats.num_bytes_received for stats in (coupled, free)]
     assert num_bytes[0] < num_bytes[1] / 4
 

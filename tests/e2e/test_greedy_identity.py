@@ -83,5 +83,10 @@ def test_a_greedy_text_ends_where_transformers_ends_it(case, speculation):
 
 def test_one_seed_writes_one_text_with_any_number_of_proposals(case):
     sampling = SamplingParams(temperature=0.9, seed=7, max_new_tokens=NUM_NEW, ignore_eos=True)
-    one, four = (case.client.generate(PROMPT, sampling, num_speculative_tokens=number) for number in (1, 4))
-    assert one.token_ids == four.token_ids
+
+    def write(**speculation) -> list[int]:
+        return case.client.generate(PROMPT, sampling, **speculation).token_ids
+
+    one, four = (write(num_speculative_tokens=number, coupling="none") for number in (1, 4))
+    assert one == four
+    assert write(num_speculative_tokens=4) == write(method="autoregressive")

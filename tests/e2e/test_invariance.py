@@ -63,9 +63,12 @@ def pair(services, tmp_path_factory) -> Iterator[Pair]:
         server.stop()
 
 
+FREE = {"coupling": "none"}  # acceptance sampling, although there is a seed; shared noise has test_coupling
+
+
 def write(client: SpeculativeClient, sampling: SamplingParams, prompt=PROMPT, **speculation: Any) -> list[int]:
     """Return the tokens of a text of which no round went without proposals."""
-    result = client.generate(prompt, sampling, **speculation)
+    result = client.generate(prompt, sampling, **FREE, **speculation)
     assert result.stats.num_rounds_without_draft == 0
     return result.token_ids
 
@@ -86,7 +89,7 @@ EVERY_SAMPLING = pytest.mark.parametrize("name", SAMPLINGS)
 @EVERY_SAMPLING
 def test_acceptance_is_neither_rare_nor_certain(pair, name):
     with pair.client() as client:
-        stats = client.generate(PROMPT, SAMPLINGS[name], num_speculative_tokens=5).stats
+        stats = client.generate(PROMPT, SAMPLINGS[name], num_speculative_tokens=5, **FREE).stats
     assert 0.3 < stats.acceptance_rate < 0.9
     assert stats.num_rounds < NUM_NEW
 
@@ -113,7 +116,7 @@ def test_any_number_of_alternatives(pair, texts, monkeypatch):
     num_used = 0
     with pair.client() as client:
         for name, number in itertools.product(SAMPLINGS, (0, 1, 3, 20)):
-            result = client.generate(PROMPT, SAMPLINGS[name], num_speculative_tokens=4, num_alternatives=number)
+            result = client.generate(PROMPT, SAMPLINGS[name], num_speculative_tokens=4, num_alternatives=number, **FREE)
             assert result.token_ids == texts[name]
             num_used += result.stats.num_alternatives_used
     assert num_used > 0
@@ -167,7 +170,7 @@ def test_among_eight_other_sessions(pair, texts):
 def test_a_target_that_restarts_in_the_middle(services, pair, texts, name):
     target = services.start(TARGET, pair.target_path)
     with pair.client(target=target) as client:
-        stream = client.stream(PROMPT, SAMPLINGS[name], num_speculative_tokens=4)
+        stream = client.stream(PROMPT, SAMPLINGS[name], num_speculative_tokens=4, **FREE)
         token_ids = take(stream, 3)
         target.stop()
         target = services.start(TARGET, pair.target_path, listen=target.address)
@@ -193,7 +196,7 @@ def take(stream, number: int | None = None) -> list[int]:
 def test_a_draft_that_restarts_in_the_middle_completes(services, pair):
     draft = services.start(DRAFT, pair.draft_path)
     with pair.client(draft=draft) as client:
-        stream = client.stream(PROMPT, SAMPLINGS["plain"], num_speculative_tokens=4)
+        stream = client.stream(PROMPT, SAMPLINGS["plain"], num_speculative_tokens=4, **FREE)
         token_ids = take(stream, 3)
         draft.stop()
         draft = services.start(DRAFT, pair.draft_path, listen=draft.address)

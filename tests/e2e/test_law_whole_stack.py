@@ -55,13 +55,13 @@ class Scenario:
     with_tasks: bool = False  # the asyncio client; otherwise threads and the blocking one
 
 
-PLAIN = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "overlap": True})
+PLAIN = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "overlap": True, "coupling": "none"})
 TRUNCATED = Scenario(
     SamplingParams(temperature=0.7, top_k=5, top_p=0.95),
-    {"num_speculative_tokens": 2, "overlap": False, "max_support": 2},
+    {"num_speculative_tokens": 2, "overlap": False, "max_support": 2, "coupling": "none"},
     with_tasks=True,
 )
-ALONE = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive"})
+ALONE = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive", "coupling": "none"})
 BLOCK = Scenario(
     SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "max_support": 4, "acceptance": "block"}
 )

@@ -310,16 +310,18 @@ class TestLengthsThatChange:
     @pytest.mark.parametrize(
         ("sampling", "speculation", "least"),
         [
-            ({"seed": 1}, {}, 1),
+            ({"seed": 1}, {}, 0),
+            ({"seed": 1}, {"coupling": "none"}, 1),
             ({}, {}, 0),
-            ({"seed": 1, "temperature": 0}, {}, 0),
+            ({"seed": 1, "temperature": 0}, {"coupling": "none"}, 0),
             ({"seed": 1}, {"coupling": "gumbel"}, 0),
             ({}, {"acceptance": "block"}, 0),
         ],
-        ids=["seed", "no_seed", "greedy", "coupled", "block"],
+        ids=["seed", "seed_uncoupled", "no_seed", "greedy", "coupled", "block"],
     )
     def test_a_useless_draft_is_left_alone_unless_that_would_change_the_text(self, sampling, speculation, least):
-        chosen = lengths_for(SpeculationParams(**speculation), SamplingParams(**sampling), self.of_a_useless_draft())
+        params = SpeculationParams(**speculation).resolved(has_seed="seed" in sampling)
+        chosen = lengths_for(params, SamplingParams(**sampling), self.of_a_useless_draft())
         assert min(chosen.next_length() for _ in range(20)) == least
 
     def test_block_acceptance_with_a_seed_has_one_length(self):
@@ -332,8 +334,9 @@ class TestLengthsThatChange:
         speeds = PairSpeeds()
         for temperature in (0, 1):
             for _ in range(50):
-                speeds.at(temperature).add(RoundTimes(0, 0, 0.01, 0.009, 0.0))
-                speeds.at(temperature).add(RoundTimes(3, 0, 0.05, 0.009, 0.01))
+                for is_coupled in (False, True):
+                    speeds.at(temperature, is_coupled).add(RoundTimes(0, 0, 0.01, 0.009, 0.0))
+                    speeds.at(temperature, is_coupled).add(RoundTimes(3, 0, 0.05, 0.009, 0.01))
         return speeds
 
 
@@ -410,6 +413,33 @@ class TestChunksAndCounts:
         assert stats.mean_acceptance_length == NUM_TOKENS / stats.num_rounds
         assert stats.acceptance_rate == stats.num_accepted_tokens / stats.num_draft_tokens
         assert 0 < stats.acceptance_rate < 1
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"acceptance": "block"}, {"coupling": "gumbel"}, {"method": "autoregressive"}, {"seed": 7}],
+        ids=str,
+    )
+    def test_chunks_tell_the_targets_probability_of_each_token(self, settings):
+        world = World(1)
+        result, chunks = world.run(make_conversation(world, num_speculative_tokens=4, **settings))
+        assert [prob for chunk in chunks for prob in chunk.token_probs] == result.token_probs
+        tokens = toys.TokenLog([*result.prompt_token_ids, *result.token_ids])
+        model = toys.ToyModel(toys.TARGET_LOGITS)
+        expected = [
+            model.probs(tokens, position)[tokens[position]]
+            for position in range(len(result.prompt_token_ids), len(tokens))
+        ]
+        assert result.token_probs == pytest.approx(expected, abs=2**-18 + 1e-6)
+
+    def test_a_probability_that_the_target_does_not_tell_is_none(self):
+        def leave_out(stream, message):
+            for row in message.rows if stream.link is Link.TARGET else ():
+                row.outside_token_prob = 0
+
+        world = World(1)
+        world.on_response = leave_out
+        assert set(run(world, coupling="gumbel").token_probs) == {None}
+        assert run(World(1), method="draft").token_probs == [None] * NUM_TOKENS
 
     def test_rounds_divide_tokens_and_waits_among_them(self):
         world = World(1)
@@ -928,7 +958,7 @@ class TestBeginning:
     INFO = common_pb2.ModelInfo(vocab_size=toys.VOCAB_SIZE, context_length=20, eos_token_ids=[TEXT[6]])
 
     def begin(self, prompt=toys.PROMPT_IDS, sampling: SamplingParams | None = None, draft="draft:1", **speculation):
-        settings = ConnectionSettings("target:1", draft)
+        settings, speculation = ConnectionSettings("target:1", draft), {"coupling": "none"} | speculation
         return begin_conversation(settings, PairSpeeds(), Target(self.INFO, None), prompt, sampling, speculation, None)
 
     @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)

@@ -55,7 +55,7 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
     peer_module = _peer_module() if values.get("compare") else None
     if values.get("plot_folder"):
         charts_module()
-    settings = Settings(**{name: values[name] for name in Settings.__dataclass_fields__ if name in values})
+    settings = Settings(**{name: values[name] for name in Settings.__dataclass_fields__ if name in values}).resolved()
     prompts = read_prompts(values["prompt_file"], values["num_prompts"])
     with _pair(values) as addresses, SpeculativeClient(addresses.target, addresses.draft) as client:
         info = _checked_info(client)
