@@ -280,7 +280,7 @@ class Drafter:
     def _isolated(self, do: Callable[[Sequence[Path]], list[T]], paths: Sequence[Path]) -> list[T]:
         return list(chain.from_iterable(in_halves(do, paths, self._blame)))
 
-    def _most_draws(self, paths: list[Path]) -> int:
+    def _most_draws(self, paths: Sequence[Path]) -> int:
         """Return how many tokens are drafted in LONGEST_DEAFNESS_S, as passes have been so far; one at least.
 
         A client that is alone and waits for drafts has no commit to send meanwhile.

@@ -217,7 +217,8 @@ class Engine:
     def draft(self, demands: SequenceOf[Demand], sampling: PlainSampling) -> list[list[Draft | None]]:
         """Finish `demands` of one row each, and draw from the rows, draw after draw; return the drafts of each demand.
 
-        See DraftingRunner.draft. Whoever asks extends the sequences by what was drawn. When it raises, all is as before.
+        See DraftingRunner.draft. Whoever asks extends the sequences by what was drawn. When this raises, all is as
+        before.
         """
         assert self._drafting
         num_draws, num_sequences = sampling.uniforms.shape

@@ -232,3 +232,25 @@ def test_stopping_runs_what_was_posted_and_no_more_steps():
     thread.start()
     thread.stop()
     assert work.names == ["posted"]
+
+
+async def test_a_question_that_raises_is_answered_so():
+    """Whoever asked would wait for ever."""
+    with running(Work()) as thread:
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(asyncio.wrap_future(thread.ask(lambda: 1 // 0)), PATIENCE_S)
+        assert await asyncio.wait_for(asyncio.wrap_future(thread.ask(lambda: 7)), PATIENCE_S) == 7
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+async def test_a_step_that_raises_ends_neither_the_thread_nor_the_loop(is_quick, monkeypatch):
+    work = Work()
+    work.is_quick = is_quick
+    step, failures = work.step, [RuntimeError("out of luck")]
+    monkeypatch.setattr(work, "step", lambda: (_ for _ in ()).throw(failures.pop()) if failures else step())
+    with running(work) as thread:
+        thread.post(work.call("first", num_steps=1))
+        await until(lambda: not failures)
+        thread.post(work.call("second"))
+        await until(lambda: "step" in work.names)
+    assert work.names == ["first", "second", "step"]
