@@ -8,16 +8,18 @@ from collections.abc import AsyncIterator, Sequence
 from draft_service.drafter import GREEDY, Drafter
 from draft_service.session import Commit, Drafted, DraftOptions, Session
 from outrider import wire
-from outrider.callers import Caller, caller_of
+from outrider.callers import Caller
+from outrider.calls import Call
 from outrider.errors import InvalidArgumentError, ServiceError
 from outrider.mailbox import Mailbox
 from outrider.options import ServiceOptions
 from outrider.probs import Draft
-from outrider.server import answers_errors, answers_unary_errors
 from outrider.service import ModelHost
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc
 
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
+MOST_UNSENT = 8  # messages that wait for a client to read; nothing is drafted for it while there are more
+MOST_UNAPPLIED = 16  # commits that are read before the drafter has come to them
 
 
 class _EndOfStream:
@@ -37,28 +39,46 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     def load(self) -> None:
         self._host.load()
 
+    async def drain(self, grace_s: float) -> None:
+        await self._host.drain(grace_s)
+
     def close(self) -> None:
         self._host.close()
 
-    @answers_unary_errors
-    async def GetModelInfo(self, request, context) -> draft_pb2.DraftServiceGetModelInfoResponse:
-        return draft_pb2.DraftServiceGetModelInfoResponse(model=self._host.model_info(), stats=await self._host.stats())
+    @property
+    def most_message_bytes(self) -> int:
+        return self._host.most_message_bytes
 
-    @answers_errors
+    def check_message_size(self, num_bytes: int) -> None:
+        self._host.check_message_size(num_bytes)
+
+    async def GetModelInfo(self, request, context) -> draft_pb2.DraftServiceGetModelInfoResponse:
+        async with self._host.answer(context):
+            return draft_pb2.DraftServiceGetModelInfoResponse(
+                model=self._host.model_info(), stats=await self._host.stats()
+            )
+
     async def Propose(self, requests, context) -> AsyncIterator[draft_pb2.ProposeResponse]:
         drafter = self._host.worker
-        with self._host.admit():
-            opening = await anext(requests, None)
+        async with self._host.admit(requests, context) as call:
+            opening = call.opening
             if opening is None:
                 return
             if opening.WhichOneof("kind") != "open":
                 raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
             outbox: Outbox = Mailbox()
-            session = self._open(drafter, opening.open, outbox, caller_of(context.peer()))
-            commits = asyncio.ensure_future(self._read_commits(drafter, session, requests, outbox))
+            session = self._open(drafter, opening.open, outbox, call.caller)
+            session.is_unread = lambda: len(outbox) > MOST_UNSENT
+            call.is_busy = lambda: session.has_work
+            commits = asyncio.ensure_future(self._read_commits(drafter, session, call, requests, outbox))
             try:
-                async for response in _responses(outbox):
-                    yield response
+                while not isinstance(item := await call.wait(outbox.get()), _EndOfStream):
+                    if isinstance(item, ServiceError):
+                        raise item
+                    was_unread = len(outbox) >= MOST_UNSENT
+                    yield _response(item)
+                    if was_unread:
+                        drafter.go_on()
             finally:
                 drafter.close(session)
                 commits.cancel()
@@ -93,10 +113,13 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             max_alternatives=0 if message.min_draft_prob else message.max_alternatives,
         )
 
-    async def _read_commits(self, drafter: Drafter, session: Session, requests, outbox: Outbox) -> None:
+    async def _read_commits(self, drafter: Drafter, session: Session, call: Call, requests, outbox: Outbox) -> None:
         """Pass commits on as they come; an error goes through the outbox, so that the stream ends with it."""
         try:
+            num_read = 0
             async for request in requests:
+                num_read += 1
+                call.note_life()
                 if request.WhichOneof("kind") != "commit":
                     raise InvalidArgumentError(
                         "kind is not `commit`: only the first message of a stream opens a session"
@@ -116,6 +139,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                         branch=commit.branch,
                     ),
                 )
+                if num_read % MOST_UNAPPLIED == 0:
+                    await drafter.reached()
             outbox.put(_EndOfStream())
         except ServiceError as error:
             outbox.put(error)
@@ -126,14 +151,6 @@ def _check_batch_until(field: str, message: draft_pb2.OpenProposals | draft_pb2.
         raise InvalidArgumentError(
             f"{field} is {message.batch_until}: give a position up to the window, {message.window}, or 0"
         )
-
-
-async def _responses(outbox: Outbox) -> AsyncIterator[draft_pb2.ProposeResponse]:
-    """Yield what is drafted until the stream ends."""
-    while not isinstance(item := await outbox.get(), _EndOfStream):
-        if isinstance(item, ServiceError):
-            raise item
-        yield _response(item)
 
 
 def _response(drafted: Drafted) -> draft_pb2.ProposeResponse:

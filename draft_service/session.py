@@ -176,6 +176,7 @@ class Session:
         self.options, self.emit, self.arrival = options, emit, arrival
         self.batch_until, self.branch = batch_until, options.branch
         self.numbers = self._numbers()
+        self.is_unread: Callable[[], bool] = lambda: False  # whether too much of what it emitted waits to be sent
         self.commit_index, self.is_stopped = 0, False
         self.committed_at = time.monotonic()
         self.main = Path(self, end=window)
@@ -220,7 +221,7 @@ class Session:
 
     @property
     def has_work(self) -> bool:
-        return self.wants_token or self.may_fork or bool(self.wanting_forks)
+        return not self.is_unread() and (self.wants_token or self.may_fork or bool(self.wanting_forks))
 
     @property
     def wanting_forks(self) -> list[Path]:

@@ -18,6 +18,9 @@ class Mailbox(Generic[Item]):
         self._items: deque[Item] = deque()
         self._waiting: asyncio.Future[None] | None = None
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def put(self, item: Item) -> None:
         """Add an item; from any thread."""
         self._items.append(item)

@@ -24,6 +24,7 @@ class ServiceOptions:
     trust_remote_code: bool = False
     threads: int = 0
     max_sessions: int = 64
+    max_sessions_per_caller: int = 0
     max_cached_tokens: int = 0
     max_batch_tokens: int = 512
     max_support: int = 1024
@@ -31,6 +32,7 @@ class ServiceOptions:
     kv_cache: bool = True
     cuda_graphs: bool = True
     paged: bool = False  # on a CPU too; no option of the command line
+    idle_timeout: float = 600.0
     grace: float = 30.0
     greedy: bool = False
 
@@ -65,13 +67,15 @@ def service_options(default_model: str, default_port: int) -> Callable:
         click.option("--trust-remote-code", is_flag=True, help="Run the model code that the checkpoint brings."),
         click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads of the model; 0 takes all cores. Pin it where services share a machine. With 1, Llama-family models in float32 run compiled."),
         click.option("--max-sessions", type=click.IntRange(1), default=64, help="Sessions at once; more are refused with RESOURCE_EXHAUSTED."),
+        click.option("--max-sessions-per-caller", type=click.IntRange(0), default=0, help="Sessions of one connection at once; 0 for no limit of its own."),
         click.option("--max-cached-tokens", type=click.IntRange(0), default=0, help="Tokens in all KV caches together; 0 is sixteen times the context, on a GPU at most what half of its free memory holds."),
         click.option("--max-batch-tokens", type=click.IntRange(1), default=512, help="Tokens fed in one forward pass; longer prompts are fed in chunks."),
         click.option("--max-support", type=click.IntRange(1), default=1024, help="Most tokens in the support of one proposal."),
         click.option("--max-proposals", type=click.IntRange(1), default=64, help="Most proposals in one round."),
         click.option("--kv-cache/--no-kv-cache", default=True, help="Without: recompute everything in each pass, an ablation."),
         click.option("--cuda-graphs/--no-cuda-graphs", default=True, help="Without: launch every operation of a pass by itself, which GPUs wait for."),
-        click.option("--grace", type=click.FloatRange(0), default=30.0, metavar="SECONDS", help="Time for running sessions to end on SIGTERM."),
+        click.option("--idle-timeout", type=click.FloatRange(0), default=600.0, metavar="SECONDS", help="Time after which a session that says nothing, and for which no work is under way, is ended; 0 for never."),
+        click.option("--grace", type=click.FloatRange(0), default=30.0, metavar="SECONDS", help="Time for running sessions to end on SIGTERM; a second signal ends them at once."),
     )  # fmt: skip
 
     def decorate(command: Callable) -> Callable:

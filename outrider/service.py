@@ -5,27 +5,35 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Generic, Protocol, TypeVar
 
 import click
 import transformers
 
 from outrider import __version__
+from outrider.admission import Places, Turnstile
+from outrider.callers import caller_of
+from outrider.calls import LAST_WORD_S, Call
 from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.paged_choice import CacheOptions
 from outrider.engine.thread import ModelThread
-from outrider.errors import ResourceExhaustedError, ServiceError, UnavailableError
+from outrider.errors import InvalidArgumentError, ServiceError, UnavailableError
+from outrider.messages import LONGEST_CONTEXT, MOST_OTHER_BYTES, most_bytes
 from outrider.options import ServiceOptions
 from outrider.server import Server, run_until_signal
 from outrider.v1 import common_pb2
 
 log = logging.getLogger(__name__)
 
-RETRY_DELAY_S = 1.0
+FIRST_MESSAGE_S = 10.0  # in which a stream has to say what it is for
+MOST_OPENINGS, OPENING_S = 256, 1.0  # so many in so many seconds, 64 of one connection
+MOST_QUESTIONS = 64  # calls without a session at once, 16 of one connection
+UNREAD_S = 60.0  # after which a call without a session that takes nothing is ended
 
 
 class Worker(Protocol):
@@ -54,7 +62,11 @@ class ModelHost(Generic[WorkerT]):
         self._engine: Engine | None = None
         self._worker: WorkerT | None = None
         self._fingerprint: common_pb2.TokenizerFingerprint | None = None
-        self._num_sessions = self._num_opened = self._num_refused = 0
+        self._places = Places(options.max_sessions, options.max_sessions_per_caller)
+        self._openings, self._questions = Turnstile(MOST_OPENINGS), Turnstile(MOST_QUESTIONS)
+        self._calls: set[Call] = set()  # sessions, and those that are about to open one
+        self._is_draining = False
+        self._has_ended = asyncio.Event()
 
     def load(self) -> None:
         """Load the model and warm it up.
@@ -77,7 +89,7 @@ class ModelHost(Generic[WorkerT]):
             )
         )
         self._max_cached_tokens = model.max_cached_tokens
-        self._context_length = min(model.context_length, self._max_cached_tokens)
+        self._context_length = min(model.context_length, self._max_cached_tokens, LONGEST_CONTEXT)
         self._engine = Engine(model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
         worker = self._make_worker(self._engine, self._context_length)
         try:
@@ -99,10 +111,16 @@ class ModelHost(Generic[WorkerT]):
 
     @property
     def worker(self) -> WorkerT:
-        """The scheduler or drafter; raises UnavailableError while the model is loading."""
+        """The scheduler or drafter; raises UnavailableError while the model is loading or the service shutting down."""
+        if self._is_draining:
+            raise UnavailableError("this service is shutting down: ask another, or come again")
         if self._worker is None:
             raise UnavailableError(f"{self._options.model} is still loading: come again when health says SERVING")
         return self._worker
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._places)
 
     @property
     def vocab_size(self) -> int:
@@ -122,25 +140,88 @@ class ModelHost(Generic[WorkerT]):
             raise UnavailableError(f"{self._options.model} is still loading: come again when health says SERVING")
         return self._model
 
-    @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Count a session while it lasts.
+    @property
+    def most_message_bytes(self) -> int:
+        """The most bytes of any request, as far as it is known before the model is."""
+        return self._most_bytes(min(self._options.max_cached_tokens or LONGEST_CONTEXT, LONGEST_CONTEXT))
+
+    def _most_bytes(self, context_length: int) -> int:
+        options = self._options
+        return most_bytes(context_length, options.max_proposals, options.max_support)
+
+    def check_message_size(self, num_bytes: int) -> None:
+        """Raise InvalidArgumentError for a request that is larger than the model's context and the limits need."""
+        context_length, options = self._context_length if self._worker else 0, self._options
+        most = self._most_bytes(context_length) if self._worker else MOST_OTHER_BYTES
+        if num_bytes > most:
+            raise InvalidArgumentError(
+                f"a message has {num_bytes} bytes: {most} hold committed.token_ids of {context_length} tokens and, "
+                f"from proposals[0].support_gaps on, {options.max_proposals} supports of {options.max_support} ids"
+            )
+
+    @asynccontextmanager
+    async def admit(self, requests, context) -> AsyncIterator[Call]:
+        """Give a stream that opens a session a place while the block lasts; `opening` of the call is its first message.
+
+        Openings of one caller follow each other at a limited pace; whoever waits has not been read yet. A stream that
+        ends without a message gets no place, and its opening is None.
 
         Raises:
-            ResourceExhaustedError: as many as the limit are open.
+            ServiceError: the model is not there, the first message does not come or cannot be read, or as many sessions
+                as the limits allow are open.
         """
-        limit = self._options.max_sessions
-        if self._num_sessions >= limit:
-            self._num_refused += 1
-            raise ResourceExhaustedError(
-                f"all {limit} sessions are taken: come again later, or raise --max-sessions", RETRY_DELAY_S
-            )
-        self._num_sessions += 1
-        self._num_opened += 1
+        _ = self.worker  # raises where nobody can be served
+        call = Call(caller_of(context.peer()), requests)
+        self._calls.add(call)
         try:
-            yield
+            async with self._openings.passing(call.caller, OPENING_S):
+                call.limit_silence(FIRST_MESSAGE_S, "no first message has come")
+                call.opening = await call.receive()
+            call.limit_silence(self._options.idle_timeout, "this session has said nothing")
+            if call.opening is None:
+                yield call
+                return
+            place = self._places.take(call.caller, call.end)
+            try:
+                yield call
+            finally:
+                self._places.leave(place)
         finally:
-            self._num_sessions -= 1
+            call.close()
+            self._calls.discard(call)
+            if not self._calls:
+                self._has_ended.set()
+
+    @asynccontextmanager
+    async def answer(self, context) -> AsyncIterator[Call]:
+        """Let a call without a session be answered in the block, when not too many are."""
+        call = Call(caller_of(context.peer()))
+        async with self._questions.passing(call.caller):
+            call.limit_silence(UNREAD_S, "nothing has been read")
+            try:
+                yield call
+            finally:
+                call.close()
+
+    async def drain(self, grace_s: float) -> None:
+        """Admit nobody any more, and return when the last session has ended; those left after `grace_s` are ended."""
+        self._is_draining = True
+        gone = UnavailableError("this service is shutting down: open the session again elsewhere, or later")
+        for call in [call for call in self._calls if call.opening is None]:
+            call.end(gone)
+        if await self._all_ended(grace_s):
+            return
+        for call in list(self._calls):
+            call.end(gone)
+        await self._all_ended(LAST_WORD_S)
+
+    async def _all_ended(self, seconds: float) -> bool:
+        """Wait so long for the last session to end; return whether it has."""
+        self._has_ended.clear()
+        if self._calls and seconds:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._has_ended.wait(), seconds)
+        return not self._calls
 
     def model_info(self) -> common_pb2.ModelInfo:
         """Return the description; raises UnavailableError while the model is loading."""
@@ -162,6 +243,7 @@ class ModelHost(Generic[WorkerT]):
                 max_batch_tokens=options.max_batch_tokens,
                 max_support=options.max_support,
                 max_proposals=options.max_proposals,
+                max_sessions_per_caller=options.max_sessions_per_caller,
             ),
             service_version=__version__,
         )
@@ -169,9 +251,9 @@ class ModelHost(Generic[WorkerT]):
     async def stats(self) -> common_pb2.ServiceStats:
         """Return the counters, the engine's read between two of its passes."""
         stats = await asyncio.wrap_future(self.worker.thread.ask(self._engine_stats))
-        stats.num_sessions = self._num_sessions
-        stats.num_sessions_opened = self._num_opened
-        stats.num_sessions_refused = self._num_refused
+        stats.num_sessions = self.num_sessions
+        stats.num_sessions_opened = self._places.num_opened
+        stats.num_sessions_refused = self._places.num_refused
         return stats
 
     def _engine_stats(self) -> common_pb2.ServiceStats:
@@ -195,7 +277,7 @@ def _fingerprint(tokenizer: TokenizerFiles) -> common_pb2.TokenizerFingerprint:
 
 
 def serve(options: ServiceOptions, service_name: str, servicer, register: Callable) -> None:
-    """Run one service until SIGTERM or SIGINT.
+    """Run one service until SIGTERM or SIGINT; a second one ends it at once, with 128 and its number as exit status.
 
     Raises:
         click.ClickException: the address cannot be bound, or the model is refused.
@@ -208,13 +290,13 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
     def announce(port: int) -> None:
         click.echo(f"{service_name} serves {options.model} on {host}:{port}")
 
-    async def run() -> None:
+    async def run() -> int | None:
         server = Server(service_name, servicer, register, options.listen)
         log.info("listening on %s:%d, loading %s", host, server.port, options.model)
-        await run_until_signal(server, options.grace, announce)
+        return await run_until_signal(server, options.grace, announce)
 
     try:
-        asyncio.run(run())
+        status = asyncio.run(run())
     except ModelRefusedError as error:
         raise click.ClickException(str(error)) from error
     except RuntimeError as error:
@@ -223,3 +305,6 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
         raise click.ClickException(
             f"cannot listen on {options.listen}: the address is taken or not this machine's"
         ) from error
+    if status is not None:
+        sys.stdout.flush()
+        os._exit(status)  # a thread is in the middle of a pass, or of loading, and is not waited for

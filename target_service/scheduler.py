@@ -149,6 +149,10 @@ class Scheduler:
         arrived_at = time.monotonic()
         self.thread.post(lambda: self._enqueue(session, work, arrived_at, emit))
 
+    def is_busy(self, session: Session) -> bool:
+        """Return whether there is work for the session; from any thread."""
+        return session in self._jobs or session in self._prefills
+
     def close(self, session: Session) -> None:
         """Drop the session's work and free its cache before the next forward pass."""
         self.thread.post(lambda: self._end(session))

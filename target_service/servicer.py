@@ -8,17 +8,15 @@ from collections.abc import AsyncIterator
 import numpy as np
 
 from outrider import wire
-from outrider.callers import caller_of
 from outrider.errors import InvalidArgumentError, NotFoundError, ServiceError
 from outrider.mailbox import Mailbox
 from outrider.options import ServiceOptions
-from outrider.server import answers_errors, answers_unary_errors
 from outrider.service import ModelHost
 from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
 from target_service.scheduler import Round, Scheduler, Span, Verdict
 
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
-TOKENIZER_PART_BYTES = 1024 * 1024
+TOKENIZER_PART_BYTES = 64 * 1024  # what is held for each client that does not read on
 
 
 class TargetServicer(target_pb2_grpc.TargetServiceServicer):
@@ -31,32 +29,42 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
     def load(self) -> None:
         self._host.load()
 
+    async def drain(self, grace_s: float) -> None:
+        await self._host.drain(grace_s)
+
     def close(self) -> None:
         self._host.close()
 
-    @answers_unary_errors
+    @property
+    def most_message_bytes(self) -> int:
+        return self._host.most_message_bytes
+
+    def check_message_size(self, num_bytes: int) -> None:
+        self._host.check_message_size(num_bytes)
+
     async def GetModelInfo(self, request, context) -> target_pb2.TargetServiceGetModelInfoResponse:
-        return target_pb2.TargetServiceGetModelInfoResponse(
-            model=self._host.model_info(), stats=await self._host.stats()
-        )
+        async with self._host.answer(context):
+            return target_pb2.TargetServiceGetModelInfoResponse(
+                model=self._host.model_info(), stats=await self._host.stats()
+            )
 
-    @answers_errors
     async def GetTokenizer(self, request, context) -> AsyncIterator[target_pb2.GetTokenizerResponse]:
-        tokenizer = self._host.tokenizer
-        if tokenizer is None:
-            raise NotFoundError("the target model came without a tokenizer: send token ids")
-        yield target_pb2.GetTokenizerResponse(
-            chat_template=tokenizer.chat_template, special_tokens_json=json.dumps(tokenizer.special_tokens)
-        )
-        for start in range(0, len(tokenizer.tokenizer_json), TOKENIZER_PART_BYTES):
-            part = tokenizer.tokenizer_json[start : start + TOKENIZER_PART_BYTES]
-            yield target_pb2.GetTokenizerResponse(tokenizer_json=part)
+        async with self._host.answer(context) as call:
+            tokenizer = self._host.tokenizer
+            if tokenizer is None:
+                raise NotFoundError("the target model came without a tokenizer: send token ids")
+            yield target_pb2.GetTokenizerResponse(
+                chat_template=tokenizer.chat_template, special_tokens_json=json.dumps(tokenizer.special_tokens)
+            )
+            for start in range(0, len(tokenizer.tokenizer_json), TOKENIZER_PART_BYTES):
+                call.note_life()
+                part = tokenizer.tokenizer_json[start : start + TOKENIZER_PART_BYTES]
+                yield target_pb2.GetTokenizerResponse(tokenizer_json=part)
 
-    @answers_errors
     async def Verify(self, requests, context) -> AsyncIterator[target_pb2.VerifyResponse]:
         scheduler = self._host.worker
-        with self._host.admit():
-            opening = await anext(requests, None)
+        async with self._host.admit(requests, context) as call:
+            opening = call.opening
             if opening is None:
                 return
             if opening.WhichOneof("kind") != "open":
@@ -67,17 +75,18 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                 opening.open.seed,
                 self._span(opening.open.committed, "open.committed"),
                 is_coupled,
-                caller_of(context.peer()),
+                call.caller,
             )
+            call.is_busy = lambda: scheduler.is_busy(session)
             answers: Mailbox[Verdict | ServiceError] = Mailbox()
             try:
-                async for request in requests:
+                while (request := await call.receive()) is not None:
                     if request.WhichOneof("kind") != "round":
                         raise InvalidArgumentError(
                             "kind is not `round`: only the first message of a stream opens a session"
                         )
                     scheduler.submit(session, self._round(request.round, is_coupled), answers.put)
-                    answer = await answers.get()
+                    answer = await call.wait(answers.get())
                     if isinstance(answer, ServiceError):
                         raise answer
                     yield _response(request.round.round_index, answer)
@@ -102,22 +111,22 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         supports = []
         for index, proposal in enumerate(message.proposals):
             wire.check_token_id(proposal.token_id, f"proposals[{index}].token_id", vocab_size)
-            supports.append(
-                _support(proposal.support_gaps[:], f"proposals[{index}].support_gaps", vocab_size, is_coupled)
-            )
+            supports.append(self._support(proposal.support_gaps[:], f"proposals[{index}].support_gaps", is_coupled))
         return Round(
             self._span(message.committed, "round.committed"),
             [proposal.token_id for proposal in message.proposals],
             supports,
         )
 
-
-def _support(gaps: list[int], field: str, vocab_size: int, is_coupled: bool) -> np.ndarray:
-    if not gaps and not is_coupled:
-        raise InvalidArgumentError(f"{field} is empty: send the ids that the proposal was drawn from")
-    if gaps and is_coupled:
-        raise InvalidArgumentError(f"{field} is not empty: with coupling gumbel, send the token alone")
-    return wire.support_of(gaps, field, vocab_size)
+    def _support(self, gaps: list[int], field: str, is_coupled: bool) -> np.ndarray:
+        limit = self._options.max_support
+        if not gaps and not is_coupled:
+            raise InvalidArgumentError(f"{field} is empty: send the ids that the proposal was drawn from")
+        if gaps and is_coupled:
+            raise InvalidArgumentError(f"{field} is not empty: with coupling gumbel, send the token alone")
+        if len(gaps) > limit:
+            raise InvalidArgumentError(f"{field} has {len(gaps)} ids: this service takes at most {limit}")
+        return wire.support_of(gaps, field, self._host.vocab_size)
 
 
 def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:

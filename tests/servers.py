@@ -153,7 +153,7 @@ class RunningServer:
     @property
     def num_sessions(self) -> int:
         """Sessions open now, even while a forward pass runs, which GetModelInfo waits for."""
-        return self._servicer._host._num_sessions
+        return self._servicer._host.num_sessions
 
     def wait_until_idle(self) -> None:
         """Return when no session is open and no cache is held."""
