@@ -5,37 +5,44 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import grpc
 
 from client.connection import (
-    CHANNEL_OPTIONS,
+    CLOSED,
+    OTHERS_ASKED,
+    Connection,
     ConnectionSettings,
     Retrying,
     Target,
+    TokenizerParts,
+    before_the_text,
     begin_conversation,
     broken,
     check_pair,
-    tokenizer_from_parts,
+    deadline_after,
+    left_until,
 )
 from client.controller import PairSpeeds
 from client.conversation import Broken, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
-from client.errors import OutriderError
+from client.errors import ClientClosedError, OutriderError
 from client.pair import PairInfo
 from client.params import SamplingParams
 from client.results import Chunk, GenerationResult
 from client.text import TargetTokenizer
-from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
 
 class SpeculativeClient:
     """Generates text with a draft service and a target service.
 
     One client serves many generations at once, each from a thread of its own. Use it as a context manager, or close
-    it.
+    it, from any thread. After a fork, the child makes a client of its own.
     """
 
     def __init__(
@@ -51,13 +58,13 @@ class SpeculativeClient:
         """
         self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
         self._speeds = PairSpeeds()
-        self._target_channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._draft_channel = grpc.insecure_channel(draft, options=CHANNEL_OPTIONS) if draft else None
-        self._target_stub = target_pb2_grpc.TargetServiceStub(self._target_channel)
-        self._draft_stub = draft_pb2_grpc.DraftServiceStub(self._draft_channel) if draft else None
+        self._connection: Connection | None = None  # made at first use
+        self._closing = threading.Event()
+        self._transports: WeakSet[_Transport] = WeakSet()  # of generations that may have to be told of the end
+        self._guard = threading.Lock()  # of the connection and the transports; never held for long
         self._target: Target | None = None
         self._draft_info: common_pb2.ModelInfo | None = None  # of a draft that has not failed since
-        self._lock = threading.Lock()
+        self._describing = threading.Lock()  # held by the one call that asks the target what it is
 
     def __enter__(self) -> SpeculativeClient:
         return self
@@ -68,10 +75,15 @@ class SpeculativeClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connections; generations that are running end with an error."""
-        self._target_channel.close()
-        if self._draft_channel:
-            self._draft_channel.close()
+        """Close the connections; calls that are running end with ClientClosedError. The second time nothing happens."""
+        self._closing.set()
+        with self._guard:
+            connection, transports = self._connection, list(self._transports)
+        for transport in transports:
+            transport.wake()
+        if connection and not connection.is_inherited:
+            for channel in connection.channels:
+                channel.close()
 
     def generate(
         self,
@@ -86,16 +98,16 @@ class SpeculativeClient:
         Args:
             prompt: text, or a list of token ids.
             sampling: how text is drawn and where it ends.
-            timeout: seconds for the whole generation.
+            timeout: seconds for the whole generation, from this call on.
             speculation: fields of SpeculationParams: method, num_speculative_tokens, overlap, window and so on.
 
         Raises:
             OutriderError: `client.errors` has the tree; `partial` holds what had been generated.
         """
-        stream = self.stream(prompt, sampling, timeout=timeout, **speculation)
-        for _ in stream:
-            pass
-        return stream.result
+        with closing(self.stream(prompt, sampling, timeout=timeout, **speculation)) as stream:
+            for _ in stream:
+                pass
+            return stream.result
 
     def stream(
         self,
@@ -106,9 +118,11 @@ class SpeculativeClient:
         **speculation: Any,
     ) -> GenerationStream:
         """Return an iterator over the chunks, whose `result` is there when it has ended; arguments as for generate."""
-        target = self._described_target()
-        conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, timeout)
-        return GenerationStream(conversation, _Transport(self, target.info, timeout))
+        deadline = deadline_after(timeout)
+        with before_the_text(sampling):
+            target = self._described_target(deadline)
+        conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, deadline)
+        return GenerationStream(conversation, _Transport(self, target.info, deadline))
 
     def info(self) -> PairInfo:
         """Return what both services say of themselves now.
@@ -116,45 +130,113 @@ class SpeculativeClient:
         Raises:
             ServiceUnavailableError: the target does not answer.
         """
-        request = target_pb2.TargetServiceGetModelInfoRequest()
-        target = self._ask_target(lambda left_s: self._target_stub.GetModelInfo(request, timeout=left_s))
-        draft = self._describe_draft()
-        return PairInfo(target.model, target.stats, draft.model if draft else None, draft.stats if draft else None)
+        return self._ask_pair(deadline=None)
 
     @property
     def tokenizer(self) -> TargetTokenizer | None:
         """The target's tokenizer, or None when it has none."""
-        return self._described_target().tokenizer
+        return self._described_target(deadline=None).tokenizer
 
-    def _described_target(self) -> Target:
-        with self._lock:
+    def _connected(self) -> Connection:
+        """Return the way to the services.
+
+        Raises:
+            ClientClosedError: the client is closed.
+            InvalidRequestError: this process was forked from the one that uses the client.
+        """
+        connection = self._connection or self._connect()
+        connection.check_process()
+        if self._closing.is_set():
+            raise ClientClosedError(CLOSED)
+        return connection
+
+    def _connect(self) -> Connection:
+        with self._guard:
+            if self._closing.is_set():
+                raise ClientClosedError(CLOSED)
+            if self._connection is None:
+                self._connection = Connection(self._settings, grpc.insecure_channel)
+            return self._connection
+
+    @contextmanager
+    def _calling(self) -> Iterator[Connection]:
+        """Lend the way to the services; whatever gRPC says of a channel that is closed meanwhile is one error."""
+        connection = self._connected()
+        try:
+            yield connection
+        except (grpc.RpcError, ValueError):
+            self._connected()
+            raise
+
+    def _add(self, transport: _Transport) -> None:
+        with self._guard:
+            self._transports.add(transport)
+
+    def _described_target(self, deadline: float | None) -> Target:
+        """Return what the target says of itself, asked for once; a call that fails leaves it to the next to ask."""
+        self._connected()
+        with self._only_one_describing(Retrying(self._settings, deadline)):
             if self._target is None:
-                pair = self.info()
-                tokenizer = self._fetch_tokenizer() if pair.target.HasField("tokenizer") else None
+                pair = self._ask_pair(deadline)
+                tokenizer = self._fetch_tokenizer(deadline) if pair.target.HasField("tokenizer") else None
                 self._target, self._draft_info = Target(pair.target, tokenizer), pair.draft
             return self._target
 
-    def _fetch_tokenizer(self) -> TargetTokenizer:
-        request = target_pb2.GetTokenizerRequest()
-        ask = lambda left_s: list(self._target_stub.GetTokenizer(request, timeout=left_s))  # noqa: E731
-        return tokenizer_from_parts(self._ask_target(ask))
+    @contextmanager
+    def _only_one_describing(self, retrying: Retrying) -> Iterator[None]:
+        """Wait for the calls that ask already; who has waited in vain for as long as it would ask gives up as well."""
+        while not self._describing.acquire(timeout=-1 if retrying.deadline is None else retrying.left_s):
+            retrying.check(OTHERS_ASKED)
+        try:
+            if self._target is None:
+                retrying.check(OTHERS_ASKED)
+            yield
+        finally:
+            self._describing.release()
 
-    def _ask_target(self, ask: Any) -> Any:
-        retrying = Retrying("target service", self._settings.target, self._settings.connect_s)
+    def _ask_pair(self, deadline: float | None) -> PairInfo:
+        request = target_pb2.TargetServiceGetModelInfoRequest()
+        target = self._ask_target(lambda stub, left_s: stub.GetModelInfo(request, timeout=left_s), deadline)
+        draft = self._describe_draft(deadline)
+        return PairInfo(target.model, target.stats, draft.model if draft else None, draft.stats if draft else None)
+
+    def _fetch_tokenizer(self, deadline: float | None) -> TargetTokenizer:
+        request = target_pb2.GetTokenizerRequest()
+
+        def ask(stub: Any, left_s: float) -> TokenizerParts:
+            parts, call = TokenizerParts(), stub.GetTokenizer(request, timeout=left_s)
+            try:
+                for part in call:
+                    parts.add(part)
+            finally:
+                call.cancel()
+            return parts
+
+        return self._ask_target(ask, deadline).tokenizer()
+
+    def _ask_target(self, ask: Callable[[Any, float], Any], deadline: float | None) -> Any:
+        """Return what `ask` returns, which gets the target's stub and the seconds that are left."""
+        retrying = Retrying(self._settings, deadline)
         while True:
             try:
-                return ask(retrying.left_s)
+                with self._calling() as connection:
+                    return ask(connection.target, retrying.left_s)
             except grpc.RpcError as error:
-                time.sleep(retrying.pause_after(error))
+                self._closing.wait(retrying.pause_after(error))
 
-    def _describe_draft(self) -> draft_pb2.DraftServiceGetModelInfoResponse | None:
-        if self._draft_stub is None:
-            return None
-        request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.patience.describe_draft_s
-        try:
-            return self._draft_stub.GetModelInfo(request, timeout=timeout)
-        except grpc.RpcError:
-            return None
+    def _describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | None:
+        with self._calling() as connection:
+            if connection.draft is None:
+                return None
+            request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.patience.describe_draft_s
+            left_s = left_until(deadline)
+            try:
+                return connection.draft.GetModelInfo(
+                    request, timeout=timeout if left_s is None else min(timeout, left_s)
+                )
+            except grpc.RpcError:
+                self._connected()
+                return None
 
 
 class GenerationStream(Iterator[Chunk]):
@@ -232,16 +314,18 @@ class _Stream:
 class _Transport:
     """Carries out the effects of one conversation."""
 
-    def __init__(self, client: SpeculativeClient, target_info: common_pb2.ModelInfo, timeout: float | None):
-        self._client, self._target_info, self._timeout = client, target_info, timeout
+    def __init__(self, client: SpeculativeClient, target_info: common_pb2.ModelInfo, deadline: float | None):
+        self._client, self._target_info, self._deadline = client, target_info, deadline
         self._streams: dict[Link, _Stream] = {}
-        self._events: queue.SimpleQueue[tuple[_Stream, Event]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[_Stream, Event] | None] = queue.SimpleQueue()
+        client._add(self)
 
     def perform(self, effect: Any) -> Any:
         match effect:
             case Open(link, message):
                 self._close(link)
-                self._streams[link] = _Stream(link, self._method(link), message, self._events, self._timeout)
+                with self._client._calling() as connection:
+                    self._streams[link] = self._open(link, connection, message)
             case Send(link, message):
                 self._streams[link].send(message)
             case Wait(timeout_s):
@@ -254,9 +338,13 @@ class _Transport:
         for link in list(self._streams):
             self._close(link)
 
-    def _method(self, link: Link) -> Any:
-        client = self._client
-        return client._target_stub.Verify if link is Link.TARGET else client._draft_stub.Propose  # type: ignore[union-attr]
+    def wake(self) -> None:
+        """End the wait for an event, so that the end of the client is noticed; from any thread."""
+        self._events.put(None)
+
+    def _open(self, link: Link, connection: Connection, message: Any) -> _Stream:
+        method = connection.target.Verify if link is Link.TARGET else connection.draft.Propose  # type: ignore[union-attr]
+        return _Stream(link, method, message, self._events, left_until(self._deadline))
 
     def _close(self, link: Link) -> None:
         stream = self._streams.pop(link, None)
@@ -264,14 +352,18 @@ class _Transport:
             stream.close()
 
     def _next_event(self, timeout_s: float | None) -> Event | None:
-        """Return the next event of a stream that is still ours."""
+        """Return the next event of a stream that is still ours; raises as `_connected` when the client is closed."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = None if until is None else max(0.0, until - time.monotonic())
             try:
-                stream, event = self._events.get(timeout=left)
+                item = self._events.get(timeout=left)
             except queue.Empty:
+                item = None
+            self._client._connected()
+            if item is None:
                 return None
+            stream, event = item
             if stream in self._streams.values():
                 if isinstance(event, Broken) and event.link is Link.DRAFT:
                     self._client._draft_info = None
@@ -280,7 +372,7 @@ class _Transport:
     def _describe(self) -> common_pb2.ModelInfo | None:
         client, info = self._client, self._client._draft_info
         if info is None:
-            description = client._describe_draft()
+            description = client._describe_draft(self._deadline)
             info = client._draft_info = description.model if description else None
         if info is not None:
             check_pair(info, self._target_info)

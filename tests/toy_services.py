@@ -255,11 +255,11 @@ class Stream:
     session: ToyTarget | ToyDraft | None = None
     is_dead: bool = False
 
-    def end(self, code: grpc.StatusCode, retry_delay_s: float | None = None) -> None:
+    def end(self, code: grpc.StatusCode, retry_delay_s: float | None = None, reason: str | None = None) -> None:
         """Break the stream; what was on its way to the client may still arrive."""
         self.is_dead = True
         self.to_service.clear()
-        self.to_client.append(Broken(self.link, code, "as the test wants it", retry_delay_s))
+        self.to_client.append(Broken(self.link, code, "as the test wants it", retry_delay_s, reason))
 
 
 class World:
@@ -411,6 +411,7 @@ def make_conversation(
     timeout: float | None = None,
     context_length: int = CONTEXT_LENGTH,
     lengths: Any = None,
+    jitter: float = 0.0,
     **speculation: Any,
 ) -> Conversation:
     """Return a conversation as client.connection makes it, on the world's clock; `lengths` chooses K, 5 by default.
@@ -426,7 +427,9 @@ def make_conversation(
     deadline = None if timeout is None else world.now + timeout
     if lengths is None:
         lengths = FixedLength(params.num_speculative_tokens if isinstance(params.num_speculative_tokens, int) else 5)
-    return Conversation(generation, text, params, lengths, seed, patience or Patience(), lambda: world.now, deadline)
+    return Conversation(
+        generation, text, params, lengths, seed, patience or Patience(), lambda: world.now, deadline, lambda: jitter
+    )
 
 
 @dataclass(frozen=True)
