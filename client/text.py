@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
+from client.decoding import Pieces, TextDecoder
 from client.errors import InvalidRequestError
 from client.results import FinishReason
-
-_CONTEXT_IDS = 8  # prompt tokens that the decoder sees, so that spaces at the border come out right
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,10 @@ class TargetTokenizer:
     @classmethod
     def from_parts(cls, tokenizer_json: bytes, chat_template: str, special_tokens_json: str) -> TargetTokenizer:
         return cls(Tokenizer.from_str(tokenizer_json.decode()), chat_template, json.loads(special_tokens_json or "{}"))
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        return Pieces(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
@@ -80,12 +82,10 @@ class TextStream:
     ):
         if stop and tokenizer is None:
             raise InvalidRequestError("stop needs a tokenizer, and the target model came without one")
-        self._tokenizer = tokenizer
-        self._context_ids = _context_ids(prompt_ids, tokenizer) if tokenizer else []
-        self._decoder = DecodeStream(ids=list(self._context_ids), skip_special_tokens=True) if tokenizer else None
+        self._decoder = TextDecoder(tokenizer.pieces, prompt_ids) if tokenizer else None
         self._num_left = max_new_tokens
         self._stop, self._eos_token_ids = tuple(stop), frozenset(eos_token_ids)
-        self._released = ""
+        self._released: list[str] = []
         self._held = ""
         self._token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -93,7 +93,7 @@ class TextStream:
     @property
     def text(self) -> str:
         """All text released so far."""
-        return self._released
+        return "".join(self._released)
 
     @property
     def token_ids(self) -> list[int]:
@@ -111,48 +111,42 @@ class TextStream:
 
     def end_at_limit(self) -> str:
         """End the text because nothing more fits, although it is shorter than asked for; return what was held back."""
-        return self._finish("length", self._token_ids)
+        return self._finish("length")
 
     def _take_one(self, token_id: int) -> str:
         self._token_ids.append(token_id)
         self._num_left -= 1
         if token_id in self._eos_token_ids:
-            return self._finish("stop", self._token_ids[:-1])
-        if self._decoder and self._tokenizer:
-            self._held += self._decoder.step(self._tokenizer.tokenizer, token_id) or ""
-        found = _earliest(self._held, self._stop)
-        if found is not None:
-            self._held = self._held[:found]
-            self.finish_reason = "stop"
-            return self._release(len(self._held))
+            return self._finish("stop")
+        if self._decoder:
+            self._held += self._decoder.step(token_id)
+            if self._stop and self._cut_at_stop(self._held + self._decoder.peek()):
+                return self._release(len(self._held))
         if self._num_left == 0:
-            return self._finish("length", self._token_ids)
+            return self._finish("length")
         return self._release(len(self._held) - _longest_overlap(self._held, self._stop))
 
-    def _finish(self, reason: FinishReason, shown_ids: Sequence[int]) -> str:
+    def _finish(self, reason: FinishReason) -> str:
         """End the text and release what was held, with what is left of an unfinished character."""
-        self.finish_reason = reason
-        if self._tokenizer:
-            context = self._tokenizer.decode(self._context_ids)
-            whole = self._tokenizer.decode([*self._context_ids, *shown_ids])
-            so_far = context + self._released + self._held
-            if whole.startswith(so_far):
-                self._held += whole[len(so_far) :]
+        if self._decoder:
+            self._held += self._decoder.end()
+        if not self._cut_at_stop(self._held):
+            self.finish_reason = reason
         return self._release(len(self._held))
+
+    def _cut_at_stop(self, text: str) -> bool:
+        """End the text before the first stop string of `text`, which is what is held, if there is one."""
+        found = _earliest(text, self._stop)
+        if found is None:
+            return False
+        self._held, self.finish_reason = text[:found], "stop"
+        return True
 
     def _release(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
-        self._released += text
+        if text:
+            self._released.append(text)
         return text
-
-
-def _context_ids(prompt_ids: Sequence[int], tokenizer: TargetTokenizer) -> list[int]:
-    """Return the end of the prompt that the decoder may see; none of it when a character is unfinished there.
-
-    The decoder would take that character, and all before it, for text that has not been shown yet.
-    """
-    token_ids = list(prompt_ids[-_CONTEXT_IDS:])
-    return [] if tokenizer.decode(token_ids).endswith(_UNFINISHED) else token_ids
 
 
 def _earliest(text: str, stop: Sequence[str]) -> int | None:
