@@ -10,8 +10,8 @@ position, which draft and target share (`outrider.race`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -190,7 +190,26 @@ def draft_tokens(
     numbers: Sequence[float | Noise],
     num_others: int = 0,
 ) -> list[Draft | None]:
-    """Draw a token for each row of `logits` `[N, V]` under its warping, as draw_drafts does; None for no law."""
+    """Draw a token for each row of `logits` `[N, V]` under its warping, as draw_drafts does; None for no law.
+
+    Rows are read by what each needs, whatever is beside them.
+    """
+    parts = _alike([(it.has_filters, most > MOST_SUPPORT) for it, most in zip(warpings, max_supports, strict=True)])
+    drafts: dict[int, Draft | None] = {}
+    for indices in parts:
+        chosen = (_chosen(its, indices) for its in (warpings, max_supports, numbers))
+        drafts |= zip(indices, _draft_alike(_rows_at(logits, indices), *chosen, num_others), strict=True)
+    return [drafts[index] for index in range(len(warpings))]
+
+
+def _draft_alike(
+    logits: torch.Tensor,
+    warpings: Sequence[Warping],
+    max_supports: Sequence[int],
+    numbers: Sequence[float | Noise],
+    num_others: int,
+) -> list[Draft | None]:
+    """Do draft_tokens for rows that all need filters, or all none."""
     if _is_compiled(logits, warpings):
         return _drafts_on_host(logits.numpy(), _temperatures(warpings), max_supports, numbers, num_others)
     if _are_plain(warpings):
@@ -198,6 +217,23 @@ def draft_tokens(
     finite = are_rows_finite(logits)
     drafts = draw_drafts(probability_rows(_with_zeros(logits, finite), warpings), max_supports, numbers, num_others)
     return [draft if is_finite else None for draft, is_finite in zip(drafts, finite, strict=True)]
+
+
+def _alike(kinds: Sequence[Hashable]) -> list[list[int]]:
+    """Return the indices of rows in groups of one kind each."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(index)
+    return list(groups.values())
+
+
+def _rows_at(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    """Return some rows of `logits` `[N, V]`, in the order that they have."""
+    return logits if len(indices) == len(logits) else logits[torch.tensor(indices, device=logits.device)]
+
+
+def _chosen(items: Sequence[Any], indices: list[int]) -> Sequence[Any]:
+    return items if len(indices) == len(items) else [items[index] for index in indices]
 
 
 @dataclass(frozen=True)
@@ -354,12 +390,47 @@ def begin_reading(
 ) -> Reading:
     """Begin to read `logits` `[N, V]`, which an accelerator may not have computed yet, and return how to go on.
 
-    An accelerator reads them behind the pass that it is in, and nobody has to tell it when that is over. All else is
-    done when the result is asked for.
+    An accelerator reads them behind the pass that it is in, and nobody has to tell it when that is over. Where filters
+    apply, and on a CPU, all is done when the result is asked for. Rows are read by what each needs, whatever is beside
+    them.
     """
+    parts = _alike([warping.has_filters for warping in warpings])
+    readings = []
+    for indices in parts:
+        chosen = [_chosen(its, indices) for its in (warpings, supports, numbers)]
+        readings.append(_begin_alike(_rows_at(logits, indices), *chosen))
+    return readings[0] if len(readings) == 1 else lambda: _put_together(parts, [its() for its in readings])
+
+
+def _put_together(
+    parts: Sequence[Sequence[int]], results: Sequence[tuple[TargetRows, list[bool]]]
+) -> tuple[TargetRows, list[bool]]:
+    """Return the rows that were read in parts, in their order."""
+    num_rows = sum(map(len, parts))
+    columns: dict[str, list[Any]] = {field.name: [None] * num_rows for field in fields(TargetRows)}
+    are_finite = [False] * num_rows
+    for indices, (rows, finite) in zip(parts, results, strict=True):
+        for name, column in columns.items():
+            _place_at(indices, getattr(rows, name), column)
+        _place_at(indices, finite, are_finite)
+    return TargetRows(**columns), are_finite
+
+
+def _place_at(indices: Sequence[int], values: Sequence[Any], column: list[Any]) -> None:
+    for index, value in zip(indices, values, strict=True):
+        column[index] = value
+
+
+def _begin_alike(
+    logits: torch.Tensor,
+    warpings: Sequence[Warping],
+    supports: Sequence[np.ndarray],
+    numbers: Sequence[float | Noise],
+) -> Reading:
+    """Do begin_reading for rows that all need filters, or all none."""
     if _are_plain(warpings) and not lies_on_host(logits):
         return _rows_on_device(logits, _temperatures(warpings), supports, numbers)
-    return lambda: read_logits(logits, warpings, supports, numbers)
+    return lambda: _read_alike(logits, warpings, supports, numbers)
 
 
 def read_logits(
@@ -369,6 +440,15 @@ def read_logits(
     numbers: Sequence[float | Noise],
 ) -> tuple[TargetRows, list[bool]]:
     """Read `logits` `[N, V]` under their warpings as read_target_rows reads laws; tell also which rows are laws."""
+    return begin_reading(logits, warpings, supports, numbers)()
+
+
+def _read_alike(
+    logits: torch.Tensor,
+    warpings: Sequence[Warping],
+    supports: Sequence[np.ndarray],
+    numbers: Sequence[float | Noise],
+) -> tuple[TargetRows, list[bool]]:
     if _is_compiled(logits, warpings):
         return _rows_on_host(logits.numpy(), _temperatures(warpings), supports, numbers)
     if _are_plain(warpings):

@@ -381,3 +381,73 @@ class TestOthers:
 
     def test_none_are_told_where_none_are_asked_for(self):
         assert draft_tokens(self.LOGITS, [Warping()] * 12, [9] * 12, [0.5] * 12)[0].others == ()
+
+
+class TestMixedBatches:
+    """Filtered rows among plain ones, greedy ones and large supports: each is read by what it needs, as if alone."""
+
+    WARPINGS = [
+        Warping(),
+        Warping(0.7, top_k=5),
+        Warping(0.0),
+        Warping(1.3, top_p=0.6),
+        Warping(0.4),
+        Warping(min_p=0.1),
+    ]
+    NUMBERS = [0.1, 0.5, 0.9, Noise(3, 1), Noise(3, 2), 0.7]
+    LIMITS = [9, 9, 9, 2000, 2000, 9]
+
+    @pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+    def logits(self, request) -> torch.Tensor:
+        logits = logits_of(6, 3).to(request.param)
+        logits[1, 4] = torch.nan
+        return logits
+
+    def same(self, one, other) -> bool:
+        parts = (one.token_id, one.token_prob, one.others), (other.token_id, other.token_prob, other.others)
+        return parts[0] == parts[1] and all(
+            np.array_equal(ours, theirs)
+            for ours, theirs in ((one.support_ids, other.support_ids), (one.weights, other.weights))
+        )
+
+    def test_every_draft_is_to_the_last_bit_what_it_is_alone(self, logits):
+        drafts = draft_tokens(logits, self.WARPINGS, self.LIMITS, self.NUMBERS, 2)
+        for index, draft in enumerate(drafts):
+            its = slice(index, index + 1)
+            [alone] = draft_tokens(logits[its], self.WARPINGS[its], self.LIMITS[its], self.NUMBERS[its], 2)
+            assert (draft is None) == (alone is None) == (index == 1)
+            assert draft is None or self.same(draft, alone)
+
+    def test_every_target_row_is_to_the_last_bit_what_it_is_alone(self, logits):
+        supports = [np.arange(size) for size in (3, 0, 50, 1, 7, 2)]
+        rows, finite = read_logits(logits, self.WARPINGS, supports, self.NUMBERS)
+        assert finite == [index != 1 for index in range(6)]
+        for index in (0, 2, 3, 4, 5):
+            its = slice(index, index + 1)
+            alone, _ = read_logits(logits[its], self.WARPINGS[its], supports[its], self.NUMBERS[its])
+            assert np.array_equal(rows.support_probs[index], alone.support_probs[0])
+            assert rows.outside_masses[index] == alone.outside_masses[0]
+            assert rows.outside_token_ids[index] == alone.outside_token_ids[0]
+
+    def test_plain_rows_do_not_go_through_filters(self, logits, monkeypatch):
+        filtered: list = []
+        filters = probs_module.probability_rows
+        monkeypatch.setattr(
+            probs_module,
+            "probability_rows",
+            lambda rows, warpings: filtered.extend(warpings) or filters(rows, warpings),
+        )
+        draft_tokens(logits, self.WARPINGS, self.LIMITS, self.NUMBERS)
+        assert sorted(map(str, filtered)) == sorted(str(it) for it in self.WARPINGS if it.has_filters)
+
+    def test_one_large_support_makes_the_others_no_wider(self, logits, monkeypatch):
+        widths: list[tuple[int, int]] = []
+        read = probs_module.device_rows.draft_table
+
+        def note(rows, sizes, options, most, min_prob, room, others):
+            widths.append((len(rows), room))
+            return read(rows, sizes, options, most, min_prob, room, others)
+
+        monkeypatch.setattr(probs_module.device_rows, "draft_table", note)
+        draft_tokens(logits.double(), [Warping()] * 6, self.LIMITS, [0.5] * 6)
+        assert sorted(widths) == [(2, 2000), (4, 1024)]

@@ -1,0 +1,151 @@
+"""Somebody who tries everything that the protocol can say hurts nobody: seeded texts beside him are what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from random import Random
+from typing import Any
+
+import grpc
+import pytest
+
+from client import SamplingParams, SpeculativeClient
+from outrider import wire
+from outrider.tokens import TokenLog
+from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
+from tests.servers import DRAFT, TARGET, RunningServer
+from tests.tiny_models import CONTEXT_LENGTH
+
+NUM_TEXTS = 8
+NUM_OPENINGS = 200
+NUM_HANDS = 4  # with which the vandal works at once
+VOCAB_SIZE = 256
+POSITIONS = [0, 1, 3, 5, 6, 7, 12, CONTEXT_LENGTH - 1, CONTEXT_LENGTH, CONTEXT_LENGTH + 1, 2**31, 2**32 - 1]
+NUMBERS = [0.0, -0.0, 1e-320, 1e-50, 1e-30, 1e-3, 0.5, 1.0, 1.5, 1e3, 1e38, 1e300, -1.0, float("nan"), float("inf")]
+COUNTS = [0, 1, 2, 5, 1024, 1025, 2**31 - 1, 2**32 - 1]
+SAMPLINGS = [
+    SamplingParams(seed=seed, max_new_tokens=24, ignore_eos=True, **fields)  # type: ignore[arg-type]
+    for seed, fields in enumerate(
+        [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 1.5}, {"min_p": 0.1}, {}, {"top_k": 9}]
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def servers(services, paths) -> Iterator[tuple[RunningServer, RunningServer]]:
+    both = services.start(DRAFT, paths["draft"], paged=True), services.start(TARGET, paths["target"], paged=True)
+    yield both
+    for server in both:
+        server.stop()
+
+
+class Vandal:
+    """Odd messages, one stream after the other; each number of a stream is odd in a quarter of all cases."""
+
+    def __init__(self, seed: int):
+        self.random = Random(seed)
+
+    def odd(self, usual: Any, odd: list[Any]) -> Any:
+        return self.random.choice(odd) if self.random.random() < 0.25 else usual
+
+    def sampling(self) -> common_pb2.SamplingParams:
+        return common_pb2.SamplingParams(
+            temperature=self.odd(1.0, NUMBERS),
+            top_k=self.odd(0, COUNTS),
+            top_p=self.odd(1.0, NUMBERS),
+            min_p=self.odd(0.0, NUMBERS),
+            coupling=self.random.randrange(2),
+        )
+
+    def ids(self, most: int) -> list[int]:
+        return self.random.choices(range(VOCAB_SIZE), k=self.random.choice([0, 1, 2, most]))
+
+    def span(self, held: list[int]) -> tuple[common_pb2.TokenSpan, list[int]]:
+        """Return a span behind, within or beyond what is held, and what is held after it."""
+        start = self.odd(len(held), [*range(len(held)), *POSITIONS])
+        new = self.ids(self.random.choice([3, 3, 100, CONTEXT_LENGTH]))
+        digest = TokenLog(held).digest(start) if start <= len(held) else self.random.getrandbits(64)
+        digest = self.odd(digest, [0, 1, 2**64 - 1])
+        packed = self.odd(wire.pack_ids(new), [b"\1", wire.pack_ids([2**32 - 1]), b""])
+        span = common_pb2.TokenSpan(start_position=start, token_ids=packed, prefix_digest=digest)
+        return span, [*held[:start], *new]
+
+    def opening_span(self) -> tuple[common_pb2.TokenSpan, list[int]]:
+        prompt = self.random.choices(range(VOCAB_SIZE), k=self.odd(4, [0, 1, 60, CONTEXT_LENGTH, CONTEXT_LENGTH + 1]))
+        return common_pb2.TokenSpan(start_position=self.odd(0, [1]), token_ids=wire.pack_ids(prompt)), prompt
+
+    def proposing(self) -> Iterator[draft_pb2.ProposeRequest]:
+        span, held = self.opening_span()
+        opening = draft_pb2.OpenProposals(
+            sampling=self.sampling(), seed=self.random.getrandbits(64), committed=span, branch=self.odd(0, COUNTS),
+            window=self.odd(min(len(held) + 9, CONTEXT_LENGTH), POSITIONS), batch_until=self.odd(0, POSITIONS),
+            vocab_size=self.odd(0, COUNTS), greedy=self.random.random() < 0.1, max_support=self.odd(0, COUNTS),
+            min_draft_prob=self.odd(0.0, NUMBERS), max_alternatives=self.odd(0, COUNTS),
+        )  # fmt: skip
+        yield draft_pb2.ProposeRequest(open=opening)
+        for index in range(1, self.random.randrange(5)):
+            span, held = self.span(held)
+            commit = draft_pb2.Commit(
+                commit_index=self.odd(index, COUNTS), span=span, branch=self.odd(0, COUNTS),
+                window=self.odd(min(len(held) + 9, CONTEXT_LENGTH), POSITIONS), batch_until=self.odd(0, POSITIONS),
+            )  # fmt: skip
+            yield draft_pb2.ProposeRequest(commit=commit)
+
+    def verifying(self) -> Iterator[target_pb2.VerifyRequest]:
+        span, held = self.opening_span()
+        yield target_pb2.VerifyRequest(
+            open=target_pb2.OpenVerification(sampling=self.sampling(), seed=self.random.getrandbits(64), committed=span)
+        )
+        for index in range(1, self.random.randrange(5)):
+            span, held = self.span(held)
+            proposals = [
+                target_pb2.ProposedToken(token_id=self.odd(3, COUNTS), support_gaps=[0] * self.odd(5, [0, 1, 256, 257]))
+                for _ in range(self.odd(2, [0, 1, 64, 65]))
+            ]
+            round_ = target_pb2.Round(round_index=self.odd(index, COUNTS), committed=span, proposals=proposals)
+            yield target_pb2.VerifyRequest(round=round_)
+
+    def open_one(self, servers: tuple[RunningServer, RunningServer]) -> None:
+        """Have one stream with either service, and cancel it at any moment."""
+        index = self.random.randrange(2)
+        requests = [self.proposing, self.verifying][index]()
+        method = servers[0].stub.Propose if index == 0 else servers[1].stub.Verify
+        call = method(iter(list(requests)), timeout=20)
+        with suppress(grpc.RpcError):
+            for _ in range(self.random.choice([0, 0, 1, 2, 100])):
+                if next(call, None) is None:
+                    break
+        call.cancel()
+
+
+def texts_of(client: SpeculativeClient) -> list[list[int]]:
+    def text(index: int) -> list[int]:
+        prompt = [50 + index, 3, 7 * index, 100]
+        return client.generate(prompt, SAMPLINGS[index], num_speculative_tokens=3).token_ids
+
+    with ThreadPoolExecutor(NUM_TEXTS) as threads:
+        return list(threads.map(text, range(NUM_TEXTS)))
+
+
+def test_texts_beside_a_vandal_are_what_they_are_without_him(servers):
+    draft, target = servers
+    with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        expected = texts_of(client)
+        with ThreadPoolExecutor(NUM_HANDS) as hands:
+            vandals = [Vandal(seed) for seed in range(NUM_HANDS)]
+            work = [
+                hands.submit(lambda vandal: [vandal.open_one(servers) for _ in range(NUM_OPENINGS // NUM_HANDS)], it)
+                for it in vandals
+            ]
+            while not all(it.done() for it in work):
+                assert texts_of(client) == expected
+            for it in work:
+                it.result()
+        assert texts_of(client) == expected
+    for server in servers:
+        server.wait_until_idle()
+        pool = server._servicer._host._engine.runner._pool
+        assert pool.num_free == pool.num_pages

@@ -1,0 +1,76 @@
+"""What one session needs is not taken from the others: those without filters draft in one go beside any others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from draft_service.drafter import Drafter
+from outrider.engine.runner import Feed
+from outrider.probs import PlainSampling
+from outrider.warping import Warping
+from tests import toy_services as toys
+from tests.unit.test_isolation import AHEAD, PROMPTS, DraftService, SpoiledDraftingRunner
+
+NUM_DRAWS = 4
+LONGEST = 3  # tokens that the runner can feed before it draws
+
+
+class CountingRunner(SpoiledDraftingRunner):
+    def __init__(self) -> None:
+        super().__init__(toys.DRAFT_LOGITS)
+        self.drawn: list[tuple[int, int]] = []  # draws, sequences
+
+    def can_draft(self, sizes: Sequence[int], sampling: PlainSampling) -> bool:
+        return max(sizes) <= LONGEST
+
+    def draft(self, feeds: Sequence[Feed], sampling: PlainSampling):
+        self.drawn.append(sampling.uniforms.shape)
+        return super().draft(feeds, sampling)
+
+
+@pytest.fixture(autouse=True)
+def as_many_draws(monkeypatch) -> None:
+    """Else the machine's speed decides."""
+    monkeypatch.setattr(Drafter, "_most_draws", lambda *_: NUM_DRAWS)
+
+
+def alone(warpings: Sequence[Warping]) -> list[list[int]]:
+    """Return what each session drafts one token after the other, with nobody beside it but for the seeds."""
+    return DraftService().draft(PROMPTS, warpings)
+
+
+@pytest.mark.parametrize("odd", [Warping(top_k=3), Warping(0.8, top_p=0.7), Warping(min_p=0.2)], ids=str)
+def test_sessions_without_filters_draft_in_one_go_beside_one_with(odd):
+    warpings, runner = [Warping(), odd, Warping(0.0), Warping(0.6), odd], CountingRunner()
+    outcomes = DraftService(runner).draft([PROMPTS[index] for index in (0, 1, 2, 4, 3)], warpings)
+    assert runner.drawn[0] == (NUM_DRAWS, 3)
+    assert [num_sequences for _, num_sequences in runner.drawn] == [3] * len(runner.drawn)
+    assert outcomes == DraftService().draft([PROMPTS[index] for index in (0, 1, 2, 4, 3)], warpings)
+
+
+def test_one_with_a_long_prompt_keeps_nobody_from_it():
+    runner = CountingRunner()
+    assert DraftService(runner).draft(PROMPTS) == alone([Warping()] * 5)  # the fourth prompt is longer than LONGEST
+    assert runner.drawn[0] == (NUM_DRAWS, 4)
+
+
+def test_one_that_may_stop_at_any_token_keeps_nobody_from_it():
+    runner = CountingRunner()
+    service, items = DraftService(runner), []
+    service.open([1, 2], lambda _: None, min_draft_prob=1e-9)
+    service.open([5, 6], items.append)
+    while service.drafter.thread._take_turn():
+        pass
+    assert runner.drawn[0] == (NUM_DRAWS, 1)
+    assert sum(len(item.drafts) for item in items) == AHEAD
+
+
+def test_where_one_token_is_drafted_at_a_time_one_pass_does_it_for_all(monkeypatch):
+    monkeypatch.setattr(Drafter, "_most_draws", lambda *_: 1)
+    runner = CountingRunner()
+    service = DraftService(runner)
+    service.draft(PROMPTS[:2], [Warping(), Warping(top_k=3)])
+    assert runner.drawn == []
+    assert service.engine.stats.num_passes_by_batch_size == {2: AHEAD}
