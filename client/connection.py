@@ -33,6 +33,7 @@ from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
 CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # the services stand beside the client, not behind its proxy to the web
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is inflated has no bound
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.max_send_message_length", 64 * 1024 * 1024),
     ("grpc.keepalive_time_ms", 20_000),

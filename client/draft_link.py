@@ -59,7 +59,7 @@ class DraftLink:
                 window=self._window(),
                 vocab_size=min(self.info.vocab_size, target.vocab_size),
                 greedy=speculation.greedy_draft,
-                max_support=speculation.max_support,
+                max_support=self._max_support(),
                 min_draft_prob=self._min_draft_prob,
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
                 batch_until=self._batch_until(),
@@ -67,6 +67,13 @@ class DraftLink:
                 max_alternatives=speculation.max_alternatives(generation.warping.is_greedy, self._overlaps),
             )
         )
+
+    def _max_support(self) -> int:
+        """Return the most tokens of a support that draft and target both take; 0 where neither has a limit."""
+        assert self.info is not None
+        wanted = self._generation.speculation.max_support or self.info.limits.max_support
+        limit = self._generation.target_info.limits.max_support
+        return min(wanted, limit) if wanted and limit else wanted
 
     @property
     def _commit_index(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from draft_service.drafter import GREEDY, Drafter
@@ -20,6 +21,22 @@ from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
 MOST_UNSENT = 8  # messages that wait for a client to read; nothing is drafted for it while there are more
 MOST_UNAPPLIED = 16  # commits that are read before the drafter has come to them
+IDLE_COMMITS, IDLE_COMMITS_A_SECOND = 32.0, 30.0  # at once, and later, of those that nothing was drafted between
+
+
+class _Pace:
+    """For commits that come faster than anything is drafted: some are read at once, the others one after the other."""
+
+    def __init__(self) -> None:
+        self._left, self._at = IDLE_COMMITS, time.monotonic()
+
+    async def keep(self) -> None:
+        """Wait until one more may be read."""
+        now = time.monotonic()
+        self._left = min(IDLE_COMMITS, self._left + (now - self._at) * IDLE_COMMITS_A_SECOND) - 1
+        self._at = now
+        if self._left < 0:
+            await asyncio.sleep(-self._left / IDLE_COMMITS_A_SECOND)
 
 
 class _EndOfStream:
@@ -116,7 +133,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     async def _read_commits(self, drafter: Drafter, session: Session, call: Call, requests, outbox: Outbox) -> None:
         """Pass commits on as they come; an error goes through the outbox, so that the stream ends with it."""
         try:
-            num_read = 0
+            num_read = num_sent = 0
+            pace = _Pace()
             async for request in requests:
                 num_read += 1
                 call.note_life()
@@ -141,6 +159,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 )
                 if num_read % MOST_UNAPPLIED == 0:
                     await drafter.reached()
+                if session.num_sent == num_sent:
+                    await pace.keep()
+                num_sent = session.num_sent
             outbox.put(_EndOfStream())
         except ServiceError as error:
             outbox.put(error)

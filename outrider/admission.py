@@ -59,7 +59,7 @@ class Turnstile:
     """Lets so many pass at once, and others wait: nobody is refused.
 
     A circle gets no more than what the next wider one has left. So one connection alone has a quarter of all, its host
-    half, and whoever comes finds room, however many of them others have taken.
+    half, and whoever comes finds room, however much another has taken.
     """
 
     def __init__(self, capacity: int):
@@ -101,13 +101,15 @@ class Turnstile:
         while (who := self._next_waiting()) is not None:
             turn = next(iter(self._waiting[who]))
             self._wait_no_longer(who, turn)
-            self._inside.add(who, 1)
-            turn.set_result(None)
+            if not turn.cancelled():
+                self._inside.add(who, 1)
+                turn.set_result(None)
 
     def _wait_no_longer(self, caller: Caller, turn: asyncio.Future[None]) -> None:
-        del self._waiting[caller][turn]
-        if not self._waiting[caller]:
-            del self._waiting[caller]
+        turns = self._waiting.get(caller, {})
+        turns.pop(turn, None)
+        if not turns:
+            self._waiting.pop(caller, None)
 
     def _next_waiting(self) -> Caller | None:
         """Return who comes next: of those there is room for, the one whose circles have least, the widest first."""

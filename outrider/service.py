@@ -89,7 +89,9 @@ class ModelHost(Generic[WorkerT]):
             )
         )
         self._max_cached_tokens = model.max_cached_tokens
-        self._context_length = min(model.context_length, self._max_cached_tokens, LONGEST_CONTEXT)
+        self._context_length = min(model.context_length, self._max_cached_tokens, self._longest_context)
+        if self._context_length == self._longest_context < model.context_length:
+            log.info("the context ends at %d tokens: --max-cached-tokens makes it longer", self._context_length)
         self._engine = Engine(model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
         worker = self._make_worker(self._engine, self._context_length)
         try:
@@ -143,7 +145,11 @@ class ModelHost(Generic[WorkerT]):
     @property
     def most_message_bytes(self) -> int:
         """The most bytes of any request, as far as it is known before the model is."""
-        return self._most_bytes(min(self._options.max_cached_tokens or LONGEST_CONTEXT, LONGEST_CONTEXT))
+        return self._most_bytes(self._longest_context)
+
+    @property
+    def _longest_context(self) -> int:
+        return self._options.max_cached_tokens or LONGEST_CONTEXT
 
     def _most_bytes(self, context_length: int) -> int:
         options = self._options
