@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,18 +13,32 @@ import grpc
 
 from client.connection import (
     CHANNEL_OPTIONS,
+    DRAFT_CHANNEL_OPTIONS,
+    MOST_UNREAD,
     ConnectionSettings,
     Retrying,
     Target,
     begin_conversation,
     broken,
-    check_pair,
+    check_same_prompt,
     tokenizer_from_parts,
 )
 from client.controller import PairSpeeds
-from client.conversation import Broken, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
-from client.errors import OutriderError
-from client.pair import PairInfo
+from client.conversation import (
+    Broken,
+    Close,
+    Conversation,
+    Describe,
+    Event,
+    Link,
+    Open,
+    Patience,
+    Received,
+    Send,
+    Wait,
+)
+from client.errors import ModelChangedError, OutriderError
+from client.pair import PairInfo, check_model
 from client.params import SamplingParams
 from client.results import Chunk, GenerationResult
 from client.text import TargetTokenizer
@@ -49,8 +64,9 @@ class AsyncSpeculativeClient:
         """Arguments as for SpeculativeClient. Nothing is sent before the first use."""
         self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
         self._speeds = PairSpeeds()
+        self._breaker = self._settings.patience.breaker()
         self._target_channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._draft_channel = grpc.aio.insecure_channel(draft, options=CHANNEL_OPTIONS) if draft else None
+        self._draft_channel = grpc.aio.insecure_channel(draft, options=DRAFT_CHANNEL_OPTIONS) if draft else None
         self._target_stub = target_pb2_grpc.TargetServiceStub(self._target_channel)
         self._draft_stub = draft_pb2_grpc.DraftServiceStub(self._draft_channel) if draft else None
         self._target: Target | None = None
@@ -94,16 +110,30 @@ class AsyncSpeculativeClient:
         **speculation: Any,
     ) -> AsyncGenerationStream:
         """Return an async iterator over the text's chunks, whose `result` is there when it has ended."""
+        until = None if timeout is None else time.monotonic() + timeout
+
+        def begin(target: Target) -> _Run:
+            left_s = None if until is None else max(0.0, until - time.monotonic())
+            arguments = (target, prompt, sampling, speculation, left_s, self._breaker)
+            return begin_conversation(self._settings, self._speeds, *arguments), _Transport(self, left_s)
+
+        async def begin_again(error: ModelChangedError) -> _Run:
+            await self._forget(target)
+            now = await self._described_target()
+            check_same_prompt(prompt, error, target, now)
+            return begin(now)
+
         target = await self._described_target()
-        conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, timeout)
-        return AsyncGenerationStream(conversation, _Transport(self, target.info, timeout))
+        return AsyncGenerationStream(begin(target), begin_again)
 
     async def info(self) -> PairInfo:
         """Return what both services say of themselves now; errors as for SpeculativeClient.info."""
         request = target_pb2.TargetServiceGetModelInfoRequest()
         target = await self._ask_target(lambda left_s: self._target_stub.GetModelInfo(request, timeout=left_s))
-        draft = await self._describe_draft()
-        return PairInfo(target.model, target.stats, draft.model if draft else None, draft.stats if draft else None)
+        draft = await self._describe_draft() if self._draft_stub else None
+        if draft is None or isinstance(draft, Broken):
+            return PairInfo(target.model, target.stats, None, None)
+        return PairInfo(target.model, target.stats, draft.model, draft.stats)
 
     async def tokenizer(self) -> TargetTokenizer | None:
         """Return the target's tokenizer, or None when it has none."""
@@ -113,9 +143,16 @@ class AsyncSpeculativeClient:
         async with self._lock:
             if self._target is None:
                 pair = await self.info()
+                check_model(pair.target)
                 tokenizer = await self._fetch_tokenizer() if pair.target.HasField("tokenizer") else None
                 self._target, self._draft_info = Target(pair.target, tokenizer), pair.draft
             return self._target
+
+    async def _forget(self, target: Target) -> None:
+        """Have the next text begin with what the services are by then."""
+        async with self._lock:
+            if self._target is target:
+                self._target, self._draft_info, self._speeds = None, None, PairSpeeds()
 
     async def _fetch_tokenizer(self) -> TargetTokenizer:
         async def ask(left_s: float) -> list[target_pb2.GetTokenizerResponse]:
@@ -133,21 +170,24 @@ class AsyncSpeculativeClient:
             except grpc.RpcError as error:
                 await asyncio.sleep(retrying.pause_after(error))
 
-    async def _describe_draft(self) -> draft_pb2.DraftServiceGetModelInfoResponse | None:
-        if self._draft_stub is None:
-            return None
+    async def _describe_draft(self) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
+        assert self._draft_stub is not None
         request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.patience.describe_draft_s
+        num_noted, began_at = self._breaker.num_noted, time.monotonic()
         try:
             return await self._draft_stub.GetModelInfo(request, timeout=timeout)
-        except grpc.RpcError:
-            return None
+        except grpc.RpcError as error:
+            now = time.monotonic()
+            self._breaker.on_failure(now, num_noted, held_up_s=now - began_at)
+            return broken(Link.DRAFT, error)
 
 
 class AsyncGenerationStream(AsyncIterator[Chunk]):
     """The chunks of one generation. When stopping early, await `aclose`, so that the services stop working on it."""
 
-    def __init__(self, conversation: Conversation, transport: _Transport):
-        self._chunks = self._run(conversation, transport)
+    def __init__(self, run: _Run, begin_again: Callable[[ModelChangedError], Awaitable[_Run]]):
+        """`begin_again` returns another run of the text for a target that turns out to be another, or raises."""
+        self._chunks = self._run(run, begin_again)
         self._result: GenerationResult | None = None
 
     def __aiter__(self) -> AsyncGenerationStream:
@@ -167,7 +207,17 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
             raise RuntimeError("the generation has not finished: take all chunks first")
         return self._result
 
-    async def _run(self, conversation: Conversation, transport: _Transport):
+    async def _run(self, run: _Run, begin_again: Callable[[ModelChangedError], Awaitable[_Run]]):
+        try:
+            async with contextlib.aclosing(self._carry_out(*run)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except ModelChangedError as error:
+            async with contextlib.aclosing(self._carry_out(*await begin_again(error))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _carry_out(self, conversation: Conversation, transport: _Transport):
         steps, answer = conversation.run(), None
         try:
             while True:
@@ -186,11 +236,15 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
             transport.close()
 
 
+_Run = tuple[Conversation, "_Transport"]  # of one text
+
+
 class _Stream:
     """One bidirectional call and the task that reads it."""
 
     def __init__(self, link: Link, call: Any, events: Mailbox[tuple[_Stream, Event]]):
         self._link, self._call, self._events = link, call, events
+        self._unread = asyncio.Semaphore(MOST_UNREAD)
         self._reader = asyncio.ensure_future(self._read())
 
     async def send(self, message: Any) -> None:
@@ -202,10 +256,15 @@ class _Stream:
         self._reader.cancel()
         self._call.cancel()
 
+    def on_read(self) -> None:
+        """Note that an event has been taken, so that the reader may go on."""
+        self._unread.release()
+
     async def _read(self) -> None:
         try:
             async for message in self._call:
                 self._events.put((self, Received(self._link, message)))
+                await self._unread.acquire()
             self._events.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
             self._events.put((self, broken(self._link, error)))
@@ -214,8 +273,8 @@ class _Stream:
 class _Transport:
     """Carries out the effects of one conversation."""
 
-    def __init__(self, client: AsyncSpeculativeClient, target_info: common_pb2.ModelInfo, timeout: float | None):
-        self._client, self._target_info, self._timeout = client, target_info, timeout
+    def __init__(self, client: AsyncSpeculativeClient, timeout: float | None):
+        self._client, self._timeout = client, timeout
         self._streams: dict[Link, _Stream] = {}
         self._events: Mailbox[tuple[_Stream, Event]] = Mailbox()
 
@@ -227,6 +286,10 @@ class _Transport:
                 await self._streams[link].send(message)
             case Send(link, message):
                 await self._streams[link].send(message)
+            case Close(link):
+                self._close(link)
+                if link is Link.DRAFT:
+                    self._client._draft_info = None
             case Wait(timeout_s):
                 return await self._next_event(timeout_s)
             case Describe():
@@ -255,16 +318,17 @@ class _Transport:
             if item is None:
                 return None
             stream, event = item
+            stream.on_read()
             if stream in self._streams.values():
                 if isinstance(event, Broken) and event.link is Link.DRAFT:
                     self._client._draft_info = None
                 return event
 
-    async def _describe(self) -> common_pb2.ModelInfo | None:
-        client, info = self._client, self._client._draft_info
+    async def _describe(self) -> common_pb2.ModelInfo | Broken:
+        info = self._client._draft_info
         if info is None:
-            description = await client._describe_draft()
-            info = client._draft_info = description.model if description else None
-        if info is not None:
-            check_pair(info, self._target_info)
+            description = await self._client._describe_draft()
+            if isinstance(description, Broken):
+                return description
+            info = self._client._draft_info = description.model
         return info

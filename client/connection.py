@@ -12,11 +12,11 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from client.breaker import Breaker
 from client.controller import FixedLength, LengthController, PairSpeeds
 from client.conversation import Broken, Conversation, Link, Patience
-from client.errors import IncompatiblePairError, InvalidRequestError, ServiceFailedError, ServiceUnavailableError
+from client.errors import InvalidRequestError, ModelChangedError, ServiceFailedError, ServiceUnavailableError
 from client.generation import Generation
-from client.pair import find_mismatch
 from client.params import SamplingParams, SpeculationParams
 from client.text import TargetTokenizer, TextStream, prompt_to_ids
 from outrider.v1 import common_pb2, target_pb2
@@ -33,6 +33,11 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+DRAFT_CHANNEL_OPTIONS = (
+    *(option for option in CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"),
+    ("grpc.max_receive_message_length", 8 * 1024 * 1024),  # 128 proposals with supports of 4,096 ids have 2 MiB
+)
+MOST_UNREAD = 64  # messages of a stream that wait for the conversation; more are left to HTTP/2's own windows
 ERROR_DOMAIN = "outrider"  # of the ErrorInfo in a service's errors
 SEEDED_BLOCK_LENGTH = 5  # K where `auto` may not choose
 
@@ -63,10 +68,12 @@ def begin_conversation(
     sampling: SamplingParams | None,
     speculation: dict[str, Any],
     timeout: float | None,
+    breaker: Breaker | None = None,
 ) -> Conversation:
     """Check a caller's arguments against the target and return the conversation.
 
-    `speeds` is what the client has learned of the pair so far; the conversation adds to it.
+    `speeds` is what the client has learned of the pair so far, `breaker` when to ask its draft; the conversation adds
+    to both.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
@@ -89,7 +96,7 @@ def begin_conversation(
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
     deadline = None if timeout is None else time.monotonic() + timeout
     lengths = lengths_for(params, sampling, speeds)
-    return Conversation(generation, text, params, lengths, seed, settings.patience, time.monotonic, deadline)
+    return Conversation(generation, text, params, lengths, seed, settings.patience, time.monotonic, deadline, breaker)
 
 
 def lengths_for(
@@ -121,11 +128,14 @@ def tokenizer_from_parts(parts: Sequence[target_pb2.GetTokenizerResponse]) -> Ta
     )
 
 
-def check_pair(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> None:
-    """Raise IncompatiblePairError when the two do not share a tokenizer."""
-    mismatch = find_mismatch(draft, target)
-    if mismatch:
-        raise IncompatiblePairError(mismatch)
+def check_same_prompt(prompt: str | Sequence[int], error: ModelChangedError, before: Target, now: Target) -> None:
+    """Raise `error` unless a text may begin again with the model that has taken the place of another.
+
+    It may when nothing has been written, and the prompt still means what it did: as text, or by the same tokenizer.
+    """
+    has_begun = error.partial is not None and error.partial.token_ids
+    if has_begun or not (isinstance(prompt, str) or before.info.tokenizer == now.info.tokenizer):
+        raise error
 
 
 def broken(link: Link, error: Any) -> Broken:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,18 +13,32 @@ import grpc
 
 from client.connection import (
     CHANNEL_OPTIONS,
+    DRAFT_CHANNEL_OPTIONS,
+    MOST_UNREAD,
     ConnectionSettings,
     Retrying,
     Target,
     begin_conversation,
     broken,
-    check_pair,
+    check_same_prompt,
     tokenizer_from_parts,
 )
 from client.controller import PairSpeeds
-from client.conversation import Broken, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
-from client.errors import OutriderError
-from client.pair import PairInfo
+from client.conversation import (
+    Broken,
+    Close,
+    Conversation,
+    Describe,
+    Event,
+    Link,
+    Open,
+    Patience,
+    Received,
+    Send,
+    Wait,
+)
+from client.errors import ModelChangedError, OutriderError
+from client.pair import PairInfo, check_model
 from client.params import SamplingParams
 from client.results import Chunk, GenerationResult
 from client.text import TargetTokenizer
@@ -51,8 +65,9 @@ class SpeculativeClient:
         """
         self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
         self._speeds = PairSpeeds()
+        self._breaker = self._settings.patience.breaker()
         self._target_channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._draft_channel = grpc.insecure_channel(draft, options=CHANNEL_OPTIONS) if draft else None
+        self._draft_channel = grpc.insecure_channel(draft, options=DRAFT_CHANNEL_OPTIONS) if draft else None
         self._target_stub = target_pb2_grpc.TargetServiceStub(self._target_channel)
         self._draft_stub = draft_pb2_grpc.DraftServiceStub(self._draft_channel) if draft else None
         self._target: Target | None = None
@@ -106,9 +121,21 @@ class SpeculativeClient:
         **speculation: Any,
     ) -> GenerationStream:
         """Return an iterator over the chunks, whose `result` is there when it has ended; arguments as for generate."""
+        until = None if timeout is None else time.monotonic() + timeout
+
+        def begin(target: Target) -> _Run:
+            left_s = None if until is None else max(0.0, until - time.monotonic())
+            arguments = (target, prompt, sampling, speculation, left_s, self._breaker)
+            return begin_conversation(self._settings, self._speeds, *arguments), _Transport(self, left_s)
+
+        def begin_again(error: ModelChangedError) -> _Run:
+            self._forget(target)
+            now = self._described_target()
+            check_same_prompt(prompt, error, target, now)
+            return begin(now)
+
         target = self._described_target()
-        conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, timeout)
-        return GenerationStream(conversation, _Transport(self, target.info, timeout))
+        return GenerationStream(begin(target), begin_again)
 
     def info(self) -> PairInfo:
         """Return what both services say of themselves now.
@@ -118,8 +145,10 @@ class SpeculativeClient:
         """
         request = target_pb2.TargetServiceGetModelInfoRequest()
         target = self._ask_target(lambda left_s: self._target_stub.GetModelInfo(request, timeout=left_s))
-        draft = self._describe_draft()
-        return PairInfo(target.model, target.stats, draft.model if draft else None, draft.stats if draft else None)
+        draft = self._describe_draft() if self._draft_stub else None
+        if draft is None or isinstance(draft, Broken):
+            return PairInfo(target.model, target.stats, None, None)
+        return PairInfo(target.model, target.stats, draft.model, draft.stats)
 
     @property
     def tokenizer(self) -> TargetTokenizer | None:
@@ -130,9 +159,16 @@ class SpeculativeClient:
         with self._lock:
             if self._target is None:
                 pair = self.info()
+                check_model(pair.target)
                 tokenizer = self._fetch_tokenizer() if pair.target.HasField("tokenizer") else None
                 self._target, self._draft_info = Target(pair.target, tokenizer), pair.draft
             return self._target
+
+    def _forget(self, target: Target) -> None:
+        """Have the next text begin with what the services are by then."""
+        with self._lock:
+            if self._target is target:
+                self._target, self._draft_info, self._speeds = None, None, PairSpeeds()
 
     def _fetch_tokenizer(self) -> TargetTokenizer:
         request = target_pb2.GetTokenizerRequest()
@@ -147,14 +183,16 @@ class SpeculativeClient:
             except grpc.RpcError as error:
                 time.sleep(retrying.pause_after(error))
 
-    def _describe_draft(self) -> draft_pb2.DraftServiceGetModelInfoResponse | None:
-        if self._draft_stub is None:
-            return None
+    def _describe_draft(self) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
+        assert self._draft_stub is not None
         request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.patience.describe_draft_s
+        num_noted, began_at = self._breaker.num_noted, time.monotonic()
         try:
             return self._draft_stub.GetModelInfo(request, timeout=timeout)
-        except grpc.RpcError:
-            return None
+        except grpc.RpcError as error:
+            now = time.monotonic()
+            self._breaker.on_failure(now, num_noted, held_up_s=now - began_at)
+            return broken(Link.DRAFT, error)
 
 
 class GenerationStream(Iterator[Chunk]):
@@ -163,8 +201,9 @@ class GenerationStream(Iterator[Chunk]):
     Stopping early is allowed: close it, or let it go, and the services stop working on it.
     """
 
-    def __init__(self, conversation: Conversation, transport: _Transport):
-        self._chunks = self._run(conversation, transport)
+    def __init__(self, run: _Run, begin_again: Callable[[ModelChangedError], _Run]):
+        """`begin_again` returns another run of the text for a target that turns out to be another, or raises."""
+        self._chunks = self._run(run, begin_again)
         self._result: GenerationResult | None = None
 
     def __iter__(self) -> GenerationStream:
@@ -184,7 +223,13 @@ class GenerationStream(Iterator[Chunk]):
             raise RuntimeError("the generation has not finished: take all chunks first")
         return self._result
 
-    def _run(self, conversation: Conversation, transport: _Transport) -> Generator[Chunk, None, None]:
+    def _run(self, run: _Run, begin_again: Callable[[ModelChangedError], _Run]) -> Generator[Chunk, None, None]:
+        try:
+            yield from self._carry_out(*run)
+        except ModelChangedError as error:
+            yield from self._carry_out(*begin_again(error))
+
+    def _carry_out(self, conversation: Conversation, transport: _Transport) -> Generator[Chunk, None, None]:
         steps, answer = conversation.run(), None
         try:
             while True:
@@ -203,11 +248,15 @@ class GenerationStream(Iterator[Chunk]):
             transport.close()
 
 
+_Run = tuple[Conversation, "_Transport"]  # of one text
+
+
 class _Stream:
     """One bidirectional call: a queue of what is to be sent, and a thread that reads."""
 
     def __init__(self, link: Link, method, first_message: Any, events: queue.SimpleQueue, timeout: float | None):
         self._link, self._events = link, events
+        self._unread = threading.Semaphore(MOST_UNREAD)
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outgoing.put(first_message)
         self._call = method(iter(self._outgoing.get, None), timeout=timeout)
@@ -219,11 +268,17 @@ class _Stream:
     def close(self) -> None:
         self._outgoing.put(None)
         self._call.cancel()
+        self.on_read()  # by nobody; lets the reader see that the call is over
+
+    def on_read(self) -> None:
+        """Note that an event has been taken, so that the reader may go on."""
+        self._unread.release()
 
     def _read(self) -> None:
         try:
             for message in self._call:
                 self._events.put((self, Received(self._link, message)))
+                self._unread.acquire()
             self._events.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
             self._events.put((self, broken(self._link, error)))
@@ -232,8 +287,8 @@ class _Stream:
 class _Transport:
     """Carries out the effects of one conversation."""
 
-    def __init__(self, client: SpeculativeClient, target_info: common_pb2.ModelInfo, timeout: float | None):
-        self._client, self._target_info, self._timeout = client, target_info, timeout
+    def __init__(self, client: SpeculativeClient, timeout: float | None):
+        self._client, self._timeout = client, timeout
         self._streams: dict[Link, _Stream] = {}
         self._events: queue.SimpleQueue[tuple[_Stream, Event]] = queue.SimpleQueue()
 
@@ -244,6 +299,10 @@ class _Transport:
                 self._streams[link] = _Stream(link, self._method(link), message, self._events, self._timeout)
             case Send(link, message):
                 self._streams[link].send(message)
+            case Close(link):
+                self._close(link)
+                if link is Link.DRAFT:
+                    self._client._draft_info = None
             case Wait(timeout_s):
                 return self._next_event(timeout_s)
             case Describe():
@@ -272,16 +331,17 @@ class _Transport:
                 stream, event = self._events.get(timeout=left)
             except queue.Empty:
                 return None
+            stream.on_read()
             if stream in self._streams.values():
                 if isinstance(event, Broken) and event.link is Link.DRAFT:
                     self._client._draft_info = None
                 return event
 
-    def _describe(self) -> common_pb2.ModelInfo | None:
-        client, info = self._client, self._client._draft_info
+    def _describe(self) -> common_pb2.ModelInfo | Broken:
+        info = self._client._draft_info
         if info is None:
-            description = client._describe_draft()
-            info = client._draft_info = description.model if description else None
-        if info is not None:
-            check_pair(info, self._target_info)
+            description = self._client._describe_draft()
+            if isinstance(description, Broken):
+                return description
+            info = self._client._draft_info = description.model
         return info
