@@ -55,10 +55,12 @@ class MadeModel:
     config_class = MadeConfig
 
     @classmethod
-    def from_pretrained(cls, path: str, *arguments: Any, config: Any, dtype: Any, **settings: Any) -> PreTrainedModel:
-        """Return the model of the recipe in `config`."""
+    def from_pretrained(cls, path: str, *arguments: Any, config: Any, dtype: Any, **settings: Any) -> Any:
+        """Return the model of the recipe in `config`, with an empty loading report where one is asked for."""
         kind = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-        return Recipe(**(config.recipe | {"shape": Shape(**config.recipe["shape"])})).make(kind)
+        model = Recipe(**(config.recipe | {"shape": Shape(**config.recipe["shape"])})).make(kind)
+        report = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": (), "error_msgs": ()}
+        return (model, report) if settings.get("output_loading_info") else model
 
 
 def register() -> None:

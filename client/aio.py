@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -14,6 +15,7 @@ import grpc
 
 from client.connection import (
     CLOSED,
+    MOST_UNREAD,
     OTHERS_ASKED,
     Connection,
     ConnectionSettings,
@@ -23,15 +25,33 @@ from client.connection import (
     before_the_text,
     begin_conversation,
     broken,
-    check_pair,
+    check_same_prompt,
     deadline_after,
     left_until,
     time_for_draft,
 )
 from client.controller import PairSpeeds
-from client.conversation import Broken, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
-from client.errors import ClientClosedError, DeadlineExceededError, InvalidRequestError, OutriderError
-from client.pair import PairInfo
+from client.conversation import (
+    Broken,
+    Close,
+    Conversation,
+    Describe,
+    Event,
+    Link,
+    Open,
+    Patience,
+    Received,
+    Send,
+    Wait,
+)
+from client.errors import (
+    ClientClosedError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    ModelChangedError,
+    OutriderError,
+)
+from client.pair import PairInfo, check_model
 from client.params import SamplingParams
 from client.results import Chunk, GenerationResult
 from client.text import TargetTokenizer
@@ -59,6 +79,7 @@ class AsyncSpeculativeClient:
         """Arguments as for SpeculativeClient. Nothing is sent before the first use."""
         self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
         self._speeds = PairSpeeds()
+        self._breaker = self._settings.patience.breaker()
         self._connection: _LoopConnection | None = None  # made at first use
         self._is_closed = False
         self._transports: WeakSet[_Transport] = WeakSet()  # of generations that may have to be told of the end
@@ -117,8 +138,19 @@ class AsyncSpeculativeClient:
         deadline = deadline_after(timeout)
         with before_the_text(sampling):
             target = await self._described_target(deadline)
-        conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, deadline)
-        return AsyncGenerationStream(conversation, _Transport(self, target.info, deadline))
+
+        def begin(its_target: Target) -> _Run:
+            arguments = (its_target, prompt, sampling, speculation, deadline, self._breaker)
+            return begin_conversation(self._settings, self._speeds, *arguments), _Transport(self, deadline)
+
+        async def begin_again(error: ModelChangedError) -> _Run:
+            self._forget(target)
+            with before_the_text(sampling):
+                now = await self._described_target(deadline)
+            check_same_prompt(prompt, error, target, now)
+            return begin(now)
+
+        return AsyncGenerationStream(begin(target), begin_again)
 
     async def info(self) -> PairInfo:
         """Return what both services say of themselves now; errors as for SpeculativeClient.info."""
@@ -164,26 +196,33 @@ class AsyncSpeculativeClient:
 
     async def _described_target(self, deadline: float | None) -> Target:
         """Return what the target says of itself, asked for once; a call that fails leaves it to the next to ask."""
-        if self._target is None:
-            await self._until_closed(self._describe_target(deadline), deadline)
+        target = self._target or await self._until_closed(self._describe_target(deadline), deadline)
         self._connected()
-        assert self._target is not None
-        return self._target
+        return target
 
-    async def _describe_target(self, deadline: float | None) -> None:
+    def _forget(self, target: Target) -> None:
+        """Have the next text begin with what the services are by then."""
+        if self._target is target:
+            self._target, self._draft_info, self._speeds = None, None, PairSpeeds()
+
+    async def _describe_target(self, deadline: float | None) -> Target:
         retrying = Retrying(self._settings, deadline)
         async with self._connected().describing:
             if self._target is None:
                 retrying.check(OTHERS_ASKED)
                 pair = await self._ask_pair(deadline)
+                check_model(pair.target)
                 tokenizer = await self._fetch_tokenizer(deadline) if pair.target.HasField("tokenizer") else None
                 self._target, self._draft_info = Target(pair.target, tokenizer), pair.draft
+            return self._target
 
     async def _ask_pair(self, deadline: float | None) -> PairInfo:
         request = target_pb2.TargetServiceGetModelInfoRequest()
         target = await self._ask_target(lambda stub, left_s: stub.GetModelInfo(request, timeout=left_s), deadline)
-        draft = await self._describe_draft(deadline)
-        return PairInfo(target.model, target.stats, draft.model if draft else None, draft.stats if draft else None)
+        draft = await self._describe_draft(deadline) if self._settings.draft is not None else None
+        if draft is None or isinstance(draft, Broken):
+            return PairInfo(target.model, target.stats, None, None)
+        return PairInfo(target.model, target.stats, draft.model, draft.stats)
 
     async def _fetch_tokenizer(self, deadline: float | None) -> TargetTokenizer:
         request = target_pb2.GetTokenizerRequest()
@@ -208,15 +247,16 @@ class AsyncSpeculativeClient:
             except grpc.RpcError as error:
                 await asyncio.sleep(retrying.pause_after(error))
 
-    async def _describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | None:
-        stub = self._connected().draft
-        if stub is None:
-            return None
+    async def _describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
         request, left_s = draft_pb2.DraftServiceGetModelInfoRequest(), time_for_draft(self._settings, deadline)
+        num_noted, began_at, stub = self._breaker.num_noted, time.monotonic(), self._connected().draft
+        assert stub is not None
         try:
-            return await stub.GetModelInfo(request, timeout=left_s)
-        except grpc.RpcError:
-            return None
+            return _readable(await stub.GetModelInfo(request, timeout=left_s))
+        except grpc.RpcError as error:
+            now = time.monotonic()
+            self._breaker.on_failure(now, num_noted, held_up_s=now - began_at)
+            return broken(Link.DRAFT, error)
 
 
 class _LoopConnection(Connection):
@@ -248,8 +288,9 @@ def _readable(answer: Any) -> Any:
 class AsyncGenerationStream(AsyncIterator[Chunk]):
     """The chunks of one generation. When stopping early, await `aclose`, so that the services stop working on it."""
 
-    def __init__(self, conversation: Conversation, transport: _Transport):
-        self._chunks = self._run(conversation, transport)
+    def __init__(self, run: _Run, begin_again: Callable[[ModelChangedError], Awaitable[_Run]]):
+        """`begin_again` returns another run of the text for a target that turns out to be another, or raises."""
+        self._chunks = self._run(run, begin_again)
         self._result: GenerationResult | None = None
 
     def __aiter__(self) -> AsyncGenerationStream:
@@ -269,7 +310,17 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
             raise RuntimeError("the generation has not finished: take all chunks first")
         return self._result
 
-    async def _run(self, conversation: Conversation, transport: _Transport):
+    async def _run(self, run: _Run, begin_again: Callable[[ModelChangedError], Awaitable[_Run]]):
+        try:
+            async with aclosing(self._carry_out(*run)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except ModelChangedError as error:
+            async with aclosing(self._carry_out(*await begin_again(error))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _carry_out(self, conversation: Conversation, transport: _Transport):
         steps, answer = conversation.run(), None
         try:
             while True:
@@ -288,11 +339,15 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
             transport.close()
 
 
+_Run = tuple[Conversation, "_Transport"]  # of one text
+
+
 class _Stream:
     """One bidirectional call, and the two tasks that write to it and read from it."""
 
     def __init__(self, link: Link, call: Any, events: Mailbox[tuple[_Stream, Event] | None]):
         self._link, self._call, self._events = link, call, events
+        self._unread = asyncio.Semaphore(MOST_UNREAD)
         self._outgoing: Mailbox[Any] = Mailbox()
         self._statuses: list[grpc.aio.AioRpcError] = []
         self._has_second_status = asyncio.Event()
@@ -309,6 +364,10 @@ class _Stream:
             task.cancel()
         self._call.cancel()
 
+    def on_read(self) -> None:
+        """Note that an event has been taken, so that the reader may go on."""
+        self._unread.release()
+
     async def _write(self) -> None:
         try:
             while True:
@@ -322,6 +381,7 @@ class _Stream:
         try:
             async for message in self._call:
                 self._events.put((self, Received(self._link, _readable(message))))
+                await self._unread.acquire()
             self._events.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
             self._events.put((self, broken(self._link, await self._own_status(error))))
@@ -362,8 +422,8 @@ def _result_now(work: Coroutine[Any, Any, Any]) -> Any:
 class _Transport:
     """Carries out the effects of one conversation."""
 
-    def __init__(self, client: AsyncSpeculativeClient, target_info: common_pb2.ModelInfo, deadline: float | None):
-        self._client, self._target_info, self._deadline = client, target_info, deadline
+    def __init__(self, client: AsyncSpeculativeClient, deadline: float | None):
+        self._client, self._deadline = client, deadline
         self._streams: dict[Link, _Stream] = {}
         self._events: Mailbox[tuple[_Stream, Event] | None] = Mailbox()
         client._transports.add(self)
@@ -376,6 +436,10 @@ class _Transport:
                 self._streams[link].send(message)
             case Send(link, message):
                 self._streams[link].send(message)
+            case Close(link):
+                self._close(link)
+                if link is Link.DRAFT:
+                    self._client._draft_info = None
             case Wait(timeout_s):
                 return await self._next_event(timeout_s)
             case Describe():
@@ -412,16 +476,17 @@ class _Transport:
             if item is None:
                 return None
             stream, event = item
+            stream.on_read()
             if stream in self._streams.values():
                 if isinstance(event, Broken) and event.link is Link.DRAFT:
                     self._client._draft_info = None
                 return event
 
-    async def _describe(self) -> common_pb2.ModelInfo | None:
+    async def _describe(self) -> common_pb2.ModelInfo | Broken:
         client, info = self._client, self._client._draft_info
         if info is None:
             description = await client._until_closed(client._describe_draft(self._deadline))
-            info = client._draft_info = description.model if description else None
-        if info is not None:
-            check_pair(info, self._target_info)
+            if isinstance(description, Broken):
+                return description
+            info = client._draft_info = description.model
         return info

@@ -14,18 +14,18 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from client.breaker import Breaker
 from client.controller import FixedLength, LengthController, PairSpeeds
 from client.conversation import Broken, Conversation, Link, Patience
 from client.errors import (
     DeadlineExceededError,
-    IncompatiblePairError,
     InvalidRequestError,
+    ModelChangedError,
     OutriderError,
     ServiceFailedError,
     ServiceUnavailableError,
 )
 from client.generation import Generation
-from client.pair import find_mismatch
 from client.params import SamplingParams, SpeculationParams
 from client.results import GenerationResult, GenerationStats
 from client.text import TargetTokenizer, TextStream, prompt_to_ids
@@ -44,6 +44,11 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+DRAFT_CHANNEL_OPTIONS = (
+    *(option for option in CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"),
+    ("grpc.max_receive_message_length", 8 * 1024 * 1024),  # 128 proposals with supports of 4,096 ids have 2 MiB
+)
+MOST_UNREAD = 64  # messages of a stream that wait for the conversation; more are left to HTTP/2's own windows
 ERROR_DOMAIN = "outrider"  # of the ErrorInfo in a service's errors
 CLOSED = "the client is closed: make another"
 OTHERS_ASKED = "other calls have asked it in vain"
@@ -72,8 +77,9 @@ class Connection:
 
     def __init__(self, settings: ConnectionSettings, open_channel: Callable[..., Any]):
         """`open_channel` is `insecure_channel` of grpc or of grpc.aio."""
-        addresses = [address for address in (settings.target, settings.draft) if address is not None]
-        self.channels = [open_channel(address, options=CHANNEL_OPTIONS) for address in addresses]
+        self.channels = [open_channel(settings.target, options=CHANNEL_OPTIONS)]
+        if settings.draft is not None:
+            self.channels.append(open_channel(settings.draft, options=DRAFT_CHANNEL_OPTIONS))
         self.target = target_pb2_grpc.TargetServiceStub(self.channels[0])
         self.draft = draft_pb2_grpc.DraftServiceStub(self.channels[1]) if settings.draft is not None else None
         self._pid = os.getpid()
@@ -107,11 +113,12 @@ def begin_conversation(
     sampling: SamplingParams | None,
     speculation: dict[str, Any],
     deadline: float | None,
+    breaker: Breaker | None = None,
 ) -> Conversation:
     """Check a caller's arguments against the target and return the conversation.
 
-    `speeds` is what the client has learned of the pair so far; the conversation adds to it. `deadline` is a point in
-    the time of `time.monotonic`.
+    `speeds` is what the client has learned of the pair so far, `breaker` when to ask its draft; the conversation adds
+    to both. `deadline` is a point in the time of `time.monotonic`.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
@@ -133,9 +140,8 @@ def begin_conversation(
     eos_token_ids = () if sampling.ignore_eos else target.info.eos_token_ids
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
     lengths = lengths_for(params, sampling, speeds)
-    return Conversation(
-        generation, text, params, lengths, seed, settings.patience, time.monotonic, deadline, settings.jitter
-    )
+    clock, jitter = time.monotonic, settings.jitter
+    return Conversation(generation, text, params, lengths, seed, settings.patience, clock, deadline, jitter, breaker)
 
 
 def deadline_after(timeout: float | None) -> float | None:
@@ -212,11 +218,14 @@ class TokenizerParts:
         )
 
 
-def check_pair(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> None:
-    """Raise IncompatiblePairError when the two do not share a tokenizer."""
-    mismatch = find_mismatch(draft, target)
-    if mismatch:
-        raise IncompatiblePairError(mismatch)
+def check_same_prompt(prompt: str | Sequence[int], error: ModelChangedError, before: Target, now: Target) -> None:
+    """Raise `error` unless a text may begin again with the model that has taken the place of another.
+
+    It may when nothing has been written, and the prompt still means what it did: as text, or by the same tokenizer.
+    """
+    has_begun = error.partial is not None and error.partial.token_ids
+    if has_begun or not (isinstance(prompt, str) or before.info.tokenizer == now.info.tokenizer):
+        raise error
 
 
 def broken(link: Link, error: Any) -> Broken:

@@ -8,6 +8,7 @@ It holds every decision about order, waiting, retries and failures, and no socke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import Enum
@@ -16,19 +17,24 @@ from typing import Any
 import grpc
 
 from client.acceptance import Decision
+from client.breaker import Breaker
 from client.controller import FixedLength, LengthController, RoundTimes
 from client.errors import (
     CacheMismatchError,
     DeadlineExceededError,
+    IncompatiblePairError,
     InvalidRequestError,
+    ModelChangedError,
     OutriderError,
     ServiceFailedError,
     ServiceUnavailableError,
 )
 from client.generation import Generation
+from client.pair import find_mismatch
 from client.params import SpeculationParams
 from client.results import Chunk, GenerationResult, RoundStats, Segment
 from client.text import TextStream
+from outrider.v1 import common_pb2, draft_pb2
 
 
 class Link(Enum):
@@ -55,6 +61,13 @@ class Send:
 
 
 @dataclass(frozen=True)
+class Close:
+    """Effect: drop a link's stream with whatever it may still say, and what is known of its service."""
+
+    link: Link
+
+
+@dataclass(frozen=True)
 class Wait:
     """Effect: answer with the next event, or None when `timeout_s` passes first."""
 
@@ -63,7 +76,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Describe:
-    """Effect: answer with the draft's ModelInfo if it can be had at once, else None. Raises IncompatiblePairError."""
+    """Effect: answer with the draft's ModelInfo if it can be had at once, else with a Broken that says why not."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +116,17 @@ class Broken:
 
 
 Event = Received | Broken
-Effect = Open | Send | Wait | Describe
+Effect = Open | Send | Close | Wait | Describe
 Steps = Generator[Effect | Chunk, Any, Any]
 
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.UNIMPLEMENTED)
+# The draft may be well for other texts.
+OF_ONE_REQUEST = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 # Whoever says so: the service is not ready, is full, or holds another text than the client.
 COME_AGAIN = (
     grpc.StatusCode.UNAVAILABLE,
@@ -130,6 +150,14 @@ MEANINGS = {
     grpc.StatusCode.UNAUTHENTICATED: ASKS_WHO,
 }
 
+# Reasons of a draft's failures beside those of its own errors and the names of status codes.
+ENDED, SILENT, BROKE_PROTOCOL, OTHER_CACHE = "ENDED", "SILENT", "BROKE_PROTOCOL", "OTHER_CACHE"
+OTHER_TOKENIZER = "OTHER_TOKENIZER"
+# Reasons of a service's errors that ask for something of their own; outrider.errors.
+MODEL_CHANGED, SESSION_IDLE, MODEL_FAILED = "MODEL_CHANGED", "SESSION_IDLE", "MODEL_FAILED"
+ROUND_TOKEN_S = 0.02  # that the slowest target takes to read a token, of a long prompt or after its cache was dropped
+PAUSES = 12  # longest backoffs that a draft is left alone for at most
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -137,7 +165,8 @@ class Patience:
 
     draft_wait_s: float = 2.0  # for proposals, before a round goes without
     describe_draft_s: float = 1.0  # for the draft's description, before rounds go without for a while
-    retry_s: float = 30.0  # for the target, since it last answered
+    retry_s: float = 30.0  # for the target, since it first failed a round
+    round_s: float = 60.0  # for the answer to a round, and ROUND_TOKEN_S more for each token of the text
     first_backoff_s: float = 0.1
     longest_backoff_s: float = 5.0
 
@@ -155,6 +184,15 @@ class Patience:
             return min(self.longest_backoff_s, max(least_s, retry_delay_s) * (1 + jitter / 2))
         return 0.0 if num_failures == 1 else self.backoff(num_failures - 1) * (1 - jitter / 2)
 
+    def bounded(self, retry_delay_s: float | None) -> float:
+        """Return the pause that a service wants, as far as it is believed; 0 where it wants none."""
+        return min(max(retry_delay_s or 0.0, 0.0), self.longest_backoff_s)
+
+    def breaker(self) -> Breaker:
+        """Return what decides when a draft that has failed is asked again."""
+        longest_s = self.longest_backoff_s
+        return Breaker(self.first_backoff_s, PAUSES * longest_s, steady_s=longest_s)
+
 
 class Conversation:
     """Runs one generation; `run` is the generator."""
@@ -170,16 +208,25 @@ class Conversation:
         clock: Callable[[], float],
         deadline: float | None = None,
         jitter: Callable[[], float] = lambda: 0.0,
+        breaker: Breaker | None = None,
     ):
-        """`lengths` chooses K for each round, `deadline` is in the time of `clock`, and `jitter` draws from [0, 1)."""
+        """`lengths` chooses K for each round, `deadline` is in the time of `clock`, and `jitter` draws from [0, 1).
+
+        `breaker` is what all generations of a client know of their draft; the method `draft` insists without it.
+        """
         self._generation, self._text, self._speculation, self._lengths = generation, text, speculation, lengths
         self._seed, self._patience, self._clock, self._deadline = seed, patience, clock, deadline
         self._jitter = jitter
         self._stats, self._draft = generation.stats, generation.draft
         self._draft_is_open = self._is_draft_prepared = False
-        self._draft_failures = 0
-        self._draft_retry_at = 0.0
+        self._draft_has_spoken = False  # on the stream that is open
+        self._num_silences = 0  # in a row
+        self._own_breaker = patience.breaker()  # of failures that may be of this text alone
+        insists = breaker is None or speculation.method == "draft"
+        self._breaker = patience.breaker() if insists or breaker is None else breaker
+        self._num_noted = 0  # of the breaker's failures, when the draft was last asked
         self._token_probs: list[float | None] = []
+        self._is_asking = False  # a round is with the target
         self._response: Any = None
         self._failure: Broken | None = None
         self._started_at = 0.0
@@ -274,7 +321,7 @@ class Conversation:
 
     def _verify(self, request: Any) -> Steps:
         """Have a round verified, opening new sessions as often as patience allows; return its decision."""
-        last_answer_at, num_failures = self._clock(), 0
+        num_failures, failed_at = 0, 0.0
         while True:
             failure = yield from self._ask_target(request)
             if failure is None:
@@ -282,11 +329,13 @@ class Conversation:
                     return self._generation.decide_round(self._response)
                 except CacheMismatchError:
                     self._stats.num_cache_mismatches += 1
-                    failure = Broken(Link.TARGET, grpc.StatusCode.FAILED_PRECONDITION, "the target's cache differs")
+                    details = "its cache is not that of the text"
+                    failure = Broken(Link.TARGET, grpc.StatusCode.FAILED_PRECONDITION, details, reason=OTHER_CACHE)
             num_failures += 1
-            pause = self._pause_after(failure, num_failures, last_answer_at)
-            yield from self._sleep(pause)
-            self._stats.num_target_retries += 1
+            failed_at = failed_at if num_failures > 1 else self._clock()
+            if num_failures > 1 or failure.reason != SESSION_IDLE:  # the caller took its time, which is no failure
+                yield from self._sleep(self._pause_after(failure, num_failures, failed_at))
+                self._stats.num_target_retries += 1
             yield from self._open(Link.TARGET, self._generation.open_target())
             request = self._generation.round_request()
 
@@ -295,27 +344,42 @@ class Conversation:
         started_at = self._clock()
         self._response = None
         if self._failure is None:
+            self._is_asking = True
             yield from self._send(Link.TARGET, request)
             self._generation.read_round()
             yield from self._prepare_draft()
+        patience_s = self._patience.round_s + ROUND_TOKEN_S * len(self._generation.tokens)
         while self._response is None and self._failure is None:
-            yield from self._wait(None)
+            left = started_at + patience_s - self._clock()
+            if left > 0:
+                yield from self._wait(left)
+            else:
+                details = f"it did not answer a round within {patience_s:g} s"
+                self._failure = Broken(Link.TARGET, grpc.StatusCode.UNAVAILABLE, details)
         failure, self._failure = self._failure, None
+        self._is_asking = False
         self._stats.target_wait_s += self._clock() - started_at
         if self._response is not None:
-            self._stats.target_queue_s += self._response.timing.queue_ms / 1000
-            self._stats.target_forward_s += self._response.timing.forward_ms / 1000
+            self._stats.target_queue_s += seconds_of(self._response.timing.queue_ms)
+            self._stats.target_forward_s += seconds_of(self._response.timing.forward_ms)
             return None
         return failure
 
-    def _pause_after(self, failure: Broken, num_failures: int, last_answer_at: float) -> float:
-        """Return how long to pause before the next try, or raise when there is to be none."""
+    def _pause_after(self, failure: Broken, num_failures: int, failed_at: float) -> float:
+        """Return how long to pause before the next try, or raise when there is to be none.
+
+        `failed_at` is when the first of these failures was.
+        """
+        if failure.reason == MODEL_CHANGED:
+            raise ModelChangedError("the target service has another model than when the text began")
         if failure.code in REFUSALS:
             raise InvalidRequestError(f"the target refused the request: {failure.explained}")
         if failure.is_final:
             raise ServiceFailedError(f"the target failed ({failure.code.name}): {failure.explained}")
         pause = self._patience.pause(num_failures, failure.retry_delay_s, self._jitter())
-        if self._clock() + pause - last_answer_at > self._patience.retry_s:
+        if self._clock() + pause - failed_at > self._patience.retry_s:
+            if failure.reason == OTHER_CACHE:
+                raise ServiceFailedError(f"the target failed again and again: {failure.details}")
             raise ServiceUnavailableError(
                 f"the target did not answer for {self._patience.retry_s:g} s ({failure.code.name}): {failure.details}"
             )
@@ -334,20 +398,28 @@ class Conversation:
         """Wait for the proposals of the next round and return how many it shall have."""
         if not self._speculation.uses_draft or not self._generation.length:
             return 0
-        yield from self._reopen_draft()
         waited_from = self._clock()
         while (yield from self._poll()):
             pass
+        if not self._draft.proposals:  # what there is stays of use, and opening again would void it
+            yield from self._reopen_draft()
         wanted = self._draft.num_wanted
         if len(self._draft.proposals) >= wanted * self._lengths.least_share:
             wanted = min(wanted, len(self._draft.proposals))
+        waited_since = self._clock()  # without what asking the draft for its description took
         while self._is_worth_waiting(wanted):
-            left = waited_from + self._patience.draft_wait_s - self._clock()
+            left = waited_since + self._patience.draft_wait_s - self._clock()
             if left <= 0:
-                self._draft.is_on_trial = True
-                self._stats.num_draft_failures += 1
+                yield from self._on_silent_draft(self._clock() - waited_since)
                 break
             yield from self._wait(left)
+            if not self._draft_is_open:  # it broke meanwhile, and may be back already
+                yield from self._reopen_draft()
+                wanted = self._draft.num_wanted
+        if self._draft_is_open and 0 < wanted <= len(self._draft.proposals):
+            self._num_silences = 0
+            for breaker in (self._breaker, self._own_breaker):
+                breaker.on_success(self._clock())
         self._stats.draft_wait_s += self._clock() - waited_from
         return min(wanted, len(self._draft.proposals))
 
@@ -383,23 +455,61 @@ class Conversation:
 
     def _reopen_draft(self) -> Steps:
         """Open the draft's stream when it is not, and it is time for another try."""
-        if self._draft_is_open or self._clock() < self._draft_retry_at:
+        began_at = self._clock()
+        if self._draft_is_open or not (self._own_breaker.may_ask(began_at) and self._breaker.may_ask(began_at)):
             return
-        self._draft.info = yield Describe()
-        if self._draft.info is None:
-            self._count_draft_failure(None)
+        self._num_noted = self._breaker.num_noted
+        described = yield Describe()
+        self._draft.info = None if isinstance(described, Broken) else described
+        failure = described if isinstance(described, Broken) else self._refused_pair(described)
+        if failure is not None:
+            yield from self._fail_draft(failure, self._clock() - began_at)
         elif self._draft.can_follow:
-            self._draft.is_on_trial = self._draft_failures > 0
-            self._draft_is_open = True
+            self._draft.is_on_trial = not (self._breaker.is_trusted and self._own_breaker.is_trusted)
+            self._draft_is_open, self._draft_has_spoken = True, False
             yield from self._open(Link.DRAFT, self._draft.open())
         else:  # nor will it be able to later; but another may come in its place
-            self._draft_retry_at = self._clock() + self._patience.longest_backoff_s
+            self._own_breaker.rest(self._clock() + self._patience.longest_backoff_s)
+            self._breaker.on_success(self._clock())
 
-    def _count_draft_failure(self, retry_delay_s: float | None) -> None:
+    def _refused_pair(self, info: common_pb2.ModelInfo) -> Broken | None:
+        """Return why a draft that describes itself so cannot be the target's; None when it can."""
+        if not info.vocab_size or not info.context_length:
+            return _failure(BROKE_PROTOCOL, "the draft describes a model without a vocabulary or a context")
+        mismatch = find_mismatch(info, self._generation.target_info)
+        if mismatch and self._speculation.method == "draft":
+            raise IncompatiblePairError(mismatch)
+        return _failure(OTHER_TOKENIZER, mismatch) if mismatch else None
+
+    def _on_silent_draft(self, waited_s: float) -> Steps:
+        """Wait no more for a draft until it speaks, and the second time in a row give its stream up."""
+        failure = _failure(SILENT, f"it proposed too little within {self._patience.draft_wait_s:g} s")
+        self._num_silences += 1
+        if self._num_silences > 1:
+            yield from self._fail_draft(failure, waited_s)
+        else:
+            self._draft.is_on_trial = True
+            self._note_draft_failure(failure, waited_s)
+
+    def _fail_draft(self, failure: Broken, held_up_s: float = 0.0) -> Steps:
+        """Go on without the draft for now. What it has proposed stands, unless it is not to be believed."""
+        if self._speculation.method == "draft":
+            _raise_if_final(failure)
         self._draft_is_open = False
-        self._draft_failures += 1
-        self._stats.num_draft_failures += 1
-        self._draft_retry_at = self._clock() + (retry_delay_s or self._patience.backoff(self._draft_failures))
+        if failure.reason in (BROKE_PROTOCOL, OTHER_CACHE, MODEL_CHANGED):
+            self._draft.void()
+        if failure.reason != SESSION_IDLE or not self._draft_has_spoken:
+            self._note_draft_failure(failure, held_up_s)
+        yield Close(Link.DRAFT)
+
+    def _note_draft_failure(self, failure: Broken, held_up_s: float) -> None:
+        """Count a failure and pause; others of the client do so too where the failure may be theirs as well."""
+        reason = failure.reason or (ENDED if failure.code is grpc.StatusCode.OK else failure.code.name)
+        self._stats.add_draft_failure(reason, failure.details)
+        now, delay_s = self._clock(), self._patience.bounded(failure.retry_delay_s)
+        self._own_breaker.on_failure(now, self._own_breaker.num_noted, held_up_s, delay_s)
+        if failure.code not in OF_ONE_REQUEST and failure.reason not in (MODEL_FAILED, OTHER_CACHE):
+            self._breaker.on_failure(now, self._num_noted, held_up_s, delay_s)
 
     # The draft alone.
 
@@ -419,8 +529,10 @@ class Conversation:
             if not self._draft_is_open:
                 first_failure_at = first_failure_at or self._clock()
                 if self._clock() - first_failure_at > self._patience.retry_s:
-                    raise ServiceUnavailableError(f"the draft did not answer for {self._patience.retry_s:g} s")
-                yield from self._sleep(max(0.0, self._draft_retry_at - self._clock()))
+                    why = self._stats.first_draft_failure
+                    raise ServiceUnavailableError(f"the draft did not answer for {self._patience.retry_s:g} s ({why})")
+                retry_at = max(self._own_breaker.retry_at, self._breaker.retry_at)
+                yield from self._sleep(min(max(0.0, retry_at - self._clock()), self._patience.longest_backoff_s))
                 continue
             first_failure_at = None
             token_ids = [proposal.token_id for proposal in self._draft.proposals]
@@ -455,7 +567,7 @@ class Conversation:
     def _poll(self) -> Steps:
         """Take an event that is there already; return whether there was one."""
         event = yield Wait(0.0)
-        self._take(event)
+        yield from self._take(event)
         return event is not None
 
     def _wait(self, timeout_s: float | None) -> Steps:
@@ -469,9 +581,9 @@ class Conversation:
             if left <= 0:
                 raise DeadlineExceededError("the timeout passed before the text ended")
             timeout_s = left if timeout_s is None else min(left, timeout_s)
-        self._take((yield Wait(timeout_s)))
+        yield from self._take((yield Wait(timeout_s)))
 
-    def _take(self, event: Event | None) -> None:
+    def _take(self, event: Event | None) -> Steps:
         if event is None:
             return
         if isinstance(event, Received):
@@ -479,26 +591,53 @@ class Conversation:
         if event.link is Link.TARGET:
             if isinstance(event, Broken):
                 self._failure = event
+            elif not self._is_asking or self._response is not None:
+                raise ServiceFailedError("the target sent an answer that was not asked for")
             else:
                 self._response = event.message
         else:
-            self._take_draft_event(event)
+            yield from self._take_draft_event(event)
 
-    def _take_draft_event(self, event: Event) -> None:
+    def _take_draft_event(self, event: Event) -> Steps:
         if not self._draft_is_open:
             return  # of a session that has been given up already
+        failure: Broken | None = None
         if isinstance(event, Broken):
-            if event.code in REFUSALS:
-                raise InvalidRequestError(f"the draft refused the request: {event.details}")
-            self._count_draft_failure(event.retry_delay_s)
-            return
-        try:
-            self._draft.on_response(event.message)
-            self._draft_failures = 0
-            num_drafted = len(event.message.proposals)
-            if num_drafted and not event.message.alternatives:  # which the same passes have drafted
-                self._stats.draft_forward_s.append(event.message.timing.forward_ms / 1000 / num_drafted)
-        except CacheMismatchError:
-            self._stats.num_cache_mismatches += 1
-            self._draft.proposals = []
-            self._count_draft_failure(None)
+            failure = event
+        else:
+            try:
+                self._draft.on_response(event.message)
+                self._draft_has_spoken = True
+                self._note_draft_time(event.message)
+            except CacheMismatchError:
+                self._stats.num_cache_mismatches += 1
+                failure = _failure(OTHER_CACHE, "the draft's cache is not that of the text")
+            except ServiceFailedError as error:
+                failure = _failure(BROKE_PROTOCOL, str(error))
+        if failure is not None:
+            yield from self._fail_draft(failure)
+
+    def _note_draft_time(self, response: draft_pb2.ProposeResponse) -> None:
+        num_drafted = len(response.proposals)
+        if num_drafted and not response.alternatives:  # which the same passes have drafted
+            self._stats.draft_forward_s.append(seconds_of(response.timing.forward_ms) / num_drafted)
+
+
+def _failure(reason: str, details: str) -> Broken:
+    """Return a failure of the draft that no stream has reported."""
+    return Broken(Link.DRAFT, grpc.StatusCode.ABORTED, details, reason=reason)
+
+
+def _raise_if_final(failure: Broken) -> None:
+    """Raise what a failure of the draft is to a text that it writes alone, unless it may be over soon."""
+    if failure.reason == BROKE_PROTOCOL:
+        raise ServiceFailedError(failure.details)
+    if failure.reason == MODEL_CHANGED:
+        raise ModelChangedError("the draft service has another model than when the text began")
+    if failure.code in REFUSALS:
+        raise ServiceFailedError(f"the draft refused the request ({failure.code.name}): {failure.details}")
+
+
+def seconds_of(milliseconds: float) -> float:
+    """Return in seconds what a service says it took; 0 for what is no time."""
+    return max(milliseconds / 1000, 0.0) if math.isfinite(milliseconds) else 0.0

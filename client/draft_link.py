@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from client.acceptance import InvalidProposalError, Proposal
+from client.acceptance import Proposal
 from client.errors import ServiceFailedError
 from outrider import wire
-from outrider.errors import InvalidArgumentError
 from outrider.v1 import common_pb2, draft_pb2
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class DraftLink:
         self._alternatives: dict[tuple[int, int], draft_pb2.Alternative] = {}  # by position and token
         self._overruled_at = -1  # position at which a token contradicted a proposal, while alternatives to it may come
         self._commit_starts: list[int] = []  # first positions of the commits sent, from the first on, ascending
+        self._last_applied = 0  # the commit that the last response named
+        self._end: float = math.inf  # no window of the session reached further
+        self._credit = math.inf  # what may still come: each message, proposal and alternative counts
 
     def open(self) -> draft_pb2.ProposeRequest:
         """Return the message that opens a session with all committed tokens; what was proposed before is void."""
@@ -49,31 +53,28 @@ class DraftLink:
         self._alternatives, self._overruled_at = {}, -1
         self._valid_from = 0
         self._commit_starts.clear()
+        self._last_applied, self._credit = 0, 0.0
         self._told = len(generation.tokens)
+        self._end = self._window()
+        self._grant(self._told)
         target = generation.target_info
         return draft_pb2.ProposeRequest(
             open=draft_pb2.OpenProposals(
                 sampling=wire.warping_to_proto(generation.warping, speculation.is_coupled),
                 seed=generation.seed,
                 committed=generation.span_from(0),
-                window=self._window(),
+                window=self._end,
                 vocab_size=min(self.info.vocab_size, target.vocab_size),
                 greedy=speculation.greedy_draft,
-                max_support=self._max_support(),
+                max_support=self._most_support(),
                 min_draft_prob=self._min_draft_prob,
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
                 batch_until=self._batch_until(),
                 branch=generation.branch,
-                max_alternatives=speculation.max_alternatives(generation.warping.is_greedy, self._overlaps),
+                max_alternatives=self._max_alternatives,
+                model_identity=self.info.identity,
             )
         )
-
-    def _max_support(self) -> int:
-        """Return the most tokens of a support that draft and target both take; 0 where neither has a limit."""
-        assert self.info is not None
-        wanted = self._generation.speculation.max_support or self.info.limits.max_support
-        limit = self._generation.target_info.limits.max_support
-        return min(wanted, limit) if wanted and limit else wanted
 
     @property
     def _commit_index(self) -> int:
@@ -92,12 +93,15 @@ class DraftLink:
         self.has_stopped, self._alternatives = False, {}
         self._commit_starts.append(self._told)
         span = self._generation.span_from(self._told)
+        window = self._window()
+        self._end = max(self._end, window)
+        self._grant(self._told)
         self._told = len(self._generation.tokens)
         return draft_pb2.ProposeRequest(
             commit=draft_pb2.Commit(
                 commit_index=self._commit_index,
                 span=span,
-                window=self._window(),
+                window=window,
                 batch_until=self._batch_until(),
                 branch=self._generation.branch,
             )
@@ -128,11 +132,55 @@ class DraftLink:
             CacheMismatchError: the draft's cache is not that of these tokens.
             ServiceFailedError: the response breaks the protocol.
         """
+        self._check(response)
         self.is_on_trial = False  # it speaks, even if what it says is void by now
         if response.commit_index >= self._valid_from:
             self._take_proposals(response)
         for alternative in response.alternatives:
             self._take_alternative(alternative, response.commit_index)
+
+    def _check(self, response: draft_pb2.ProposeResponse) -> None:
+        """Raise ServiceFailedError for what cannot come from a draft that keeps the protocol, void or not.
+
+        What is not refused here is used only if it agrees with what is committed. So memory and time that a draft can
+        take are bounded by what it was asked for.
+        """
+        if not self._last_applied <= response.commit_index <= self._commit_index:
+            raise ServiceFailedError(f"the draft named commit {response.commit_index}, which it cannot have applied")
+        self._last_applied = response.commit_index
+        lengths = [1 + len(alternative.proposals) for alternative in response.alternatives]
+        self._credit -= 1 + len(response.proposals) + sum(lengths)
+        if self._credit < 0:
+            raise ServiceFailedError("the draft sent more than it was asked for")
+        ends = [it.position + length for it, length in zip(response.alternatives, lengths, strict=True)]
+        if response.proposals:
+            ends.append(response.start_position + len(response.proposals))
+        if max(ends, default=0) > self._end:
+            raise ServiceFailedError(f"the draft proposed for position {max(ends) - 1}, beyond its window")
+        for alternative in response.alternatives:
+            self._check_proposals(alternative.proposals)
+
+    def _check_proposals(self, messages: Sequence[draft_pb2.Proposal]) -> None:
+        generation = self._generation
+        info, is_coupled = generation.target_info, generation.speculation.is_coupled
+        for message in messages:
+            check_proposal(message, info.vocab_size, info.limits.max_support or info.vocab_size, is_coupled)
+
+    def _grant(self, start: int) -> None:
+        """Allow for all that may come of a message to the draft that lets it propose from a position on."""
+        num_tokens = self._end - start
+        self._credit += 2 + 2 * num_tokens + self._max_alternatives * (2 + num_tokens)
+
+    @property
+    def _max_alternatives(self) -> int:
+        generation = self._generation
+        return generation.speculation.max_alternatives(generation.warping.is_greedy, self._overlaps)
+
+    def _most_support(self) -> int:
+        """Return the most tokens in a support that the caller wants and both services take; 0 where nobody says."""
+        assert self.info is not None
+        limits = (it.limits.max_support for it in (self.info, self._generation.target_info))
+        return min(filter(None, (self._generation.speculation.max_support, *limits)), default=0)
 
     @property
     def num_wanted(self) -> int:
@@ -173,9 +221,7 @@ class DraftLink:
         generation = self._generation
         if position != len(generation.tokens) + len(self.proposals):
             raise ServiceFailedError(f"the draft proposed for position {position}, out of order")
-        for message in messages:
-            if message.token_id >= generation.target_info.vocab_size:
-                raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
+        self._check_proposals(messages)
         self.proposals += messages
 
     def _take_alternative(self, alternative: draft_pb2.Alternative, commit_index: int) -> None:
@@ -240,18 +286,41 @@ class DraftLink:
         return max(end, len(generation.tokens))
 
 
-def read_proposals(messages: Sequence[draft_pb2.Proposal], vocab_size: int, is_coupled: bool) -> list[Proposal]:
-    """Return proposals with the distributions that they were drawn from.
+def check_proposal(message: draft_pb2.Proposal, vocab_size: int, most_support: int, is_coupled: bool) -> None:
+    """Refuse a proposal that the target would refuse, or that cannot have been drawn from what came with it.
+
+    Args:
+        vocab_size: the target's.
+        most_support: tokens in a support that the target takes.
+        is_coupled: the token comes alone.
 
     Raises:
-        ServiceFailedError: one cannot have been drawn so.
+        ServiceFailedError: it is no proposal.
     """
-    try:
-        if is_coupled:
-            return [Proposal.of_token(it.token_id) for it in messages]
-        return [_proposal_from_proto(it, vocab_size) for it in messages]
-    except (InvalidArgumentError, InvalidProposalError) as error:
-        raise ServiceFailedError(f"the draft sent a proposal that is none: {error}") from error
+    if message.token_id >= vocab_size:
+        raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
+    gaps, weights = message.support_gaps, message.support_weights
+    if is_coupled:
+        if gaps or weights:
+            raise ServiceFailedError("the draft sent a support where it shares its noise, and tokens come alone")
+        return
+    if not 0 < len(gaps) == len(weights):
+        raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens with {len(weights)} weights")
+    if len(gaps) > most_support:
+        raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens: the target takes {most_support}")
+    if sum(gaps) + len(gaps) > vocab_size:
+        raise ServiceFailedError("the draft sent a support with a token that the target does not have")
+    if not min(weights):
+        raise ServiceFailedError("the draft sent a support with a weight of 0")
+    if message.token_id + 1 not in accumulate(gap + 1 for gap in gaps):
+        raise ServiceFailedError(f"the draft sent token {message.token_id} with a support that does not hold it")
+
+
+def read_proposals(messages: Sequence[draft_pb2.Proposal], vocab_size: int, is_coupled: bool) -> list[Proposal]:
+    """Return proposals that have been checked, with the distributions that they were drawn from."""
+    if is_coupled:
+        return [Proposal.of_token(it.token_id) for it in messages]
+    return [_proposal_from_proto(it, vocab_size) for it in messages]
 
 
 def _proposal_from_proto(message: draft_pb2.Proposal, vocab_size: int) -> Proposal:

@@ -2,7 +2,8 @@
 
 OutriderError                  base; `partial` holds what had been generated, or None
 ├── InvalidRequestError        an argument is wrong, or a service refused a field; also a ValueError
-├── IncompatiblePairError      draft and target have different tokenizers
+├── IncompatiblePairError      draft and target have different tokenizers, and the draft was to write alone
+├── ModelChangedError          a service was given another model in the middle of the text
 ├── ServiceUnavailableError    the target did not answer within the retry time
 ├── DeadlineExceededError      the call's own timeout passed; also a TimeoutError
 ├── ClientClosedError          the client was closed before or during the call
@@ -31,6 +32,10 @@ class InvalidRequestError(OutriderError, ValueError):
 
 class IncompatiblePairError(OutriderError):
     """Draft and target do not have the same tokenizer."""
+
+
+class ModelChangedError(OutriderError):
+    """A service has another model than the one that the text was begun with; ask again for a text of the new one."""
 
 
 class ServiceUnavailableError(OutriderError):

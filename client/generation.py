@@ -9,7 +9,6 @@ always pending: it is in neither cache until the round after it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from client.acceptance import Decision, Proposal, TargetRow, decide, decide_block, decide_coupled
@@ -23,6 +22,8 @@ from outrider.rng import AddressedUniforms, Purpose
 from outrider.tokens import TokenLog, extend_digest
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from outrider.warping import Warping
+
+MASS_SLACK = 2.0**-10  # of a row: logits become probabilities in float32
 
 
 class Generation:
@@ -68,6 +69,7 @@ class Generation:
                 sampling=wire.warping_to_proto(self.warping, self.speculation.is_coupled),
                 seed=self.seed,
                 committed=self.span_from(0),
+                model_identity=self.target_info.identity,
             )
         )
 
@@ -94,9 +96,6 @@ class Generation:
         """Return the proposals of the present round with their distributions, which are read once.
 
         The request needs none of it, so that this can be done while the target is at work.
-
-        Raises:
-            ServiceFailedError: a proposal breaks the protocol.
         """
         if self._read is None:
             self._read = read_proposals(self._in_round, self.target_info.vocab_size, self.speculation.is_coupled)
@@ -110,10 +109,16 @@ class Generation:
             ServiceFailedError: the response breaks the protocol.
         """
         proposals = self.read_round()
-        if response.round_index != self._round_index or len(response.rows) != max(1, len(proposals)):
-            raise ServiceFailedError(f"the target answered round {self._round_index} with what is no answer to it")
+        if response.round_index != self._round_index:
+            raise ServiceFailedError(f"the target answered round {response.round_index} instead of {self._round_index}")
+        if len(response.rows) != max(1, len(proposals)):
+            raise ServiceFailedError(
+                f"the target answered with {len(response.rows)} rows for {len(proposals)} proposals"
+            )
         self.check_cache(response.cache, [proposal.token_id for proposal in proposals])
         rows, first = _rows_from_proto(response.rows, proposals), len(self.tokens)
+        for index, row in enumerate(rows):
+            self._check_row(row, index)
         if self.speculation.is_coupled:
             return decide_coupled(proposals, rows)
         positions = range(first, first + len(proposals))
@@ -121,6 +126,20 @@ class Generation:
         if self.speculation.acceptance == "block":
             return decide_block(proposals, rows, self._accept.at(first), residual_uniforms)
         return decide(proposals, rows, [self._accept.at(position) for position in positions], residual_uniforms)
+
+    def _check_row(self, row: TargetRow, index: int) -> None:
+        """Raise ServiceFailedError for a row that is no distribution over the target's own vocabulary."""
+        if not 0 <= row.outside_mass <= 1 + MASS_SLACK:  # neither is NaN
+            raise ServiceFailedError(f"the target sent rows[{index}].outside_mass {row.outside_mass}, which is none")
+        mass = float(row.probs.sum()) + row.outside_mass
+        if mass > 1 + MASS_SLACK or (mass < 1 - MASS_SLACK and not self.speculation.is_coupled):
+            raise ServiceFailedError(f"the target sent rows[{index}] with a mass of {mass:g}, where it is 1")
+        has_choice = row.outside_mass > 0 or self.speculation.is_coupled
+        if has_choice and row.outside_token_id >= self.target_info.vocab_size:
+            raise ServiceFailedError(
+                f"the target sent token {row.outside_token_id} in rows[{index}]: its vocabulary has "
+                f"{self.target_info.vocab_size} ids"
+            )
 
     def commit_round(self, decision: Decision, num_kept: int) -> None:
         """Commit the first `num_kept` tokens of a decision and count them; the rest lies behind the end of the text."""
@@ -191,9 +210,12 @@ def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[P
         raise ServiceFailedError(f"the target sent a row that is none: {error}") from error
     if [len(row_probs) for row_probs in probs] != sizes:
         raise ServiceFailedError("the target sent a row of another length than the support")
-    if not all(math.isfinite(row.outside_mass) for row in rows):
-        raise ServiceFailedError("the target sent an outside mass that is no number")
     return [
-        TargetRow(row_probs, row.outside_mass, row.outside_token_id, row.outside_token_prob or None)
+        TargetRow(row_probs, row.outside_mass, row.outside_token_id, _known_prob(row.outside_token_prob))
         for row_probs, row in zip(probs, rows, strict=True)
     ]
+
+
+def _known_prob(prob: float) -> float | None:
+    """Return a probability that the target tells beside what decides; None where it tells none."""
+    return min(prob, 1.0) if prob > 0 else None  # neither is NaN

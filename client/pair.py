@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from client.errors import ServiceFailedError
 from outrider.v1 import common_pb2
 
 _BLOCK = 1024  # ids under one digest; TokenizerFingerprint in common.proto
@@ -37,6 +38,23 @@ def _plain(value: Any, is_repeated: bool) -> Any:
     if is_repeated:
         return [_plain(element, False) for element in value]
     return as_plain_dict(value) if isinstance(value, Message) else value
+
+
+def check_model(info: common_pb2.ModelInfo) -> None:
+    """Refuse what a target says of itself and cannot be.
+
+    Raises:
+        ServiceFailedError: the message says what it is.
+    """
+    absurd = None
+    if not info.vocab_size or not info.context_length:
+        absurd = f"a vocabulary of {info.vocab_size} ids and a context of {info.context_length} tokens"
+    elif max(info.eos_token_ids, default=0) >= info.vocab_size:
+        absurd = f"an end-of-sequence id {max(info.eos_token_ids)} in a vocabulary of {info.vocab_size} ids"
+    elif info.tokenizer.num_pieces > info.vocab_size:
+        absurd = f"a tokenizer of {info.tokenizer.num_pieces} pieces for a vocabulary of {info.vocab_size} ids"
+    if absurd:
+        raise ServiceFailedError(f"the target describes a model with {absurd}: is this a target service of Outrider?")
 
 
 def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> str | None:

@@ -63,11 +63,21 @@ class GenerationStats:
     num_bytes_sent: int = 0
     num_bytes_received: int = 0
     num_rounds_without_draft: int = 0  # of a speculative generation
-    num_draft_failures: int = 0
+    draft_failures: dict[str, int] = field(default_factory=dict)  # how often the draft failed, by reason
+    first_draft_failure: str = ""  # in words
     num_target_retries: int = 0
     num_cache_mismatches: int = 0
     rounds: list[RoundStats] = field(default_factory=list)
     draft_forward_s: list[float] = field(default_factory=list)  # of one token, a mean over a message of proposals alone
+
+    @property
+    def num_draft_failures(self) -> int:
+        return sum(self.draft_failures.values())
+
+    def add_draft_failure(self, reason: str, details: str) -> None:
+        """Count a failure of the draft."""
+        self.draft_failures[reason] = self.draft_failures.get(reason, 0) + 1
+        self.first_draft_failure = self.first_draft_failure or f"{reason}: {details}"
 
     @property
     def acceptance_rate(self) -> float:
@@ -100,7 +110,14 @@ class GenerationStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Return every counter and every derived figure, for JSON; single rounds and messages are left out."""
-        derived = ("acceptance_rate", "mean_acceptance_length", "acceptance_per_position", "client_s", "tokens_per_s")
+        derived = (
+            "num_draft_failures",
+            "acceptance_rate",
+            "mean_acceptance_length",
+            "acceptance_per_position",
+            "client_s",
+            "tokens_per_s",
+        )
         counted = {name: value for name, value in asdict(self).items() if name not in ("rounds", "draft_forward_s")}
         return counted | {name: getattr(self, name) for name in derived}
 

@@ -15,6 +15,7 @@ import grpc
 
 from client.connection import (
     CLOSED,
+    MOST_UNREAD,
     OTHERS_ASKED,
     Connection,
     ConnectionSettings,
@@ -24,14 +25,27 @@ from client.connection import (
     before_the_text,
     begin_conversation,
     broken,
-    check_pair,
+    check_same_prompt,
     deadline_after,
     left_until,
+    time_for_draft,
 )
 from client.controller import PairSpeeds
-from client.conversation import Broken, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
-from client.errors import ClientClosedError, OutriderError
-from client.pair import PairInfo
+from client.conversation import (
+    Broken,
+    Close,
+    Conversation,
+    Describe,
+    Event,
+    Link,
+    Open,
+    Patience,
+    Received,
+    Send,
+    Wait,
+)
+from client.errors import ClientClosedError, ModelChangedError, OutriderError
+from client.pair import PairInfo, check_model
 from client.params import SamplingParams
 from client.results import Chunk, GenerationResult
 from client.text import TargetTokenizer
@@ -58,6 +72,7 @@ class SpeculativeClient:
         """
         self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
         self._speeds = PairSpeeds()
+        self._breaker = self._settings.patience.breaker()
         self._connection: Connection | None = None  # made at first use
         self._closing = threading.Event()
         self._transports: WeakSet[_Transport] = WeakSet()  # of generations that may have to be told of the end
@@ -121,8 +136,19 @@ class SpeculativeClient:
         deadline = deadline_after(timeout)
         with before_the_text(sampling):
             target = self._described_target(deadline)
-        conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, deadline)
-        return GenerationStream(conversation, _Transport(self, target.info, deadline))
+
+        def begin(its_target: Target) -> _Run:
+            arguments = (its_target, prompt, sampling, speculation, deadline, self._breaker)
+            return begin_conversation(self._settings, self._speeds, *arguments), _Transport(self, deadline)
+
+        def begin_again(error: ModelChangedError) -> _Run:
+            self._forget(target)
+            with before_the_text(sampling):
+                now = self._described_target(deadline)
+            check_same_prompt(prompt, error, target, now)
+            return begin(now)
+
+        return GenerationStream(begin(target), begin_again)
 
     def info(self) -> PairInfo:
         """Return what both services say of themselves now.
@@ -178,9 +204,16 @@ class SpeculativeClient:
         with self._only_one_describing(Retrying(self._settings, deadline)):
             if self._target is None:
                 pair = self._ask_pair(deadline)
+                check_model(pair.target)
                 tokenizer = self._fetch_tokenizer(deadline) if pair.target.HasField("tokenizer") else None
                 self._target, self._draft_info = Target(pair.target, tokenizer), pair.draft
             return self._target
+
+    def _forget(self, target: Target) -> None:
+        """Have the next text begin with what the services are by then."""
+        with self._guard:
+            if self._target is target:
+                self._target, self._draft_info, self._speeds = None, None, PairSpeeds()
 
     @contextmanager
     def _only_one_describing(self, retrying: Retrying) -> Iterator[None]:
@@ -197,8 +230,10 @@ class SpeculativeClient:
     def _ask_pair(self, deadline: float | None) -> PairInfo:
         request = target_pb2.TargetServiceGetModelInfoRequest()
         target = self._ask_target(lambda stub, left_s: stub.GetModelInfo(request, timeout=left_s), deadline)
-        draft = self._describe_draft(deadline)
-        return PairInfo(target.model, target.stats, draft.model if draft else None, draft.stats if draft else None)
+        draft = self._describe_draft(deadline) if self._settings.draft is not None else None
+        if draft is None or isinstance(draft, Broken):
+            return PairInfo(target.model, target.stats, None, None)
+        return PairInfo(target.model, target.stats, draft.model, draft.stats)
 
     def _fetch_tokenizer(self, deadline: float | None) -> TargetTokenizer:
         request = target_pb2.GetTokenizerRequest()
@@ -224,19 +259,18 @@ class SpeculativeClient:
             except grpc.RpcError as error:
                 self._closing.wait(retrying.pause_after(error))
 
-    def _describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | None:
+    def _describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
+        request, left_s = draft_pb2.DraftServiceGetModelInfoRequest(), time_for_draft(self._settings, deadline)
+        num_noted, began_at = self._breaker.num_noted, time.monotonic()
         with self._calling() as connection:
-            if connection.draft is None:
-                return None
-            request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.patience.describe_draft_s
-            left_s = left_until(deadline)
+            assert connection.draft is not None
             try:
-                return connection.draft.GetModelInfo(
-                    request, timeout=timeout if left_s is None else min(timeout, left_s)
-                )
-            except grpc.RpcError:
+                return connection.draft.GetModelInfo(request, timeout=left_s)
+            except grpc.RpcError as error:
                 self._connected()
-                return None
+                now = time.monotonic()
+                self._breaker.on_failure(now, num_noted, held_up_s=now - began_at)
+                return broken(Link.DRAFT, error)
 
 
 class GenerationStream(Iterator[Chunk]):
@@ -245,8 +279,9 @@ class GenerationStream(Iterator[Chunk]):
     Stopping early is allowed: close it, or let it go, and the services stop working on it.
     """
 
-    def __init__(self, conversation: Conversation, transport: _Transport):
-        self._chunks = self._run(conversation, transport)
+    def __init__(self, run: _Run, begin_again: Callable[[ModelChangedError], _Run]):
+        """`begin_again` returns another run of the text for a target that turns out to be another, or raises."""
+        self._chunks = self._run(run, begin_again)
         self._result: GenerationResult | None = None
 
     def __iter__(self) -> GenerationStream:
@@ -266,7 +301,13 @@ class GenerationStream(Iterator[Chunk]):
             raise RuntimeError("the generation has not finished: take all chunks first")
         return self._result
 
-    def _run(self, conversation: Conversation, transport: _Transport) -> Generator[Chunk, None, None]:
+    def _run(self, run: _Run, begin_again: Callable[[ModelChangedError], _Run]) -> Generator[Chunk, None, None]:
+        try:
+            yield from self._carry_out(*run)
+        except ModelChangedError as error:
+            yield from self._carry_out(*begin_again(error))
+
+    def _carry_out(self, conversation: Conversation, transport: _Transport) -> Generator[Chunk, None, None]:
         steps, answer = conversation.run(), None
         try:
             while True:
@@ -285,11 +326,15 @@ class GenerationStream(Iterator[Chunk]):
             transport.close()
 
 
+_Run = tuple[Conversation, "_Transport"]  # of one text
+
+
 class _Stream:
     """One bidirectional call: a queue of what is to be sent, and a thread that reads."""
 
     def __init__(self, link: Link, method, first_message: Any, events: queue.SimpleQueue, timeout: float | None):
         self._link, self._events = link, events
+        self._unread = threading.Semaphore(MOST_UNREAD)
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outgoing.put(first_message)
         self._call = method(iter(self._outgoing.get, None), timeout=timeout)
@@ -301,11 +346,17 @@ class _Stream:
     def close(self) -> None:
         self._outgoing.put(None)
         self._call.cancel()
+        self.on_read()  # by nobody; lets the reader see that the call is over
+
+    def on_read(self) -> None:
+        """Note that an event has been taken, so that the reader may go on."""
+        self._unread.release()
 
     def _read(self) -> None:
         try:
             for message in self._call:
                 self._events.put((self, Received(self._link, message)))
+                self._unread.acquire()
             self._events.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
             self._events.put((self, broken(self._link, error)))
@@ -314,8 +365,8 @@ class _Stream:
 class _Transport:
     """Carries out the effects of one conversation."""
 
-    def __init__(self, client: SpeculativeClient, target_info: common_pb2.ModelInfo, deadline: float | None):
-        self._client, self._target_info, self._deadline = client, target_info, deadline
+    def __init__(self, client: SpeculativeClient, deadline: float | None):
+        self._client, self._deadline = client, deadline
         self._streams: dict[Link, _Stream] = {}
         self._events: queue.SimpleQueue[tuple[_Stream, Event] | None] = queue.SimpleQueue()
         client._add(self)
@@ -328,6 +379,10 @@ class _Transport:
                     self._streams[link] = self._open(link, connection, message)
             case Send(link, message):
                 self._streams[link].send(message)
+            case Close(link):
+                self._close(link)
+                if link is Link.DRAFT:
+                    self._client._draft_info = None
             case Wait(timeout_s):
                 return self._next_event(timeout_s)
             case Describe():
@@ -364,16 +419,17 @@ class _Transport:
             if item is None:
                 return None
             stream, event = item
+            stream.on_read()
             if stream in self._streams.values():
                 if isinstance(event, Broken) and event.link is Link.DRAFT:
                     self._client._draft_info = None
                 return event
 
-    def _describe(self) -> common_pb2.ModelInfo | None:
-        client, info = self._client, self._client._draft_info
+    def _describe(self) -> common_pb2.ModelInfo | Broken:
+        info = self._client._draft_info
         if info is None:
-            description = client._describe_draft(self._deadline)
-            info = client._draft_info = description.model if description else None
-        if info is not None:
-            check_pair(info, self._target_info)
+            description = self._client._describe_draft(self._deadline)
+            if isinstance(description, Broken):
+                return description
+            info = self._client._draft_info = description.model
         return info

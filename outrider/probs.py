@@ -197,8 +197,9 @@ def draft_tokens(
     parts = _alike([(it.has_filters, most > MOST_SUPPORT) for it, most in zip(warpings, max_supports, strict=True)])
     drafts: dict[int, Draft | None] = {}
     for indices in parts:
-        chosen = (_chosen(its, indices) for its in (warpings, max_supports, numbers))
-        drafts |= zip(indices, _draft_alike(_rows_at(logits, indices), *chosen, num_others), strict=True)
+        its_warpings, limits, its_numbers = (_chosen(its, indices) for its in (warpings, max_supports, numbers))
+        its_drafts = _draft_alike(_rows_at(logits, indices), its_warpings, limits, its_numbers, num_others)
+        drafts |= zip(indices, its_drafts, strict=True)
     return [drafts[index] for index in range(len(warpings))]
 
 

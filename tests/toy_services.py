@@ -23,8 +23,7 @@ import torch
 
 from client.acceptance import Proposal, TargetRow, decide
 from client.controller import FixedLength
-from client.conversation import Broken, Conversation, Describe, Link, Open, Patience, Received, Send, Wait
-from client.errors import OutriderError
+from client.conversation import Broken, Close, Conversation, Describe, Link, Open, Patience, Received, Send, Wait
 from client.generation import Generation
 from client.params import SamplingParams, SpeculationParams
 from client.results import Chunk, GenerationResult
@@ -39,6 +38,7 @@ from outrider.scales import WEIGHT_UNIT, round_down
 from outrider.tokens import TokenLog
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
+LONGEST_WAIT_S = 55.0  # of what is not for the target: Patience.round_s
 VOCAB_SIZE = 9
 CONTEXT_LENGTH = 200
 NUM_PREFIX_CLASSES = 512
@@ -276,7 +276,7 @@ class World:
             seed: of the order in which things happen.
             draft_speed: how eager the draft is, 1 being that of everything else that could happen.
             latency: the chance that a poll finds nothing although something is on its way.
-            impatience: the chance that a wait for a time runs out although something is on its way.
+            impatience: the chance that a wait for the draft runs out although something is on its way.
         """
         self._random = Random(seed)
         self._draft_speed, self._latency, self._impatience = draft_speed, latency, impatience
@@ -285,7 +285,7 @@ class World:
         self.num_opened = dict.fromkeys(Link, 0)
         self.num_timeouts = 0
         self.draft_info: common_pb2.ModelInfo | None = model_info()
-        self.draft_is_frozen = False
+        self.draft_is_frozen = self.target_may_hang = False
         self.num_proposals_at: dict[int, int] = {}  # of the rounds that reached the target, by their first position
         self.on_arrival: Callable[[Stream, Any], None] = lambda stream, message: None
         self.on_response: Callable[[Stream, Any], None] = lambda stream, message: None
@@ -309,21 +309,23 @@ class World:
                     self.streams[link] = Stream(link, deque([message]))
                     self.num_opened[link] += 1
                 case Send(link, message):
-                    if not self.streams[link].is_dead:
+                    if link in self.streams and not self.streams[link].is_dead:
                         self.streams[link].to_service.append(message)
+                case Close(link):
+                    self.streams.pop(link, None)
                 case Wait(timeout_s):
                     answer = self._wait(timeout_s)
                 case Describe():
-                    if isinstance(self.draft_info, OutriderError):
-                        steps.throw(self.draft_info)
-                    answer = self.draft_info
+                    nobody = Broken(Link.DRAFT, grpc.StatusCode.UNAVAILABLE, "nobody is there")
+                    answer = nobody if self.draft_info is None else self.draft_info
 
     def _wait(self, timeout_s: float | None) -> Received | Broken | None:
         """Let things happen until one of them is an event."""
         self.on_wait()
         if timeout_s == 0 and self._random.random() < self._latency:
             return None
-        is_over = bool(timeout_s) and self._random.random() < self._impatience
+        is_for_target = timeout_s is not None and timeout_s > LONGEST_WAIT_S
+        is_over = bool(timeout_s) and not is_for_target and self._random.random() < self._impatience
         while not is_over:
             actions = list(self._actions(arrivals_only=timeout_s == 0))
             if not actions:
@@ -332,7 +334,8 @@ class World:
             event = self._random.choices(actions, weights)[0][1]()
             if event is not None:
                 return event
-        assert timeout_s is not None, "deadlock: the conversation waits for what never comes"
+        assert not is_for_target or self.target_may_hang, "deadlock: the conversation waits for what never comes"
+        assert timeout_s is not None
         self.now += timeout_s
         self.num_timeouts += timeout_s > 0
         return None
@@ -394,7 +397,11 @@ def _follows(earlier: draft_pb2.ProposeResponse, later: draft_pb2.ProposeRespons
 
 
 def model_info(context_length: int = CONTEXT_LENGTH, vocab_size: int = VOCAB_SIZE) -> common_pb2.ModelInfo:
-    return common_pb2.ModelInfo(model_id="toy", vocab_size=vocab_size, context_length=context_length)
+    """Return what a toy says of itself; all have one tokenizer."""
+    tokenizer = common_pb2.TokenizerFingerprint(num_pieces=2, block_digests=[1])
+    return common_pb2.ModelInfo(
+        model_id="toy", vocab_size=vocab_size, context_length=context_length, tokenizer=tokenizer
+    )
 
 
 PROMPT_IDS = (3, 1, 4)
@@ -412,6 +419,7 @@ def make_conversation(
     context_length: int = CONTEXT_LENGTH,
     lengths: Any = None,
     jitter: float = 0.0,
+    breaker: Any = None,
     **speculation: Any,
 ) -> Conversation:
     """Return a conversation as client.connection makes it, on the world's clock; `lengths` chooses K, 5 by default.
@@ -428,7 +436,16 @@ def make_conversation(
     if lengths is None:
         lengths = FixedLength(params.num_speculative_tokens if isinstance(params.num_speculative_tokens, int) else 5)
     return Conversation(
-        generation, text, params, lengths, seed, patience or Patience(), lambda: world.now, deadline, lambda: jitter
+        generation,
+        text,
+        params,
+        lengths,
+        seed,
+        patience or Patience(),
+        lambda: world.now,
+        deadline,
+        lambda: jitter,
+        breaker,
     )
 
 

@@ -8,6 +8,7 @@ import click
 
 from client.commands.generate import summary, write
 from client.commands.options import (
+    DraftNotice,
     addresses,
     err,
     out,
@@ -33,10 +34,12 @@ def chat(system: str | None, plain: bool, **values: Any) -> None:
     sampling, speculation = sampling_of(values), speculation_of(values)
     with SpeculativeClient(values["target"], values["draft"]) as client:
         conversation = _PlainText(client) if plain else _Messages(client, system)
+        notice = DraftNotice(values["draft"])
         while line := _read_line():
             prompt = conversation.prompt(line)
             result = write(client, prompt, sampling, out.is_terminal, **speculation)
             conversation.remember(result.text)
+            notice.say(result.stats)
             err.print(summary(result.stats), style="dim")
 
 

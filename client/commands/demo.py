@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from client.bench.grid import make_grid
-from client.bench.samples import Settings
-from client.bench.summary import Row, summarise
+from client.bench.samples import Sample, Settings
+from client.bench.summary import summarise
 from client.bench.tables import speed_table
 from client.commands.bench.options import NumberList
 from client.commands.bench.running import measure_grid
 from client.commands.generate import write
 from client.commands.local_pair import local_pair
-from client.commands.options import DRAFTED_STYLE, TARGET_STYLE, as_json, out, print_json, shows_errors
+from client.commands.options import DRAFTED_STYLE, TARGET_STYLE, DraftNotice, as_json, out, print_json, shows_errors
 from client.params import SamplingParams
 from client.results import GenerationResult
 from client.sync import SpeculativeClient
@@ -51,7 +51,12 @@ def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) ->
     models = values["draft_model"], values["target_model"]
     with local_pair(*models, values["threads"]) as pair, SpeculativeClient(pair.target, pair.draft) as client:
         texts = [_show(client, prompt, value, values, quiet=as_json) for value in temperature]
-        rows = _measure(client, prompt, temperature, values)
+        samples, vocab_size = _measure(client, prompt, temperature, values)
+        notice = DraftNotice(pair.draft)
+        for sample in samples:
+            if sample.stats:
+                notice.say(sample.stats)
+    rows = summarise(samples, vocab_size)
     if as_json:
         print_json({"texts": texts, "summary": [row.as_dict() for row in rows]})
         return
@@ -88,9 +93,12 @@ def _compare(alone: GenerationResult, together: GenerationResult, temperature: f
         out.print("The two texts differ: two tokens were equally likely up to rounding.", style="bold red")
 
 
-def _measure(client: SpeculativeClient, prompt: str, temperatures: list[float], values: dict[str, Any]) -> list[Row]:
+def _measure(
+    client: SpeculativeClient, prompt: str, temperatures: list[float], values: dict[str, Any]
+) -> tuple[list[Sample], int]:
+    """Return the samples, and the size of the target's vocabulary."""
     grid = make_grid(("autoregressive", "speculative"), temperatures, [values["num_speculative_tokens"]])
     settings = Settings(max_new_tokens=values["max_new_tokens"], repetitions=values["repetitions"], seed=values["seed"])
     vocab_size = client.info().target.vocab_size
     prompt_ids = prompt_to_ids(prompt, client.tokenizer, vocab_size)
-    return summarise(measure_grid(client, [prompt_ids], grid, settings), vocab_size)
+    return measure_grid(client, [prompt_ids], grid, settings), vocab_size

@@ -10,6 +10,7 @@ from rich.text import Text
 from client.commands.options import (
     DRAFTED_STYLE,
     TARGET_STYLE,
+    DraftNotice,
     addresses,
     as_json,
     err,
@@ -43,10 +44,14 @@ def generate(prompt: str, **values: Any) -> None:
     sampling, speculation = sampling_of(values), speculation_of(values)
     with SpeculativeClient(values["target"], values["draft"]) as client:
         given = parse_token_ids(prompt) if values["token_ids"] else prompt
+        notice = DraftNotice(values["draft"])
         if values["as_json"]:
-            print_json(client.generate(given, sampling, timeout=values["timeout"], **speculation).as_dict())
+            result = client.generate(given, sampling, timeout=values["timeout"], **speculation)
+            notice.say(result.stats)
+            print_json(result.as_dict())
             return
         result = write(client, given, sampling, out.is_terminal, timeout=values["timeout"], **speculation)
+    notice.say(result.stats)
     err.print(summary(result.stats), style="dim")
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from client.errors import OutriderError
 from client.params import ACCEPTANCES, AUTO, COUPLINGS, METHODS, SamplingParams
+from client.results import GenerationStats
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -134,6 +135,20 @@ def shows_errors(command: Callable) -> Callable:
             raise click.ClickException(str(error)) from error
 
     return wrapped
+
+
+class DraftNotice:
+    """Says on standard error that the draft failed: once, with the first reason."""
+
+    def __init__(self, draft: str):
+        self._draft, self._is_said = draft, False
+
+    def say(self, stats: GenerationStats) -> None:
+        """Look at what a text went through."""
+        if stats.first_draft_failure and not self._is_said:
+            self._is_said = True
+            first = stats.first_draft_failure
+            click.echo(f"the draft at {self._draft} failed: {first}; the text goes on with the target alone", err=True)
 
 
 def print_json(value: Any) -> None:

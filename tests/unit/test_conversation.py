@@ -22,13 +22,14 @@ from client.errors import (
     DeadlineExceededError,
     IncompatiblePairError,
     InvalidRequestError,
+    ModelChangedError,
     ServiceFailedError,
     ServiceUnavailableError,
 )
 from client.params import SamplingParams, SpeculationParams
 from client.results import Chunk, GenerationResult
 from outrider import wire
-from outrider.v1 import common_pb2, draft_pb2
+from outrider.v1 import draft_pb2
 from tests import toy_services as toys
 from tests.toy_services import Law, Stream, World, make_conversation, model_info
 
@@ -51,7 +52,7 @@ def fail_requests(
     Args:
         failures: by number, the code that the stream ends with.
         after_answer: the service does its work first, and the answer is lost.
-        how: `retry_delay_s` and `reason`.
+        how: `retry_delay_s`, `reason`.
     """
     num_requests = 0
 
@@ -259,9 +260,9 @@ class TestLengthsThatChange:
 
     @staticmethod
     def assert_not_waiting_for_the_draft(effect, lengths) -> None:
-        """Without proposals there are only waits for the target, which have no end."""
+        """Without proposals there are only waits for the target, which are long."""
         if isinstance(effect, Wait) and lengths.num_asked <= 12:
-            assert effect.timeout_s is None
+            assert effect.timeout_s is None or effect.timeout_s >= Patience().round_s
 
     def test_rounds_are_learned_from_but_the_first_and_those_that_the_draft_let_down(self):
         world = World(3, draft_speed=0.3, impatience=0.3)
@@ -713,7 +714,68 @@ class TestTargetFails:
         assert result.token_ids == TEXT
         assert result.stats.num_cache_mismatches == 0
 
-    @pytest.mark.parametrize("change", ["round_index", "no_rows", "row_length", "nan_mass", "units_above_1"])
+    def test_an_idle_session_is_opened_again_without_a_word(self):
+        world = World()
+        fail_requests(world, Link.TARGET, {3: grpc.StatusCode.FAILED_PRECONDITION}, reason="SESSION_IDLE")
+        result = run(world)
+        assert result.token_ids == TEXT
+        assert (result.stats.num_target_retries, world.num_opened[Link.TARGET]) == (0, 2)
+
+    def test_another_model_in_its_place_ends_the_text(self):
+        world = World()
+        fail_requests(world, Link.TARGET, {3: grpc.StatusCode.FAILED_PRECONDITION}, reason="MODEL_CHANGED")
+        with pytest.raises(ModelChangedError) as caught:
+            run(world)
+        assert caught.value.partial.token_ids == TEXT[: len(caught.value.partial.token_ids)] != []
+
+    @pytest.mark.parametrize("num_hangs", [1, 2])
+    def test_a_target_that_answers_no_round_is_left_and_opened_again(self, num_hangs):
+        world, num_rounds = World(), 0
+
+        def swallow(stream, message):
+            nonlocal num_rounds
+            is_round = stream.link is Link.TARGET and message.HasField("round")
+            num_rounds += is_round
+            if is_round and 4 <= num_rounds < 4 + num_hangs:
+                stream.session.answer = lambda message: None  # type: ignore[method-assign]
+
+        world.on_arrival, world.target_may_hang = swallow, True
+        patience = Patience(round_s=100.0)
+        if num_hangs == 1:
+            result = run(world, patience=patience)
+            assert result.token_ids == TEXT
+            assert (result.stats.num_target_retries, world.num_opened[Link.TARGET]) == (1, 2)
+        else:  # the second one is later than the retry time allows
+            with pytest.raises(ServiceUnavailableError, match="did not answer a round within 10"):
+                run(world, patience=patience)
+
+    def test_an_answer_that_nobody_asked_for_is_an_error(self):
+        world = World()
+
+        def twice(stream, message):
+            if stream.link is Link.TARGET and message.round_index == 3:
+                stream.to_client.append(toys.Received(Link.TARGET, message))
+
+        world.on_response = twice
+        with pytest.raises(ServiceFailedError, match=r"the target (sent an answer|answered round 3 instead of 4)"):
+            run(world)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "round_index",
+            "no_rows",
+            "more_rows",
+            "row_length",
+            "nan_mass",
+            "negative_mass",
+            "no_mass",
+            "too_much_mass",
+            "unknown_id",
+            "units_above_1",
+            "units_above_1_together",
+        ],
+    )
     def test_an_answer_that_is_none_is_an_error(self, change):
         def spoil(stream, message):
             if stream.link is not Link.TARGET or message.round_index < 3:
@@ -724,8 +786,22 @@ class TestTargetFails:
                 del message.rows[:]
             elif change == "row_length":
                 message.rows[0].support_units.append(0)
+            elif change == "more_rows":
+                message.rows.append(message.rows[0])
             elif change == "nan_mass":
                 message.rows[0].outside_mass = float("nan")
+            elif change == "negative_mass":
+                message.rows[0].outside_mass = -0.5
+            elif change == "no_mass":
+                message.rows[0].outside_mass = 0
+                message.rows[0].support_units[:] = [0] * len(message.rows[0].support_units)
+            elif change == "too_much_mass":
+                message.rows[0].outside_mass += 0.01
+            elif change == "unknown_id":
+                message.rows[0].outside_mass += 1e-6
+                message.rows[0].outside_token_id = toys.VOCAB_SIZE
+            elif change == "units_above_1_together":
+                message.rows[0].support_units[:] = [2**17] * len(message.rows[0].support_units)
             else:
                 message.rows[0].support_units[0] = 2**18 + 1
 
@@ -744,12 +820,20 @@ class TestDraftFails:
     def test_speculation_resumes(self, code, after_answer):
         world = World(2)
         fail_requests(world, Link.DRAFT, {2: code}, after_answer)
-        pause_each_round(world, 0.05)
+        result = run(world, max_new_tokens=60)
+        assert result.token_ids == Law().text(60)
+        assert world.num_opened[Link.DRAFT] == 2
+        assert sum(result.stats.draft_failures.values()) == result.stats.num_draft_failures == 1
+        assert result.stats.num_rounds_without_draft == 0  # it is asked again at once, and waited for
+
+    def test_a_second_break_makes_a_pause_without_it(self):
+        world = World(2)
+        fail_requests(world, Link.DRAFT, {2: grpc.StatusCode.UNAVAILABLE, 3: grpc.StatusCode.UNAVAILABLE})
+        pause_each_round(world, 0.02)
         result = run(world, max_new_tokens=60)
         Law().check(result, world)
-        assert world.num_opened[Link.DRAFT] == 2
         stats = result.stats
-        assert stats.num_draft_failures >= 1
+        assert stats.draft_failures == {"UNAVAILABLE": 2}
         assert 0 < stats.num_rounds_without_draft < stats.num_rounds
         assert list(world.num_proposals_at.values())[-1] > 0
 
@@ -768,8 +852,8 @@ class TestDraftFails:
         world.on_response = break_draft
         result = run(world)
         Law().check(result, world)
-        assert num_drafted == 10
-        assert world.num_opened[Link.DRAFT] == 1
+        assert num_drafted > 10
+        assert world.num_opened[Link.DRAFT] == 2  # once they are used
         assert next(iter(world.num_proposals_at.values())) == 5
 
     def test_a_draft_that_was_never_there_costs_no_wait(self):
@@ -862,18 +946,91 @@ class TestDraftFails:
         assert result.stats.num_cache_mismatches == 1
         assert world.num_opened[Link.DRAFT] == 2
 
-    def test_a_request_it_refuses_is_the_callers_error(self):
+    @pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED])
+    def test_a_draft_that_refuses_everything_is_done_without(self, code):
         world = World()
-        fail_requests(world, Link.DRAFT, {1: grpc.StatusCode.INVALID_ARGUMENT})
-        with pytest.raises(InvalidRequestError, match="the draft refused the request"):
-            run(world)
+        world.on_arrival = lambda stream, message: stream.link is Link.DRAFT and stream.end(code)
+        result = run(world)
+        assert result.token_ids == TEXT_ALONE
+        assert result.stats.draft_failures == {code.name: 2}  # time stands still, and a pause does not end
+        with pytest.raises(ServiceFailedError, match=f"the draft refused the request .{code.name}"):
+            run(world, method="draft")
 
-    def test_a_draft_of_another_family_is_refused(self):
+    def test_a_draft_of_another_family_is_done_without_and_refused_alone(self):
         world = World()
-        world.draft_info = IncompatiblePairError("different tokenizers")  # type: ignore[assignment]
+        world.draft_info = model_info()
+        world.draft_info.tokenizer.num_pieces += 1
+        result = run(world)
+        assert result.token_ids == TEXT_ALONE
+        assert result.stats.draft_failures == {"OTHER_TOKENIZER": 2}
+        assert "have different tokenizers" in result.stats.first_draft_failure
         with pytest.raises(IncompatiblePairError) as caught:
-            run(world)
+            run(world, method="draft")
         assert caught.value.partial is not None
+
+    @pytest.mark.parametrize("retry_delay_s", [-5.0, 1e9])
+    def test_a_retry_delay_is_believed_within_bounds(self, retry_delay_s):
+        world = World(2)
+        fail_requests(world, Link.DRAFT, {1: grpc.StatusCode.RESOURCE_EXHAUSTED}, retry_delay_s=retry_delay_s)
+        pause_each_round(world, 0.05)
+        result = run(world, max_new_tokens=180)
+        Law().check(result, world)
+        assert list(world.num_proposals_at.values())[-1] > 0
+
+    def test_a_draft_that_trickles_is_left_alone_for_ten_times_what_it_cost(self):
+        """It speaks after each wait that ran out, and so ends its trial each time."""
+        world = World()
+        world.draft_is_frozen = True
+        silences: list[float] = []
+
+        def trickle():
+            waits = round((world.now - 1000) / 2)  # waits for it that ran out
+            world.draft_is_frozen = len(silences) == waits
+            if not world.draft_is_frozen and any(item for item in world.streams if item is Link.DRAFT):
+                silences.append(world.now)
+
+        world.on_wait = trickle
+        result = run(world, coupling="gumbel", max_new_tokens=150, num_speculative_tokens=8)
+        assert len(result.token_ids) == 150
+        assert world.now - 1000 <= 4.0  # two waits, and a pause that does not end within this text
+
+    def test_all_texts_of_a_client_leave_a_dead_draft_alone(self):
+        patience, asked = Patience(), []
+        breaker = patience.breaker()
+        for _ in range(10):
+            world = World()
+            world.draft_info = None
+            world.on_effect = lambda effect: asked.append(effect) if isinstance(effect, Describe) else None
+            conversation = make_conversation(world, breaker=breaker)
+            assert world.run(conversation)[0].token_ids == TEXT_ALONE
+        assert len(asked) == 2
+
+    def test_a_text_that_it_fails_on_does_not_keep_it_from_others(self):
+        breaker = Patience().breaker()
+        for num_failures in (2, 0):
+            world = World()
+            if num_failures:
+                world.on_arrival = lambda stream, message: (
+                    stream.end(grpc.StatusCode.INVALID_ARGUMENT) if stream.link is Link.DRAFT else None
+                )
+            stats = world.run(make_conversation(world, breaker=breaker))[0].stats
+            assert stats.num_draft_failures == num_failures
+        assert stats.num_rounds_without_draft == 0
+
+    def test_an_idle_stream_is_opened_again_without_a_word(self):
+        world, num_requests = World(2), 0
+
+        def end_idle(stream, message):
+            nonlocal num_requests
+            num_requests += stream.link is Link.DRAFT
+            if stream.link is Link.DRAFT and num_requests == 4:
+                stream.end(grpc.StatusCode.FAILED_PRECONDITION, reason="SESSION_IDLE")
+
+        world.on_arrival = end_idle
+        result = run(world)
+        assert result.token_ids == TEXT
+        assert world.num_opened[Link.DRAFT] == 2
+        assert result.stats.draft_failures == {}
 
     @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
     def test_beyond_its_context_the_target_goes_on_alone(self, num_speculative_tokens):
@@ -910,7 +1067,8 @@ class TestDraftFails:
             "no_weight",
         ],
     )
-    def test_a_proposal_that_is_none_is_an_error(self, change):
+    @pytest.mark.parametrize("method", ["speculative", "draft"])
+    def test_a_proposal_that_is_none_is_a_failure(self, change, method):
         def spoil(stream, message):
             if stream.link is not Link.DRAFT or not message.proposals:
                 return
@@ -938,8 +1096,13 @@ class TestDraftFails:
 
         world = World()
         world.on_response = spoil
-        with pytest.raises(ServiceFailedError, match=r"the draft (proposed|sent)"):
-            run(world)
+        if method == "draft":
+            with pytest.raises(ServiceFailedError, match=r"the draft (proposed|sent)"):
+                run(world, method="draft")
+            return
+        result = run(world)
+        assert result.token_ids == TEXT_ALONE
+        assert result.stats.draft_failures.keys() == {"BROKE_PROTOCOL"}
 
 
 def pause_each_round(world: World, seconds: float) -> None:
@@ -1003,7 +1166,8 @@ class TestDeadline:
 class TestBeginning:
     """A caller's arguments against what the target says of itself."""
 
-    INFO = common_pb2.ModelInfo(vocab_size=toys.VOCAB_SIZE, context_length=20, eos_token_ids=[TEXT[6]])
+    INFO = model_info(context_length=20)
+    INFO.eos_token_ids.append(TEXT[6])
 
     def begin(self, prompt=toys.PROMPT_IDS, sampling: SamplingParams | None = None, draft="draft:1", **speculation):
         settings, speculation = ConnectionSettings("target:1", draft), {"coupling": "none"} | speculation

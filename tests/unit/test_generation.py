@@ -460,7 +460,7 @@ class TestProposals:
         assert proposed(generation.draft) == [9]
 
     def test_after_a_hundred_unanswered_rounds_are_understood(self):
-        generation = make_generation(max_new_tokens=400)
+        generation = make_generation(400, draft_info=common_pb2.ModelInfo(vocab_size=100, context_length=500))
         for token_id in range(300):
             commit(generation, 0, 0, token_id=token_id % 90)
         generation.draft.on_response(response(T, [50, 51], PROMPT_IDS, commit_index=0))
@@ -617,9 +617,8 @@ class TestAlternatives:
     def test_of_tokens_that_the_target_does_not_have_break_the_protocol(self):
         generation = make_generation()
         propose(generation, 5, 6)
-        prepare(generation, T, 77, 100)
         with pytest.raises(ServiceFailedError, match="token 100, which the target does not have"):
-            commit(generation, 2, num_accepted=0, token_id=77)
+            prepare(generation, T, 77, 100)
 
     @pytest.mark.parametrize(
         ("settings", "most"),

@@ -16,7 +16,8 @@ from draft_service import drafter as drafter_module
 from draft_service.drafter import Drafter
 from draft_service.session import Commit, Drafted, DraftOptions, Path
 from draft_service.session import Session as DraftSession
-from outrider.engine.engine import Demand, Engine, Sequence as EngineSequence
+from outrider.engine.engine import Demand, Engine
+from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import in_halves
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.runner import Feed

@@ -21,7 +21,7 @@ from client.bench.samples import OWN_METHODS, PEER_METHODS, Cell, Sample, Settin
 from client.bench.services import ServicesRunner
 from client.commands.bench.presenting import charts_module, draw, missing_extra, show
 from client.commands.local_pair import PairAddresses, local_pair
-from client.commands.options import err, print_json
+from client.commands.options import DraftNotice, err, print_json
 from client.pair import PairInfo, as_plain_dict
 from client.sync import SpeculativeClient
 from client.text import prompt_to_ids
@@ -101,6 +101,10 @@ def hand_out(kind: Kind, bench: Bench, samples: Sequence[Sample], values: dict[s
         "peer": _num_peer_threads(values["peer_threads"]) if bench.peer else None,
     }
     result = result_file.new_result(kind, bench.settings, bench.prompts, bench.described, threads, samples)
+    notice = DraftNotice(bench.addresses.draft)
+    for sample in samples:
+        if sample.stats:
+            notice.say(sample.stats)
     if values["save_result"]:
         result_file.write(result, values["save_result"])
     hand_out_again(result, values)

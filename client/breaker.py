@@ -1,0 +1,81 @@
+"""When a draft that has failed is asked again. Knows no sockets; its clock is an argument."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+COST_SHARE = 0.1  # of the time may be lost to asking a draft that does not answer
+
+
+class Breaker:
+    """Leaves a draft alone that has failed, longer each time, and then has one generation ask for all.
+
+    The first time there is no pause: most breaks are over when they are noticed. Failures are forgotten once the draft
+    has worked for as long as it had been left alone.
+    """
+
+    def __init__(self, first_s: float, longest_s: float, steady_s: float):
+        """Pauses are doubled from `first_s` up to `longest_s`; what has worked for `steady_s` is no longer suspect."""
+        self._first_s, self._longest_s, self._steady_s = first_s, longest_s, steady_s
+        self._num_failures = self._num_noted = 0
+        self._failed_at = self._retry_at = -math.inf
+        self._pause_s = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the draft, once it is asked again, may be waited for: it has not failed twice in a row."""
+        return self._num_failures <= 1
+
+    @property
+    def retry_at(self) -> float:
+        """When the draft may be asked again."""
+        return self._retry_at
+
+    @property
+    def num_noted(self) -> int:
+        """Failures so far; `on_failure` wants the number of when an attempt began."""
+        return self._num_noted
+
+    def may_ask(self, now: float) -> bool:
+        """Return whether to ask now. After repeated failures one may, and the others wait for what comes of it."""
+        with self._lock:
+            if now < self._retry_at:
+                return False
+            if self._num_failures > 1:
+                self._retry_at = now + self._pause_s
+            return True
+
+    def on_failure(
+        self, now: float, num_noted: int, held_up_s: float = 0.0, retry_delay_s: float | None = None
+    ) -> None:
+        """Note a failure.
+
+        Args:
+            num_noted: of when the attempt began. What has been noted since then was the same failure, seen by another.
+            held_up_s: seconds that it took from a text.
+            retry_delay_s: when the service wants to be asked again; believed up to the longest pause.
+        """
+        with self._lock:
+            if num_noted < self._num_noted:
+                return
+            self._num_failures += 1
+            self._num_noted += 1
+            self._failed_at = now
+            doubled = self._first_s * 2.0 ** min(self._num_failures - 2, 30) if self._num_failures > 1 else 0.0
+            wanted = max(doubled, held_up_s * (1 / COST_SHARE - 1), retry_delay_s or 0.0)
+            self._pause_s = min(wanted, self._longest_s)
+            self._retry_at = now + self._pause_s
+
+    def on_success(self, now: float) -> None:
+        """Note that the draft did what it was asked for."""
+        with self._lock:
+            self._retry_at = min(self._retry_at, now)
+            if now - self._failed_at >= max(self._pause_s, self._steady_s):
+                self._num_failures = 0
+
+    def rest(self, until: float) -> None:
+        """Do not ask before a point in time, without a failure."""
+        with self._lock:
+            self._retry_at = max(self._retry_at, until)
