@@ -58,8 +58,6 @@ from client.text import TargetTokenizer
 from outrider.mailbox import Mailbox
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
-STATUS_WAIT_S = 0.5  # for a call's own status, when grpc.aio has put another in its place
-
 
 class AsyncSpeculativeClient:
     """Generates text with a draft service and a target service, from one event loop.
@@ -349,10 +347,8 @@ class _Stream:
         self._link, self._call, self._events = link, call, events
         self._unread = asyncio.Semaphore(MOST_UNREAD)
         self._outgoing: Mailbox[Any] = Mailbox()
-        self._statuses: list[grpc.aio.AioRpcError] = []
-        self._has_second_status = asyncio.Event()
-        self._has_lost_message = False
-        call.add_done_callback(self._note_status)
+        self._status: grpc.aio.AioRpcError | None = None
+        call.add_done_callback(self._keep_status)
         self._tasks = [asyncio.ensure_future(work) for work in (self._read(), self._write())]
 
     def send(self, message: Any) -> None:
@@ -369,13 +365,9 @@ class _Stream:
         self._unread.release()
 
     async def _write(self) -> None:
-        try:
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             while True:
                 await self._call.write(await self._outgoing.get())
-        except grpc.RpcError:
-            self._has_lost_message = True
-        except asyncio.InvalidStateError:
-            pass  # the call has ended
 
     async def _read(self) -> None:
         try:
@@ -384,30 +376,20 @@ class _Stream:
                 await self._unread.acquire()
             self._events.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
-            self._events.put((self, broken(self._link, await self._own_status(error))))
+            self._events.put((self, broken(self._link, self._status or error)))
             self._call.cancel()
 
-    def _note_status(self, call: Any) -> None:
-        """Keep a status of the call while it is there; grpc.aio may put another in its place."""
-        code, details, trailing = (_result_now(part()) for part in (call.code, call.details, call.trailing_metadata))
-        self._statuses.append(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details))
-        if len(self._statuses) == 2:
-            self._has_second_status.set()
+    def _keep_status(self, call: Any) -> None:
+        """Keep what the call was ended with.
 
-    async def _own_status(self, error: grpc.RpcError) -> Any:
-        """Return the status that the service, or what stands before it, ended the call with.
-
-        Where a message can be written no more, since the call is ending, grpc.aio says INTERNAL in the place of that
-        status, which may come before or behind (grpc/grpc#36066).
+        A message that is written at that moment is lost, and then grpc.aio puts an INTERNAL of its own in the place of
+        the status (grpc/grpc#36066).
         """
-        if self._has_lost_message and not any(map(_says_something, self._statuses)):
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._has_second_status.wait(), STATUS_WAIT_S)
-        return next(filter(_says_something, self._statuses), error)
-
-
-def _says_something(status: grpc.aio.AioRpcError) -> bool:
-    return status.code() is not grpc.StatusCode.INTERNAL or bool(status.trailing_metadata())
+        if self._status is None:
+            code, details, trailing = (
+                _result_now(part()) for part in (call.code, call.details, call.trailing_metadata)
+            )
+            self._status = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
 
 
 def _result_now(work: Coroutine[Any, Any, Any]) -> Any:
