@@ -17,6 +17,7 @@ from client.connection import (
     Target,
     begin_conversation,
     broken,
+    check_call,
     check_pair,
     tokenizer_from_parts,
 )
@@ -47,7 +48,9 @@ class AsyncSpeculativeClient:
         connect_timeout: float = 10.0,
     ):
         """Arguments as for SpeculativeClient. Nothing is sent before the first use."""
-        self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
+        self._settings = ConnectionSettings(
+            target, draft, connect_timeout, patience=Patience() if patience is None else patience
+        )
         self._speeds = PairSpeeds()
         self._target_channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._draft_channel = grpc.aio.insecure_channel(draft, options=CHANNEL_OPTIONS) if draft else None
@@ -94,6 +97,7 @@ class AsyncSpeculativeClient:
         **speculation: Any,
     ) -> AsyncGenerationStream:
         """Return an async iterator over the text's chunks, whose `result` is there when it has ended."""
+        prompt = check_call(self._settings, prompt, sampling, speculation, timeout)
         target = await self._described_target()
         conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, timeout)
         return AsyncGenerationStream(conversation, _Transport(self, target.info, timeout))

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from client import arguments
 from client.controller import FixedLength, LengthController, PairSpeeds
 from client.conversation import Broken, Conversation, Link, Patience
 from client.errors import IncompatiblePairError, InvalidRequestError, ServiceFailedError, ServiceUnavailableError
@@ -46,6 +47,15 @@ class ConnectionSettings:
     connect_s: float = 10.0  # for the target's description, at first use
     patience: Patience = field(default_factory=Patience)
 
+    def __post_init__(self) -> None:
+        """Raise InvalidRequestError, which names the field, for what is none."""
+        arguments.address("target", self.target)
+        if self.draft is not None:
+            arguments.address("draft", self.draft, "HOST:PORT, or None")
+        arguments.seconds("connect_timeout", self.connect_s)
+        if not isinstance(self.patience, Patience):
+            raise InvalidRequestError(f"patience is {arguments.shown(self.patience)}: give a Patience, or None")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -53,6 +63,31 @@ class Target:
 
     info: common_pb2.ModelInfo
     tokenizer: TargetTokenizer | None
+
+
+def check_call(
+    settings: ConnectionSettings, prompt: Any, sampling: Any, speculation: dict[str, Any], timeout: Any
+) -> str | list[int]:
+    """Check the arguments of a call as far as that takes no target, and return the prompt.
+
+    Raises:
+        InvalidRequestError: an argument is wrong; the message names it.
+    """
+    if not isinstance(sampling, SamplingParams | None):
+        raise InvalidRequestError(f"sampling is {arguments.shown(sampling)}: give SamplingParams, or None")
+    if timeout is not None:
+        arguments.seconds("timeout", timeout)
+    _speculation_of(settings, speculation)
+    return arguments.prompt_of(prompt)
+
+
+def _speculation_of(settings: ConnectionSettings, speculation: dict[str, Any]) -> SpeculationParams:
+    params = SpeculationParams.of(speculation)
+    if params.uses_draft and settings.draft is None:
+        raise InvalidRequestError(
+            f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
+        )
+    return params
 
 
 def begin_conversation(
@@ -71,11 +106,7 @@ def begin_conversation(
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
     """
-    sampling, params = sampling or SamplingParams(), SpeculationParams(**speculation)
-    if params.uses_draft and settings.draft is None:
-        raise InvalidRequestError(
-            f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
-        )
+    sampling, params = sampling or SamplingParams(), _speculation_of(settings, speculation)
     prompt_ids = prompt_to_ids(prompt, target.tokenizer, target.info.vocab_size)
     room = target.info.context_length - len(prompt_ids)
     if room < 1:
@@ -112,7 +143,9 @@ def lengths_for(
 
 
 def tokenizer_from_parts(parts: Sequence[target_pb2.GetTokenizerResponse]) -> TargetTokenizer:
-    """Return the tokenizer that GetTokenizer sent in parts."""
+    """Return the tokenizer that GetTokenizer sent in parts; raises ServiceFailedError when it cannot be used."""
+    if not parts:
+        raise ServiceFailedError("the target sent no tokenizer, although it has one")
     return TargetTokenizer.from_parts(
         b"".join(part.tokenizer_json for part in parts),
         "".join(part.chat_template for part in parts),

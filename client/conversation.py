@@ -9,13 +9,14 @@ It holds every decision about order, waiting, retries and failures, and no socke
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
 import grpc
 
 from client.acceptance import Decision
+from client.arguments import seconds
 from client.controller import FixedLength, LengthController, RoundTimes
 from client.errors import (
     CacheMismatchError,
@@ -102,13 +103,21 @@ RETRIED = (
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a conversation waits for whom, in seconds."""
+    """How long a conversation waits for whom, in seconds: numbers from 0 to 1e9.
+
+    Raises:
+        InvalidRequestError: one is none; the message names the field.
+    """
 
     draft_wait_s: float = 2.0  # for proposals, before a round goes without
     describe_draft_s: float = 1.0  # for the draft's description, before rounds go without for a while
     retry_s: float = 30.0  # for the target, since it last answered
     first_backoff_s: float = 0.1
     longest_backoff_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, seconds(f"patience.{field.name}", getattr(self, field.name)))
 
     def backoff(self, num_failures: int) -> float:
         return min(self.longest_backoff_s, self.first_backoff_s * 2.0 ** min(num_failures - 1, 16))

@@ -18,6 +18,7 @@ from client.connection import (
     Target,
     begin_conversation,
     broken,
+    check_call,
     check_pair,
     tokenizer_from_parts,
 )
@@ -49,7 +50,9 @@ class SpeculativeClient:
             patience: how long to wait for whom.
             connect_timeout: seconds that the target may take to be ready at first use.
         """
-        self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
+        self._settings = ConnectionSettings(
+            target, draft, connect_timeout, patience=Patience() if patience is None else patience
+        )
         self._speeds = PairSpeeds()
         self._target_channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._draft_channel = grpc.insecure_channel(draft, options=CHANNEL_OPTIONS) if draft else None
@@ -106,6 +109,7 @@ class SpeculativeClient:
         **speculation: Any,
     ) -> GenerationStream:
         """Return an iterator over the chunks, whose `result` is there when it has ended; arguments as for generate."""
+        prompt = check_call(self._settings, prompt, sampling, speculation, timeout)
         target = self._described_target()
         conversation = begin_conversation(self._settings, self._speeds, target, prompt, sampling, speculation, timeout)
         return GenerationStream(conversation, _Transport(self, target.info, timeout))
