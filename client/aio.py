@@ -25,6 +25,7 @@ from client.connection import (
     before_the_text,
     begin_conversation,
     broken,
+    check_call,
     check_same_prompt,
     deadline_after,
     left_until,
@@ -75,7 +76,9 @@ class AsyncSpeculativeClient:
         connect_timeout: float = 10.0,
     ):
         """Arguments as for SpeculativeClient. Nothing is sent before the first use."""
-        self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
+        self._settings = ConnectionSettings(
+            target, draft, connect_timeout, patience=Patience() if patience is None else patience
+        )
         self._speeds = PairSpeeds()
         self._breaker = self._settings.patience.breaker()
         self._connection: _LoopConnection | None = None  # made at first use
@@ -133,6 +136,7 @@ class AsyncSpeculativeClient:
         **speculation: Any,
     ) -> AsyncGenerationStream:
         """Return an async iterator over the text's chunks, whose `result` is there when it has ended."""
+        prompt = check_call(self._settings, prompt, sampling, speculation, timeout)
         deadline = deadline_after(timeout)
         with before_the_text(sampling):
             target = await self._described_target(deadline)

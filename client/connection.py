@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from client import arguments
 from client.breaker import Breaker
 from client.controller import FixedLength, LengthController, PairSpeeds
 from client.conversation import Broken, Conversation, Link, Patience
@@ -68,6 +69,15 @@ class ConnectionSettings:
     patience: Patience = field(default_factory=Patience)
     jitter: Callable[[], float] = field(default_factory=lambda: Random().random)  # of pauses; from [0, 1)
 
+    def __post_init__(self) -> None:
+        """Raise InvalidRequestError, which names the field, for what is none."""
+        arguments.address("target", self.target)
+        if self.draft is not None:
+            arguments.address("draft", self.draft, "HOST:PORT, or None")
+        arguments.seconds("connect_timeout", self.connect_s)
+        if not isinstance(self.patience, Patience):
+            raise InvalidRequestError(f"patience is {arguments.shown(self.patience)}: give a Patience, or None")
+
 
 class Connection:
     """The channels to both services and their stubs.
@@ -105,6 +115,31 @@ class Target:
     tokenizer: TargetTokenizer | None
 
 
+def check_call(
+    settings: ConnectionSettings, prompt: Any, sampling: Any, speculation: dict[str, Any], timeout: Any
+) -> str | list[int]:
+    """Check the arguments of a call as far as that takes no target, and return the prompt.
+
+    Raises:
+        InvalidRequestError: an argument is wrong; the message names it.
+    """
+    if not isinstance(sampling, SamplingParams | None):
+        raise InvalidRequestError(f"sampling is {arguments.shown(sampling)}: give SamplingParams, or None")
+    if timeout is not None:
+        arguments.seconds("timeout", timeout)
+    _speculation_of(settings, speculation)
+    return arguments.prompt_of(prompt)
+
+
+def _speculation_of(settings: ConnectionSettings, speculation: dict[str, Any]) -> SpeculationParams:
+    params = SpeculationParams.of(speculation)
+    if params.uses_draft and settings.draft is None:
+        raise InvalidRequestError(
+            f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
+        )
+    return params
+
+
 def begin_conversation(
     settings: ConnectionSettings,
     speeds: PairSpeeds,
@@ -124,11 +159,7 @@ def begin_conversation(
         InvalidRequestError: an argument is wrong; the message names it.
     """
     sampling = sampling or SamplingParams()
-    params = SpeculationParams(**speculation).resolved(has_seed=sampling.seed is not None)
-    if params.uses_draft and settings.draft is None:
-        raise InvalidRequestError(
-            f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
-        )
+    params = _speculation_of(settings, speculation).resolved(has_seed=sampling.seed is not None)
     prompt_ids = prompt_to_ids(prompt, target.tokenizer, target.info.vocab_size)
     room = target.info.context_length - len(prompt_ids)
     if room < 1:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
 import grpc
 
 from client.acceptance import Decision
+from client.arguments import seconds
 from client.breaker import Breaker
 from client.controller import FixedLength, LengthController, RoundTimes
 from client.errors import (
@@ -161,7 +162,11 @@ PAUSES = 12  # longest backoffs that a draft is left alone for at most
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a conversation waits for whom, in seconds."""
+    """How long a conversation waits for whom, in seconds: numbers from 0 to 1e9.
+
+    Raises:
+        InvalidRequestError: one is none; the message names the field.
+    """
 
     draft_wait_s: float = 2.0  # for proposals, before a round goes without
     describe_draft_s: float = 1.0  # for the draft's description, before rounds go without for a while
@@ -169,6 +174,10 @@ class Patience:
     round_s: float = 60.0  # for the answer to a round, and ROUND_TOKEN_S more for each token of the text
     first_backoff_s: float = 0.1
     longest_backoff_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, seconds(f"patience.{field.name}", getattr(self, field.name)))
 
     def backoff(self, num_failures: int) -> float:
         return min(self.longest_backoff_s, self.first_backoff_s * 2.0 ** min(num_failures - 1, 16))

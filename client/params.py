@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from client import arguments
 from client.errors import InvalidRequestError
 from outrider.errors import InvalidArgumentError
-from outrider.warping import Warping
+from outrider.warping import MOST_TOP_K, Warping
 
 Method = Literal["speculative", "autoregressive", "draft"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -20,33 +22,37 @@ ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 Coupling = Literal["auto", "none", "gumbel"]
 COUPLINGS: tuple[str, ...] = get_args(Coupling)
 
+MOST_STOP_CHARACTERS = 1 << 16  # of all stop strings together, since every token is compared with all
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How text is drawn and where it ends.
+    """How text is drawn and where it ends; `outrider.warping` defines temperature and filters, and their ranges.
 
     Raises:
-        InvalidRequestError: a value is out of range; the message names the field.
+        InvalidRequestError: a value is out of range or of another type; the message names the field.
     """
 
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy; else from 0.001 to 1000
     top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # 1 keeps all
+    top_p: float = 1.0  # 1 keeps all; above 0
     min_p: float = 0.0  # 0 keeps all
     seed: int | None = None  # 64 bits; None draws one
     max_new_tokens: int = 128
-    stop: Sequence[str] = ()  # text ends before the first of these
+    stop: Sequence[str] = ()  # text ends before the first of these; any iterable will do
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise InvalidRequestError("stop holds an empty string or no string: give non-empty strings")
-        if self.max_new_tokens < 1:
-            raise InvalidRequestError(f"max_new_tokens is {self.max_new_tokens}: give 1 or more")
-        if self.seed is not None and not 0 <= self.seed < 1 << 64:
-            raise InvalidRequestError(f"seed is {self.seed}: give a number from 0 to 2^64 - 1")
+        for name in ("temperature", "top_p", "min_p"):
+            _set(self, name, arguments.real_number(name, getattr(self, name), -math.inf, math.inf, "a number"))
+        _set(self, "top_k", arguments.whole_number("top_k", self.top_k, 0, MOST_TOP_K, f"0 (all) to {MOST_TOP_K}"))
+        if self.seed is not None:
+            remedy = "None, or a whole number from 0 to 2^64 - 1"
+            _set(self, "seed", arguments.whole_number("seed", self.seed, 0, (1 << 64) - 1, remedy))
+        remedy = "a whole number, 1 or more"
+        _set(self, "max_new_tokens", arguments.whole_number("max_new_tokens", self.max_new_tokens, 1, None, remedy))
+        _set(self, "stop", arguments.strings("stop", self.stop, MOST_STOP_CHARACTERS))
+        _set(self, "ignore_eos", arguments.flag("ignore_eos", self.ignore_eos))
         _ = self.warping
 
     @property
@@ -81,7 +87,7 @@ class SpeculationParams:
     with `acceptance="block"`, which is acceptance sampling.
 
     Raises:
-        InvalidRequestError: a value is out of range; the message names the field.
+        InvalidRequestError: a value is out of range or of another type; the message names the field.
     """
 
     method: Method = "speculative"
@@ -96,27 +102,39 @@ class SpeculationParams:
     num_alternatives: int | None = None  # other ends of a round that the draft prepares for; None: see max_alternatives
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InvalidRequestError(f"method is {self.method!r}: give one of {', '.join(METHODS)}")
-        if self.num_speculative_tokens != AUTO and not _is_length(self.num_speculative_tokens):
-            raise InvalidRequestError(
-                f"num_speculative_tokens is {self.num_speculative_tokens!r}: give {AUTO!r}, or 0 or more"
-            )
-        if self.window is not None and self.window < 1:
-            raise InvalidRequestError(f"window is {self.window}: give 1 or more")
-        if self.num_alternatives is not None and not _is_length(self.num_alternatives):
-            raise InvalidRequestError(f"num_alternatives is {self.num_alternatives!r}: give None, or 0 or more")
-        if not 0 <= self.min_draft_prob <= 1:
-            raise InvalidRequestError(f"min_draft_prob is {self.min_draft_prob}: give a number from 0 to 1")
-        if self.acceptance not in ACCEPTANCES:
-            raise InvalidRequestError(f"acceptance is {self.acceptance!r}: give one of {', '.join(ACCEPTANCES)}")
-        if self.coupling not in COUPLINGS:
-            raise InvalidRequestError(f"coupling is {self.coupling!r}: give one of {', '.join(COUPLINGS)}")
+        arguments.one_of("method", self.method, METHODS)
+        arguments.one_of("acceptance", self.acceptance, ACCEPTANCES)
+        arguments.one_of("coupling", self.coupling, COUPLINGS)
+        if not (isinstance(self.num_speculative_tokens, str) and self.num_speculative_tokens == AUTO):
+            self._take_whole_number("num_speculative_tokens", 0, f"{AUTO!r}, or 0 or more")
+        if self.window is not None:
+            self._take_whole_number("window", 1, "None, or 1 or more")
+        if self.num_alternatives is not None:
+            self._take_whole_number("num_alternatives", 0, "None, or 0 or more")
+        self._take_whole_number("max_support", 0, "0 (the service's limit) or more")
+        prob = arguments.real_number("min_draft_prob", self.min_draft_prob, 0.0, 1.0, "a number from 0 to 1")
+        _set(self, "min_draft_prob", prob)
+        _set(self, "greedy_draft", arguments.flag("greedy_draft", self.greedy_draft))
+        if self.overlap is not None:
+            _set(self, "overlap", arguments.flag("overlap", self.overlap, "None, True or False"))
         if self.is_coupled and self.acceptance != "token":
             raise InvalidRequestError(
                 f"acceptance is {self.acceptance!r} and coupling is {self.coupling!r}: a coupling leaves nothing to "
                 "judge, so leave acceptance at 'token' or coupling at 'none'"
             )
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> SpeculationParams:
+        """Return them from the keyword arguments of a call; raises InvalidRequestError for one that is no field."""
+        for name in fields:
+            if name not in cls.__dataclass_fields__:
+                known = ", ".join(cls.__dataclass_fields__)
+                raise InvalidRequestError(f"{name} is no argument here: give fields of SpeculationParams, {known}")
+        return cls(**fields)
+
+    def _take_whole_number(self, name: str, least: int, remedy: str) -> None:
+        remedy = f"{remedy}, and at most {arguments.MOST_UINT32}"
+        _set(self, name, arguments.whole_number(name, getattr(self, name), least, arguments.MOST_UINT32, remedy))
 
     @property
     def uses_draft(self) -> bool:
@@ -156,5 +174,6 @@ class SpeculationParams:
         return num_speculative_tokens * (2 if overlaps else 1)
 
 
-def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _set(params: Any, name: str, value: object) -> None:
+    """Write a field of frozen parameters, as the plain value that it stands for."""
+    object.__setattr__(params, name, value)

@@ -25,6 +25,7 @@ from client.connection import (
     before_the_text,
     begin_conversation,
     broken,
+    check_call,
     check_same_prompt,
     deadline_after,
     left_until,
@@ -70,7 +71,9 @@ class SpeculativeClient:
             patience: how long to wait for whom.
             connect_timeout: seconds that the target may take to be ready at first use.
         """
-        self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
+        self._settings = ConnectionSettings(
+            target, draft, connect_timeout, patience=Patience() if patience is None else patience
+        )
         self._speeds = PairSpeeds()
         self._breaker = self._settings.patience.breaker()
         self._connection: Connection | None = None  # made at first use
@@ -133,6 +136,7 @@ class SpeculativeClient:
         **speculation: Any,
     ) -> GenerationStream:
         """Return an iterator over the chunks, whose `result` is there when it has ended; arguments as for generate."""
+        prompt = check_call(self._settings, prompt, sampling, speculation, timeout)
         deadline = deadline_after(timeout)
         with before_the_text(sampling):
             target = self._described_target(deadline)

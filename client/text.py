@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from client.decoding import Pieces, TextDecoder
-from client.errors import InvalidRequestError
+from client import arguments
+from client.decoding import Pieces, TextDecoder, raise_if_failed
+from client.errors import InvalidRequestError, ServiceFailedError
 from client.results import FinishReason
 
 
@@ -25,17 +25,58 @@ class TargetTokenizer:
 
     @classmethod
     def from_parts(cls, tokenizer_json: bytes, chat_template: str, special_tokens_json: str) -> TargetTokenizer:
-        return cls(Tokenizer.from_str(tokenizer_json.decode()), chat_template, json.loads(special_tokens_json or "{}"))
+        """Return it from what GetTokenizer sends.
+
+        A tokenizer may be told to cut texts or to fill them up, as it was when it was trained; neither is done here.
+
+        Raises:
+            ServiceFailedError: it cannot be used.
+        """
+        try:
+            tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+            special_tokens = json.loads(special_tokens_json or "{}")
+        except BaseException as error:
+            raise_if_failed("be read", error)
+            raise
+        if not isinstance(special_tokens, dict):
+            raise ServiceFailedError("the target's special tokens are no JSON object")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer, chat_template, special_tokens)
 
     @cached_property
     def pieces(self) -> Pieces:
         return Pieces(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
+        """Return the ids of a text that is to be continued.
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        What the tokenizer puts behind a text, such as an end of sequence, is left out: nothing would come behind it.
+
+        Raises:
+            InvalidRequestError: the text holds a lone surrogate.
+            ServiceFailedError: the tokenizer cannot encode it.
+        """
+        encoding = self._encode("prompt", arguments.text("prompt", text))
+        end = len(encoding.ids)
+        while end and encoding.special_tokens_mask[end - 1]:
+            end -= 1
+        return encoding.ids[: end or 1]
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the text of some ids, without special tokens; raises InvalidRequestError for what are no ids."""
+        ids = arguments.token_ids("token_ids", token_ids)
+        if ids and not 0 <= min(ids) <= max(ids) <= arguments.MOST_UINT32:
+            raise InvalidRequestError(f"token_ids holds ids below 0 or above {arguments.MOST_UINT32}: give token ids")
+        return self.pieces.decode(ids)
+
+    def _encode(self, name: str, text: str, add_special_tokens: bool = True) -> Encoding:
+        arguments.check_text(name, text)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            raise_if_failed(f"encode the {name}", error)
+            raise
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Return the ids of a conversation in the model's own chat format.
@@ -54,7 +95,7 @@ class TargetTokenizer:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         template = environment.from_string(self.chat_template)
         text = template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens)
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode("messages", text, add_special_tokens=False).ids
 
 
 @dataclass(frozen=True)
@@ -166,26 +207,29 @@ def _longest_overlap(text: str, stop: Sequence[str]) -> int:
     return longest
 
 
-def prompt_to_ids(prompt: str | Sequence[int], tokenizer: TargetTokenizer | None, vocab_size: int) -> list[int]:
+def prompt_to_ids(prompt: str | Iterable[int], tokenizer: TargetTokenizer | None, vocab_size: int) -> list[int]:
     """Return a prompt's ids.
 
     Raises:
-        InvalidRequestError: it is empty, holds an id outside the vocabulary, or is text and there is no tokenizer.
+        InvalidRequestError: it is empty or no prompt, holds an id outside the vocabulary, or is text and there is no
+            tokenizer.
+        ServiceFailedError: the tokenizer cannot encode it, or makes ids that the model has not.
     """
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise InvalidRequestError(
-                "prompt is text, but the target model came without a tokenizer: give a list of token ids"
-            )
-        token_ids = tokenizer.encode(prompt)
+    given = arguments.prompt_of(prompt)
+    if isinstance(given, list):
+        token_ids = given
+    elif tokenizer:
+        token_ids = tokenizer.encode(given)
     else:
-        token_ids = [_checked_id(token_id, vocab_size) for token_id in prompt]
+        raise InvalidRequestError(
+            "prompt is text, but the target model came without a tokenizer: give a list of token ids"
+        )
     if not token_ids:
         raise InvalidRequestError("prompt is empty: give at least one token")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        has = f"id {arguments.shown(wrong)}: the target's vocabulary has {vocab_size} ids, from 0"
+        if isinstance(given, str):
+            raise ServiceFailedError(f"the target's tokenizer makes of the prompt {has}")
+        raise InvalidRequestError(f"prompt holds {has}")
     return token_ids
-
-
-def _checked_id(token_id: Any, vocab_size: int) -> int:
-    if not 0 <= int(token_id) < vocab_size:
-        raise InvalidRequestError(f"prompt holds id {token_id}: the target's vocabulary has {vocab_size} ids, from 0")
-    return int(token_id)

@@ -11,9 +11,10 @@ import itertools
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from client.errors import InvalidRequestError
+from client.connection import tokenizer_from_parts
+from client.errors import InvalidRequestError, ServiceFailedError
 from client.text import Taken, TargetTokenizer, TextStream, prompt_to_ids
 from tests.tiny_models import byte_tokenizer
 
@@ -281,3 +282,68 @@ class TestPrompt:
     def test_of_text_needs_a_tokenizer(self):
         with pytest.raises(InvalidRequestError, match="give a list of token ids"):
             prompt_to_ids("Once", None, NUM_IDS)
+
+
+def sent(tokenizer: Tokenizer, chat_template: str = "", special_tokens_json: str = "") -> TargetTokenizer:
+    """Return a tokenizer as it comes from a target."""
+    return TargetTokenizer.from_parts(tokenizer.to_str().encode(), chat_template, special_tokens_json)
+
+
+class TestTokenizersFromATarget:
+    def test_do_not_cut_texts_and_do_not_fill_them_up(self):
+        tokenizer = byte_tokenizer().backend_tokenizer
+        tokenizer.enable_truncation(5)
+        tokenizer.enable_padding(length=50)
+        assert sent(tokenizer).encode("Once upon a time") == BYTES.encode("Once upon a time")
+
+    @pytest.mark.parametrize(
+        ("template", "text", "expected"),
+        [
+            ("<s> $A </s>", "ab", [BOS_ID, *BYTES.encode("ab")]),
+            ("$A </s> </s>", "ab", BYTES.encode("ab")),
+            ("<s> $A", "ab", [BOS_ID, *BYTES.encode("ab")]),
+            ("<s> $A </s>", "", [BOS_ID]),
+            ("$A </s>", "ab</s>", [*BYTES.encode("ab"), EOS_ID]),
+        ],
+    )
+    def test_put_nothing_behind_a_text_that_is_to_be_continued(self, template, text, expected):
+        """What the text itself ends with is its own."""
+        tokenizer = byte_tokenizer().backend_tokenizer
+        special = [("<s>", BOS_ID), ("</s>", EOS_ID)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        assert sent(tokenizer).encode(text) == expected
+
+    def test_take_any_character(self):
+        for text in ("\0", "a\0b", "\ufffd", "\U0010ffff", "\ud7ff", "e\u0301" * 3, "\r\n\t\x7f"):
+            assert BYTES.decode(BYTES.encode(text)) == text
+
+    @pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
+    def test_refuse_lone_surrogates(self, text):
+        with pytest.raises(InvalidRequestError, match=r"^prompt has a lone surrogate at character"):
+            BYTES.encode(text)
+
+    @pytest.mark.parametrize(
+        ("tokenizer_json", "special_tokens_json"),
+        [
+            (b"", ""), (b"{", ""), (b"{}", ""), (b"\xff\xfe", ""), (b"[]", ""), (b'{"model": {"type": "BPE"}}', ""),
+            (None, "{"), (None, "[]"), (None, '"bos"'),
+        ],
+    )  # fmt: skip
+    def test_that_cannot_be_used_are_the_services_fault(self, tokenizer_json, special_tokens_json):
+        whole = byte_tokenizer().backend_tokenizer.to_str().encode()
+        with pytest.raises(ServiceFailedError, match=r"^the target's "):
+            TargetTokenizer.from_parts(whole if tokenizer_json is None else tokenizer_json, "", special_tokens_json)
+
+    def test_that_were_not_sent_are_the_services_fault(self):
+        with pytest.raises(ServiceFailedError, match="sent no tokenizer"):
+            tokenizer_from_parts([])
+
+    def test_that_make_ids_which_the_model_has_not_are_the_services_fault(self):
+        with pytest.raises(ServiceFailedError, match=r"^the target's tokenizer makes of the prompt id \d+"):
+            prompt_to_ids("Once", BYTES, 5)
+
+    def test_that_cannot_encode_a_text_are_the_services_fault(self):
+        """As one that lacks the token for what it does not know."""
+        tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
+        with pytest.raises(ServiceFailedError, match=r"^the target's tokenizer cannot encode the prompt: "):
+            sent(tokenizer).encode("b")
