@@ -220,7 +220,7 @@ def check_pair(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> Non
 def broken(link: Link, error: Any) -> Broken:
     """Return the event that an RPC's error stands for; clients branch on codes and reasons, never on text."""
     retry_delay_s, reason = error_details(error)
-    return Broken(link, error.code(), error.details() or "", retry_delay_s, reason)
+    return Broken(link, error.code(), error.details() or "the stream ended", retry_delay_s, reason)
 
 
 def error_details(error: Any) -> tuple[float | None, str | None]:
