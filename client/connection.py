@@ -262,7 +262,7 @@ def check_same_prompt(prompt: str | Sequence[int], error: ModelChangedError, bef
 def broken(link: Link, error: Any) -> Broken:
     """Return the event that an RPC's error stands for; clients branch on codes and reasons, never on text."""
     retry_delay_s, reason = error_details(error)
-    return Broken(link, error.code(), error.details() or "", retry_delay_s, reason)
+    return Broken(link, error.code(), error.details() or "the stream ended", retry_delay_s, reason)
 
 
 def error_details(error: Any) -> tuple[float | None, str | None]:
