@@ -137,7 +137,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             pace = _Pace()
             async for request in requests:
                 num_read += 1
-                call.note_life()
+                if not session.is_unread():  # who does not read is as good as silent
+                    call.note_life()
                 if request.WhichOneof("kind") != "commit":
                     raise InvalidArgumentError(
                         "kind is not `commit`: only the first message of a stream opens a session"

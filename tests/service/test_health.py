@@ -15,6 +15,7 @@ from outrider.engine.loader import ModelRefusedError
 from target_service import scheduler
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import open_proposals, open_verification, round_of, span
+from tests.service.test_status_codes import reason_of
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 KINDS = pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
@@ -76,11 +77,40 @@ def test_a_shutdown_is_announced_and_lets_running_sessions_end(services, models,
         with opening_call(kind, server) as late, pytest.raises(grpc.RpcError) as refusal:
             late.receive()
         assert refusal.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert reason_of(refusal.value) == "NOT_READY"
+        with grpc.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1)]) as newcomer:
+            stub = health_pb2_grpc.HealthStub(newcomer)
+            for name in ("", kind.name):
+                asked = health_pb2.HealthCheckRequest(service=name)
+                assert stub.Check(asked, timeout=PATIENCE_S).status == NOT_SERVING
         stream.receive()
         assert stopping.is_alive()
         stream.half_close()
     stopping.join()
     server.stop()
+
+
+def test_a_watcher_is_told_whoever_else_has_left(services, models):
+    server = services.start(TARGET, models.target_path)
+    stub, request = health_pb2_grpc.HealthStub(server.channel), health_pb2.HealthCheckRequest(service=TARGET.name)
+    watches = [stub.Watch(request, timeout=PATIENCE_S) for _ in range(3)]
+    assert [next(watch).status for watch in watches] == [SERVING] * 3
+    watches[0].cancel()
+    eventually(lambda: server._server._health._num_watches == 2, "one has left")
+    server.shut_down()
+    for watch in watches[1:]:
+        assert [response.status for response in watch] == [NOT_SERVING]
+    server.stop()
+
+
+def test_a_service_that_nobody_knows_is_told_so(target):
+    stub, request = health_pb2_grpc.HealthStub(target.channel), health_pb2.HealthCheckRequest(service="nobody")
+    with pytest.raises(grpc.RpcError) as refusal:
+        stub.Check(request, timeout=PATIENCE_S)
+    assert refusal.value.code() == grpc.StatusCode.NOT_FOUND
+    watch = stub.Watch(request, timeout=PATIENCE_S)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watch.cancel()
 
 
 def test_a_session_that_outlasts_the_grace_time_is_cut_off(services, models):

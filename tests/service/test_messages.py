@@ -1,4 +1,4 @@
-"""Bytes that are no message, too large or compressed: refused before they are parsed, by both services, for every call."""
+"""Bytes that are no message, too large or compressed: refused by both services before they are parsed."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from tests.service.conftest import (
     span,
 )
 
+MOST_32, MOST_64 = 2**32 - 1, 2**64 - 1
 KINDS = pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
 GARBAGE = {
     "random": np.random.default_rng(1).bytes(200),
@@ -171,11 +172,10 @@ def test_what_stands_beside_the_service_is_guarded_alike(target, name, garbage, 
 def test_a_bound_holds_whatever_keeps_the_limits():
     context, proposals, support = 300, 5, 700
     ids = b"\xff" * 4 * context
+    everything = common_pb2.TokenSpan(token_ids=ids, prefix_digest=MOST_64)
     open_all = target_pb2.VerifyRequest(
-        open=target_pb2.OpenVerification(
-            committed=common_pb2.TokenSpan(token_ids=ids, prefix_digest=2**64 - 1), model_identity="0" * 32, seed=2**64 - 1
-        )
-    )  # fmt: skip
+        open=target_pb2.OpenVerification(committed=everything, model_identity="0" * 32, seed=MOST_64)
+    )
     largest = target_pb2.ProposedToken(token_id=2**32 - 1, support_gaps=[2**32 - 1] * support)
     round_all = target_pb2.VerifyRequest(
         round=target_pb2.Round(committed=common_pb2.TokenSpan(token_ids=ids), proposals=[largest] * proposals)
@@ -245,8 +245,6 @@ def test_a_draft_keeps_its_own_limit_of_supports(services, models):
 
 
 # Numbers at the ends of their types: in range, or refused by name.
-
-MOST_32, MOST_64 = 2**32 - 1, 2**64 - 1
 
 
 def later_round(**fields) -> list[target_pb2.VerifyRequest]:
