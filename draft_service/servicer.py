@@ -52,6 +52,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 return
             if opening.WhichOneof("kind") != "open":
                 raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
+            self._host.expect(opening.open.model_identity)
             outbox: Outbox = Mailbox()
             session = self._open(drafter, opening.open, outbox)
             commits = asyncio.ensure_future(self._read_commits(drafter, session, requests, outbox))

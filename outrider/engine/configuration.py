@@ -54,6 +54,32 @@ def vocab_size_of(model: PreTrainedModel) -> int:
     return rows[1]
 
 
+def eos_token_ids_of(model: PreTrainedModel, vocab_size: int) -> tuple[int, ...]:
+    """Return the ids that end a text: those for generation, or where it names none, the model's.
+
+    Ids that no text can hold are left out, with a word in the log.
+
+    Raises:
+        ModelRefusedError: an id is no whole number.
+    """
+    places = (
+        ("generation_config.json", getattr(model, "generation_config", None)),
+        ("config.json", model.config),
+    )
+    for place, config in places:
+        value = getattr(config, "eos_token_id", None)
+        token_ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+        odd = [token_id for token_id in token_ids if type(token_id) is not int]
+        if odd:
+            raise ModelRefusedError(f"eos_token_id in {place} holds {odd[0]!r}: give ids, which are whole numbers")
+        known = tuple(dict.fromkeys(token_id for token_id in token_ids if 0 <= token_id < vocab_size))
+        if len(known) < len(set(token_ids)):
+            log.warning("eos_token_id in %s holds ids that the model cannot write, which are ignored: %s", place, value)
+        if known:
+            return known
+    return ()
+
+
 def hold_rotary_factors(model: PreTrainedModel, context_length: int) -> None:
     """Keep the rotary factors of the model what they are for short texts.
 

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from outrider.engine import attention
 from outrider.engine.checkpoint import TOKENIZER_FILES, ModelRefusedError, Source, one_line, placed, read_model
 from outrider.engine.compiled.choice import choose_compiled
-from outrider.engine.configuration import context_length_of, hold_rotary_factors, vocab_size_of
+from outrider.engine.configuration import context_length_of, eos_token_ids_of, hold_rotary_factors, vocab_size_of
+from outrider.engine.identity import identity_of
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.llama import FAMILIES, LlamaForward, sees_as_asked
 from outrider.engine.paged_choice import CacheOptions, choose_runner, make_gpu_forward
@@ -56,6 +57,11 @@ class TokenizerFiles:
     special_tokens: dict[str, str]
     pieces: dict[int, str]
 
+    def whole(self) -> bytes:
+        """Return all of it in one piece, for a digest."""
+        more = json.dumps([self.chat_template, self.special_tokens], sort_keys=True)
+        return self.tokenizer_json + more.encode()
+
     def block_digests(self) -> list[int]:
         """Return a digest of each `FINGERPRINT_BLOCK` ids; common.proto has the definition."""
         digests = []
@@ -80,6 +86,7 @@ class LoadedModel:
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...]
+    identity: str  # see identity.py
     device: str
     accelerator: str  # identifies it anywhere; empty for a CPU
     dtype: str
@@ -97,12 +104,16 @@ def load(options: ModelOptions) -> LoadedModel:
     device = _device(options.device)
     model = _load_model(options, source, device)
     forward_pass = choose_forward_pass(model)
-    config = model.config.get_text_config()
+    vocab_size = vocab_size_of(model)
+    tokenizer = _load_tokenizer(source)
+    _refuse_ids_beyond(tokenizer, vocab_size, options.model)
+    eos_token_ids = eos_token_ids_of(model, vocab_size)
     facts: dict[str, Any] = {
         "architecture": model.config.model_type,
-        "vocab_size": vocab_size_of(model),
-        "context_length": context_length_of(config),
-        "eos_token_ids": _eos_token_ids(model),
+        "vocab_size": vocab_size,
+        "eos_token_ids": eos_token_ids,
+        "identity": identity_of(model, tokenizer.whole() if tokenizer else None, eos_token_ids),
+        "context_length": context_length_of(model.config),
         "device": str(forward_pass.device),
         "accelerator": _accelerator_id(forward_pass.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -121,7 +132,6 @@ def load(options: ModelOptions) -> LoadedModel:
         raise ModelRefusedError(
             f"the caches of {options.model} do not fit into the memory of {facts['device']}: lower --max-cached-tokens"
         ) from error
-    tokenizer = _load_tokenizer(source)
     return LoadedModel(options, compiled or runner, max_cached_tokens, tokenizer, **facts)
 
 
@@ -279,6 +289,16 @@ def _switch(model: PreTrainedModel, name: str) -> None:
         raise ModelRefusedError(reason)
 
 
+def _refuse_ids_beyond(tokenizer: TokenizerFiles | None, vocab_size: int, model: str) -> None:
+    """Raise ModelRefusedError where the tokenizer makes ids that the model does not take."""
+    last = max(tokenizer.pieces, default=-1) if tokenizer else -1
+    if last >= vocab_size:
+        raise ModelRefusedError(
+            f"the tokenizer of {model} has ids up to {last}, and the model's embedding {vocab_size} rows: "
+            "give the tokenizer that belongs to the model"
+        )
+
+
 def _load_tokenizer(source: Source) -> TokenizerFiles | None:
     reason = source.why_silent(TOKENIZER_FILES)
     if reason:
@@ -308,11 +328,3 @@ def _load_tokenizer(source: Source) -> TokenizerFiles | None:
         special_tokens=json.loads(json.dumps(special)),
         pieces={token_id: piece for piece, token_id in backend.get_vocab(with_added_tokens=True).items()},
     )
-
-
-def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    for config in (getattr(model, "generation_config", None), model.config):
-        token_ids = getattr(config, "eos_token_id", None)
-        if token_ids is not None:
-            return tuple(token_ids) if isinstance(token_ids, list | tuple) else (token_ids,)
-    return ()
