@@ -22,7 +22,7 @@ from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.paged_choice import CacheOptions
 from outrider.engine.thread import ModelThread
-from outrider.errors import InvalidArgumentError, ServiceError, UnavailableError
+from outrider.errors import InvalidArgumentError, ModelChangedError, ServiceError, UnavailableError
 from outrider.messages import LONGEST_CONTEXT, MOST_OTHER_BYTES, most_bytes
 from outrider.options import ServiceOptions
 from outrider.server import Server, run_until_signal
@@ -101,9 +101,13 @@ class ModelHost(Generic[WorkerT]):
         self._engine.stats = EngineStats()
         gc.collect()
         gc.freeze()  # what torch and transformers keep would take each full collection 0.1 s
-        worker.thread.start()
         self._fingerprint = _fingerprint(model.tokenizer) if model.tokenizer else None
         self._model = model
+        try:
+            self.model_info()
+        except (TypeError, ValueError) as error:  # a message takes no number out of range, and no odd character
+            raise ModelRefusedError(f"{options.model!a} cannot be described to clients: {error}") from error
+        worker.thread.start()
         self._worker = worker
 
     def close(self) -> None:
@@ -141,6 +145,18 @@ class ModelHost(Generic[WorkerT]):
         if self._model is None:
             raise UnavailableError(f"{self._options.model} is still loading: come again when health says SERVING")
         return self._model
+
+    def expect(self, identity: str) -> None:
+        """Compare the identity that a session's opening carries with the model's; an empty one is not compared.
+
+        Raises:
+            ModelChangedError: the session expects another model.
+        """
+        if identity and identity != self._loaded.identity:
+            raise ModelChangedError(
+                f"open.model_identity is {identity}, and this service's {self._options.model} is "
+                f"{self._loaded.identity}: ask GetModelInfo what is here now, and begin afresh"
+            )
 
     @property
     def most_message_bytes(self) -> int:
@@ -252,6 +268,7 @@ class ModelHost(Generic[WorkerT]):
                 max_sessions_per_caller=options.max_sessions_per_caller,
             ),
             service_version=__version__,
+            identity=model.identity,
         )
 
     async def stats(self) -> common_pb2.ServiceStats:

@@ -18,8 +18,13 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from outrider.engine.kv_cache import SequenceCache
+from outrider.engine.visibility import LayerVisibility, ask_mask
 
 ATTENTION_NAME = "outrider_packed"
+_WITHOUT_EFFECT = {  # what a layer may get beside its mask: its window, and arguments of the model that it passes on
+    "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "logits_to_keep",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+}  # fmt: skip
 
 
 class AttentionBatch(Protocol):
@@ -38,12 +43,15 @@ class AttentionBatch(Protocol):
         scaling: float | None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        chunk_size: int | None = None,
     ) -> torch.Tensor:
         """Write keys and values of the new tokens into their caches and attend, every sequence to its own.
 
         Args:
             query: `[1, Hq, T, D]`.
             key, value: `[1, H, T, D]`.
+            sliding_window: how many positions each sees, itself included; None for all.
+            chunk_size: how many positions make a chunk, beyond whose start none sees; None for all.
 
         Returns:
             `[1, T, Hq, D]`.
@@ -54,11 +62,11 @@ class AttentionBatch(Protocol):
 class PackedBatch:
     """Which slice of the packed row belongs to which cache; it attends sequence by sequence.
 
-    `masks` holds what every layer of a pass would compute again: one additive mask per (sequence, window).
+    `masks` holds what every layer of a pass would compute again: one additive mask per (sequence, window, chunk).
     """
 
     segments: list[tuple[slice, SequenceCache]]
-    masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int, int | None, int | None], torch.Tensor | None] = field(default_factory=dict)
 
     @property
     def max_length(self) -> int:
@@ -74,6 +82,7 @@ class PackedBatch:
         scaling: float | None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        chunk_size: int | None = None,
     ) -> torch.Tensor:
         """See AttentionBatch."""
         outputs = []
@@ -83,9 +92,10 @@ class PackedBatch:
             )
             new_query, new_key, new_value = parts
             keys, values = cache.write(layer, new_key[0], new_value[0])
-            if (index, sliding_window) not in self.masks:
-                self.masks[index, sliding_window] = causal_mask(new_query, keys.shape[1], sliding_window)
-            mask = self.masks[index, sliding_window]
+            kind = (index, sliding_window, chunk_size)
+            if kind not in self.masks:
+                self.masks[kind] = causal_mask(new_query, keys.shape[1], sliding_window, chunk_size)
+            mask = self.masks[kind]
             outputs.append(_attend_one(new_query, keys[None], values[None], mask, scaling, softcap))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2)
 
@@ -95,44 +105,60 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: object,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
     packed: AttentionBatch | None = None,
-    **kwargs: object,
+    visibility: LayerVisibility | None = None,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend in every sequence of the batch; the signature is transformers' own.
 
     Args:
         query: `[1, Hq, T, D]`.
         key, value: `[1, H, T, D]`.
+        attention_mask: an AskedMask, which says what may be seen; so what `others` say of windows does not count.
 
     Returns:
         `[1, T, Hq, D]`, and no attention weights.
+
+    Raises:
+        TypeError: the model asks for what packed attention does not do.
     """
-    if packed is None:
-        raise TypeError(f"{type(module).__name__} does not pass keyword arguments through to the attention function")
-    if s_aux is not None:
-        raise TypeError(f"{type(module).__name__} uses attention sinks, which packed attention does not handle")
+    name = type(module).__name__
+    if packed is None or visibility is None:
+        raise TypeError(f"{name} does not pass keyword arguments through to the attention function")
+    if others.get("s_aux") is not None:
+        raise TypeError(f"{name} uses attention sinks, which packed attention does not handle")
+    unknown = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
+    if unknown:
+        raise TypeError(f"{name} hands {', '.join(unknown)} to its attention, which packed attention does not handle")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return packed.attend(layer, query, key, value, scaling, sliding_window, softcap), None
+    seen = visibility.of(layer, attention_mask)
+    window, chunk = seen.sliding_window, seen.chunk_size
+    # Some models view what they get in other shapes, as transformers' own functions allow.
+    return packed.attend(layer, query, key, value, scaling, window, softcap, chunk).contiguous(), None
 
 
-def causal_mask(query: torch.Tensor, num_keys: int, sliding_window: int | None) -> torch.Tensor | None:
+def causal_mask(
+    query: torch.Tensor, num_keys: int, sliding_window: int | None, chunk_size: int | None = None
+) -> torch.Tensor | None:
     """Return what is added to the scores of `query` `[1, Hq, n, D]`, the last of `num_keys` positions.
 
     Returns:
         `[n, num_keys]` of 0 and −infinity in the query's type; None where every key may be seen.
     """
     num_new = query.shape[2]
-    if num_new == 1 and (sliding_window is None or num_keys <= sliding_window):
+    if num_new == 1 and num_keys <= min(sliding_window or num_keys, chunk_size or num_keys):
         return None
     queries = torch.arange(num_keys - num_new, num_keys, device=query.device)[:, None]
     keys = torch.arange(num_keys, device=query.device)[None]
-    visible = keys <= queries if sliding_window is None else (keys <= queries) & (keys > queries - sliding_window)
+    visible = keys <= queries
+    if sliding_window is not None:
+        visible &= keys > queries - sliding_window
+    if chunk_size is not None:
+        visible &= keys >= queries // chunk_size * chunk_size
     return query.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
 
 
@@ -151,6 +177,6 @@ def _attend_one(query, keys, values, mask, scaling, softcap) -> torch.Tensor:
 
 
 def register() -> None:
-    """Make the attention function known to transformers under `ATTENTION_NAME`; calling it again changes nothing."""
+    """Make attention and its masks known to transformers under `ATTENTION_NAME`; calling it again changes nothing."""
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(ATTENTION_NAME, ask_mask)

@@ -116,7 +116,7 @@ def refusing(source: Source) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """Return an error's text in one line of bounded length; its class where it has none."""
     text = " ".join(str(error).split())
-    if not text or not isinstance(error, OSError | ValueError | ImportError | RuntimeError):
+    if not text or not isinstance(error, OSError | ValueError | ImportError | RuntimeError | TypeError):
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
 

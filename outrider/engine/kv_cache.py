@@ -81,8 +81,9 @@ class SequenceCache(TokenCountedCache):
 
     @property
     def entry_kinds(self) -> set[tuple[int, int, torch.dtype]]:
-        """H, D and type of the layers' entries: one of each where all layers are alike."""
-        return {(keys.shape[0], keys.shape[2], keys.dtype) for keys, _ in self._layers.values()}
+        """H, D and type of the layers' keys and values: one of each where all are alike."""
+        entries = [entry for layer in self._layers.values() for entry in layer]
+        return {(entry.shape[0], entry.shape[2], entry.dtype) for entry in entries}
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""

@@ -15,6 +15,7 @@ head size, F feed-forward size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from outrider.engine.attention import AttentionBatch
+from outrider.engine.configuration import context_length_of
 from outrider.engine.products import Product, make_product
+from outrider.engine.visibility import Visible
 
 FAMILIES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose angles do not depend on the sequence's length
@@ -189,3 +192,15 @@ def sliding_window(attention: Any, config: Any) -> int | None:
     if config.model_type == "mistral":  # it reads its configuration instead
         return getattr(config, "sliding_window", None)
     return getattr(attention, "sliding_window", None)
+
+
+def sees_as_asked(model: PreTrainedModel, visible: Sequence[Visible]) -> bool:
+    """Return whether the layers of a model of the family see, by their windows, what its masks ask for.
+
+    What transformers does is by the masks; a window that is longer than any text is none.
+    """
+    config: Any = model.config
+    decoder: Any = model.model
+    windows = [sliding_window(layer.self_attn, config) for layer in decoder.layers]
+    longest = context_length_of(config)
+    return list(visible) == [Visible(window if window and window < longest else None) for window in windows]

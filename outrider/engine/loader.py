@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
@@ -14,14 +17,17 @@ from transformers import AutoTokenizer, PreTrainedModel
 from outrider.engine import attention
 from outrider.engine.checkpoint import TOKENIZER_FILES, ModelRefusedError, Source, one_line, placed, read_model
 from outrider.engine.compiled.choice import choose_compiled
+from outrider.engine.configuration import context_length_of, eos_token_ids_of, hold_rotary_factors, vocab_size_of
+from outrider.engine.identity import identity_of
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.llama import LlamaForward
+from outrider.engine.llama import FAMILIES, LlamaForward, sees_as_asked
 from outrider.engine.paged_choice import CacheOptions, choose_runner, make_gpu_forward
-from outrider.engine.probe import why_different
+from outrider.engine.probe import probe_text, why_different, why_disturbed
 from outrider.engine.runner import Feed, ForwardPass, ModelRunner, Runner, TransformersForward
 
 FINGERPRINT_BLOCK = 1024
 _PROBE_LENGTH, _PROBE_START = 12, 5
+_SMALL_WINDOW = 32  # a window or chunk up to which the text at start goes beyond it
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -51,6 +57,11 @@ class TokenizerFiles:
     special_tokens: dict[str, str]
     pieces: dict[int, str]
 
+    def whole(self) -> bytes:
+        """Return all of it in one piece, for a digest."""
+        more = json.dumps([self.chat_template, self.special_tokens], sort_keys=True)
+        return self.tokenizer_json + more.encode()
+
     def block_digests(self) -> list[int]:
         """Return a digest of each `FINGERPRINT_BLOCK` ids; common.proto has the definition."""
         digests = []
@@ -75,6 +86,7 @@ class LoadedModel:
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...]
+    identity: str  # see identity.py
     device: str
     accelerator: str  # identifies it anywhere; empty for a CPU
     dtype: str
@@ -92,20 +104,25 @@ def load(options: ModelOptions) -> LoadedModel:
     device = _device(options.device)
     model = _load_model(options, source, device)
     forward_pass = choose_forward_pass(model)
-    config = model.config.get_text_config()
-    facts = {
+    vocab_size = vocab_size_of(model)
+    tokenizer = _load_tokenizer(source)
+    _refuse_ids_beyond(tokenizer, vocab_size, options.model)
+    eos_token_ids = eos_token_ids_of(model, vocab_size)
+    facts: dict[str, Any] = {
         "architecture": model.config.model_type,
-        "vocab_size": model.get_output_embeddings().weight.shape[0],
-        "context_length": config.max_position_embeddings,
-        "eos_token_ids": _eos_token_ids(model),
+        "vocab_size": vocab_size,
+        "eos_token_ids": eos_token_ids,
+        "identity": identity_of(model, tokenizer.whole() if tokenizer else None, eos_token_ids),
+        "context_length": context_length_of(model.config),
         "device": str(forward_pass.device),
         "accelerator": _accelerator_id(forward_pass.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    compiled = None
-    if not options.caches.paged:
-        compiled = choose_compiled(model, ModelRunner(forward_pass), facts["vocab_size"])
-    gpu_forward = make_gpu_forward(model)
+    compiled = gpu_forward = None
+    if _sees_as_kernels_do(model, forward_pass):
+        if not options.caches.paged:
+            compiled = choose_compiled(model, ModelRunner(forward_pass), facts["vocab_size"])
+        gpu_forward = make_gpu_forward(model)
     del model  # a forward pass of our own has the weights: their memory is for the caches
     try:
         runner, max_cached_tokens = choose_runner(
@@ -115,7 +132,6 @@ def load(options: ModelOptions) -> LoadedModel:
         raise ModelRefusedError(
             f"the caches of {options.model} do not fit into the memory of {facts['device']}: lower --max-cached-tokens"
         ) from error
-    tokenizer = _load_tokenizer(source)
     return LoadedModel(options, compiled or runner, max_cached_tokens, tokenizer, **facts)
 
 
@@ -176,29 +192,37 @@ def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
     """Switch the model to packed attention, compare a short text with its own, and return the fastest forward pass.
 
     Raises:
-        ModelRefusedError: it does not follow transformers' attention interface, or the results differ.
+        ModelRefusedError: it does not follow transformers' attention interface, a layer sees what is neither causal,
+            windowed nor chunked, the results differ, or what a text gets depends on others beside it.
     """
     attention.register()
     name, config = type(model).__name__, model.config.get_text_config()
-    token_ids = [index * 7919 % config.vocab_size for index in range(_PROBE_LENGTH)]
+    own_attention = model.config._attn_implementation
+    _switch(model, name)
+    context_length = context_length_of(config)
+    hold_rotary_factors(model, context_length)
+    token_ids = _probe_text(model, config, min(context_length, _probe_length(config)))
     device = next(model.parameters()).device
-    expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
+    with _refusing(f"{name} cannot run a short text"):
+        model.set_attn_implementation(own_attention)
+        expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
     if not expected.isfinite().all():
         raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: its weights are damaged")
-    _refuse_unless_switched(model, name)
-    forward_pass = TransformersForward(model)
-    try:
+    _switch(model, name)
+    is_rounded = model.dtype not in (torch.float32, torch.float64) or getattr(model, "hf_quantizer", None) is not None
+    with _refusing(f"{name} cannot be run with packed attention"):
+        forward_pass = TransformersForward(model)
         actual, num_layers = _probe(forward_pass, token_ids)
-    except (TypeError, KeyError, AttributeError, AssertionError) as error:
-        raise ModelRefusedError(f"{name} cannot be run with packed attention: {error}") from error
+        reason = why_different(actual, expected[_PROBE_START:], is_rounded)
+        reason_beside = why_disturbed(forward_pass, token_ids, context_length, is_rounded)
     if num_layers != config.num_hidden_layers:
         total = config.num_hidden_layers
         raise ModelRefusedError(f"{name} calls the attention interface in {num_layers} of its {total} layers only")
-    is_rounded = model.dtype not in (torch.float32, torch.float64) or getattr(model, "hf_quantizer", None) is not None
-    reason = why_different(actual, expected[_PROBE_START:], is_rounded)
     if reason:
         raise ModelRefusedError(f"{name} differs from its own attention under packed attention: {reason}")
-    if not LlamaForward.can_run(model):
+    if reason_beside:
+        raise ModelRefusedError(f"{name} gives a text other logits when others are beside it: {reason_beside}")
+    if not (LlamaForward.can_run(model) and sees_as_asked(model, forward_pass.visible)):
         return forward_pass
     fast = LlamaForward(model)
     reason = why_different(_probe(fast, token_ids)[0], expected[_PROBE_START:], is_rounded)
@@ -206,6 +230,39 @@ def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
         return fast
     log.warning("%s runs as transformers has it: in the faster forward pass, %s", name, reason)
     return forward_pass
+
+
+def _sees_as_kernels_do(model: PreTrainedModel, forward_pass: ForwardPass) -> bool:
+    """Return whether our own forward passes, which know families by name, may be tried on the model."""
+    if isinstance(forward_pass, TransformersForward) and model.config.model_type in FAMILIES:
+        return sees_as_asked(model, forward_pass.visible)
+    return True
+
+
+def _probe_text(model: PreTrainedModel, config: Any, num_tokens: int) -> list[int]:
+    """Return a text that begins with plain tokens and then holds what some models treat in a way of its own."""
+    vocab_size = vocab_size_of(model)
+    token_ids = probe_text(vocab_size, num_tokens + _PROBE_START)[_PROBE_START:]
+    padding = getattr(config, "pad_token_id", None)
+    token_ids[_PROBE_START + 1] = padding if isinstance(padding, int) and 0 <= padding < vocab_size else 0
+    return token_ids
+
+
+def _probe_length(config: Any) -> int:
+    """Return how long a text shows windows and chunks at work, where they are small."""
+    sizes = [getattr(config, key, None) or 0 for key in ("sliding_window", "attention_chunk_size")]
+    return max(_PROBE_LENGTH, *(2 * size + _PROBE_START for size in sizes if size <= _SMALL_WINDOW))
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn whatever a first pass raises into a ModelRefusedError; of a model's code it can be anything."""
+    try:
+        yield
+    except (ModelRefusedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelRefusedError(f"{what}: {one_line(error)}") from error
 
 
 def _probe(forward_pass: ForwardPass, token_ids: list[int]) -> tuple[torch.Tensor, int]:
@@ -216,18 +273,30 @@ def _probe(forward_pass: ForwardPass, token_ids: list[int]) -> tuple[torch.Tenso
     runner, cache = ModelRunner(forward_pass), SequenceCache()
     runner.forward([Feed(cache, token_ids[:7], 1)])
     cache.truncate(_PROBE_START)
-    rows = runner.forward([Feed(cache, token_ids[_PROBE_START:], len(token_ids) - _PROBE_START)])
-    return rows, cache.num_layers
+    rows = [runner.forward([Feed(cache, token_ids[_PROBE_START:-1], len(token_ids) - _PROBE_START - 1)])]
+    rows.append(runner.forward([Feed(cache, token_ids[-1:], 1)]))
+    return torch.cat(rows), cache.num_layers
 
 
-def _refuse_unless_switched(model: PreTrainedModel, name: str) -> None:
+def _switch(model: PreTrainedModel, name: str) -> None:
+    """Switch the model to packed attention; raises ModelRefusedError where it has attention of its own alone."""
     reason = f"{name} does not follow transformers' attention interface, so its family cannot be served"
     try:
         model.set_attn_implementation(attention.ATTENTION_NAME)
-    except ValueError as error:
+    except Exception as error:
         raise ModelRefusedError(reason) from error
     if model.config._attn_implementation != attention.ATTENTION_NAME:
         raise ModelRefusedError(reason)
+
+
+def _refuse_ids_beyond(tokenizer: TokenizerFiles | None, vocab_size: int, model: str) -> None:
+    """Raise ModelRefusedError where the tokenizer makes ids that the model does not take."""
+    last = max(tokenizer.pieces, default=-1) if tokenizer else -1
+    if last >= vocab_size:
+        raise ModelRefusedError(
+            f"the tokenizer of {model} has ids up to {last}, and the model's embedding {vocab_size} rows: "
+            "give the tokenizer that belongs to the model"
+        )
 
 
 def _load_tokenizer(source: Source) -> TokenizerFiles | None:
@@ -259,11 +328,3 @@ def _load_tokenizer(source: Source) -> TokenizerFiles | None:
         special_tokens=json.loads(json.dumps(special)),
         pieces={token_id: piece for piece, token_id in backend.get_vocab(with_added_tokens=True).items()},
     )
-
-
-def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    for config in (getattr(model, "generation_config", None), model.config):
-        token_ids = getattr(config, "eos_token_id", None)
-        if token_ids is not None:
-            return tuple(token_ids) if isinstance(token_ids, list | tuple) else (token_ids,)
-    return ()

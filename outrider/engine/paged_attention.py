@@ -58,14 +58,17 @@ class PagedBatch:
         scaling: float | None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        chunk_size: int | None = None,
     ) -> torch.Tensor:
         """See AttentionBatch.
 
         Raises:
-            TypeError: the model caps its scores, which varlen_attn does not.
+            TypeError: the model caps its scores or has chunks, which varlen_attn does not.
         """
         if softcap is not None:
             raise TypeError("paged attention does not cap scores")
+        if chunk_size is not None:
+            raise TypeError("paged attention does not know chunks")
         for entries, new in zip(self.layers[layer], (key, value), strict=True):
             entries.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
         return self.mix(layer, query[0].transpose(0, 1), scaling, sliding_window)[None]

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import torch
 
-from outrider.engine.kv_cache import Cache
-from outrider.engine.runner import DraftingRunner, Feed, Runner
+from outrider.engine.attention import PackedBatch
+from outrider.engine.kv_cache import Cache, SequenceCache
+from outrider.engine.runner import DraftingRunner, Feed, ForwardPass, Runner
 from outrider.probs import Draft, PlainSampling, draft_tokens
 from outrider.rng import Noise
 from outrider.warping import Warping
 
 MAX_VARIATION = 1e-3
 MAX_RELATIVE_DISTANCE = 0.2  # of bfloat16, deep models with random weights reach a tenth
+MAX_DISTURBANCE = 1e-3  # relative distance in float32; what is beside a text may change how its sums are rounded
 _LENGTH = 13
 _NUM_DRAWS, _MAX_SUPPORT = 2, 64
+
+
+def probe_text(vocab_size: int, num_tokens: int) -> list[int]:
+    """Return the ids of a text without sense."""
+    return [index * 7919 % vocab_size for index in range(num_tokens)]
 
 
 @torch.inference_mode()
@@ -25,7 +32,7 @@ def probe_rows(runner: Runner, vocab_size: int, cache: Cache | None = None) -> t
 
     A `cache` that is given is left filled; else one is made and given back.
     """
-    token_ids = [index * 7919 % vocab_size for index in range(_LENGTH)]
+    token_ids = probe_text(vocab_size, _LENGTH)
     used = runner.new_cache() if cache is None else cache
     runner.forward([Feed(used, token_ids[:7], 1)])
     used.truncate(5)
@@ -88,7 +95,31 @@ def why_different(actual: torch.Tensor, expected: torch.Tensor, is_rounded: bool
     return None if distance < limit else f"rows differ by a {name} of {distance:.2g}"
 
 
+@torch.inference_mode()
+def why_disturbed(forward_pass: ForwardPass, token_ids: list[int], context_length: int, is_rounded: bool) -> str | None:
+    """Return in words how a text's rows change beside one at the end of the context, or after it; None for not at all.
+
+    The other text has no past: where tokens stand is all that counts here.
+    """
+    num_tokens, num_others = len(token_ids), 3
+    far = [*range(num_tokens), *range(context_length - num_others, context_length)]
+    alone = _rows_at(forward_pass, token_ids, list(range(num_tokens)), num_tokens)
+    beside = _rows_at(forward_pass, token_ids + token_ids[:num_others], far, num_tokens)
+    after = _rows_at(forward_pass, token_ids, list(range(num_tokens)), num_tokens)
+    distance = max(_relative_distance(rows, alone) for rows in (beside, after))
+    limit = MAX_RELATIVE_DISTANCE if is_rounded else MAX_DISTURBANCE
+    return None if distance < limit else f"by a relative distance of {distance:.2g}"
+
+
+def _rows_at(forward_pass: ForwardPass, token_ids: list[int], positions: list[int], num_tokens: int) -> torch.Tensor:
+    """Return the rows of the first `num_tokens` tokens, which are one text; what is behind them is another."""
+    device, parts = forward_pass.device, [slice(0, num_tokens), slice(num_tokens, len(token_ids))]
+    packed = PackedBatch([(part, SequenceCache()) for part in parts if part.start < part.stop])
+    ids, at = (torch.tensor(values, device=device) for values in (token_ids, positions))
+    return forward_pass(ids, at, torch.arange(num_tokens, device=device), packed)
+
+
 def _relative_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest distance of two rows over the length of the expected one, both without their means."""
     centred, other = (rows.float() - rows.float().mean(-1, keepdim=True) for rows in (expected, actual))
-    return ((other - centred).norm(dim=-1) / centred.norm(dim=-1)).max().item()
+    return ((other - centred).norm(dim=-1) / centred.norm(dim=-1).clamp_min(1e-6)).max().item()

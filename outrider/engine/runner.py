@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from transformers import PreTrainedModel
 
 from outrider.engine.attention import AttentionBatch, PackedBatch
+from outrider.engine.configuration import context_length_of
 from outrider.engine.kv_cache import Cache, SequenceCache
+from outrider.engine.visibility import LayerVisibility, Visible
 from outrider.probs import Draft, PlainSampling
 from outrider.transfers import wait_for
 
@@ -95,15 +98,35 @@ class ForwardPass(Protocol):
 class TransformersForward:
     """The forward pass as transformers has it: for every family, and the reference for faster ones."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: PreTrainedModel):
+        """Learn from a text of two tokens what each layer of `model` sees, which has packed attention already.
+
+        Raises:
+            TypeError: the model asks for what packed attention does not do.
+            ModelRefusedError: its configuration says no context length.
+        """
         self._model = model
         self.device: torch.device = next(model.parameters()).device
+        self._visibility = LayerVisibility(context_length_of(model.config))
+        with torch.inference_mode():
+            two = torch.arange(2, device=self.device)
+            self(two, two, two, PackedBatch([(slice(0, 2), SequenceCache())]))
+
+    @property
+    def visible(self) -> list[Visible]:
+        """What positions see, layer by layer."""
+        return self._visibility.layers
 
     def __call__(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, packed: AttentionBatch
     ) -> torch.Tensor:
         return self._model(
-            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows, packed=packed
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=rows,
+            packed=packed,
+            visibility=self._visibility,
         ).logits[0]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.engine.loader import ModelOptions, ModelRefusedError, load
+from outrider.engine.loader import ModelOptions, ModelRefusedError, choose_forward_pass, load
 from tests.tiny_models import byte_tokenizer, make_model, save
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 16533\n"
@@ -229,3 +229,53 @@ def test_the_command_ends_with_one_sentence(folder):
     said = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     reason = f"its files lack {Q_PROJ}, which would be random numbers"
     assert said == [f"Error: {folder} cannot be loaded as a LlamaForCausalLM: {reason}"]
+
+
+class TestFacts:
+    """What a service tells about its model is checked at start, and can be told."""
+
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+    @pytest.mark.parametrize(
+        ("value", "known"),
+        [(-1, ()), ([1, -1], (1,)), ([299, 300], (299,)), (2**40, ()), ([], ()), ([1, 1, 2], (1, 2))],
+        ids=str,
+    )
+    def test_ends_that_cannot_come_are_ignored_with_a_word(self, folder, caplog, name, value, known):
+        for file in ("config.json", "generation_config.json"):
+            reconfigure(folder, file, eos_token_id=value if file == name else None)
+        assert load(ModelOptions(str(folder), device="cpu")).eos_token_ids == known
+        said = [record for record in caplog.records if "eos_token_id" in record.message]
+        assert len(said) == (value not in ([], [1, 1, 2]))
+
+    @pytest.mark.parametrize(
+        "value", [True, [1, True], 1.0, "</s>", [1, "a"], [[1]], [None], {"a": 1}, {}, ""], ids=str
+    )
+    def test_ends_of_nonsense(self, folder, value):
+        reconfigure(folder, "generation_config.json", eos_token_id=value)
+        assert "eos_token_id" in why_refused(folder)
+        reconfigure(folder, "generation_config.json", eos_token_id=None)
+        reconfigure(folder, eos_token_id=value)
+        assert "eos_token_id" in why_refused(folder)
+
+    @pytest.mark.parametrize("value", [0, -5, 1, 2**40, None, "long", 2.5, True], ids=str)
+    def test_a_context_length_of_nonsense(self, folder, value):
+        reconfigure(folder, max_position_embeddings=value)
+        assert "max_position_embeddings" in why_refused(folder)
+
+    def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(self, tmp_path):
+        folder = save(make_model("llama", 0, vocab_size=257), tmp_path, byte_tokenizer())
+        assert "has ids up to 257, and the model's embedding 257 rows" in why_refused(folder)
+
+    def test_a_vocabulary_of_another_size_than_the_embedding(self, folder):
+        reconfigure(folder, vocab_size=299)
+        assert "its files have another shape of lm_head.weight, model.embed_tokens.weight" in why_refused(folder)
+
+    def test_a_head_that_can_say_more_than_the_embedding_takes(self):
+        model = make_model("llama", 0)
+        model.model.embed_tokens = torch.nn.Embedding(90, 32, dtype=torch.float64)
+        with pytest.raises(ModelRefusedError, match="has 90 rows and its head 97: they must agree"):
+            choose_forward_pass(model)
+
+    def test_a_generation_configuration_that_is_none(self, folder):
+        (folder / "generation_config.json").write_text("[1, 2]")
+        assert why_refused(folder)

@@ -1,0 +1,94 @@
+"""A tiny model of every causal family that transformers has, made without knowing the family.
+
+Sizes are given to whatever fields of that name a configuration has: windows and chunks of 8, four layers. What a few
+families need beside that stands in `SPECIAL`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.tiny_models import VOCAB_SIZE
+
+FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+CONTEXT, NUM_LAYERS, WINDOW = 128, 4, 8
+_STD = 0.25  # of weights; transformers' default, 0.02, makes texts that all look alike
+_NAMES_BY_SIZE: tuple[tuple[Any, str], ...] = (
+    (VOCAB_SIZE, """
+        vocab_size vocab_size_per_layer_input unpadded_vocab_size"""),
+    (CONTEXT, """
+        max_position_embeddings n_positions max_seq_len max_target_positions"""),
+    (NUM_LAYERS, """
+        num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers"""),
+    (2, """
+        encoder_layers num_encoder_layers max_window_layers num_experts_per_tok moe_topk moe_top_k moe_k
+        top_k_experts num_key_value_heads num_global_key_value_heads kv_n_heads linear_num_key_heads
+        index_n_heads swa_num_key_value_heads num_experts_per_token indexer_n_heads altup_num_inputs
+        num_dense_layers hc_mult"""),
+    (4, """
+        num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads
+        encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads num_experts
+        num_local_experts n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads
+        mamba_num_heads rotary_dim mamba_dt_rank swa_num_attention_heads"""),
+    (8, """
+        sliding_window attention_chunk_size window_size attention_window_size sliding_window_size index_topk
+        hidden_size_per_layer_input laurel_rank head_dim global_head_dim qk_nope_head_dim qk_rope_head_dim
+        v_head_dim query_pre_attn_scalar linear_key_head_dim linear_value_head_dim mamba_d_state state_size
+        swa_head_dim kv_channels attention_head_dim swa_v_head_dim indexer_budget mamba_chunk_size chunk_size
+        conv_L_cache_size"""),
+    (16, """
+        moe_intermediate_size q_lora_rank kv_lora_rank expert_dim shared_expert_intermediate_size
+        index_head_dim mamba_d_head mamba_head_dim router_hidden_size indexer_head_dim adapter_rank hc_lowrank"""),
+    (32, """
+        hidden_size n_embd d_model emb_dim embedding_size word_embed_proj_dim dim"""),
+    (64, """
+        intermediate_size d_ff dff ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim ffn_hidden_size
+        feed_forward_size intermediate_size_mlp mamba_d_ssm dim_ff"""),
+    (1, """
+        n_group topk_group mamba_n_groups n_groups first_k_dense_replace"""),
+    (0, """
+        num_kv_shared_layers"""),
+    (True, """
+        is_decoder use_sliding_window"""),
+    (_STD, """
+        initializer_range init_std"""),
+)  # fmt: skip
+SIZES = {name: value for value, names in _NAMES_BY_SIZE for name in names.split()}
+_UNLESS_NONE = ("num_key_value_heads", "sliding_window", "head_dim", "n_inner", "is_decoder")  # None stands for a value
+SPECIAL: dict[str, dict[str, Any]] = {}
+
+
+def settings_of(config_class: type[PreTrainedConfig], family: str = "") -> dict[str, Any]:
+    """Return the arguments that make a tiny configuration of the class."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    settings: dict[str, Any] = {}
+    for name, field in fields.items():
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if name in SIZES and (default is not None or name in _UNLESS_NONE):
+            settings[name] = SIZES[name]
+    for name, part in (getattr(config_class, "sub_configs", None) or {}).items():
+        if name in fields and dataclasses.is_dataclass(part) and part is not PreTrainedConfig:
+            settings[name] = settings_of(part)
+    special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {name: value for name, value in special.items() if name in fields}
+    return settings | SPECIAL.get(family, {})
+
+
+def make_tiny(family: str, **changes: Any) -> PreTrainedModel:
+    """Return a random model of the family in float64, with its own attention.
+
+    Raises:
+        Exception: of whatever kind the family makes of sizes that it cannot have.
+    """
+    config_class = CONFIG_MAPPING[family]
+    config = config_class(**(settings_of(config_class, family) | changes))
+    torch.manual_seed(0)
+    # float64 has no grouped product of experts.
+    experts = {"experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64, **experts).eval()
