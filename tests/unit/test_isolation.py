@@ -16,7 +16,8 @@ from draft_service import drafter as drafter_module
 from draft_service.drafter import Drafter
 from draft_service.session import Commit, Drafted, DraftOptions, Path
 from draft_service.session import Session as DraftSession
-from outrider.engine.engine import Demand, Engine, Sequence as EngineSequence
+from outrider.engine.engine import Demand, Engine
+from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import in_halves
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.runner import Feed
@@ -32,6 +33,7 @@ from tests.unit.test_toy_services import TableRunner
 POISON = 8  # a token that spoils every pass it is fed in
 PROMPTS = [[5, 6], [1], [2, 2, 3], [7, 0, 1, 4], [3]]
 AHEAD = 6
+PLAIN = Warping()
 
 
 class SpoiledRunner(TableRunner):
@@ -113,7 +115,7 @@ class DraftService:
         self.engine = Engine(runner or SpoiledRunner(toys.DRAFT_LOGITS), 10_000, 16)
         self.drafter = Drafter(self.engine, toys.CONTEXT_LENGTH)
 
-    def open(self, prompt: list[int], emit, warping: Warping = Warping(), seed: int = 0, **options) -> DraftSession:
+    def open(self, prompt: list[int], emit, warping: Warping = PLAIN, seed: int = 0, **options) -> DraftSession:
         # The poison is never proposed.
         draft_options = DraftOptions(warping, seed, POISON, 5, options.pop("min_draft_prob", 0.0))
         return self.drafter.open(draft_options, prompt, len(prompt) + AHEAD, options.get("batch_until", 0), emit)
