@@ -66,6 +66,7 @@ class Drafter:
             while self._step():
                 pass
             self._end(session)
+        self._engine.forget_passes()
         raise_errors_in(answers)
 
     def open(
@@ -223,8 +224,11 @@ class Drafter:
 
     def _draft(self, paths: list[Path]) -> None:
         """Draft for paths: several tokens in one go where that can be, and meanwhile one by one for the others."""
-        num_rounds = 1
-        if drawn := self._draft_several(self._together(paths)):
+        num_rounds, demands = 1, [_demand_of(path) for path in paths]
+        shares = dict(zip(paths, self._engine.fair_shares(demands), strict=True))
+        paths = [path for path in paths if shares[path]]
+        whole = [path for path in paths if path.demand and shares[path] == path.demand.num_left]
+        if drawn := self._draft_several(self._together(paths, whole)):
             self._take(drawn)
             done = {path for path, _ in drawn}
             paths = [path for path in paths if path not in done]
@@ -235,9 +239,9 @@ class Drafter:
                 break
             self._draft_one_each(paths)
 
-    def _together(self, paths: list[Path]) -> list[Path]:
-        """Return the paths for which several tokens may be drafted in one go."""
-        able = [path for path in paths if path.can_run_ahead] if self._engine.drafts else []
+    def _together(self, paths: list[Path], whole: list[Path]) -> list[Path]:
+        """Return the paths for which several tokens may be drafted in one go: of those that a pass feeds as a whole."""
+        able = [path for path in whole if path.can_run_ahead] if self._engine.drafts else []
         is_worth_it = len(able) == len(paths) or (able and self._num_draws(able) > 1)
         return able if is_worth_it else []  # else one pass does it for all
 

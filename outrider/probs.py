@@ -195,10 +195,11 @@ def draft_tokens(
     Rows are read by what each needs, whatever is beside them.
     """
     parts = _alike([(it.has_filters, most > MOST_SUPPORT) for it, most in zip(warpings, max_supports, strict=True)])
+    columns = (warpings, max_supports, numbers)
     drafts: dict[int, Draft | None] = {}
     for indices in parts:
-        its_warpings, limits, its_numbers = (_chosen(its, indices) for its in (warpings, max_supports, numbers))
-        its_drafts = _draft_alike(_rows_at(logits, indices), its_warpings, limits, its_numbers, num_others)
+        rows, (its_warpings, its_limits, its_numbers) = _rows_at(logits, indices), _chosen(indices, *columns)
+        its_drafts = _draft_alike(rows, its_warpings, its_limits, its_numbers, num_others)
         drafts |= zip(indices, its_drafts, strict=True)
     return [drafts[index] for index in range(len(warpings))]
 
@@ -233,8 +234,9 @@ def _rows_at(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
     return logits if len(indices) == len(logits) else logits[torch.tensor(indices, device=logits.device)]
 
 
-def _chosen(items: Sequence[Any], indices: list[int]) -> Sequence[Any]:
-    return items if len(indices) == len(items) else [items[index] for index in indices]
+def _chosen(indices: list[int], *columns: Sequence[Any]) -> list[Sequence[Any]]:
+    """Return what each of `columns` has for some rows."""
+    return [column if len(indices) == len(column) else [column[index] for index in indices] for column in columns]
 
 
 @dataclass(frozen=True)
@@ -398,7 +400,7 @@ def begin_reading(
     parts = _alike([warping.has_filters for warping in warpings])
     readings = []
     for indices in parts:
-        chosen = [_chosen(its, indices) for its in (warpings, supports, numbers)]
+        chosen = _chosen(indices, warpings, supports, numbers)
         readings.append(_begin_alike(_rows_at(logits, indices), *chosen))
     return readings[0] if len(readings) == 1 else lambda: _put_together(parts, [its() for its in readings])
 

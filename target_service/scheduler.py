@@ -119,6 +119,7 @@ class Scheduler:
             while self._step():
                 pass
             self._end(session)
+        self._engine.forget_passes()
         self._gathering = Gathering()  # passes in which something was compiled say nothing of others
         raise_errors_in(answers)
 

@@ -19,6 +19,8 @@ from operator import attrgetter
 import torch
 
 from outrider.callers import Caller
+from outrider.engine.fairness import FairPasses
+from outrider.engine.fairness import fair_shares as fair_shares
 from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.engine.runner import DeviceRunner, DraftingRunner, Feed, Runner
 from outrider.probs import Draft, PlainSampling
@@ -107,6 +109,7 @@ class Engine:
         self.runner, self.stats = runner, EngineStats()
         self._max_cost, self._max_batch_tokens = runner.new_cache().cost(max_cached_tokens), max_batch_tokens
         self._keep_caches = keep_caches
+        self._fair_passes = FairPasses(max_batch_tokens)
         # Questions that are slow, so that they are asked once.
         self._drafting = runner if keep_caches and isinstance(runner, DraftingRunner) else None
         self._asynchronous = runner if isinstance(runner, DeviceRunner) else None
@@ -124,6 +127,10 @@ class Engine:
             return False
         sequences = tuple(self._sequences)  # in one piece: the other thread may be adding one
         return sum(not sequence.is_spare for sequence in sequences) <= 1
+
+    def forget_passes(self) -> None:
+        """Take the time of no pass so far for that of one to come: something was compiled in them."""
+        self._fair_passes = FairPasses(self._max_batch_tokens)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -248,15 +255,31 @@ class Engine:
         self.stats.num_passes_by_batch_size[len(feeds)] += 1 + num_more
         self.stats.forward_seconds += seconds
         self._last_s = seconds
+        num_tokens = sum(len(feed.token_ids) for feed in feeds) + num_more * len(feeds)
+        self._fair_passes.add_pass(num_tokens / (1 + num_more), seconds / (1 + num_more))
+
+    def fair_shares(self, demands: SequenceOf[Demand]) -> list[int]:
+        """Return how many tokens of each demand the next pass shall feed, fairly among callers and for their sessions.
+
+        Of a caller's sessions those come first that have been in no pass for the longest time.
+        """
+        order = sorted(range(len(demands)), key=lambda index: _waiting_order(demands[index]))
+        wishes = [(demands[index].caller, demands[index].num_left) for index in order]
+        shares = dict(zip(order, self._fair_passes.shares(wishes), strict=True))
+        return [shares[index] for index in range(len(demands))]
 
     def _shares(self, demands: list[Demand]) -> list[tuple[Demand, int]]:
         """Return how many tokens of each demand the next pass feeds; the earliest demand always gets some."""
-        demands = demands[: self._max_batch_tokens]
-        wanted = fair_shares([demand.num_left for demand in demands], self._max_batch_tokens)
+        wanted = self.fair_shares(demands)
+        wanted[0] = max(1, wanted[0])  # for whom caches are dropped if need be
+        if sum(wanted) > self._max_batch_tokens:
+            wanted[-1 - next(index for index, number in enumerate(reversed(wanted)) if number)] -= 1
         shares: list[tuple[Demand, int]] = []
         free = self._free()
         for index, demand in enumerate(demands):
             cache = demand.sequence.cache
+            if not wanted[index]:
+                continue
             free = self._make_room(_cost_of_growing(cache, wanted[index]), free, demands, index)
             num_tokens = max(0, min(wanted[index], cache.num_fitting(free)))
             if num_tokens:
@@ -309,6 +332,10 @@ def _all_or_nothing(demands: SequenceOf[Demand]) -> Iterator[None]:
 _arrival = attrgetter("arrival")
 
 
+def _waiting_order(demand: Demand) -> tuple[bool, int, int]:
+    return demand.sequence.is_spare, demand.sequence.last_used, demand.arrival
+
+
 def _cost(cache: Cache) -> int:
     return cache.cost(cache.length)
 
@@ -320,18 +347,3 @@ def _cost_of_growing(cache: Cache, num_tokens: int) -> int:
 def joined(rows: list[torch.Tensor]) -> torch.Tensor:
     """Return parts `[R, V]` in one; a single part as it is, which is the usual case."""
     return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def fair_shares(wanted: SequenceOf[int], budget: int) -> list[int]:
-    """Divide `budget` max-min fairly: whoever wants less than an equal share gets it all, the rest is divided again.
-
-    With at most `budget` wishes, every wish gets at least 1.
-    """
-    if sum(wanted) <= budget:
-        return list(wanted)
-    shares = [0] * len(wanted)
-    left = budget
-    for num_served, index in enumerate(sorted(range(len(wanted)), key=lambda index: wanted[index])):
-        shares[index] = min(wanted[index], left // (len(wanted) - num_served))
-        left -= shares[index]
-    return shares

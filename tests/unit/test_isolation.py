@@ -33,6 +33,7 @@ from tests.unit.test_toy_services import TableRunner
 POISON = 8  # a token that spoils every pass it is fed in
 PROMPTS = [[5, 6], [1], [2, 2, 3], [7, 0, 1, 4], [3]]
 AHEAD = 6
+PLAIN = Warping()
 
 
 class SpoiledRunner(TableRunner):
@@ -114,7 +115,7 @@ class DraftService:
         self.engine = Engine(runner or SpoiledRunner(toys.DRAFT_LOGITS), 10_000, 16)
         self.drafter = Drafter(self.engine, toys.CONTEXT_LENGTH)
 
-    def open(self, prompt: list[int], emit, warping: Warping = Warping(), seed: int = 0, **options) -> DraftSession:
+    def open(self, prompt: list[int], emit, warping: Warping = PLAIN, seed: int = 0, **options) -> DraftSession:
         # The poison is never proposed.
         draft_options = DraftOptions(warping, seed, POISON, 5, options.pop("min_draft_prob", 0.0))
         return self.drafter.open(draft_options, prompt, len(prompt) + AHEAD, options.get("batch_until", 0), emit)

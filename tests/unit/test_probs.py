@@ -386,16 +386,16 @@ class TestOthers:
 class TestMixedBatches:
     """Filtered rows among plain ones, greedy ones and large supports: each is read by what it needs, as if alone."""
 
-    WARPINGS = [
+    WARPINGS = (
         Warping(),
         Warping(0.7, top_k=5),
         Warping(0.0),
         Warping(1.3, top_p=0.6),
         Warping(0.4),
         Warping(min_p=0.1),
-    ]
-    NUMBERS = [0.1, 0.5, 0.9, Noise(3, 1), Noise(3, 2), 0.7]
-    LIMITS = [9, 9, 9, 2000, 2000, 9]
+    )
+    NUMBERS = (0.1, 0.5, 0.9, Noise(3, 1), Noise(3, 2), 0.7)
+    LIMITS = (9, 9, 9, 2000, 2000, 9)
 
     @pytest.fixture(params=[torch.float32, torch.float64], ids=str)
     def logits(self, request) -> torch.Tensor:

@@ -1,0 +1,110 @@
+"""How the tokens of a pass are shared: among callers first, then among the sessions of each. Knows no engine.
+
+A pass of n tokens takes a + b n seconds. While several callers are about, it is to take no longer than if each of them
+had a pass of his own, as small as the least of them needs: with c callers, of whom one needs m tokens only, at most
+c (a + b m) seconds. So nobody waits long behind what another asks for, and at most half of the time goes into passes
+that could be fewer. Callers who had work a moment ago count, too: somebody's next round would else find a long pass
+begun. Alone, a caller has all that a pass can hold.
+
+Callers are counted in the widest circle that has several (outrider.callers): among hosts, or else among connections.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from outrider.averages import Line
+from outrider.callers import Caller
+
+PASS_MEMORY = 0.97  # weight of a pass, against the one after it
+ABSENCE_S = 0.25  # for which a caller without work counts: most turns are shorter
+
+Wish = tuple[Caller, int]  # whose it is, and how many tokens it is for
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """When a caller had work last, and tokens of it."""
+
+    at: float
+    num_tokens: int
+
+
+class FairPasses:
+    """Shares the tokens of passes."""
+
+    def __init__(self, max_batch_tokens: int, clock: Callable[[], float] = time.monotonic):
+        """`clock` tells seconds."""
+        self._max_batch_tokens, self._clock = max_batch_tokens, clock
+        self._seen: dict[Caller, _Seen] = {}
+        self._passes = Line(PASS_MEMORY)  # seconds over tokens
+
+    def add_pass(self, num_tokens: float, seconds: float) -> None:
+        """Learn from a pass."""
+        self._passes.add(num_tokens, seconds)
+
+    def shares(self, wishes: Sequence[Wish]) -> list[int]:
+        """Return how many tokens of each wish the next pass has.
+
+        Where not all wishes of a caller get something, the first ones do.
+        """
+        now = self._clock()
+        self._seen |= {caller: _Seen(now, num_tokens) for caller, num_tokens in _sums(wishes).items()}
+        self._seen = {caller: seen for caller, seen in self._seen.items() if now - seen.at <= ABSENCE_S}
+        about = [(caller, seen.num_tokens) for caller, seen in self._seen.items()]
+        return fair_shares_by_caller(wishes, min(self._max_batch_tokens, self._most_tokens(about)))
+
+    def _most_tokens(self, about: Sequence[Wish]) -> int:
+        """Return how many tokens a pass may have for the callers that are about."""
+        circles = _sums((caller[:1], num_tokens) for caller, num_tokens in about)
+        if len(circles) < 2:
+            inner = [(caller[1:], num_tokens) for caller, num_tokens in about if len(caller) > 1]
+            return self._most_tokens(inner) if inner else self._max_batch_tokens
+        token_s = self._passes.slope(0.0)
+        if not token_s:
+            return self._max_batch_tokens
+        base = max(0.0, self._passes.at(0.0, token_s)) / token_s  # tokens for which a pass takes twice as long
+        return int(min(self._max_batch_tokens, len(circles) * min(circles.values()) + (len(circles) - 1) * base))
+
+
+def fair_shares_by_caller(wishes: Sequence[Wish], budget: int) -> list[int]:
+    """Divide `budget` max-min fairly among the callers' widest circles, and what each gets among those within it."""
+    if sum(num_tokens for _, num_tokens in wishes) <= budget:
+        return [num_tokens for _, num_tokens in wishes]
+    circles: dict[Caller, list[int]] = {}
+    for index, (caller, _) in enumerate(wishes):
+        circles.setdefault(caller[:1], []).append(index)
+    if len(circles) == 1 and () in circles:
+        return fair_shares([num_tokens for _, num_tokens in wishes[:budget]], budget) + [0] * (len(wishes) - budget)
+    shares = [0] * len(wishes)
+    wanted = [sum(wishes[index][1] for index in indices) for indices in circles.values()]
+    budgets = [*fair_shares(wanted[:budget], budget), *[0] * (len(wanted) - budget)]
+    for indices, its_budget in zip(circles.values(), budgets, strict=True):
+        inner = [(wishes[index][0][1:], wishes[index][1]) for index in indices]
+        for index, share in zip(indices, fair_shares_by_caller(inner, its_budget), strict=True):
+            shares[index] = share
+    return shares
+
+
+def fair_shares(wanted: Sequence[int], budget: int) -> list[int]:
+    """Divide `budget` max-min fairly: whoever wants less than an equal share gets it all, the rest is divided again.
+
+    With at most `budget` wishes, every wish gets at least 1.
+    """
+    if sum(wanted) <= budget:
+        return list(wanted)
+    shares = [0] * len(wanted)
+    left = budget
+    for num_served, index in enumerate(sorted(range(len(wanted)), key=lambda index: wanted[index])):
+        shares[index] = min(wanted[index], left // (len(wanted) - num_served))
+        left -= shares[index]
+    return shares
+
+
+def _sums(wishes: Iterable[Wish]) -> dict[Caller, int]:
+    sums: dict[Caller, int] = {}
+    for caller, num_tokens in wishes:
+        sums[caller] = sums.get(caller, 0) + num_tokens
+    return sums
