@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
 from client import arguments
+from client.chat_template import ChatTemplate
 from client.decoding import Pieces, TextDecoder, raise_if_failed
 from client.errors import InvalidRequestError, ServiceFailedError
 from client.results import FinishReason
@@ -45,6 +47,10 @@ class TargetTokenizer:
         return cls(tokenizer, chat_template, special_tokens)
 
     @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template)
+
+    @cached_property
     def pieces(self) -> Pieces:
         return Pieces(self.tokenizer)
 
@@ -78,23 +84,22 @@ class TargetTokenizer:
             raise_if_failed(f"encode the {name}", error)
             raise
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Return the ids of a conversation in the model's own chat format.
+    def render_chat(self, messages: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Return the ids of a conversation in the model's own chat format, up to where its answer begins.
+
+        Args:
+            messages: dicts with `role`, `content` and whatever else the template knows.
 
         Raises:
-            InvalidRequestError: the model has no chat template, or jinja2 is not installed.
+            InvalidRequestError: the model has no chat template, or jinja2 is not installed, or messages are none, or
+                the template refuses them.
+            ServiceFailedError: the template cannot be used, or takes too long, or makes too long a text.
         """
         if not self.chat_template:
             raise InvalidRequestError(
                 "the target model has no chat template: use generate, or an instruction-tuned model"
             )
-        try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise InvalidRequestError("chat needs jinja2: pip install 'outrider[chat]'") from error
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(self.chat_template)
-        text = template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens)
+        text = self._template.render(messages, self.special_tokens)
         return self._encode("messages", text, add_special_tokens=False).ids
 
 
