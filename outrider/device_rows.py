@@ -168,8 +168,8 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
         ends: `[N]`, where each support ends among them.
 
     Returns:
-        `[3 N + I] float64`: for each row the mass left over, then for each the token drawn from it, then whether each
-        is finite; and the rounded probabilities like `ids`.
+        `[4 N + I] float64`: for each row the mass left over, then for each the token drawn from it, then whether each
+        is finite, then each token's whole probability; and the rounded probabilities like `ids`.
     """
     owners = torch.searchsorted(ends, torch.arange(len(ids), dtype=ends.dtype, device=ids.device), right=True)
     cells = ids.long() + owners * rows.shape[1]
@@ -181,7 +181,10 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
     on_support = left.take(cells)
     told = round_down(on_support)
     left.view(-1)[cells] = on_support - told
-    return torch.cat([left.sum(-1), _draw(left, options).double(), likeliest[:, 0].isfinite().double(), told])
+    masses, token_ids = left.sum(-1), _draw(left, options)
+    left.view(-1)[cells] = on_support
+    token_probs = left.gather(1, token_ids[:, None])[:, 0]
+    return torch.cat([masses, token_ids.double(), likeliest[:, 0].isfinite().double(), token_probs, told])
 
 
 def _draw(weights: torch.Tensor, options: RowOptions) -> torch.Tensor:

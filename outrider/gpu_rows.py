@@ -360,7 +360,7 @@ def _target(
     begin, end = 0, tl.load(ends + row).to(tl.int32)
     if row > 0:
         begin = tl.load(ends + row - 1).to(tl.int32)
-    told = table + 3 * num_rows
+    told = table + 4 * num_rows
     for start in range(begin, end, BLOCK_IDS):
         index = start + tl.arange(0, BLOCK_IDS)
         ids = tl.load(support_ids + index, mask=index < end, other=0).to(tl.int32)
@@ -380,6 +380,9 @@ def _target(
     else:
         token_id = _inverse_cdf(room, vocab_size, tl.load(uniforms + row) * mass, BLOCK)
     tl.store(table + num_rows + row, token_id.to(tl.float64))
+    score = tl.load(source + token_id)
+    prob = _numbers(score, token_id, top, first, temperature).to(tl.float64) * scale
+    tl.store(table + 3 * num_rows + row, prob)
 
 
 @triton.jit
@@ -431,7 +434,7 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
     rows = rows.float()
     num_rows, vocab_size = rows.shape
     left = torch.empty(num_rows, vocab_size, dtype=torch.float64, device=rows.device)
-    table, cut = left.new_empty(3 * num_rows + len(ids)), _Cut.of(rows)
+    table, cut = left.new_empty(4 * num_rows + len(ids)), _Cut.of(rows)
     parts = cut.new_parts(rows, 0)
     with _on(rows.device):
         _scan[(num_rows, cut.number)](

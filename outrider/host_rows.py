@@ -84,11 +84,11 @@ def target_rows(rows, temperatures, ids, sizes, uniforms, noises):
 
     Returns:
         The rounded probabilities like `ids`, float64; for each row the mass left over, float64, the token drawn from
-        it, and whether the row is finite.
+        it, whether the row is finite, and the token's whole probability, float64.
     """
     num_rows, vocab_size = rows.shape
     told, masses, token_ids = np.zeros(len(ids)), np.zeros(num_rows), np.zeros(num_rows, np.int64)
-    finite = np.zeros(num_rows, np.bool_)
+    finite, token_probs = np.zeros(num_rows, np.bool_), np.zeros(num_rows)
     probs, left = np.empty(vocab_size, rows.dtype), np.empty(vocab_size)
     sums, complements = np.empty(-(-vocab_size // _BLOCK)), np.empty(vocab_size + 1)
     end = 0
@@ -110,7 +110,8 @@ def target_rows(rows, temperatures, ids, sizes, uniforms, noises):
             token_ids[row] = _race(left, noises[row], complements)
         else:
             token_ids[row] = _draw(left, sums, uniforms[row] * masses[row])
-    return told, masses, token_ids, finite
+        token_probs[row] = probs[token_ids[row]] * scale
+    return told, masses, token_ids, finite, token_probs
 
 
 def noise_addresses(numbers: Sequence[object]) -> np.ndarray:

@@ -311,11 +311,17 @@ class TargetRows:
     support_probs: list[np.ndarray]  # N of [num_support] float64, multiples of scales.PROB_UNIT
     outside_masses: list[float]  # [N]
     outside_token_ids: list[int]  # [N]
+    outside_token_probs: list[float]  # [N], each the token's whole probability, whatever of it has been told
 
     def part(self, start: int, end: int) -> TargetRows:
         """Return some of the rows."""
         where = slice(start, end)
-        return TargetRows(self.support_probs[where], self.outside_masses[where], self.outside_token_ids[where])
+        return TargetRows(
+            self.support_probs[where],
+            self.outside_masses[where],
+            self.outside_token_ids[where],
+            self.outside_token_probs[where],
+        )
 
 
 Reading = Callable[[], tuple[TargetRows, list[bool]]]  # of rows: waits for them, and tells which of them are laws
@@ -342,10 +348,11 @@ def _rows_on_host(
     """Return what `rows` `[N, V]` are on their supports, as host_rows reads them, and which of them are laws."""
     sizes = np.array([len(support) for support in supports])
     parts = target_rows(rows, temperatures, np.concatenate(supports), sizes, *_uniforms_and_noises(numbers))
-    told, masses, token_ids, finite = parts
+    told, masses, token_ids, finite, token_probs = parts
     ends = sizes.cumsum().tolist()
     told_by_row = [told[end - len(support) : end] for end, support in zip(ends, supports, strict=True)]
-    return TargetRows(told_by_row, masses.tolist(), token_ids.tolist()), finite.tolist()
+    read = TargetRows(told_by_row, masses.tolist(), token_ids.tolist(), token_probs.tolist())
+    return read, finite.tolist()
 
 
 def _rows_on_device(
@@ -359,9 +366,9 @@ def _rows_on_device(
 
     def result() -> tuple[TargetRows, list[bool]]:
         wait_for(rows.device)
-        masses, token_ids, are_finite, told = np.split(table.numpy(), np.arange(1, 4) * len(rows))
+        masses, token_ids, are_finite, probs, told = np.split(table.numpy(), np.arange(1, 5) * len(rows))
         told_by_row = np.split(told, ends[:-1])
-        read = TargetRows(told_by_row, masses.tolist(), token_ids.astype(np.int64).tolist())
+        read = TargetRows(told_by_row, masses.tolist(), token_ids.astype(np.int64).tolist(), probs.tolist())
         return read, are_finite.astype(bool).tolist()
 
     return result

@@ -139,9 +139,10 @@ def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
                 support_units=wire.prob_units(probs) if len(probs) else (),
                 outside_mass=mass,
                 outside_token_id=token_id,
+                outside_token_prob=token_prob,
             )
-            for probs, mass, token_id in zip(
-                rows.support_probs, rows.outside_masses, rows.outside_token_ids, strict=True
+            for probs, mass, token_id, token_prob in zip(
+                rows.support_probs, rows.outside_masses, rows.outside_token_ids, rows.outside_token_probs, strict=True
             )
         ],
         cache=common_pb2.CacheState(num_cached_tokens=verdict.num_cached_tokens, digest=verdict.cache_digest),

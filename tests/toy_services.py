@@ -120,12 +120,12 @@ def target_row(
     told = round_down(probs[support])
     outside = probs.copy()
     outside[support] -= told
-    outside_token_id = draw(outside, number) if outside.any() else 0
+    token_id = draw(outside, number) if outside.any() else 0
     return target_pb2.TargetRow(
         support_units=wire.prob_units(told),
         outside_mass=outside.sum(),
-        outside_token_id=outside_token_id,
-        outside_token_prob=probs[outside_token_id],
+        outside_token_id=token_id,
+        outside_token_prob=probs[token_id],
     )
 
 

@@ -170,6 +170,7 @@ def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -
         assert units.sum() / 2**18 + row.outside_mass == pytest.approx(1, abs=FLOAT32_TOLERANCE)
         if row.outside_mass > 0:
             assert row.outside_token_id == draw(outside, len(prefix) + offset, Purpose.OUTSIDE)
+            assert row.outside_token_prob == pytest.approx(probs[row.outside_token_id], rel=FLOAT32_TOLERANCE)
 
 
 def check_proposals(

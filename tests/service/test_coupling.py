@@ -54,6 +54,8 @@ def test_rows_are_the_targets_own_choices(target, models, sampling, proposed_ids
     assert [row.outside_token_id for row in rows] == [
         choice(probs, position) for position, probs in enumerate(law, start=len(PROMPT))
     ]
+    for row, probs in zip(rows, law, strict=True):
+        assert row.outside_token_prob == pytest.approx(probs[row.outside_token_id], rel=1e-6)
     assert all((row.support_units, row.outside_mass) == ([], pytest.approx(1, abs=2.0**-23)) for row in rows)
 
 

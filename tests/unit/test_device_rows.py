@@ -94,13 +94,14 @@ def test_the_targets_rows_are_those_of_the_host(reader: ModuleType, vocab_size, 
     expected = host_target_rows(rows.numpy(), TEMPERATURES, ids, sizes, UNIFORMS, NOISES)
     ids_and_ends = (torch.from_numpy(part.astype(np.float64)) for part in (ids, sizes.cumsum()))
     table = reader.target_table(rows, *ids_and_ends, options()).numpy()
-    masses, token_ids, are_laws, told = np.split(table, np.arange(1, 4) * NUM_ROWS)
+    masses, token_ids, are_laws, token_probs, told = np.split(table, np.arange(1, 5) * NUM_ROWS)
     is_law = expected[3]
     assert are_laws.astype(bool).tolist() == is_law.tolist() == [row not in NO_LAW for row in range(NUM_ROWS)]
     of_laws = np.repeat(is_law, sizes)
     assert np.abs(told - expected[0])[of_laws].max() <= 2**-18
     assert masses[is_law] == pytest.approx(expected[1][is_law], abs=1e-4)
     assert token_ids[is_law].tolist() == expected[2][is_law].tolist()
+    assert token_probs[is_law] == pytest.approx(expected[4][is_law], rel=1e-5)
 
 
 @EVERY_READER

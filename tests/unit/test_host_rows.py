@@ -86,7 +86,7 @@ def read(rows, temperatures, supports, uniform=0.5) -> list[tuple]:
     sizes = np.array([len(support) for support in supports])
     ids = np.concatenate([np.asarray(support, dtype=np.int64) for support in supports])
     points = np.broadcast_to(np.asarray(uniform, dtype=float), len(rows)).copy()
-    told, *parts = target_rows(
+    told, *parts, _ = target_rows(
         rows, np.asarray(temperatures, dtype=float), ids, sizes, points, noise_addresses([0.0] * len(rows))
     )
     return list(zip(np.split(told, sizes.cumsum()[:-1]), *parts, strict=True))

@@ -243,7 +243,7 @@ def rows_without_remainders(
     told = round_down(outside[0, supports[0]].numpy())
     outside[:, supports[0]] = 0.0
     drawn = inverse_cdf(outside, torch.tensor(points, dtype=torch.float64))
-    rows = TargetRows([told] * len(supports), outside.sum(-1).tolist(), drawn.tolist())
+    rows = TargetRows([told] * len(supports), outside.sum(-1).tolist(), drawn.tolist(), [0.0] * len(supports))
     return rows, [True] * len(supports)
 
 

@@ -132,6 +132,18 @@ def test_a_uniform_draws_the_token_in_whose_share_it_falls(reader):
     nothing = [np.empty(0, np.int64)] * len(cases)
     rows, _ = read_logits(logits[cases[:, 0].tolist()], its_warpings, nothing, middles.tolist())
     assert rows.outside_token_ids == cases[:, 1].tolist()
+    assert rows.outside_token_probs == pytest.approx(laws[cases[:, 0], cases[:, 1]], rel=FLOAT32_ERROR)
+
+
+def test_a_tokens_probability_is_the_whole_one_whatever_of_it_is_told(reader):
+    """All ids are in the support, so that what is drawn is what rounding has cut off."""
+    logits, warpings, laws = laws_of(cases_for(reader)[:: 1 if reader == "kernels" else 7])
+    rows, _ = read_logits(logits, warpings, [np.arange(VOCAB_SIZE)] * len(laws), [0.3] * len(laws))
+    expected = laws[np.arange(len(laws)), rows.outside_token_ids]
+    is_there = np.array(rows.outside_masses) > 1e-9
+    assert is_there.sum() >= 5
+    assert np.array(rows.outside_token_probs)[is_there] == pytest.approx(expected[is_there], rel=1e-3, abs=1e-12)
+    assert np.array(rows.part(2, 4).outside_token_probs).tolist() == rows.outside_token_probs[2:4]
 
 
 def test_a_token_without_probability_is_never_drawn(reader):

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from client.connection import tokenizer_from_parts
+from client.connection import TokenizerParts
 from client.errors import InvalidRequestError, ServiceFailedError
 from client.text import Taken, TargetTokenizer, TextStream, prompt_to_ids
 from tests.tiny_models import byte_tokenizer
@@ -335,8 +335,8 @@ class TestTokenizersFromATarget:
             TargetTokenizer.from_parts(whole if tokenizer_json is None else tokenizer_json, "", special_tokens_json)
 
     def test_that_were_not_sent_are_the_services_fault(self):
-        with pytest.raises(ServiceFailedError, match="sent no tokenizer"):
-            tokenizer_from_parts([])
+        with pytest.raises(ServiceFailedError, match="sent none"):
+            TokenizerParts().tokenizer()
 
     def test_that_make_ids_which_the_model_has_not_are_the_services_fault(self):
         with pytest.raises(ServiceFailedError, match=r"^the target's tokenizer makes of the prompt id \d+"):

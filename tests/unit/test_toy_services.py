@@ -258,6 +258,8 @@ def test_the_toy_target_is_the_scheduler(seed, is_coupled):
             ]
             assert verdict.rows.outside_masses == pytest.approx([row.outside_mass for row in answer.rows], rel=2**-24)
             assert verdict.rows.outside_token_ids == [row.outside_token_id for row in answer.rows]
+            expected_probs = [row.outside_token_prob for row in answer.rows]
+            assert verdict.rows.outside_token_probs == pytest.approx(expected_probs, rel=2**-22)
             assert (verdict.num_cached_tokens, verdict.cache_digest) == (
                 answer.cache.num_cached_tokens,
                 answer.cache.digest,
