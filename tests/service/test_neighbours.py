@@ -39,6 +39,7 @@ from tests.service.conftest import (
 
 KINDS = pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
 T = len(PROMPT)
+SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024))  # what is sent to it soon waits
 
 
 def another_connection(server, *options) -> grpc.Channel:
@@ -160,9 +161,10 @@ class SeenMailbox(Mailbox):
         SeenMailbox.most = max(SeenMailbox.most, len(self))
 
 
-def flood(number: int):
+def flood(first: int, number: int):
     """Return commits that each make the draft draft again."""
-    return [commit_of(index, span([index % 7 + 1], T, PROMPT), window=T + 9) for index in range(1, number + 1)]
+    indices = range(first, first + number)
+    return [commit_of(index, span([index % 7 + 1], T, PROMPT), window=T + 9) for index in indices]
 
 
 def test_a_draft_drafts_nothing_for_whoever_does_not_read(services, models, monkeypatch):
@@ -173,14 +175,17 @@ def test_a_draft_drafts_nothing_for_whoever_does_not_read(services, models, monk
     applied = []
     commit = Drafter.commit
     monkeypatch.setattr(Drafter, "commit", lambda self, *its: (applied.append(1), commit(self, *its)))
-    number = 1500
     with (
-        another_connection(server, ("grpc.http2.bdp_probe", 0)) as channel,
+        another_connection(server, *SMALL_WINDOW) as channel,
         RawStream(DRAFT.stub(channel).Propose, open_proposals(ahead=0)) as stream,
     ):
-        for message in flood(number):
-            stream.send(message)
-        eventually(lambda: len(applied) == number, "all commits are read, although no answer is")
+        number = filled_by = 0
+        while SeenMailbox.most <= MOST_UNSENT or number < 2 * filled_by:
+            filled_by = number if SeenMailbox.most <= MOST_UNSENT else filled_by  # the stream, and then the outbox
+            for message in flood(number + 1, 100):
+                stream.send(message)
+            number += 100
+            eventually(lambda so_many=number: len(applied) == so_many, "all commits are read, although no answer is")
         assert MOST_UNSENT < SeenMailbox.most <= MOST_UNSENT + 2
         drafted = iter(lambda: stream.receive(), None)
         last = next(response for response in drafted if response.commit_index == number)
@@ -201,7 +206,7 @@ def test_commits_wait_in_the_stream_while_a_pass_runs(services, models, monkeypa
     held_up.entered.clear()
     with RawStream(server.stub.Propose, open_proposals()) as stream:
         held_up.entered.wait()
-        for message in flood(200):
+        for message in flood(1, 200):
             stream.send(message)
         eventually(lambda: len(read) == MOST_UNAPPLIED, "some are read")
         for _ in range(5):
@@ -239,10 +244,10 @@ def test_a_client_that_never_reads_is_ended_with_the_rest_of_its_session(service
         if kind is TARGET:
             yield from itertools.repeat(round_of(span(PROMPT), [(3, every_id)] * 8), 2000)
         else:
-            yield from flood(2000)
+            yield from flood(1, 2000)
         threading.Event().wait(PATIENCE_S)
 
-    with another_connection(server, ("grpc.http2.bdp_probe", 0)) as channel:
+    with another_connection(server, *SMALL_WINDOW) as channel:
         stub = kind.stub(channel)
         call = (stub.Verify if kind is TARGET else stub.Propose)(endless(), timeout=PATIENCE_S)
         eventually(lambda: server.num_sessions == 1, "it has opened")
