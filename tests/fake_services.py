@@ -76,6 +76,7 @@ class Fake:
             "Propose": silence,
         } | on
         self.num_calls: Counter[str] = Counter()
+        self.num_ended: Counter[str] = Counter()  # of the streams
         self.address = ""
 
     async def call(self, name: str, request: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -84,12 +85,15 @@ class Fake:
 
     async def stream(self, name: str, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         self.num_calls[name] += 1
-        handled = self.on[name](request, context)
-        if not isinstance(handled, AsyncIterator):
-            await handled
-            return
-        async for response in handled:
-            yield response
+        try:
+            handled = self.on[name](request, context)
+            if not isinstance(handled, AsyncIterator):
+                await handled
+                return
+            async for response in handled:
+                yield response
+        finally:
+            self.num_ended[name] += 1
 
 
 class _Target(target_pb2_grpc.TargetServiceServicer):

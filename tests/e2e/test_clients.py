@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -248,6 +249,16 @@ class TestClose:
             with pytest.raises(ClientClosedError):
                 running.result(PATIENCE_S)
 
+    def test_from_another_loop(self, services):
+        with fake_services(services) as fake:
+            made = Caller(AsyncSpeculativeClient, services, fake.address)
+            running = made.generate(**ALONE)
+            eventually(lambda: fake.num_calls["Verify"] > 0, "the text waits")
+            asyncio.run(made.client.close())
+            with pytest.raises(ClientClosedError):
+                running.result(PATIENCE_S)
+            made.dispose()
+
     def test_many_texts_and_two_that_close(self, services, caller):
         with fake_services(services, Verify=rounds(1)) as fake:
             made = caller(fake.address)
@@ -434,6 +445,23 @@ client.close()
 """
         refused = "the client was in use before this process was forked: make another client in the child\n"
         assert self.run(script, target.address) == 2 * refused
+
+    def test_an_interrupted_text_is_given_up_at_once_though_the_error_is_kept(self, services):
+        script = """
+client = SpeculativeClient(address)
+try:
+    client.generate([3, 1, 4], method="autoregressive")
+except KeyboardInterrupt as error:
+    kept = error
+sys.stdin.read()
+"""
+        with fake_services(services, Verify=rounds(1)) as fake:
+            command = [sys.executable, "-c", PREAMBLE + script, fake.address]
+            with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+                eventually(lambda: fake.num_calls["Verify"] > 0, "the text is on its way")
+                process.send_signal(signal.SIGINT)
+                eventually(lambda: fake.num_ended["Verify"] > 0, "the service has stopped")
+                assert process.poll() is None
 
     def test_a_process_ends_with_clients_that_nobody_closed(self, services):
         with fake_services(services, Verify=rounds(1)) as fake:
