@@ -21,6 +21,7 @@ from client.connection import (
     begin_conversation,
     broken,
     check_same_prompt,
+    no_message,
     tokenizer_from_parts,
 )
 from client.controller import PairSpeeds
@@ -37,7 +38,7 @@ from client.conversation import (
     Send,
     Wait,
 )
-from client.errors import ModelChangedError, OutriderError
+from client.errors import ModelChangedError, OutriderError, ServiceFailedError
 from client.pair import PairInfo, check_model
 from client.params import SamplingParams
 from client.results import Chunk, GenerationResult
@@ -166,7 +167,10 @@ class AsyncSpeculativeClient:
         retrying = Retrying("target service", self._settings.target, self._settings.connect_s)
         while True:
             try:
-                return await ask(retrying.left_s)
+                answer = await ask(retrying.left_s)
+                if answer is None or (isinstance(answer, list) and None in answer):
+                    raise ServiceFailedError(f"the target service at {self._settings.target} sent what is no message")
+                return answer
             except grpc.RpcError as error:
                 await asyncio.sleep(retrying.pause_after(error))
 
@@ -175,11 +179,14 @@ class AsyncSpeculativeClient:
         request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.patience.describe_draft_s
         num_noted, began_at = self._breaker.num_noted, time.monotonic()
         try:
-            return await self._draft_stub.GetModelInfo(request, timeout=timeout)
+            if (description := await self._draft_stub.GetModelInfo(request, timeout=timeout)) is not None:
+                return description
+            failure = no_message(Link.DRAFT)
         except grpc.RpcError as error:
-            now = time.monotonic()
-            self._breaker.on_failure(now, num_noted, held_up_s=now - began_at)
-            return broken(Link.DRAFT, error)
+            failure = broken(Link.DRAFT, error)
+        now = time.monotonic()
+        self._breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
+        return failure
 
 
 class AsyncGenerationStream(AsyncIterator[Chunk]):
@@ -263,6 +270,10 @@ class _Stream:
     async def _read(self) -> None:
         try:
             async for message in self._call:
+                if message is None:  # gRPC's way to say that it cannot be read
+                    self._events.put((self, no_message(self._link)))
+                    self._call.cancel()
+                    return
                 self._events.put((self, Received(self._link, message)))
                 await self._unread.acquire()
             self._events.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))

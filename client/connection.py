@@ -144,6 +144,11 @@ def broken(link: Link, error: Any) -> Broken:
     return Broken(link, error.code(), error.details() or "", retry_delay_s, reason)
 
 
+def no_message(link: Link) -> Broken:
+    """Return the event of a message that cannot be read; asyncio gRPC has none."""
+    return Broken(link, grpc.StatusCode.INTERNAL, "it sent what is no message")
+
+
 def error_details(error: Any) -> tuple[float | None, str | None]:
     """Return the seconds of the error's google.rpc.RetryInfo and its ErrorInfo's reason; None for what it lacks."""
     try:

@@ -97,6 +97,11 @@ class Broken:
     retry_delay_s: float | None = None
     reason: str | None = None  # of the service's own ErrorInfo; None: something between here and there ended it
 
+    @property
+    def cause(self) -> tuple[str, str]:
+        """What it is counted as, and its details."""
+        return self.reason or (ENDED if self.code is grpc.StatusCode.OK else self.code.name), self.details
+
 
 Event = Received | Broken
 Effect = Open | Send | Close | Wait | Describe
@@ -416,7 +421,11 @@ class Conversation:
     def _reopen_draft(self) -> Steps:
         """Open the draft's stream when it is not, and it is time for another try."""
         began_at = self._clock()
-        if self._draft_is_open or not (self._own_breaker.may_ask(began_at) and self._breaker.may_ask(began_at)):
+        if self._draft_is_open or not self._own_breaker.may_ask(began_at):
+            return
+        if not self._breaker.may_ask(began_at):
+            if not self._stats.draft_failures:  # this text has done without it for a reason that another one met
+                self._stats.add_draft_failure(*self._breaker.cause)
             return
         self._num_noted = self._breaker.num_noted
         described = yield Describe()
@@ -464,12 +473,11 @@ class Conversation:
 
     def _note_draft_failure(self, failure: Broken, held_up_s: float) -> None:
         """Count a failure and pause; others of the client do so too where the failure may be theirs as well."""
-        reason = failure.reason or (ENDED if failure.code is grpc.StatusCode.OK else failure.code.name)
-        self._stats.add_draft_failure(reason, failure.details)
+        self._stats.add_draft_failure(*failure.cause)
         now, delay_s = self._clock(), self._patience.bounded(failure.retry_delay_s)
-        self._own_breaker.on_failure(now, self._own_breaker.num_noted, held_up_s, delay_s)
+        self._own_breaker.on_failure(now, self._own_breaker.num_noted, failure.cause, held_up_s, delay_s)
         if failure.code not in OF_ONE_REQUEST and failure.reason not in (MODEL_FAILED, OTHER_CACHE):
-            self._breaker.on_failure(now, self._num_noted, held_up_s, delay_s)
+            self._breaker.on_failure(now, self._num_noted, failure.cause, held_up_s, delay_s)
 
     # The draft alone.
 

@@ -190,9 +190,10 @@ class SpeculativeClient:
         try:
             return self._draft_stub.GetModelInfo(request, timeout=timeout)
         except grpc.RpcError as error:
+            failure = broken(Link.DRAFT, error)
             now = time.monotonic()
-            self._breaker.on_failure(now, num_noted, held_up_s=now - began_at)
-            return broken(Link.DRAFT, error)
+            self._breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
+            return failure
 
 
 class GenerationStream(Iterator[Chunk]):
