@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from client.aio import AsyncGenerationStream, AsyncSpeculativeClient
     from client.conversation import Patience
     from client.errors import (
+        ClientClosedError,
         DeadlineExceededError,
         IncompatiblePairError,
         InvalidRequestError,
@@ -29,6 +30,7 @@ __all__ = [
     "AsyncGenerationStream",
     "AsyncSpeculativeClient",
     "Chunk",
+    "ClientClosedError",
     "DeadlineExceededError",
     "GenerationResult",
     "GenerationStats",

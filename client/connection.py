@@ -1,13 +1,15 @@
-"""What the blocking and the asyncio client share: settings, channel options, and how a call becomes a conversation."""
+"""What the blocking and the asyncio client share: settings, channels, and how a call becomes a conversation."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
-import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -15,11 +17,19 @@ from grpc_status import rpc_status
 from client.breaker import Breaker
 from client.controller import FixedLength, LengthController, PairSpeeds
 from client.conversation import Broken, Conversation, Link, Patience
-from client.errors import InvalidRequestError, ModelChangedError, ServiceFailedError, ServiceUnavailableError
+from client.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    ModelChangedError,
+    OutriderError,
+    ServiceFailedError,
+    ServiceUnavailableError,
+)
 from client.generation import Generation
 from client.params import SamplingParams, SpeculationParams
+from client.results import GenerationResult, GenerationStats
 from client.text import TargetTokenizer, TextStream, prompt_to_ids
-from outrider.v1 import common_pb2, target_pb2
+from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
 CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # the services stand beside the client, not behind its proxy to the web
@@ -39,6 +49,11 @@ DRAFT_CHANNEL_OPTIONS = (
 )
 MOST_UNREAD = 64  # messages of a stream that wait for the conversation; more are left to HTTP/2's own windows
 ERROR_DOMAIN = "outrider"  # of the ErrorInfo in a service's errors
+CLOSED = "the client is closed: make another"
+OTHERS_ASKED = "other calls have asked it in vain"
+MAX_TOKENIZER_BYTES = 256 * 1024 * 1024  # ten times the largest there are
+TOKENIZER_PART_BYTES = 256  # that a part takes here besides what it holds
+FIRST_PAUSE_S = 0.1  # before a description is asked for again
 SEEDED_BLOCK_LENGTH = 5  # K where `auto` may not choose
 
 
@@ -50,6 +65,34 @@ class ConnectionSettings:
     draft: str | None = None
     connect_s: float = 10.0  # for the target's description, at first use
     patience: Patience = field(default_factory=Patience)
+    jitter: Callable[[], float] = field(default_factory=lambda: Random().random)  # of pauses; from [0, 1)
+
+
+class Connection:
+    """The channels to both services and their stubs.
+
+    Made at a client's first use and not before, since channels belong to a process, and those of asyncio to a loop.
+    """
+
+    def __init__(self, settings: ConnectionSettings, open_channel: Callable[..., Any]):
+        """`open_channel` is `insecure_channel` of grpc or of grpc.aio."""
+        ways = ((settings.target, CHANNEL_OPTIONS), (settings.draft, DRAFT_CHANNEL_OPTIONS))
+        self.channels = [open_channel(address, options=options) for address, options in ways if address is not None]
+        self.target = target_pb2_grpc.TargetServiceStub(self.channels[0])
+        self.draft = draft_pb2_grpc.DraftServiceStub(self.channels[1]) if settings.draft is not None else None
+        self._pid = os.getpid()
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked from the one that opened the channels, which work there only."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """Raise InvalidRequestError in a child of the process that uses the channels."""
+        if self.is_inherited:
+            raise InvalidRequestError(
+                "the client was in use before this process was forked: make another client in the child"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,13 +110,13 @@ def begin_conversation(
     prompt: str | Sequence[int],
     sampling: SamplingParams | None,
     speculation: dict[str, Any],
-    timeout: float | None,
+    deadline: float | None,
     breaker: Breaker | None = None,
 ) -> Conversation:
     """Check a caller's arguments against the target and return the conversation.
 
     `speeds` is what the client has learned of the pair so far, `breaker` when to ask its draft; the conversation adds
-    to both.
+    to both. `deadline` is a point in the time of `time.monotonic`.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
@@ -94,9 +137,38 @@ def begin_conversation(
     generation = Generation(prompt_ids, sampling.warping, seed, params, len(prompt_ids) + max_new_tokens, target.info)
     eos_token_ids = () if sampling.ignore_eos else target.info.eos_token_ids
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
-    deadline = None if timeout is None else time.monotonic() + timeout
     lengths = lengths_for(params, sampling, speeds)
-    return Conversation(generation, text, params, lengths, seed, settings.patience, time.monotonic, deadline, breaker)
+    patience, clock, jitter = settings.patience, time.monotonic, settings.jitter
+    return Conversation(generation, text, params, lengths, seed, patience, clock, deadline, jitter, breaker)
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """Return when a call's timeout passes, in the time of `time.monotonic`."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def left_until(deadline: float | None) -> float | None:
+    """Return the seconds that are left until a deadline, at least 0; None when there is none."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def time_for_draft(settings: ConnectionSettings, deadline: float | None) -> float:
+    """Return the seconds that the draft has to describe itself."""
+    left_s, most_s = left_until(deadline), settings.patience.describe_draft_s
+    return most_s if left_s is None else min(most_s, left_s)
+
+
+@contextmanager
+def before_the_text(sampling: SamplingParams | None) -> Iterator[None]:
+    """Give errors from before a text begins the empty part that it has by then; an argument's error has none."""
+    try:
+        yield
+    except InvalidRequestError:
+        raise
+    except OutriderError as error:
+        seed = (sampling or SamplingParams()).seed_or_new()
+        error.partial = GenerationResult("", [], None, seed, [], GenerationStats())
+        raise
 
 
 def lengths_for(
@@ -119,13 +191,29 @@ def lengths_for(
     return LengthController(speeds.at(sampling.temperature, params.is_coupled), may_be_zero)
 
 
-def tokenizer_from_parts(parts: Sequence[target_pb2.GetTokenizerResponse]) -> TargetTokenizer:
-    """Return the tokenizer that GetTokenizer sent in parts."""
-    return TargetTokenizer.from_parts(
-        b"".join(part.tokenizer_json for part in parts),
-        "".join(part.chat_template for part in parts),
-        parts[0].special_tokens_json,
-    )
+class TokenizerParts:
+    """What GetTokenizer has sent so far."""
+
+    def __init__(self) -> None:
+        self._parts: list[target_pb2.GetTokenizerResponse] = []
+        self._num_bytes = 0
+
+    def add(self, part: target_pb2.GetTokenizerResponse) -> None:
+        """Keep a part; raises ServiceFailedError when there is no end to them."""
+        self._num_bytes += part.ByteSize() + TOKENIZER_PART_BYTES
+        if self._num_bytes > MAX_TOKENIZER_BYTES:
+            raise ServiceFailedError(f"the target sent a tokenizer of more than {MAX_TOKENIZER_BYTES >> 20} MiB")
+        self._parts.append(part)
+
+    def tokenizer(self) -> TargetTokenizer:
+        """Return the tokenizer; raises ServiceFailedError when nothing has come."""
+        if not self._parts:
+            raise ServiceFailedError("the target says that it has a tokenizer, and sent none")
+        return TargetTokenizer.from_parts(
+            b"".join(part.tokenizer_json for part in self._parts),
+            "".join(part.chat_template for part in self._parts),
+            self._parts[0].special_tokens_json,
+        )
 
 
 def check_same_prompt(prompt: str | Sequence[int], error: ModelChangedError, before: Target, now: Target) -> None:
@@ -141,12 +229,7 @@ def check_same_prompt(prompt: str | Sequence[int], error: ModelChangedError, bef
 def broken(link: Link, error: Any) -> Broken:
     """Return the event that an RPC's error stands for; clients branch on codes and reasons, never on text."""
     retry_delay_s, reason = error_details(error)
-    return Broken(link, error.code(), error.details() or "", retry_delay_s, reason)
-
-
-def no_message(link: Link) -> Broken:
-    """Return the event of a message that cannot be read; asyncio gRPC has none."""
-    return Broken(link, grpc.StatusCode.INTERNAL, "it sent what is no message")
+    return Broken(link, error.code(), error.details() or "the stream ended", retry_delay_s, reason)
 
 
 def error_details(error: Any) -> tuple[float | None, str | None]:
@@ -167,21 +250,34 @@ def error_details(error: Any) -> tuple[float | None, str | None]:
 
 
 class Retrying:
-    """When to ask again for a description that did not come."""
+    """The time that a call has to get the target's description, and when to ask again for what did not come."""
 
-    def __init__(self, what: str, address: str, seconds: float):
-        self._what, self._address, self._until = what, address, time.monotonic() + seconds
+    def __init__(self, settings: ConnectionSettings, deadline: float | None):
+        """`deadline` is that of the call, in the time of `time.monotonic`."""
+        self._settings, self.deadline = settings, deadline
+        self._until = time.monotonic() + settings.connect_s
 
     def pause_after(self, error: Any) -> float:
         """Return how long to pause; raises when the error is final or the time is over."""
-        if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        failure = broken(Link.TARGET, error)
+        if failure.is_final:
             raise ServiceFailedError(
-                f"{self._what} at {self._address} failed ({error.code().name}): {error.details()}"
+                f"target service at {self._settings.target} failed ({failure.code.name}): {failure.explained}"
             ) from error
-        if time.monotonic() >= self._until:
-            raise ServiceUnavailableError(f"no {self._what} at {self._address}: {error.details()}") from error
-        return 0.1
+        self.check(failure.details, error)
+        jitter, longest_s = 1 + self._settings.jitter() / 2, self._settings.patience.longest_backoff_s
+        return min(max(FIRST_PAUSE_S, failure.retry_delay_s or 0.0) * jitter, longest_s, self.left_s)
+
+    def check(self, reason: str, cause: BaseException | None = None) -> None:
+        """Raise when the time is over; `reason` is what it went by with."""
+        now = time.monotonic()
+        if self.deadline is not None and now >= self.deadline:
+            raise DeadlineExceededError("the timeout passed before the target had described itself") from cause
+        if now >= self._until:
+            raise ServiceUnavailableError(f"no target service at {self._settings.target}: {reason}") from cause
 
     @property
     def left_s(self) -> float:
-        return max(0.05, self._until - time.monotonic())
+        """Seconds for the next try: a little even when the time is just over."""
+        left_s = max(0.05, self._until - time.monotonic())
+        return left_s if self.deadline is None else min(left_s, max(0.0, self.deadline - time.monotonic()))

@@ -102,6 +102,23 @@ class Broken:
         """What it is counted as, and its details."""
         return self.reason or (ENDED if self.code is grpc.StatusCode.OK else self.code.name), self.details
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the same would come of asking again.
+
+        A service names the reason of each of its errors; what comes without one is of the way to it, and a proxy says
+        INTERNAL where a connection broke, and other codes for what it could not do.
+        """
+        if self.code in COME_AGAIN:
+            return False
+        return self.code not in BROKEN_LINK or self.reason is not None
+
+    @property
+    def explained(self) -> str:
+        """The details, and what they mean where the service itself has not spoken."""
+        meaning = MEANINGS.get(self.code) if self.reason is None else None
+        return f"{self.details} ({meaning})" if meaning else self.details
+
 
 Event = Received | Broken
 Effect = Open | Send | Close | Wait | Describe
@@ -115,14 +132,28 @@ OF_ONE_REQUEST = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.FAILED_PRECONDITION,
 )
-RETRIED = (
+# Whoever says so: the service is not ready, is full, or holds another text than the client.
+COME_AGAIN = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.FAILED_PRECONDITION,
+)
+# Without the service's reason: the stream broke on its way, or something there gave it up.
+BROKEN_LINK = (
+    grpc.StatusCode.OK,  # an end in mid-text
     grpc.StatusCode.CANCELLED,  # not by us: a server that shuts down cancels what its grace time did not let end
     grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.OK,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.DATA_LOSS,
+    grpc.StatusCode.DEADLINE_EXCEEDED,  # of a proxy; the conversation keeps the caller's own
 )
+ASKS_WHO = "something before the service wants to know who asks, and clients send no credentials"
+MEANINGS = {
+    grpc.StatusCode.UNIMPLEMENTED: "no such service of this version is at the client's address",
+    grpc.StatusCode.PERMISSION_DENIED: ASKS_WHO,
+    grpc.StatusCode.UNAUTHENTICATED: ASKS_WHO,
+}
 
 # Reasons of a draft's failures beside those of its own errors and the names of status codes.
 ENDED, SILENT, BROKE_PROTOCOL, OTHER_CACHE = "ENDED", "SILENT", "BROKE_PROTOCOL", "OTHER_CACHE"
@@ -140,9 +171,9 @@ class Patience:
     draft_wait_s: float = 2.0  # for proposals, before a round goes without
     describe_draft_s: float = 1.0  # for the draft's description, before rounds go without for a while
     retry_s: float = 30.0  # for the target, since it first failed a round
-    round_s: float = 60.0  # for the answer to a round, and ROUND_TOKEN_S more for each token of the text
     first_backoff_s: float = 0.1
     longest_backoff_s: float = 5.0
+    round_s: float = 60.0  # for the answer to a round, and ROUND_TOKEN_S more for each token of the text
 
     def backoff(self, num_failures: int) -> float:
         return min(self.longest_backoff_s, self.first_backoff_s * 2.0 ** min(num_failures - 1, 16))
@@ -155,6 +186,17 @@ class Patience:
         """Return what decides when a draft that has failed is asked again."""
         longest_s = self.longest_backoff_s
         return Breaker(self.first_backoff_s, PAUSES * longest_s, steady_s=longest_s)
+
+    def pause(self, num_failures: int, retry_delay_s: float | None, jitter: float) -> float:
+        """Return the seconds before another try.
+
+        There are none before the first, since another replica may stand ready. Later ones double, unless the service
+        says when to come; `jitter`, from [0, 1), keeps apart those who failed together.
+        """
+        if retry_delay_s is not None:
+            least_s = 0.0 if num_failures == 1 else self.first_backoff_s
+            return min(self.longest_backoff_s, max(least_s, retry_delay_s) * (1 + jitter / 2))
+        return 0.0 if num_failures == 1 else self.backoff(num_failures - 1) * (1 - jitter / 2)
 
 
 class Conversation:
@@ -170,14 +212,16 @@ class Conversation:
         patience: Patience,
         clock: Callable[[], float],
         deadline: float | None = None,
+        jitter: Callable[[], float] = lambda: 0.0,
         breaker: Breaker | None = None,
     ):
-        """`lengths` chooses K for each round; `deadline` is a point in the time of `clock`.
+        """`lengths` chooses K for each round, `deadline` is in the time of `clock`, and `jitter` draws from [0, 1).
 
         `breaker` is what all generations of a client know of their draft; the method `draft` insists without it.
         """
         self._generation, self._text, self._speculation, self._lengths = generation, text, speculation, lengths
         self._seed, self._patience, self._clock, self._deadline = seed, patience, clock, deadline
+        self._jitter = jitter
         self._stats, self._draft = generation.stats, generation.draft
         self._draft_is_open = self._is_draft_prepared = False
         self._draft_has_spoken = False  # on the stream that is open
@@ -334,14 +378,10 @@ class Conversation:
         if failure.reason == MODEL_CHANGED:
             raise ModelChangedError("the target service has another model than when the text began")
         if failure.code in REFUSALS:
-            raise InvalidRequestError(f"the target refused the request: {failure.details}")
-        if failure.code == grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise DeadlineExceededError("the timeout passed before the text ended")
-        if failure.code not in RETRIED:
-            raise ServiceFailedError(f"the target failed ({failure.code.name}): {failure.details}")
-        pause = self._patience.bounded(failure.retry_delay_s) or self._patience.backoff(num_failures)
-        if failure.code == grpc.StatusCode.FAILED_PRECONDITION and num_failures == 1:
-            pause = 0.0
+            raise InvalidRequestError(f"the target refused the request: {failure.explained}")
+        if failure.is_final:
+            raise ServiceFailedError(f"the target failed ({failure.code.name}): {failure.explained}")
+        pause = self._patience.pause(num_failures, failure.retry_delay_s, self._jitter())
         if self._clock() + pause - failed_at > self._patience.retry_s:
             if failure.reason == OTHER_CACHE:
                 raise ServiceFailedError(f"the target failed again and again: {failure.details}")
@@ -410,7 +450,7 @@ class Conversation:
         draft = self._draft
         if not self._draft_is_open or draft.is_on_trial:
             return False
-        if self._failure is not None and self._failure.code not in RETRIED:
+        if self._failure is not None and self._failure.is_final:
             return False
         return len(draft.proposals) < wanted and not (draft.has_stopped and draft.proposals)
 

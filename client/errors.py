@@ -6,6 +6,7 @@ OutriderError                  base; `partial` holds what had been generated, or
 ├── ModelChangedError          a service was given another model in the middle of the text
 ├── ServiceUnavailableError    the target did not answer within the retry time
 ├── DeadlineExceededError      the call's own timeout passed; also a TimeoutError
+├── ClientClosedError          the client was closed before or during the call
 └── ServiceFailedError         a service failed on this request, or broke the protocol
 """
 
@@ -43,6 +44,10 @@ class ServiceUnavailableError(OutriderError):
 
 class DeadlineExceededError(OutriderError, TimeoutError):
     """The timeout that the caller set passed."""
+
+
+class ClientClosedError(OutriderError):
+    """The client was closed before the call, or while it ran."""
 
 
 class ServiceFailedError(OutriderError):

@@ -6,50 +6,45 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import grpc
 
 from client.connection import (
-    CHANNEL_OPTIONS,
-    DRAFT_CHANNEL_OPTIONS,
+    CLOSED,
     MOST_UNREAD,
+    OTHERS_ASKED,
+    Connection,
     ConnectionSettings,
     Retrying,
     Target,
+    TokenizerParts,
+    before_the_text,
     begin_conversation,
     broken,
     check_same_prompt,
-    tokenizer_from_parts,
+    deadline_after,
+    left_until,
+    time_for_draft,
 )
 from client.controller import PairSpeeds
-from client.conversation import (
-    Broken,
-    Close,
-    Conversation,
-    Describe,
-    Event,
-    Link,
-    Open,
-    Patience,
-    Received,
-    Send,
-    Wait,
-)
-from client.errors import ModelChangedError, OutriderError
+from client.conversation import Broken, Close, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
+from client.errors import ClientClosedError, ModelChangedError, OutriderError
 from client.pair import PairInfo, check_model
 from client.params import SamplingParams
 from client.results import Chunk, GenerationResult
 from client.text import TargetTokenizer
-from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
 
 class SpeculativeClient:
     """Generates text with a draft service and a target service.
 
     One client serves many generations at once, each from a thread of its own. Use it as a context manager, or close
-    it.
+    it, from any thread. After a fork, the child makes a client of its own.
     """
 
     def __init__(
@@ -66,13 +61,13 @@ class SpeculativeClient:
         self._settings = ConnectionSettings(target, draft, connect_timeout, patience=patience or Patience())
         self._speeds = PairSpeeds()
         self._breaker = self._settings.patience.breaker()
-        self._target_channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._draft_channel = grpc.insecure_channel(draft, options=DRAFT_CHANNEL_OPTIONS) if draft else None
-        self._target_stub = target_pb2_grpc.TargetServiceStub(self._target_channel)
-        self._draft_stub = draft_pb2_grpc.DraftServiceStub(self._draft_channel) if draft else None
+        self._connection: Connection | None = None  # made at first use
+        self._closing = threading.Event()
+        self._transports: WeakSet[_Transport] = WeakSet()  # of generations that may have to be told of the end
+        self._guard = threading.Lock()  # of the connection and the transports; never held for long
         self._target: Target | None = None
         self._draft_info: common_pb2.ModelInfo | None = None  # of a draft that has not failed since
-        self._lock = threading.Lock()
+        self._describing = threading.Lock()  # held by the one call that asks the target what it is
 
     def __enter__(self) -> SpeculativeClient:
         return self
@@ -83,10 +78,15 @@ class SpeculativeClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connections; generations that are running end with an error."""
-        self._target_channel.close()
-        if self._draft_channel:
-            self._draft_channel.close()
+        """Close the connections; calls that are running end with ClientClosedError. The second time nothing happens."""
+        self._closing.set()
+        with self._guard:
+            connection, transports = self._connection, list(self._transports)
+        for transport in transports:
+            transport.wake()
+        if connection and not connection.is_inherited:
+            for channel in connection.channels:
+                channel.close()
 
     def generate(
         self,
@@ -101,16 +101,16 @@ class SpeculativeClient:
         Args:
             prompt: text, or a list of token ids.
             sampling: how text is drawn and where it ends.
-            timeout: seconds for the whole generation.
+            timeout: seconds for the whole generation, from this call on.
             speculation: fields of SpeculationParams: method, num_speculative_tokens, overlap, window and so on.
 
         Raises:
             OutriderError: `client.errors` has the tree; `partial` holds what had been generated.
         """
-        stream = self.stream(prompt, sampling, timeout=timeout, **speculation)
-        for _ in stream:
-            pass
-        return stream.result
+        with closing(self.stream(prompt, sampling, timeout=timeout, **speculation)) as stream:
+            for _ in stream:
+                pass
+            return stream.result
 
     def stream(
         self,
@@ -121,20 +121,20 @@ class SpeculativeClient:
         **speculation: Any,
     ) -> GenerationStream:
         """Return an iterator over the chunks, whose `result` is there when it has ended; arguments as for generate."""
-        until = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_after(timeout)
 
         def begin(target: Target) -> _Run:
-            left_s = None if until is None else max(0.0, until - time.monotonic())
-            arguments = (target, prompt, sampling, speculation, left_s, self._breaker)
-            return begin_conversation(self._settings, self._speeds, *arguments), _Transport(self, left_s)
+            arguments = (target, prompt, sampling, speculation, deadline, self._breaker)
+            return begin_conversation(self._settings, self._speeds, *arguments), _Transport(self, deadline)
 
         def begin_again(error: ModelChangedError) -> _Run:
             self._forget(target)
-            now = self._described_target()
+            now = self._described_target(deadline)
             check_same_prompt(prompt, error, target, now)
             return begin(now)
 
-        target = self._described_target()
+        with before_the_text(sampling):
+            target = self._described_target(deadline)
         return GenerationStream(begin(target), begin_again)
 
     def info(self) -> PairInfo:
@@ -143,57 +143,121 @@ class SpeculativeClient:
         Raises:
             ServiceUnavailableError: the target does not answer.
         """
-        request = target_pb2.TargetServiceGetModelInfoRequest()
-        target = self._ask_target(lambda left_s: self._target_stub.GetModelInfo(request, timeout=left_s))
-        draft = self._describe_draft() if self._draft_stub else None
-        if draft is None or isinstance(draft, Broken):
-            return PairInfo(target.model, target.stats, None, None)
-        return PairInfo(target.model, target.stats, draft.model, draft.stats)
+        return self._ask_pair(deadline=None)
 
     @property
     def tokenizer(self) -> TargetTokenizer | None:
         """The target's tokenizer, or None when it has none."""
-        return self._described_target().tokenizer
+        return self._described_target(deadline=None).tokenizer
 
-    def _described_target(self) -> Target:
-        with self._lock:
+    def _connected(self) -> Connection:
+        """Return the way to the services.
+
+        Raises:
+            ClientClosedError: the client is closed.
+            InvalidRequestError: this process was forked from the one that uses the client.
+        """
+        connection = self._connection or self._connect()
+        connection.check_process()
+        if self._closing.is_set():
+            raise ClientClosedError(CLOSED)
+        return connection
+
+    def _connect(self) -> Connection:
+        with self._guard:
+            if self._closing.is_set():
+                raise ClientClosedError(CLOSED)
+            if self._connection is None:
+                self._connection = Connection(self._settings, grpc.insecure_channel)
+            return self._connection
+
+    @contextmanager
+    def _calling(self) -> Iterator[Connection]:
+        """Lend the way to the services; whatever gRPC says of a channel that is closed meanwhile is one error."""
+        connection = self._connected()
+        try:
+            yield connection
+        except (grpc.RpcError, ValueError):
+            self._connected()
+            raise
+
+    def _add(self, transport: _Transport) -> None:
+        with self._guard:
+            self._transports.add(transport)
+
+    def _described_target(self, deadline: float | None) -> Target:
+        """Return what the target says of itself, asked for once; a call that fails leaves it to the next to ask."""
+        self._connected()
+        with self._only_one_describing(Retrying(self._settings, deadline)):
             if self._target is None:
-                pair = self.info()
+                pair = self._ask_pair(deadline)
                 check_model(pair.target)
-                tokenizer = self._fetch_tokenizer() if pair.target.HasField("tokenizer") else None
+                tokenizer = self._fetch_tokenizer(deadline) if pair.target.HasField("tokenizer") else None
                 self._target, self._draft_info = Target(pair.target, tokenizer), pair.draft
             return self._target
 
     def _forget(self, target: Target) -> None:
         """Have the next text begin with what the services are by then."""
-        with self._lock:
+        with self._describing:
             if self._target is target:
                 self._target, self._draft_info, self._speeds = None, None, PairSpeeds()
 
-    def _fetch_tokenizer(self) -> TargetTokenizer:
-        request = target_pb2.GetTokenizerRequest()
-        ask = lambda left_s: list(self._target_stub.GetTokenizer(request, timeout=left_s))  # noqa: E731
-        return tokenizer_from_parts(self._ask_target(ask))
+    @contextmanager
+    def _only_one_describing(self, retrying: Retrying) -> Iterator[None]:
+        """Wait for the calls that ask already; who has waited in vain for as long as it would ask gives up as well."""
+        while not self._describing.acquire(timeout=-1 if retrying.deadline is None else retrying.left_s):
+            retrying.check(OTHERS_ASKED)
+        try:
+            if self._target is None:
+                retrying.check(OTHERS_ASKED)
+            yield
+        finally:
+            self._describing.release()
 
-    def _ask_target(self, ask: Any) -> Any:
-        retrying = Retrying("target service", self._settings.target, self._settings.connect_s)
+    def _ask_pair(self, deadline: float | None) -> PairInfo:
+        request = target_pb2.TargetServiceGetModelInfoRequest()
+        target = self._ask_target(lambda stub, left_s: stub.GetModelInfo(request, timeout=left_s), deadline)
+        draft = self._describe_draft(deadline) if self._settings.draft is not None else None
+        if draft is None or isinstance(draft, Broken):
+            return PairInfo(target.model, target.stats, None, None)
+        return PairInfo(target.model, target.stats, draft.model, draft.stats)
+
+    def _fetch_tokenizer(self, deadline: float | None) -> TargetTokenizer:
+        request = target_pb2.GetTokenizerRequest()
+
+        def ask(stub: Any, left_s: float) -> TokenizerParts:
+            parts, call = TokenizerParts(), stub.GetTokenizer(request, timeout=left_s)
+            try:
+                for part in call:
+                    parts.add(part)
+            finally:
+                call.cancel()
+            return parts
+
+        return self._ask_target(ask, deadline).tokenizer()
+
+    def _ask_target(self, ask: Callable[[Any, float], Any], deadline: float | None) -> Any:
+        """Return what `ask` returns, which gets the target's stub and the seconds that are left."""
+        retrying = Retrying(self._settings, deadline)
         while True:
             try:
-                return ask(retrying.left_s)
+                with self._calling() as connection:
+                    return ask(connection.target, retrying.left_s)
             except grpc.RpcError as error:
-                time.sleep(retrying.pause_after(error))
+                self._closing.wait(retrying.pause_after(error))
 
-    def _describe_draft(self) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
-        assert self._draft_stub is not None
-        request, timeout = draft_pb2.DraftServiceGetModelInfoRequest(), self._settings.patience.describe_draft_s
+    def _describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
+        request, left_s = draft_pb2.DraftServiceGetModelInfoRequest(), time_for_draft(self._settings, deadline)
         num_noted, began_at = self._breaker.num_noted, time.monotonic()
-        try:
-            return self._draft_stub.GetModelInfo(request, timeout=timeout)
-        except grpc.RpcError as error:
-            failure = broken(Link.DRAFT, error)
-            now = time.monotonic()
-            self._breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
-            return failure
+        with self._calling() as connection:
+            assert connection.draft is not None
+            try:
+                return connection.draft.GetModelInfo(request, timeout=left_s)
+            except grpc.RpcError as error:
+                self._connected()
+                failure, now = broken(Link.DRAFT, error), time.monotonic()
+                self._breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
+                return failure
 
 
 class GenerationStream(Iterator[Chunk]):
@@ -288,16 +352,18 @@ class _Stream:
 class _Transport:
     """Carries out the effects of one conversation."""
 
-    def __init__(self, client: SpeculativeClient, timeout: float | None):
-        self._client, self._timeout = client, timeout
+    def __init__(self, client: SpeculativeClient, deadline: float | None):
+        self._client, self._deadline = client, deadline
         self._streams: dict[Link, _Stream] = {}
-        self._events: queue.SimpleQueue[tuple[_Stream, Event]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[_Stream, Event] | None] = queue.SimpleQueue()
+        client._add(self)
 
     def perform(self, effect: Any) -> Any:
         match effect:
             case Open(link, message):
                 self._close(link)
-                self._streams[link] = _Stream(link, self._method(link), message, self._events, self._timeout)
+                with self._client._calling() as connection:
+                    self._streams[link] = self._open(link, connection, message)
             case Send(link, message):
                 self._streams[link].send(message)
             case Close(link):
@@ -314,9 +380,13 @@ class _Transport:
         for link in list(self._streams):
             self._close(link)
 
-    def _method(self, link: Link) -> Any:
-        client = self._client
-        return client._target_stub.Verify if link is Link.TARGET else client._draft_stub.Propose  # type: ignore[union-attr]
+    def wake(self) -> None:
+        """End the wait for an event, so that the end of the client is noticed; from any thread."""
+        self._events.put(None)
+
+    def _open(self, link: Link, connection: Connection, message: Any) -> _Stream:
+        method = connection.target.Verify if link is Link.TARGET else connection.draft.Propose  # type: ignore[union-attr]
+        return _Stream(link, method, message, self._events, left_until(self._deadline))
 
     def _close(self, link: Link) -> None:
         stream = self._streams.pop(link, None)
@@ -324,14 +394,18 @@ class _Transport:
             stream.close()
 
     def _next_event(self, timeout_s: float | None) -> Event | None:
-        """Return the next event of a stream that is still ours."""
+        """Return the next event of a stream that is still ours; raises as `_connected` when the client is closed."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = None if until is None else max(0.0, until - time.monotonic())
             try:
-                stream, event = self._events.get(timeout=left)
+                item = self._events.get(timeout=left)
             except queue.Empty:
+                item = None
+            self._client._connected()
+            if item is None:
                 return None
+            stream, event = item
             stream.on_read()
             if stream in self._streams.values():
                 if isinstance(event, Broken) and event.link is Link.DRAFT:
@@ -341,7 +415,7 @@ class _Transport:
     def _describe(self) -> common_pb2.ModelInfo | Broken:
         info = self._client._draft_info
         if info is None:
-            description = self._client._describe_draft()
+            description = self._client._describe_draft(self._deadline)
             if isinstance(description, Broken):
                 return description
             info = self._client._draft_info = description.model

@@ -418,6 +418,7 @@ def make_conversation(
     timeout: float | None = None,
     context_length: int = CONTEXT_LENGTH,
     lengths: Any = None,
+    jitter: float = 0.0,
     breaker: Any = None,
     **speculation: Any,
 ) -> Conversation:
@@ -435,7 +436,9 @@ def make_conversation(
     if lengths is None:
         lengths = FixedLength(params.num_speculative_tokens if isinstance(params.num_speculative_tokens, int) else 5)
     return Conversation(
-        generation, text, params, lengths, seed, patience or Patience(), lambda: world.now, deadline, breaker
+        *(generation, text, params, lengths, seed, patience or Patience(), lambda: world.now, deadline),
+        jitter=lambda: jitter,
+        breaker=breaker,
     )
 
 

@@ -59,10 +59,10 @@ def test_a_client_asks_the_draft_only_once_what_it_is(services, pair, monkeypatc
     """What it said at the first use of the client serves all generations, until it fails."""
     num_asked, describe = 0, kind._describe_draft
 
-    def counted(client):
+    def counted(client, *arguments):
         nonlocal num_asked
         num_asked += 1
-        return describe(client)
+        return describe(client, *arguments)
 
     async def generate_twice(client):
         return [await client.generate(PROMPT, GREEDY, num_speculative_tokens=3) for _ in range(2)]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from client.connection import SEEDED_BLOCK_LENGTH, ConnectionSettings, Target, begin_conversation, lengths_for
 from client.controller import PairSpeeds, RoundTimes
-from client.conversation import RETRIED, Conversation, Describe, Link, Open, Patience, Send, Wait
+from client.conversation import BROKEN_LINK, COME_AGAIN, Conversation, Describe, Link, Open, Patience, Send, Wait
 from client.errors import (
     DeadlineExceededError,
     IncompatiblePairError,
@@ -52,7 +52,7 @@ def fail_requests(
     Args:
         failures: by number, the code that the stream ends with.
         after_answer: the service does its work first, and the answer is lost.
-        how: `retry_delay_s`, `reason`.
+        how: `retry_delay_s` and `reason`.
     """
     num_requests = 0
 
@@ -508,7 +508,7 @@ class TestChunksAndCounts:
 class TestTargetFails:
     """The session is opened anew with all committed tokens, the round sent again, and the text is the same."""
 
-    @pytest.mark.parametrize("code", RETRIED)
+    @pytest.mark.parametrize("code", [*COME_AGAIN, *BROKEN_LINK])
     @pytest.mark.parametrize("after_answer", [False, True], ids=["request_lost", "answer_lost"])
     @pytest.mark.parametrize("method", ["speculative", "autoregressive"])
     def test_once_the_text_is_the_same_to_the_letter(self, code, after_answer, method):
@@ -541,7 +541,14 @@ class TestTargetFails:
         assert opened[0] == len(toys.PROMPT_IDS)
         assert opened[1] == opened[2] > 6
 
-    def test_pauses_double_up_to_the_longest(self):
+    @pytest.mark.parametrize("code", COME_AGAIN)
+    def test_a_service_that_says_why_is_asked_again_too(self, code):
+        world = World()
+        fail_requests(world, Link.TARGET, {3: code}, reason="A_REASON")
+        assert run(world).token_ids == TEXT
+
+    @pytest.mark.parametrize("jitter", [0.0, 0.5])
+    def test_the_first_retry_has_no_pause_and_later_ones_double_up_to_the_longest(self, jitter):
         world = World()
         fail_requests(world, Link.TARGET, dict.fromkeys(range(1, 9), grpc.StatusCode.UNAVAILABLE))
         times = []
@@ -550,15 +557,32 @@ class TestTargetFails:
             times.append(world.now) if stream.link is Link.TARGET and message.HasField("round") else None,
             keep(stream, message),
         )
-        run(world, method="autoregressive", patience=Patience(first_backoff_s=0.5, longest_backoff_s=4.0))
+        patience = Patience(first_backoff_s=0.5, longest_backoff_s=4.0)
+        run(world, method="autoregressive", patience=patience, jitter=jitter)
         pauses = [later - earlier for earlier, later in pairwise(times)]
-        assert pauses[:8] == pytest.approx([0.5, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+        expected = [0.0, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0]
+        assert pauses[:8] == pytest.approx([pause * (1 - jitter / 2) for pause in expected])
 
     def test_it_is_asked_again_when_it_says_so(self):
         world = World()
         fail_requests(world, Link.TARGET, {2: grpc.StatusCode.RESOURCE_EXHAUSTED}, retry_delay_s=3.0)
         assert run(world, method="autoregressive").token_ids == TEXT_ALONE
         assert world.now - 1000 == pytest.approx(3.0)
+
+    @pytest.mark.parametrize(("delay", "pauses"), [(-5.0, [0.0, 0.1, 0.1]), (0.0, [0.0, 0.1, 0.1]), (1e9, [5.0] * 3)])
+    def test_an_absurd_delay_is_kept_within_bounds(self, delay, pauses):
+        world = World()
+        fail_requests(
+            world, Link.TARGET, dict.fromkeys([2, 3, 4], grpc.StatusCode.RESOURCE_EXHAUSTED), retry_delay_s=delay
+        )
+        assert run(world, method="autoregressive", jitter=0.0).token_ids == TEXT_ALONE
+        assert world.now - 1000 == pytest.approx(sum(pauses))
+
+    def test_a_delay_is_never_cut_by_jitter(self):
+        world = World()
+        fail_requests(world, Link.TARGET, {2: grpc.StatusCode.RESOURCE_EXHAUSTED}, retry_delay_s=3.0)
+        assert run(world, method="autoregressive", jitter=0.9).token_ids == TEXT_ALONE
+        assert world.now - 1000 == pytest.approx(3.0 * 1.45)
 
     def test_a_failed_precondition_is_repaired_at_once(self):
         world = World()
@@ -597,25 +621,35 @@ class TestTargetFails:
     def test_the_retry_time_begins_anew_with_every_answer(self):
         """Every second request fails: 24 pauses of 1 s exceed the retry time of 2 s, but none follows another."""
         world = World()
-        fail_requests(world, Link.TARGET, dict.fromkeys(range(1, 49, 2), grpc.StatusCode.UNAVAILABLE))
-        patience = Patience(retry_s=2.0, first_backoff_s=1.0)
+        failures = dict.fromkeys(range(1, 49, 2), grpc.StatusCode.UNAVAILABLE)
+        fail_requests(world, Link.TARGET, failures, retry_delay_s=1.0)
+        patience = Patience(retry_s=2.0)
         assert run(world, method="autoregressive", patience=patience).token_ids == TEXT_ALONE
         assert world.now - 1000 == pytest.approx(24.0)
 
     @pytest.mark.parametrize(
-        ("code", "error"),
+        ("code", "reason", "error", "message"),
         [
-            (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError),
-            (grpc.StatusCode.UNIMPLEMENTED, InvalidRequestError),
-            (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
-            (grpc.StatusCode.INTERNAL, ServiceFailedError),
-            (grpc.StatusCode.PERMISSION_DENIED, ServiceFailedError),
+            (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "INVALID_FIELD",
+                InvalidRequestError,
+                "refused the request: as the test",
+            ),
+            (grpc.StatusCode.INVALID_ARGUMENT, None, InvalidRequestError, "refused the request"),
+            (grpc.StatusCode.OUT_OF_RANGE, None, InvalidRequestError, "refused the request"),
+            (grpc.StatusCode.UNIMPLEMENTED, None, InvalidRequestError, "no such service of this version"),
+            (grpc.StatusCode.INTERNAL, "MODEL_FAILED", ServiceFailedError, r"failed \(INTERNAL\): as the test"),
+            (grpc.StatusCode.PERMISSION_DENIED, None, ServiceFailedError, "wants to know who asks"),
+            (grpc.StatusCode.UNAUTHENTICATED, None, ServiceFailedError, "wants to know who asks"),
+            (grpc.StatusCode.NOT_FOUND, None, ServiceFailedError, "NOT_FOUND"),
+            (grpc.StatusCode.ALREADY_EXISTS, None, ServiceFailedError, "ALREADY_EXISTS"),
         ],
     )
-    def test_other_codes_are_final_and_keep_the_partial_text(self, code, error):
+    def test_other_codes_are_final_and_keep_the_partial_text(self, code, reason, error, message):
         world = World()
-        fail_requests(world, Link.TARGET, {3: code})
-        with pytest.raises(error) as caught:
+        fail_requests(world, Link.TARGET, {3: code}, reason=reason)
+        with pytest.raises(error, match=message) as caught:
             run(world)
         assert caught.value.partial is not None
         assert caught.value.partial.token_ids == TEXT[: len(caught.value.partial.token_ids)] != []
@@ -781,7 +815,7 @@ class TestTargetFails:
 class TestDraftFails:
     """The text goes on without the draft, and with it again when it is back."""
 
-    @pytest.mark.parametrize("code", [*RETRIED, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED])
+    @pytest.mark.parametrize("code", [*COME_AGAIN, *BROKEN_LINK])
     @pytest.mark.parametrize("after_answer", [False, True], ids=["request_lost", "answer_lost"])
     def test_speculation_resumes(self, code, after_answer):
         world = World(2)
@@ -1096,6 +1130,20 @@ class TestDeadline:
         assert partial is not None
         assert partial.token_ids == TEXT[: len(partial.token_ids)] != []
         assert partial.stats.num_rounds == 3
+
+    def test_that_of_the_call_and_that_of_the_conversation_are_one(self):
+        """gRPC ends the stream a moment before the conversation's own time is over, or it does not."""
+        world = World()
+        fail_requests(world, Link.TARGET, dict.fromkeys(range(3, 100), grpc.StatusCode.DEADLINE_EXCEEDED))
+        fail = world.on_arrival
+        world.on_arrival = lambda stream, message: (
+            setattr(world, "now", max(world.now, 1004.999)),
+            fail(stream, message),
+        )
+        with pytest.raises(DeadlineExceededError) as caught:
+            run(world, method="autoregressive", timeout=5.0)
+        assert caught.value.partial is not None
+        assert world.now - 1000 == pytest.approx(5.0)
 
     def test_it_ends_a_pause_between_retries(self):
         world = World()
