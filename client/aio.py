@@ -32,19 +32,7 @@ from client.connection import (
     time_for_draft,
 )
 from client.controller import PairSpeeds
-from client.conversation import (
-    Broken,
-    Close,
-    Conversation,
-    Describe,
-    Event,
-    Link,
-    Open,
-    Patience,
-    Received,
-    Send,
-    Wait,
-)
+from client.conversation import Broken, Close, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
 from client.errors import (
     ClientClosedError,
     DeadlineExceededError,
@@ -250,15 +238,16 @@ class AsyncSpeculativeClient:
                 await asyncio.sleep(retrying.pause_after(error))
 
     async def _describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
-        request, left_s = draft_pb2.DraftServiceGetModelInfoRequest(), time_for_draft(self._settings, deadline)
-        num_noted, began_at, stub = self._breaker.num_noted, time.monotonic(), self._connected().draft
+        stub = self._connected().draft
         assert stub is not None
+        request, left_s = draft_pb2.DraftServiceGetModelInfoRequest(), time_for_draft(self._settings, deadline)
+        num_noted, began_at = self._breaker.num_noted, time.monotonic()
         try:
             return _readable(await stub.GetModelInfo(request, timeout=left_s))
         except grpc.RpcError as error:
-            now = time.monotonic()
-            self._breaker.on_failure(now, num_noted, held_up_s=now - began_at)
-            return broken(Link.DRAFT, error)
+            failure, now = broken(Link.DRAFT, error), time.monotonic()
+            self._breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
+            return failure
 
 
 class _LoopConnection(Connection):
@@ -349,8 +338,8 @@ class _Stream:
 
     def __init__(self, link: Link, call: Any, events: Mailbox[tuple[_Stream, Event] | None]):
         self._link, self._call, self._events = link, call, events
-        self._unread = asyncio.Semaphore(MOST_UNREAD)
         self._outgoing: Mailbox[Any] = Mailbox()
+        self._unread = asyncio.Semaphore(MOST_UNREAD)
         self._status: grpc.aio.AioRpcError | None = None
         call.add_done_callback(self._keep_status)
         self._tasks = [asyncio.ensure_future(work) for work in (self._read(), self._write())]

@@ -21,6 +21,7 @@ class Breaker:
         self._num_failures = self._num_noted = 0
         self._failed_at = self._retry_at = -math.inf
         self._pause_s = 0.0
+        self._cause = ("", "")
         self._lock = threading.Lock()
 
     @property
@@ -32,6 +33,11 @@ class Breaker:
     def retry_at(self) -> float:
         """When the draft may be asked again."""
         return self._retry_at
+
+    @property
+    def cause(self) -> tuple[str, str]:
+        """The reason of the last failure, and its details."""
+        return self._cause
 
     @property
     def num_noted(self) -> int:
@@ -48,11 +54,17 @@ class Breaker:
             return True
 
     def on_failure(
-        self, now: float, num_noted: int, held_up_s: float = 0.0, retry_delay_s: float | None = None
+        self,
+        now: float,
+        num_noted: int,
+        cause: tuple[str, str],
+        held_up_s: float = 0.0,
+        retry_delay_s: float | None = None,
     ) -> None:
         """Note a failure.
 
         Args:
+            cause: its reason and its details.
             num_noted: of when the attempt began. What has been noted since then was the same failure, seen by another.
             held_up_s: seconds that it took from a text.
             retry_delay_s: when the service wants to be asked again; believed up to the longest pause.
@@ -62,7 +74,7 @@ class Breaker:
                 return
             self._num_failures += 1
             self._num_noted += 1
-            self._failed_at = now
+            self._failed_at, self._cause = now, cause
             doubled = self._first_s * 2.0 ** min(self._num_failures - 2, 30) if self._num_failures > 1 else 0.0
             wanted = max(doubled, held_up_s * (1 / COST_SHARE - 1), retry_delay_s or 0.0)
             self._pause_s = min(wanted, self._longest_s)

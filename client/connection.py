@@ -171,8 +171,8 @@ def begin_conversation(
     eos_token_ids = () if sampling.ignore_eos else target.info.eos_token_ids
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
     lengths = lengths_for(params, sampling, speeds)
-    clock, jitter = time.monotonic, settings.jitter
-    return Conversation(generation, text, params, lengths, seed, settings.patience, clock, deadline, jitter, breaker)
+    patience, clock, jitter = settings.patience, time.monotonic, settings.jitter
+    return Conversation(generation, text, params, lengths, seed, patience, clock, deadline, jitter, breaker)
 
 
 def deadline_after(timeout: float | None) -> float | None:

@@ -99,6 +99,11 @@ class Broken:
     reason: str | None = None  # of the service's own ErrorInfo; None: something between here and there ended it
 
     @property
+    def cause(self) -> tuple[str, str]:
+        """What it is counted as, and its details."""
+        return self.reason or (ENDED if self.code is grpc.StatusCode.OK else self.code.name), self.details
+
+    @property
     def is_final(self) -> bool:
         """Whether the same would come of asking again.
 
@@ -171,9 +176,9 @@ class Patience:
     draft_wait_s: float = 2.0  # for proposals, before a round goes without
     describe_draft_s: float = 1.0  # for the draft's description, before rounds go without for a while
     retry_s: float = 30.0  # for the target, since it first failed a round
-    round_s: float = 60.0  # for the answer to a round, and ROUND_TOKEN_S more for each token of the text
     first_backoff_s: float = 0.1
     longest_backoff_s: float = 5.0
+    round_s: float = 60.0  # for the answer to a round, and ROUND_TOKEN_S more for each token of the text
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -181,6 +186,15 @@ class Patience:
 
     def backoff(self, num_failures: int) -> float:
         return min(self.longest_backoff_s, self.first_backoff_s * 2.0 ** min(num_failures - 1, 16))
+
+    def bounded(self, retry_delay_s: float | None) -> float:
+        """Return the pause that a service wants, as far as it is believed; 0 where it wants none."""
+        return min(max(retry_delay_s or 0.0, 0.0), self.longest_backoff_s)
+
+    def breaker(self) -> Breaker:
+        """Return what decides when a draft that has failed is asked again."""
+        longest_s = self.longest_backoff_s
+        return Breaker(self.first_backoff_s, PAUSES * longest_s, steady_s=longest_s)
 
     def pause(self, num_failures: int, retry_delay_s: float | None, jitter: float) -> float:
         """Return the seconds before another try.
@@ -192,15 +206,6 @@ class Patience:
             least_s = 0.0 if num_failures == 1 else self.first_backoff_s
             return min(self.longest_backoff_s, max(least_s, retry_delay_s) * (1 + jitter / 2))
         return 0.0 if num_failures == 1 else self.backoff(num_failures - 1) * (1 - jitter / 2)
-
-    def bounded(self, retry_delay_s: float | None) -> float:
-        """Return the pause that a service wants, as far as it is believed; 0 where it wants none."""
-        return min(max(retry_delay_s or 0.0, 0.0), self.longest_backoff_s)
-
-    def breaker(self) -> Breaker:
-        """Return what decides when a draft that has failed is asked again."""
-        longest_s = self.longest_backoff_s
-        return Breaker(self.first_backoff_s, PAUSES * longest_s, steady_s=longest_s)
 
 
 class Conversation:
@@ -465,7 +470,11 @@ class Conversation:
     def _reopen_draft(self) -> Steps:
         """Open the draft's stream when it is not, and it is time for another try."""
         began_at = self._clock()
-        if self._draft_is_open or not (self._own_breaker.may_ask(began_at) and self._breaker.may_ask(began_at)):
+        if self._draft_is_open or not self._own_breaker.may_ask(began_at):
+            return
+        if not self._breaker.may_ask(began_at):
+            if not self._stats.draft_failures:  # this text has done without it for a reason that another one met
+                self._stats.add_draft_failure(*self._breaker.cause)
             return
         self._num_noted = self._breaker.num_noted
         described = yield Describe()
@@ -513,12 +522,11 @@ class Conversation:
 
     def _note_draft_failure(self, failure: Broken, held_up_s: float) -> None:
         """Count a failure and pause; others of the client do so too where the failure may be theirs as well."""
-        reason = failure.reason or (ENDED if failure.code is grpc.StatusCode.OK else failure.code.name)
-        self._stats.add_draft_failure(reason, failure.details)
+        self._stats.add_draft_failure(*failure.cause)
         now, delay_s = self._clock(), self._patience.bounded(failure.retry_delay_s)
-        self._own_breaker.on_failure(now, self._own_breaker.num_noted, held_up_s, delay_s)
+        self._own_breaker.on_failure(now, self._own_breaker.num_noted, failure.cause, held_up_s, delay_s)
         if failure.code not in OF_ONE_REQUEST and failure.reason not in (MODEL_FAILED, OTHER_CACHE):
-            self._breaker.on_failure(now, self._num_noted, held_up_s, delay_s)
+            self._breaker.on_failure(now, self._num_noted, failure.cause, held_up_s, delay_s)
 
     # The draft alone.
 

@@ -32,19 +32,7 @@ from client.connection import (
     time_for_draft,
 )
 from client.controller import PairSpeeds
-from client.conversation import (
-    Broken,
-    Close,
-    Conversation,
-    Describe,
-    Event,
-    Link,
-    Open,
-    Patience,
-    Received,
-    Send,
-    Wait,
-)
+from client.conversation import Broken, Close, Conversation, Describe, Event, Link, Open, Patience, Received, Send, Wait
 from client.errors import ClientClosedError, ModelChangedError, OutriderError
 from client.pair import PairInfo, check_model
 from client.params import SamplingParams
@@ -272,9 +260,9 @@ class SpeculativeClient:
                 return connection.draft.GetModelInfo(request, timeout=left_s)
             except grpc.RpcError as error:
                 self._connected()
-                now = time.monotonic()
-                self._breaker.on_failure(now, num_noted, held_up_s=now - began_at)
-                return broken(Link.DRAFT, error)
+                failure, now = broken(Link.DRAFT, error), time.monotonic()
+                self._breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
+                return failure
 
 
 class GenerationStream(Iterator[Chunk]):

@@ -436,16 +436,9 @@ def make_conversation(
     if lengths is None:
         lengths = FixedLength(params.num_speculative_tokens if isinstance(params.num_speculative_tokens, int) else 5)
     return Conversation(
-        generation,
-        text,
-        params,
-        lengths,
-        seed,
-        patience or Patience(),
-        lambda: world.now,
-        deadline,
-        lambda: jitter,
-        breaker,
+        *(generation, text, params, lengths, seed, patience or Patience(), lambda: world.now, deadline),
+        jitter=lambda: jitter,
+        breaker=breaker,
     )
 
 

@@ -32,6 +32,7 @@ from tests import toy_services as toys
 from tests.e2e.conftest import FAMILY
 from tests.fake_services import INFO, TARGET_INFO, Fake, answer, at_first, fake_services, refusal, rounds, silence
 from tests.servers import PATIENCE_S, TARGET, RunningServer, Services, eventually
+from tests.unit.test_coupled_rounds import own_text
 
 PROMPT = [5, 17, 3, 88, 41, 9]
 CONTEXT_LENGTH = 512
@@ -94,7 +95,7 @@ class TestFullTarget:
 FOR_EVER = 1e5  # seconds: what must end a wait is not its time
 WAITS_FOR_EVER = Patience(FOR_EVER, FOR_EVER, 10 * FOR_EVER, FOR_EVER, FOR_EVER)
 TOY_PROMPT = list(toys.PROMPT_IDS)
-TOY_TEXT = toys.Law(seed=11).text(4, alone=True)
+TOY_TEXT = own_text(seed=11)[:4]
 SEED_11 = SamplingParams(seed=11, max_new_tokens=100)
 ONE_TOKEN = SamplingParams(seed=11, max_new_tokens=1)
 PAIR = {"num_speculative_tokens": 4}

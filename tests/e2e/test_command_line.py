@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import grpc
 import pytest
 from click.testing import CliRunner
 
 from client.__main__ import main
+from outrider.v1 import draft_pb2, draft_pb2_grpc
+from tests.toy_servers import ToyServer
 
 
 def run(*arguments: str, status: int = 0, text: str | None = None):
@@ -82,6 +85,46 @@ def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
 def test_chat_answers_each_line_in_the_models_format(addresses):
     result = run("chat", *addresses, "--seed=1", "--max-new-tokens=4", text="Hi\nMore\n\n")
     assert result.stderr.count("4 tokens, ") == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "generate as json", "chat", "bench"])
+def test_a_draft_that_fails_is_told_once_and_the_text_is_the_targets(addresses, command):
+    """It describes itself as it should, and refuses everything else."""
+    with grpc.insecure_channel(addresses[0].partition("=")[2]) as channel:
+        stub = draft_pb2_grpc.DraftServiceStub(channel)
+        info = stub.GetModelInfo(draft_pb2.DraftServiceGetModelInfoRequest()).model
+    limits = ["--seed=1", "--max-new-tokens=6"]
+    commands = {
+        "generate": ["generate", "Hello", *limits],
+        "generate as json": ["generate", "Hello", *limits, "--json"],
+        "chat": ["chat", *limits],
+        "bench": [
+            "bench",
+            "--num-prompts=1",
+            "--repetitions=2",
+            "--warm-up=0",
+            "--max-new-tokens=6",
+            "--temperature=0",
+        ],
+    }
+    with ToyServer("draft", refuse, info) as draft:
+        arguments = [*commands[command], f"--draft={draft.address}", addresses[1]]
+        result = run(*arguments, text="Hi\nMore\n\n" if command == "chat" else None)
+    told = [line for line in result.stderr.splitlines() if "draft at" in line]
+    assert told == [
+        f"the draft at {draft.address} failed: PERMISSION_DENIED: not for you; the text goes on with the target alone"
+    ]
+    if command == "generate as json":
+        document = json.loads(result.stdout)
+        alone = json.loads(run(*arguments, "--method=autoregressive").stdout)
+        assert document["token_ids"] == alone["token_ids"]
+        assert document["stats"]["draft_failures"].keys() == {"PERMISSION_DENIED"}
+        assert document["stats"]["num_draft_failures"] >= 1
+
+
+def refuse(requests, context):
+    context.abort(grpc.StatusCode.PERMISSION_DENIED, "not for you")
+    yield
 
 
 def test_demo_starts_a_pair_shows_equal_greedy_texts_and_stops_it(paths):

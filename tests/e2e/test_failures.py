@@ -1,7 +1,7 @@
 """What a user sees when a service dies, freezes, restarts or is full: a text, or a part and an error.
 
-Texts are greedy where rounds without proposals may occur, since these draw other tokens at other temperatures; so every
-text can be compared to the letter. Draft and target are the same model wherever a test must see whether the pair is
+A seed's text is the target's own whatever happens to the draft, so every text can be compared to the letter, greedy or
+drawn. Draft and target are the same model wherever a test must see whether the pair is
 speculating: then every proposal is kept, and a chunk without drafted tokens is a round without proposals.
 """
 
@@ -38,7 +38,7 @@ from tests.servers import DRAFT, PATIENCE_S, TARGET, Kind, RunningServer, Servic
 PROMPT = [5, 17, 3, 88, 41, 9]
 CONTEXT_LENGTH = 512  # room for rounds while something comes back
 GREEDY = SamplingParams(temperature=0, max_new_tokens=64)
-LONG = SamplingParams(temperature=0, max_new_tokens=CONTEXT_LENGTH - len(PROMPT))
+LONG = SamplingParams(temperature=1, seed=5, max_new_tokens=CONTEXT_LENGTH - len(PROMPT), ignore_eos=True)
 PAIR = {"num_speculative_tokens": 4}
 ALONE = {"method": "autoregressive"}
 
@@ -131,10 +131,11 @@ def test_a_draft_that_freezes_is_done_without_and_used_again_when_it_thaws(proce
 
 
 def test_a_target_that_is_killed_and_comes_back_changes_nothing(processes):
-    sampling = SamplingParams(temperature=1, seed=5, max_new_tokens=200)
+    """With acceptance sampling, too: no round goes without the draft."""
+    sampling, free = SamplingParams(temperature=1, seed=5, max_new_tokens=200), {"coupling": "none"}
     with processes.client() as client, ThreadPoolExecutor(1) as threads:
-        undisturbed = client.generate(PROMPT, sampling, **PAIR)
-        stream = client.stream(PROMPT, sampling, **PAIR)
+        undisturbed = client.generate(PROMPT, sampling, **PAIR, **free)
+        stream = client.stream(PROMPT, sampling, **PAIR, **free)
         token_ids = next(stream).token_ids
         processes.running(TARGET).kill()
         rest = threads.submit(lambda: [token_id for chunk in stream for token_id in chunk.token_ids])
@@ -319,3 +320,96 @@ def test_a_target_that_returns_nan_fails_the_text(services, draft, poisoned_path
         client.generate(PROMPT, GREEDY, **PAIR)
     target.stop()
     assert error.value.partial.token_ids == []
+
+
+# Every fault at every temperature, with a draft that disagrees with the target.
+
+
+class Faulty:
+    """A pair in this process whose services can be taken away, held up and replaced while a text is written."""
+
+    def __init__(self, services, paths: dict[str, str], monkeypatch):
+        self._services, self._paths = services, paths
+        self._running = {kind: services.start(kind, paths[kind.name]) for kind in (TARGET, DRAFT)}
+        self._may_draft = threading.Event()
+        self._may_draft.set()
+        runner = self._running[DRAFT]._servicer._host._engine.runner
+        forward, may_draft = runner.forward, self._may_draft
+        monkeypatch.setattr(runner, "forward", lambda feeds: may_draft.wait(PATIENCE_S) and forward(feeds))
+
+    def client(self) -> SpeculativeClient:
+        patience = Patience(draft_wait_s=0.1, describe_draft_s=0.5, retry_s=PATIENCE_S, longest_backoff_s=0.1)
+        return SpeculativeClient(*(self._running[kind].address for kind in (TARGET, DRAFT)), patience=patience)
+
+    def take_away(self, kind: Kind) -> None:
+        self._running[kind].stop()
+
+    def bring_back(self, kind: Kind, path: str | None = None) -> None:
+        address = self._running[kind].address
+        self._running[kind] = self._services.start(kind, path or self._paths[kind.name], listen=address)
+
+    def replace_draft(self) -> None:
+        self.take_away(DRAFT)
+        self.bring_back(DRAFT, self._paths["another"])
+
+    def restart(self, *kinds: Kind) -> None:
+        for kind in kinds:
+            self.take_away(kind)
+        for kind in kinds:
+            self.bring_back(kind)
+
+    def freeze(self) -> None:
+        self._may_draft.clear()
+
+    def close(self) -> None:
+        self._may_draft.set()
+        for server in self._running.values():
+            server.stop()
+
+
+FAULTS = {
+    "draft killed": lambda it: it.take_away(DRAFT),
+    "draft restarted": lambda it: it.restart(DRAFT),
+    "draft frozen": lambda it: it.freeze(),
+    "draft replaced by another": lambda it: it.replace_draft(),
+    "target restarted": lambda it: it.restart(TARGET),
+    "both restarted": lambda it: it.restart(TARGET, DRAFT),
+    "draft killed and target restarted": lambda it: (it.take_away(DRAFT), it.restart(TARGET)),
+}
+FAULT_SAMPLINGS = [
+    SamplingParams(temperature=0, seed=1, max_new_tokens=32, ignore_eos=True),
+    SamplingParams(temperature=1, seed=2, max_new_tokens=32, ignore_eos=True),
+    SamplingParams(temperature=1.3, top_k=50, top_p=0.95, seed=3, max_new_tokens=32, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def fault_paths(tmp_path_factory) -> dict[str, str]:
+    folder, target = tmp_path_factory.mktemp("faults"), tiny_models.make_model(FAMILY, 1)
+    models = {
+        TARGET.name: target,
+        DRAFT.name: tiny_models.disagreeing_copy(target, 3, noise=0.012),
+        "another": tiny_models.make_model(FAMILY, 2),
+    }
+    return {name: tiny_models.save(model, folder / name) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_fails_a_seeds_text_is_the_targets_own(services, fault_paths, monkeypatch, fault):
+    """Three samplings and two K, each at another moment: one fault meets six texts."""
+    faulty = Faulty(services, fault_paths, monkeypatch)
+    with faulty.client() as client:
+        alone = [client.generate(PROMPT, sampling, **ALONE).token_ids for sampling in FAULT_SAMPLINGS]
+        cases = [(index, length, 1 + index + length % 3) for index in range(3) for length in (2, 5)]
+        streams = [client.stream(PROMPT, FAULT_SAMPLINGS[index], num_speculative_tokens=k) for index, k, _ in cases]
+        for stream, (_, _, num_chunks) in zip(streams, cases, strict=True):
+            for _ in range(num_chunks):
+                next(stream)
+        FAULTS[fault](faulty)
+        for stream, (index, _, _) in zip(streams, cases, strict=True):
+            for _ in stream:
+                pass
+            assert stream.result.token_ids == alone[index]
+    faulty.close()
+    if "draft" in fault:
+        assert sum(stream.result.stats.num_draft_failures for stream in streams) > 0

@@ -44,13 +44,18 @@ def byte_target(services, byte_model, tmp_path_factory) -> Iterator[RunningServe
     server.stop()
 
 
-def test_a_draft_with_another_tokenizer_is_refused_with_where_they_differ(services, byte_model, byte_target, tmp_path):
+def test_a_draft_with_another_tokenizer_is_done_without_and_refused_alone(services, byte_model, byte_target, tmp_path):
+    """Both say where the tokenizers differ."""
     draft = services.start(DRAFT, tiny_models.save(byte_model, tmp_path, swapped_tokenizer(70, 71)))
     with SpeculativeClient(byte_target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
-        with pytest.raises(IncompatiblePairError, match="258 and 258 pieces, first differing between ids 0 and 1023"):
-            client.generate("Hello", GREEDY, **PAIR)
+        where = "258 and 258 pieces, first differing between ids 0 and 1023"
+        result, alone = (client.generate("Hello", GREEDY, **how) for how in (PAIR, ALONE))
+        assert result.token_ids == alone.token_ids
+        assert result.stats.draft_failures.keys() == {"OTHER_TOKENIZER"}
+        assert where in result.stats.first_draft_failure
+        with pytest.raises(IncompatiblePairError, match=where):
+            client.generate("Hello", GREEDY, method="draft")
         assert client.info().mismatch is not None
-        assert len(client.generate("Hello", GREEDY, **ALONE).token_ids) == GREEDY.max_new_tokens
     draft.stop()
 
 

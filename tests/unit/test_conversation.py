@@ -52,7 +52,7 @@ def fail_requests(
     Args:
         failures: by number, the code that the stream ends with.
         after_answer: the service does its work first, and the answer is lost.
-        how: `retry_delay_s`, `reason`.
+        how: `retry_delay_s` and `reason`.
     """
     num_requests = 0
 
