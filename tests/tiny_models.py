@@ -82,9 +82,13 @@ def save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFas
     return str(folder)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of two special pieces and the 256 bytes, so that one character may need several tokens."""
+def byte_tokenizer(rotated: int = 0) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of two special pieces and the 256 bytes, so that one character may need several tokens.
+
+    The ids of the bytes are `rotated` by so many places.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = alphabet[rotated:] + alphabet[:rotated]
     vocabulary = {"<s>": 0, "</s>": 1} | {piece: index + 2 for index, piece in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

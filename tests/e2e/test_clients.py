@@ -225,9 +225,10 @@ class TestClose:
                 made.call("info").result(PATIENCE_S)
             made.close()
             made.close()
-            for method, arguments in (("generate", [PROMPT]), ("stream", [PROMPT]), ("info", [])):
+            for method, *arguments in (("generate", PROMPT), ("stream", PROMPT), ("info",)):
+                alone = ALONE if arguments else {}
                 with pytest.raises(ClientClosedError):
-                    made.call(method, *arguments).result(PATIENCE_S)
+                    made.call(method, *arguments, **alone).result(PATIENCE_S)
             with pytest.raises(ClientClosedError):
                 made.run(lambda client: client.tokenizer, lambda client: client.tokenizer()).result(PATIENCE_S)
 
@@ -433,7 +434,7 @@ import os
 client = SpeculativeClient(address)
 client.info()
 if os.fork() == 0:
-    for call in (client.info, lambda: client.generate([1])):
+    for call in (client.info, lambda: client.generate([1], method="autoregressive")):
         try:
             call()
         except InvalidRequestError as error:

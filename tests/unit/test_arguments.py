@@ -155,7 +155,7 @@ def test_a_draft_that_is_not_named_is_missed_before_anything_is_sent():
         np.array([5, 6], dtype=np.uint8), torch.tensor([5, 6]), [np.int64(5), np.uint16(6)], [np.array(5), 6],
         [torch.tensor(5), torch.tensor(6)],
     ],
-    ids=str,
+    ids=lambda prompt: type(prompt).__name__,
 )  # fmt: skip
 def test_any_ids_that_are_whole_numbers_are_a_prompt(prompt):
     ids = prompt_of(list(prompt()) if callable(prompt) else prompt)
