@@ -29,6 +29,8 @@ from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.warping import Warping
 from target_service.gathering import Gathering
 
+IDS_OF_A_ROW = 256  # of a support, that take as long as reading a row without any
+
 log = logging.getLogger(__name__)
 
 
@@ -260,9 +262,17 @@ class Scheduler:
             its = reading if len(jobs) == len(reading.jobs) else _Reading(jobs, _begin_reading(jobs))
             return list(zip(jobs, its.rows_by_job(), strict=True))
 
+        began_at = time.monotonic()
         for part in in_halves(read, reading.jobs, lambda job, error: self._fail(job.session, error)):
             for job, rows in part:
                 self._reply(job, self._verdict(job, rows))
+        self._charge(reading.jobs, time.monotonic() - began_at)
+
+    def _charge(self, jobs: Sequence[_Job], seconds: float) -> None:
+        """Charge what reading rounds took, to each caller by the numbers that were read for it."""
+        sizes = [sum(IDS_OF_A_ROW + len(support) for support in job.round.supports or [()]) for job in jobs]
+        for job, size in zip(jobs, sizes, strict=True):
+            self._engine.charge(job.session.caller, seconds * size / sum(sizes))
 
     def _verdict(self, job: _Job, rows: TargetRows | None) -> Verdict | ServiceError:
         """Return what a round is answered with; a row with NaN or infinity fails its own round alone."""

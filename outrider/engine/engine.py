@@ -128,6 +128,10 @@ class Engine:
         sequences = tuple(self._sequences)  # in one piece: the other thread may be adding one
         return sum(not sequence.is_spare for sequence in sequences) <= 1
 
+    def charge(self, caller: Caller, seconds: float) -> None:
+        """Take note of time that a caller takes beside passes, as for what is done with rows."""
+        self._fair_passes.charge(caller, seconds)
+
     def forget_passes(self) -> None:
         """Take the time of no pass so far for that of one to come: something was compiled in them."""
         self._fair_passes = FairPasses(self._max_batch_tokens)

@@ -1,10 +1,13 @@
 """How the tokens of a pass are shared: among callers first, then among the sessions of each. Knows no engine.
 
-A pass of n tokens takes a + b n seconds. While several callers are about, it is to take no longer than if each of them
-had a pass of his own, as small as the least of them needs: with c callers, of whom one needs m tokens only, at most
-c (a + b m) seconds. So nobody waits long behind what another asks for, and at most half of the time goes into passes
-that could be fewer. Callers who had work a moment ago count, too: somebody's next round would else find a long pass
-begun. Alone, a caller has all that a pass can hold.
+A pass of n tokens takes a + b n seconds. While c callers are about, of whom the least needs m tokens, a pass has place
+for m of each; and where tokens cost little, for as many more as make it longer by half for each further caller, which is
+(c - 1) (a / b - m) / 2. So nobody waits long behind what another asks for: a round meets one pass that has begun, and
+shares the next. Callers who had work a moment ago count, too: somebody's next round would else find a long pass begun.
+Alone, a caller has all that a pass can hold.
+
+What follows a pass, as reading wide rows, takes time too. It is charged to its caller, and whoever is ahead of others
+by more than a pass sits out until they have caught up, or have no work.
 
 Callers are counted in the widest circle that has several (outrider.callers): among hosts, or else among connections.
 """
@@ -40,10 +43,16 @@ class FairPasses:
         self._max_batch_tokens, self._clock = max_batch_tokens, clock
         self._seen: dict[Caller, _Seen] = {}
         self._passes = Line(PASS_MEMORY)  # seconds over tokens
+        self._charged_s: dict[Caller, float] = {}  # beside passes, of callers that are about
 
     def add_pass(self, num_tokens: float, seconds: float) -> None:
         """Learn from a pass."""
         self._passes.add(num_tokens, seconds)
+
+    def charge(self, caller: Caller, seconds: float) -> None:
+        """Take note of time that a caller took beside passes."""
+        if caller in self._charged_s:
+            self._charged_s[caller] += seconds
 
     def shares(self, wishes: Sequence[Wish]) -> list[int]:
         """Return how many tokens of each wish the next pass has.
@@ -54,7 +63,15 @@ class FairPasses:
         self._seen |= {caller: _Seen(now, num_tokens) for caller, num_tokens in _sums(wishes).items()}
         self._seen = {caller: seen for caller, seen in self._seen.items() if now - seen.at <= ABSENCE_S}
         about = [(caller, seen.num_tokens) for caller, seen in self._seen.items()]
-        return fair_shares_by_caller(wishes, min(self._max_batch_tokens, self._most_tokens(about)))
+        return fair_shares_by_caller(self._without_those_ahead(wishes), self._most_tokens(about))
+
+    def _without_those_ahead(self, wishes: Sequence[Wish]) -> list[Wish]:
+        """Return the wishes, with no tokens for callers who have been charged more than others of the moment."""
+        least = min((self._charged_s[caller] for caller in self._seen if caller in self._charged_s), default=0.0)
+        self._charged_s = {caller: max(least, self._charged_s.get(caller, least)) for caller in self._seen}
+        least = min((self._charged_s[caller] for caller, _ in wishes), default=0.0)
+        most = least + (self._passes.y / self._passes.weight if self._passes.weight else float("inf"))
+        return [(caller, num_tokens if self._charged_s[caller] <= most else 0) for caller, num_tokens in wishes]
 
     def _most_tokens(self, about: Sequence[Wish]) -> int:
         """Return how many tokens a pass may have for the callers that are about."""
@@ -66,7 +83,8 @@ class FairPasses:
         if not token_s:
             return self._max_batch_tokens
         base = max(0.0, self._passes.at(0.0, token_s)) / token_s  # tokens for which a pass takes twice as long
-        return int(min(self._max_batch_tokens, len(circles) * min(circles.values()) + (len(circles) - 1) * base))
+        number, least = len(circles), min(circles.values())
+        return int(min(self._max_batch_tokens, number * least + (number - 1) * max(0.0, base - least) / 2))
 
 
 def fair_shares_by_caller(wishes: Sequence[Wish], budget: int) -> list[int]:

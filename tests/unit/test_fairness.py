@@ -64,12 +64,12 @@ def test_alone_a_caller_has_all_that_a_pass_holds():
 
 
 @pytest.mark.parametrize("big", [(HOST, "2"), (OTHER, "1")], ids=["of one host", "of two"])
-def test_beside_another_a_pass_takes_no_longer_than_one_of_the_least_for_each(big):
-    """5 tokens take 15 ms: 30 ms are 20 tokens."""
+def test_beside_another_a_pass_is_half_as_long_again_as_the_least_needs(big):
+    """5 tokens take 15 ms: 22.5 ms are 12.5 tokens."""
     fair, _ = passes()
     small_share, big_share = fair.shares([((HOST, "1"), 5), (big, 640)])
     assert small_share == 5
-    assert big_share == pytest.approx(15, abs=1)
+    assert big_share == pytest.approx(7.5, abs=1)
 
 
 def test_small_rounds_of_many_callers_are_cut_by_nobody():
@@ -82,9 +82,32 @@ def test_whoever_is_having_a_turn_finds_no_long_pass_begun():
     fair, now = passes()
     fair.shares([((HOST, "1"), 5), ((HOST, "2"), 640)])
     now[0] = 0.9 * ABSENCE_S
-    assert sum(fair.shares([((HOST, "2"), 640)])) == pytest.approx(20, abs=1)
+    assert sum(fair.shares([((HOST, "2"), 640)])) == pytest.approx(12.5, abs=1)
     now[0] = 1.1 * ABSENCE_S
     assert sum(fair.shares([((HOST, "2"), 640)])) == 512
+
+
+def test_whoever_takes_more_time_beside_passes_sits_out_until_the_others_have_caught_up():
+    fair, _ = passes()
+    small, big = (HOST, "1"), (HOST, "2")
+    wishes = [(small, 5), (big, 5)]
+    assert fair.shares(wishes) == [5, 5]
+    fair.charge(big, 0.1)
+    assert fair.shares(wishes) == [5, 0]
+    assert fair.shares([(big, 5)]) == [5]  # nobody else has work
+    fair.charge(small, 0.09)
+    assert fair.shares(wishes) == [5, 5]
+
+
+def test_whoever_comes_is_not_behind_for_having_been_away():
+    fair, now = passes()
+    small, big = (HOST, "1"), (HOST, "2")
+    fair.shares([(big, 5)])
+    fair.charge(big, 100.0)
+    fair.shares([(big, 5), (small, 5)])
+    assert fair.shares([(big, 5), (small, 5)]) == [5, 5]
+    now[0] = 2 * ABSENCE_S
+    assert fair.shares([(big, 5)]) == [5]
 
 
 def test_where_tokens_cost_nothing_nobody_is_cut():
