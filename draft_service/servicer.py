@@ -93,6 +93,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 while not isinstance(item := await call.wait(outbox.get()), _EndOfStream):
                     if isinstance(item, ServiceError):
                         raise item
+                    call.note_answer()
                     was_unread = len(outbox) >= MOST_UNSENT
                     yield _response(item)
                     if was_unread:

@@ -11,8 +11,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from outrider.callers import Caller
@@ -67,24 +66,11 @@ class Turnstile:
         self._inside = Crowd()
         self._waiting: dict[Caller, dict[asyncio.Future[None], None]] = {}
 
-    @asynccontextmanager
-    async def passing(self, caller: Caller, shortest_s: float = 0.0) -> AsyncIterator[None]:
-        """Wait for room, and take it while the block lasts, but not for less than `shortest_s`."""
-        await self._enter(caller)
-        entered_at = time.monotonic()
-        try:
-            yield
-        finally:
-            left_s = shortest_s - (time.monotonic() - entered_at)
-            if left_s > 0:
-                asyncio.get_running_loop().call_later(left_s, self._leave, caller)
-            else:
-                self._leave(caller)
-
-    async def _enter(self, caller: Caller) -> None:
+    async def enter(self, caller: Caller) -> Turn:
+        """Wait for room, and take it until the turn is left."""
         if caller not in self._waiting and self._has_room(caller):
             self._inside.add(caller, 1)
-            return
+            return Turn(self, caller)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(caller, {})[turn] = None
         try:
@@ -95,6 +81,7 @@ class Turnstile:
             else:
                 self._leave(caller)
             raise
+        return Turn(self, caller)
 
     def _leave(self, caller: Caller) -> None:
         self._inside.add(caller, -1)
@@ -125,6 +112,20 @@ class Turnstile:
         return True
 
 
+class Turn:
+    """What somebody has of a turnstile."""
+
+    def __init__(self, turnstile: Turnstile, caller: Caller):
+        self._turnstile, self._caller = turnstile, caller
+        self._has_left = False
+
+    def leave(self) -> None:
+        """Give it back; the second time nothing happens."""
+        if not self._has_left:
+            self._has_left = True
+            self._turnstile._leave(self._caller)
+
+
 @dataclass(eq=False)
 class Place:
     """One session's place among those that a service has."""
@@ -149,10 +150,6 @@ class Places:
 
     def __len__(self) -> int:
         return len(self._taken)
-
-    @property
-    def places(self) -> Iterator[Place]:
-        return iter(self._taken)
 
     def take(self, caller: Caller, give_up: Callable[[ServiceError], None]) -> Place:
         """Return a place, until `leave`; `give_up` is called with an error when another gets it.

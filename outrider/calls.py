@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
+from outrider.admission import Turn
 from outrider.callers import Caller
 from outrider.errors import ServiceError, SessionIdleError
 
@@ -27,6 +28,7 @@ class Call:
         """Belongs to the task that runs now."""
         self.caller = caller
         self.opening: Any = None  # the first request, once it is there
+        self.turn: Turn | None = None  # of openings, until the first answer
         self.is_busy: Callable[[], bool] = lambda: False  # whether work is under way that nobody is silent for
         self._requests = requests
         self._loop = asyncio.get_running_loop()
@@ -70,6 +72,12 @@ class Call:
             self._task.cancel()
         else:
             self._set_timer(LAST_WORD_S, self._task.cancel)
+
+    def note_answer(self) -> None:
+        """Take note that the service has something to say: the opening was no empty one."""
+        if self.turn:
+            self.turn.leave()
+            self.turn = None
 
     def note_life(self) -> None:
         """Take note that the other side has sent or taken something."""

@@ -31,7 +31,8 @@ from outrider.v1 import common_pb2
 log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_S = 10.0  # in which a stream has to say what it is for
-MOST_OPENINGS, OPENING_S = 256, 1.0  # so many in so many seconds, 64 of one connection
+MOST_OPENINGS = 256  # sessions at once that have had no answer yet, 64 of one connection
+ABANDONED_S = 2.0  # for which one counts that goes away before
 MOST_QUESTIONS = 64  # calls without a session at once, 16 of one connection
 UNREAD_S = 60.0  # after which a call without a session that takes nothing is ended
 
@@ -185,8 +186,8 @@ class ModelHost(Generic[WorkerT]):
     async def admit(self, requests, context) -> AsyncIterator[Call]:
         """Give a stream that opens a session a place while the block lasts; `opening` of the call is its first message.
 
-        Openings of one caller follow each other at a limited pace; whoever waits has not been read yet. A stream that
-        ends without a message gets no place, and its opening is None.
+        A caller may have so many openings without an answer; whoever waits has not been read yet. A stream that ends
+        without a message gets no place, and its opening is None.
 
         Raises:
             ServiceError: the model is not there, the first message does not come or cannot be read, or as many sessions
@@ -196,9 +197,12 @@ class ModelHost(Generic[WorkerT]):
         call = Call(caller_of(context.peer()), requests)
         self._calls.add(call)
         try:
-            async with self._openings.passing(call.caller, OPENING_S):
-                call.limit_silence(FIRST_MESSAGE_S, "no first message has come")
+            call.turn = await self._openings.enter(call.caller)
+            call.limit_silence(FIRST_MESSAGE_S, "no first message has come")
+            try:
                 call.opening = await call.receive()
+            finally:
+                asyncio.get_running_loop().call_later(ABANDONED_S, call.turn.leave)
             call.limit_silence(self._options.idle_timeout, "this session has said nothing")
             if call.opening is None:
                 yield call
@@ -218,12 +222,13 @@ class ModelHost(Generic[WorkerT]):
     async def answer(self, context) -> AsyncIterator[Call]:
         """Let a call without a session be answered in the block, when not too many are."""
         call = Call(caller_of(context.peer()))
-        async with self._questions.passing(call.caller):
+        turn = await self._questions.enter(call.caller)
+        try:
             call.limit_silence(UNREAD_S, "nothing has been read")
-            try:
-                yield call
-            finally:
-                call.close()
+            yield call
+        finally:
+            call.close()
+            turn.leave()
 
     async def drain(self, grace_s: float) -> None:
         """Admit nobody any more, and return when the last session has ended; those left after `grace_s` are ended."""

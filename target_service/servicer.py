@@ -88,6 +88,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                         )
                     scheduler.submit(session, self._round(request.round, is_coupled), answers.put)
                     answer = await call.wait(answers.get())
+                    call.note_answer()
                     if isinstance(answer, ServiceError):
                         raise answer
                     yield _response(request.round.round_index, answer)

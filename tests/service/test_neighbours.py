@@ -315,24 +315,28 @@ def test_tokenizers_that_nobody_reads_keep_none_from_others(services, models, mo
 
 
 @KINDS
-def test_a_caller_that_opens_in_a_loop_is_slowed_and_its_neighbour_is_not(services, models, monkeypatch, kind):
+def test_who_opens_and_leaves_in_a_loop_is_slowed_and_its_neighbour_is_not(services, models, monkeypatch, kind):
     assert outrider.service.MOST_OPENINGS // 4 == 64, "of one connection at once"
     monkeypatch.setattr(outrider.service, "MOST_OPENINGS", 32)
-    monkeypatch.setattr(outrider.service, "OPENING_S", PATIENCE_S)
+    monkeypatch.setattr(outrider.service, "ABANDONED_S", PATIENCE_S)
     server = services.start(kind, models.target_path, max_sessions=1000)
     opened = server._servicer._host._places
-    for _ in range(8):
+    for _ in range(20):  # those that are answered count no longer
         with session(kind, server) as stream:
             stream.receive()
+    for number in range(21, 29):
+        with silent(kind, server) as stream:
+            stream.send(open_verification() if kind is TARGET else open_proposals(ahead=0))
+            eventually(lambda so_many=number: opened.num_opened == so_many, "it has opened, and has no answer")
     waiting = [session(kind, server) for _ in range(20)]
     with another_connection(server) as channel, session(kind, server, channel) as neighbour:
         neighbour.receive()
-    assert opened.num_opened == 9
+    assert opened.num_opened == 29
     for stream in waiting:
         stream.cancel()
     turns = server._servicer._host._openings
     eventually(lambda: not turns._waiting, "who goes away while it waits leaves nothing")
-    assert opened.num_opened == 9
+    assert opened.num_opened == 29
     server.stop()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 
 import pytest
 
@@ -152,11 +151,12 @@ def test_who_goes_away_at_the_moment_of_his_turn_leaves_it_to_the_next():
     async def run() -> None:
         turnstile, seen, may_leave = Turnstile(4), [], asyncio.Event()
         may_leave.set()
-        async with turnstile.passing(ONE):
-            going = asyncio.ensure_future(pass_through(turnstile, ONE, [], may_leave))
-            staying = asyncio.ensure_future(pass_through(turnstile, ONE, seen, may_leave))
-            await settle()
-            going.cancel()  # and has not noticed yet
+        turn = await turnstile.enter(ONE)
+        going = asyncio.ensure_future(pass_through(turnstile, ONE, [], may_leave))
+        staying = asyncio.ensure_future(pass_through(turnstile, ONE, seen, may_leave))
+        await settle()
+        going.cancel()  # and has not noticed yet
+        turn.leave()
         await staying
         assert seen == [ONE]
         assert len(turnstile._inside) == 0
@@ -165,9 +165,10 @@ def test_who_goes_away_at_the_moment_of_his_turn_leaves_it_to_the_next():
 
 
 async def pass_through(turnstile: Turnstile, caller: Caller, seen: list[Caller], may_leave: asyncio.Event) -> None:
-    async with turnstile.passing(caller):
-        seen.append(caller)
-        await may_leave.wait()
+    turn = await turnstile.enter(caller)
+    seen.append(caller)
+    await may_leave.wait()
+    turn.leave()
 
 
 @pytest.mark.parametrize(
@@ -217,10 +218,10 @@ def test_who_waits_and_goes_away_takes_nobody_s_turn():
 def test_who_is_let_in_while_going_away_leaves_again():
     async def run() -> None:
         turnstile = Turnstile(4)  # one place for one connection
-        async with AsyncExitStack() as inside:
-            await inside.enter_async_context(turnstile.passing(ONE))
-            waiting = asyncio.ensure_future(pass_through(turnstile, ONE, [], asyncio.Event()))
-            await settle()
+        turn = await turnstile.enter(ONE)
+        waiting = asyncio.ensure_future(pass_through(turnstile, ONE, [], asyncio.Event()))
+        await settle()
+        turn.leave()
         waiting.cancel()  # it has its turn, and has not run since
         await asyncio.wait([waiting])
         assert len(turnstile._inside) == 0
@@ -228,16 +229,12 @@ def test_who_is_let_in_while_going_away_leaves_again():
     asyncio.run(run())
 
 
-def test_a_stay_lasts_its_shortest_time():
+def test_a_turn_is_left_once():
     async def run() -> None:
-        turnstile, seen, may_leave = Turnstile(4), [], asyncio.Event()
-        may_leave.set()
-        async with turnstile.passing(ONE, shortest_s=0.01):
-            pass
-        following = asyncio.ensure_future(pass_through(turnstile, ONE, seen, may_leave))
-        await settle()
-        assert not seen
-        await following
-        assert seen == [ONE]
+        turnstile = Turnstile(16)
+        turns = [await turnstile.enter(ONE) for _ in range(2)]
+        for _ in range(3):
+            turns[0].leave()
+        assert turnstile._inside[ONE] == 1
 
     asyncio.run(run())
