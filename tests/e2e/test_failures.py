@@ -33,7 +33,8 @@ from client import (
 from outrider.engine.runner import ModelRunner
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
-from tests.servers import DRAFT, PATIENCE_S, TARGET, Kind, RunningServer, ServiceProcess, eventually
+from tests.servers import DRAFT, PATIENCE_S, TARGET, Kind, RawStream, RunningServer, ServiceProcess, eventually
+from tests.service.conftest import open_verification, round_of, span
 
 PROMPT = [5, 17, 3, 88, 41, 9]
 CONTEXT_LENGTH = 512  # room for rounds while something comes back
@@ -223,6 +224,26 @@ def test_a_target_that_is_full_is_waited_for(services, draft, model_path, text):
             pass
         assert second.result().token_ids == text
         assert second.result().stats.num_target_retries >= 1
+    target.stop()
+
+
+def test_a_session_that_is_given_to_another_caller_goes_on_when_there_is_room(services, model_path, text):
+    target = services.start(TARGET, model_path, max_sessions=2)
+    with SpeculativeClient(target.address) as client:
+        older, younger = (client.stream(PROMPT, GREEDY, **ALONE) for _ in range(2))
+        next(older), next(younger)
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        with (
+            grpc.insecure_channel(target.address, options=own) as channel,
+            RawStream(TARGET.stub(channel).Verify, open_verification(), round_of(span(PROMPT))) as newcomer,
+        ):
+            newcomer.receive()
+            for stream in (older, younger):
+                for _ in stream:
+                    pass
+    assert older.result.token_ids == younger.result.token_ids == text
+    assert older.result.stats.num_target_retries == 0
+    assert younger.result.stats.num_target_retries >= 1
     target.stop()
 
 
