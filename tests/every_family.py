@@ -16,6 +16,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.tiny_models import VOCAB_SIZE
 
+# Those that the tests try by default; the others run with -m slow, some of which are large whatever their sizes.
+_USUAL = """llama mistral qwen2 qwen3 gemma2 gemma3_text gemma3n_text gemma4_text gpt2 opt gpt_neox phi3 cohere2 olmo3
+olmoe mixtral qwen2_moe qwen3_moe llama4_text deepseek_v3 glm4_moe minicpm3 exaone4 modernbert-decoder smollm3 starcoder2
+jetmoe bert gpt_bigcode persimmon minimax_m2 ministral beam doge gpt_oss bloom gptj falcon falcon_h1 qwen3_next mamba2 lfm2
+roberta diffllama git deepseek_v32 inkling_text stablelm bart zaya axk2 recurrent_gemma"""
+USUAL = frozenset(_USUAL.split())
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CONTEXT, NUM_LAYERS, WINDOW = 128, 4, 8
 _STD = 0.25  # of weights; transformers' default, 0.02, makes texts that all look alike
@@ -25,9 +31,10 @@ _NAMES_BY_SIZE: tuple[tuple[Any, str], ...] = (
     (CONTEXT, """
         max_position_embeddings n_positions max_seq_len max_target_positions"""),
     (NUM_LAYERS, """
-        num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers"""),
+        num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers
+        encoder_layers num_encoder_layers"""),
     (2, """
-        encoder_layers num_encoder_layers max_window_layers num_experts_per_tok moe_topk moe_top_k moe_k
+        max_window_layers num_experts_per_tok moe_topk moe_top_k moe_k
         top_k_experts num_key_value_heads num_global_key_value_heads kv_n_heads linear_num_key_heads
         index_n_heads swa_num_key_value_heads num_experts_per_token indexer_n_heads altup_num_inputs
         num_dense_layers hc_mult"""),
@@ -61,7 +68,33 @@ _NAMES_BY_SIZE: tuple[tuple[Any, str], ...] = (
 )  # fmt: skip
 SIZES = {name: value for value, names in _NAMES_BY_SIZE for name in names.split()}
 _UNLESS_NONE = ("num_key_value_heads", "sliding_window", "head_dim", "n_inner", "is_decoder")  # None stands for a value
-SPECIAL: dict[str, dict[str, Any]] = {}
+_PATTERN = ["sliding_attention", "full_attention"] * 2
+_MIXED = {"layer_types": _PATTERN}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_LATENT = {"num_key_value_heads": 4}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "cohere_compass_text": _MIXED | {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": _MIXED | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": _LATENT,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"zero_expert_num": 2, "expert_ffn_hidden_size": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "moshi": {"audio_vocab_size": VOCAB_SIZE},
+    "qwen2": _MIXED,
+    "qwen3": _MIXED,
+    "qwen2_moe": _MIXED,
+    "qwen3_moe": _MIXED | {"mlp_only_layers": []},
+    "smollm3": _MIXED,
+    "reformer": {"axial_pos_embds": False, "num_buckets": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def settings_of(config_class: type[PreTrainedConfig], family: str = "") -> dict[str, Any]:
@@ -75,6 +108,8 @@ def settings_of(config_class: type[PreTrainedConfig], family: str = "") -> dict[
     for name, part in (getattr(config_class, "sub_configs", None) or {}).items():
         if name in fields and dataclasses.is_dataclass(part) and part is not PreTrainedConfig:
             settings[name] = settings_of(part)
+    if "kv_lora_rank" in settings:  # latent attention has as many of both heads
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     settings |= {name: value for name, value in special.items() if name in fields}
     return settings | SPECIAL.get(family, {})

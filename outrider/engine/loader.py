@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel
 
 from outrider.engine import attention
@@ -105,8 +106,7 @@ def load(options: ModelOptions) -> LoadedModel:
     model = _load_model(options, source, device)
     forward_pass = choose_forward_pass(model)
     vocab_size = vocab_size_of(model)
-    tokenizer = _load_tokenizer(source)
-    _refuse_ids_beyond(tokenizer, vocab_size, options.model)
+    tokenizer = _load_tokenizer(source, vocab_size)
     eos_token_ids = eos_token_ids_of(model, vocab_size)
     facts: dict[str, Any] = {
         "architecture": model.config.model_type,
@@ -289,17 +289,24 @@ def _switch(model: PreTrainedModel, name: str) -> None:
         raise ModelRefusedError(reason)
 
 
-def _refuse_ids_beyond(tokenizer: TokenizerFiles | None, vocab_size: int, model: str) -> None:
-    """Raise ModelRefusedError where the tokenizer makes ids that the model does not take."""
-    last = max(tokenizer.pieces, default=-1) if tokenizer else -1
+def _check_ids(backend: Tokenizer, vocab_size: int, model: str) -> None:
+    """Raise ModelRefusedError where the tokenizer makes ids of plain text that the model does not take.
+
+    Tokens that were added without a row of the embedding are let through with a word: texts that name them are refused.
+    """
+    last = max(backend.get_vocab(with_added_tokens=False).values(), default=-1)
     if last >= vocab_size:
         raise ModelRefusedError(
             f"the tokenizer of {model} has ids up to {last}, and the model's embedding {vocab_size} rows: "
             "give the tokenizer that belongs to the model"
         )
+    added = backend.get_vocab(with_added_tokens=True).items()
+    beyond = sorted(piece for piece, token_id in added if token_id >= vocab_size)
+    if beyond:
+        log.warning("tokens of %s that its embedding has no row for cannot be used: %s", model, ", ".join(beyond))
 
 
-def _load_tokenizer(source: Source) -> TokenizerFiles | None:
+def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
     reason = source.why_silent(TOKENIZER_FILES)
     if reason:
         raise ModelRefusedError(f"the tokenizer of {source.name} cannot be loaded: {reason}")
@@ -321,6 +328,7 @@ def _load_tokenizer(source: Source) -> TokenizerFiles | None:
         # transformers makes one out of nothing but special pieces where the files of a tokenizer are missing.
         log.warning("no tokenizer for %s (there are no files of one): clients must send token ids", source.name)
         return None
+    _check_ids(backend, vocab_size, source.name)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return TokenizerFiles(
         tokenizer_json=backend.to_str().encode(),
