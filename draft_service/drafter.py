@@ -191,7 +191,7 @@ class Drafter:
         most = self._most_forks if self._has_time_for_forks(session) else 0
         for index, alternative in enumerate(session.likely_alternatives(most)):
             if index == len(session.forks):
-                session.forks.append(Path(session, EngineSequence(is_spare=True)))
+                session.forks.append(Path(session, EngineSequence(caller=main.caller, is_spare=True)))
                 self._engine.add(session.forks[index].sequence)
             if self._engine.follow(session.forks[index].sequence, main, base + alternative.index):
                 session.begin_fork(session.forks[index], alternative)
@@ -346,7 +346,7 @@ class Drafter:
 def _demand_of(path: Path) -> Demand:
     """Return the path's demand for the row of its last token, which stays the same until it is finished."""
     if path.demand is None:
-        path.demand = Demand(path.sequence, path.length, 1, path.session.arrival, path.session.caller)
+        path.demand = Demand(path.sequence, path.length, 1, path.session.arrival)
     return path.demand
 
 

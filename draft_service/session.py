@@ -172,7 +172,7 @@ class Session:
         batch_until: int = 0,
         caller: Caller = (),
     ):
-        self.caller, self.is_open = caller, True
+        self.is_open = True
         self.options, self.emit, self.arrival = options, emit, arrival
         self.batch_until, self.branch = batch_until, options.branch
         self.numbers = self._numbers()
@@ -180,7 +180,7 @@ class Session:
         self.num_sent = 0  # messages
         self.commit_index, self.is_stopped = 0, False
         self.committed_at = time.monotonic()
-        self.main = Path(self, end=window)
+        self.main = Path(self, EngineSequence(caller=caller), end=window)
         self.forks: list[Path] = []  # those that prepare for nothing are kept for their caches
         self._accept = AddressedUniforms(options.seed, Purpose.ACCEPT)
         self._has_forked = False  # since the last commit

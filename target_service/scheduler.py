@@ -77,7 +77,6 @@ class Session:
 
     warping: Warping
     numbers: AddressedUniforms | SharedNoise  # that tokens outside the supports are drawn with
-    caller: Caller = ()
     sequence: EngineSequence = field(default_factory=EngineSequence)
     is_open: bool = True
     failure: ServiceError | None = None  # what its next round is answered with
@@ -142,7 +141,7 @@ class Scheduler:
             )
         needs_noise = is_coupled and not warping.is_greedy  # a greedy draw is the same with any number
         numbers = SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE)
-        session = Session(warping, numbers, caller)
+        session = Session(warping, numbers, EngineSequence(caller=caller))
         session.sequence.tokens.extend(committed.token_ids)
         self.thread.post(lambda: self._begin(session), is_long=True)
         return session
@@ -171,7 +170,7 @@ class Scheduler:
             self._prefills[session] = self._demand(session, num_prefill, num_rows=0)
 
     def _demand(self, session: Session, end: int, num_rows: int) -> Demand:
-        return Demand(session.sequence, end, num_rows, next(self._arrivals), session.caller)
+        return Demand(session.sequence, end, num_rows, next(self._arrivals))
 
     def _enqueue(self, session: Session, work: Round, arrived_at: float, emit: Emit) -> None:
         if not session.is_open:
@@ -270,9 +269,9 @@ class Scheduler:
 
     def _charge(self, jobs: Sequence[_Job], seconds: float) -> None:
         """Charge what reading rounds took, to each caller by the numbers that were read for it."""
-        sizes = [sum(IDS_OF_A_ROW + len(support) for support in job.round.supports or [()]) for job in jobs]
+        sizes = [IDS_OF_A_ROW * max(1, len(job.round.supports)) + sum(map(len, job.round.supports)) for job in jobs]
         for job, size in zip(jobs, sizes, strict=True):
-            self._engine.charge(job.session.caller, seconds * size / sum(sizes))
+            self._engine.charge(job.demand.caller, seconds * size / sum(sizes))
 
     def _verdict(self, job: _Job, rows: TargetRows | None) -> Verdict | ServiceError:
         """Return what a round is answered with; a row with NaN or infinity fails its own round alone."""

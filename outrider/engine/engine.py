@@ -35,6 +35,7 @@ class Sequence:
 
     tokens: TokenLog = field(default_factory=TokenLog)
     cache: Cache = field(default_factory=SequenceCache)  # Engine.add replaces it by one of its runner's kind
+    caller: Caller = ()
     last_used: int = 0  # number of the pass
     num_evicted: int = 0  # leading tokens that evictions dropped and that have not been fed since
     is_spare: bool = False  # nobody's text, but a guess at one: the first to go where room is short
@@ -64,11 +65,15 @@ class Demand:
     end: int
     num_rows: int
     arrival: int
-    caller: Caller = ()
     rows: list[torch.Tensor] = field(default_factory=list)  # of [rows in one chunk, V]
     started_at: float | None = None  # seconds, time.monotonic, when the first pass began
     ended_at: float = 0.0
     batch_size: int = 0
+
+    @property
+    def caller(self) -> Caller:
+        """Who asks."""
+        return self.sequence.caller
 
     @property
     def num_left(self) -> int:
@@ -299,20 +304,34 @@ class Engine:
 
         Idle caches go first, spare ones before the others and then the least recently used; then those of demands that
         wait behind this one, the latest first. An earlier demand is never set back by a later one, so each is served
-        in the end.
+        in the end. Caches of a caller who holds no more than his share go for another one only where the earliest
+        demand of all finds no other room.
         """
         if free >= needed:
             return free
         in_use = {demand.sequence for demand in demands}
         idle = sorted(self._sequences - in_use, key=lambda sequence: (not sequence.is_spare, sequence.last_used))
         later = [demand.sequence for demand in demands[index + 1 :]]
-        for victim in [*idle, *reversed(later)]:
+        victims = [victim for victim in (*idle, *reversed(later)) if victim.cache.length]
+        is_spared = self._spared_for(demands[index].sequence)
+        at_first = [victim for victim in victims if not is_spared(victim)]
+        at_last = [victim for victim in victims if is_spared(victim)] if index == 0 else []
+        for victim in [*at_first, *at_last]:
             if free >= needed:
                 break
-            if victim.cache.length:
-                free += _cost(victim.cache)
-                self._evict(victim)
+            free += _cost(victim.cache)
+            self._evict(victim)
         return free
+
+    def _spared_for(self, sequence: Sequence) -> Callable[[Sequence], bool]:
+        """Return whether a cache is of another caller than that of `sequence`, who holds no more than a fair share."""
+        width = 1 if len({its.caller[:1] for its in self._sequences}) > 1 else 2
+        held: dict[Caller, int] = {}
+        for its in self._sequences:
+            held[its.caller[:width]] = held.get(its.caller[:width], 0) + _cost(its.cache)
+        share = self._max_cost // len(held)
+        spared = {caller for caller, cost in held.items() if cost <= share} - {sequence.caller[:width]}
+        return lambda other: other.caller[:width] in spared
 
     def _evict(self, sequence: Sequence) -> None:
         sequence.num_evicted = max(sequence.num_evicted, sequence.cache.length)

@@ -1,7 +1,7 @@
 """How the tokens of a pass are shared: among callers first, then among the sessions of each. Knows no engine.
 
 A pass of n tokens takes a + b n seconds. While c callers are about, of whom the least needs m tokens, a pass has place
-for m of each; and where tokens cost little, for as many more as make it longer by half for each further caller, which is
+for m of each; and where tokens cost little, for as many more as make it longer by half for each further caller, or
 (c - 1) (a / b - m) / 2. So nobody waits long behind what another asks for: a round meets one pass that has begun, and
 shares the next. Callers who had work a moment ago count, too: somebody's next round would else find a long pass begun.
 Alone, a caller has all that a pass can hold.

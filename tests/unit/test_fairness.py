@@ -120,19 +120,49 @@ def test_where_tokens_cost_nothing_nobody_is_cut():
 def test_everybody_is_served_in_the_end_whoever_comes_again_and_again():
     """A caller with thirty sessions, whose share is a few tokens a pass, has all of them served in turn."""
     engine = Engine(DigestRunner(), 10_000, 4)
-    sequences = [Sequence(TokenLog([index])) for index in range(31)]
     callers = [(HOST, "1"), *[(HOST, "2")] * 30]
+    sequences = [Sequence(TokenLog([index]), caller=caller) for index, caller in enumerate(callers)]
     for sequence in sequences:
         engine.add(sequence)
     served = [0] * 31
     for _ in range(60):
-        demands = [
-            Demand(sequence, len(sequence.tokens), 1, index, caller)
-            for index, (sequence, caller) in enumerate(zip(sequences, callers, strict=True))
-        ]
+        demands = [Demand(sequence, len(sequence.tokens), 1, index) for index, sequence in enumerate(sequences)]
         for demand in engine.run_pass(demands):
             served[demand.arrival] += 1
             assert torch.cat(demand.rows).shape == (1, 3)
             demand.sequence.tokens.extend([1])
     assert served[0] == 60
     assert min(served[1:]) >= 60 * 3 // 30 - 1
+
+
+@pytest.mark.parametrize("others", [(HOST, "2"), (OTHER, "1")], ids=["of one host", "of two"])
+def test_a_cache_within_its_callers_share_is_not_dropped_for_another_caller(others):
+    """The cap is 40; one caller holds 15 and is having a turn, the other feeds prompts of 18 again and again."""
+    engine = Engine(DigestRunner(), 40, 100)
+    own = Sequence(TokenLog(range(15)), caller=(HOST, "1"))
+    engine.add(own)
+    engine.run_pass([Demand(own, 15, 1, 0)])
+    for arrival in range(1, 9):
+        sequence = Sequence(TokenLog(range(18)), caller=others)
+        engine.add(sequence)
+        assert engine.run_pass([Demand(sequence, 18, 1, arrival)])
+    assert own.cache.length == 15
+    assert engine.num_cached_tokens <= 40
+
+
+def test_whoever_holds_more_than_a_share_gives_way():
+    engine = Engine(DigestRunner(), 40, 100)
+    big = [Sequence(TokenLog(range(18)), caller=(HOST, "1")) for _ in range(2)]
+    small = Sequence(TokenLog(range(15)), caller=(HOST, "2"))
+    for arrival, sequence in enumerate([*big, small]):
+        engine.add(sequence)
+        assert engine.run_pass([Demand(sequence, len(sequence.tokens), 1, arrival)])
+    assert [sequence.cache.length for sequence in (*big, small)] == [0, 18, 15]
+
+
+def test_one_sequence_may_still_have_all_there_is_where_there_is_no_other_room():
+    engine = Engine(DigestRunner(), 40, 100)
+    for caller, length in (((HOST, "1"), 15), ((HOST, "2"), 40)):
+        sequence = Sequence(TokenLog(range(length)), caller=caller)
+        engine.add(sequence)
+        assert engine.run_pass([Demand(sequence, length, 1, 0)])
