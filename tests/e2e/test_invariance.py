@@ -20,7 +20,7 @@ from draft_service.drafter import Drafter
 from outrider.rng import AddressedUniforms
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
-from tests.servers import DRAFT, TARGET, RunningServer, Services
+from tests.servers import DRAFT, TARGET, RunningServer, Services, eventually
 from tests.unit.test_alternatives import draw_forks_with_other_numbers
 
 PROMPT = [5, 17, 3, 88, 41, 9]
@@ -113,13 +113,16 @@ def test_any_window(pair, texts, name, window):
 def test_any_number_of_alternatives(pair, texts, monkeypatch):
     """Prepared ends of rounds do come about here, else this shows nothing."""
     monkeypatch.setattr(Drafter, "_has_time_for_forks", lambda *_: True)
-    num_used = 0
     with pair.client() as client:
-        for name, number in itertools.product(SAMPLINGS, (0, 1, 3, 20)):
+
+        def num_used(name: str, number: int) -> int:
             result = client.generate(PROMPT, SAMPLINGS[name], num_speculative_tokens=4, num_alternatives=number, **FREE)
             assert result.token_ids == texts[name]
-            num_used += result.stats.num_alternatives_used
-    assert num_used > 0
+            return result.stats.num_alternatives_used
+
+        numbers = [num_used(name, number) for name, number in itertools.product(SAMPLINGS, (0, 1, 3, 20))]
+        # On a busy machine the target may be quicker each time than the draft prepares anything.
+        eventually(lambda: any(numbers) or num_used("greedy", 3) > 0, "a prepared end comes about")
 
 
 @EVERY_SAMPLING
