@@ -17,10 +17,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.tiny_models import VOCAB_SIZE
 
 # Those that the tests try by default; the others run with -m slow, some of which are large whatever their sizes.
-_USUAL = """llama mistral qwen2 qwen3 gemma2 gemma3_text gemma3n_text gemma4_text gpt2 opt gpt_neox phi3 cohere2 olmo3
-olmoe mixtral qwen2_moe qwen3_moe llama4_text deepseek_v3 glm4_moe minicpm3 exaone4 modernbert-decoder smollm3 starcoder2
-jetmoe bert gpt_bigcode persimmon minimax_m2 ministral beam doge gpt_oss bloom gptj falcon falcon_h1 qwen3_next mamba2 lfm2
-roberta diffllama git deepseek_v32 inkling_text stablelm bart zaya axk2 recurrent_gemma"""
+_USUAL = """llama mistral qwen2 qwen3 gemma2 gemma3_text gemma3n_text gemma4_text gpt2 opt gpt_neox phi3 cohere2
+olmo3 olmoe mixtral qwen2_moe qwen3_moe llama4_text deepseek_v3 glm4_moe minicpm3 exaone4 modernbert-decoder
+smollm3 starcoder2 jetmoe bert gpt_bigcode persimmon minimax_m2 ministral beam doge gpt_oss bloom gptj falcon
+falcon_h1 qwen3_next mamba2 lfm2 roberta diffllama git deepseek_v32 inkling_text stablelm bart zaya axk2
+recurrent_gemma"""
 USUAL = frozenset(_USUAL.split())
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CONTEXT, NUM_LAYERS, WINDOW = 128, 4, 8

@@ -75,7 +75,7 @@ class AskedMask:
             row = sdpa_mask(
                 batch_size=1,
                 q_length=1,
-                kv_length=context_length,
+                kv_length=min(context_length, 2 * position + _ALL_UP_TO),  # beyond, there is nothing to look for
                 q_offset=position,
                 mask_function=self.function,
                 allow_is_causal_skip=False,
@@ -97,7 +97,7 @@ def _positions(context_length: int, size: int | None) -> list[int]:
         return list(range(context_length))
     steps = [1 << exponent for exponent in range(context_length.bit_length())]
     steps += [times * size for times in (1, 2, 3) if size]
-    steps += [context_length * share // 7 for share in range(8)]
+    steps += [context_length // 3, context_length]
     near = {step + by for step in steps for by in (-1, 0, 1)}
     return sorted(position for position in near if 0 <= position < context_length)
 
