@@ -45,6 +45,7 @@ class AskedMask:
     size: int | None  # of the window or chunk, as the model says beside it
     needs_vmap: bool
     padding: torch.Tensor | None  # [1, T], 1 where there is a token
+    device: torch.device | str = "cpu"  # of what the function holds
 
     def __getitem__(self, index: Any) -> AskedMask:
         """Models cut their mask to the keys that there are, which leaves this one what it is."""
@@ -80,6 +81,7 @@ class AskedMask:
                 mask_function=self.function,
                 allow_is_causal_skip=False,
                 use_vmap=self.needs_vmap,
+                device=self.device,
             )
         except IndexError as error:
             raise TypeError("its masks depend on more than positions") from error
@@ -144,7 +146,8 @@ def ask_mask(
     local_size: int | None = None,
     use_vmap: bool = False,
     attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> AskedMask:
     """Return what the model asks for; a mask function for transformers' AttentionMaskInterface."""
-    return AskedMask(mask_function, local_size, use_vmap, attention_mask)
+    return AskedMask(mask_function, local_size, use_vmap, attention_mask, device)
