@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.utils.hub import cached_file
 
 BUILTIN_PREFIX = "builtin:"
@@ -145,8 +146,9 @@ def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    model, report = loaded
-    reason = why_incomplete(report)
+        model, report = loaded
+        left_over = _left_over_in_gguf(Path(source.path) / source.gguf_file, model) if source.gguf_file else set()
+    reason = why_incomplete(report | {"unexpected_keys": {*report["unexpected_keys"], *left_over}})
     if reason:
         raise ModelRefusedError(f"{source.name} cannot be loaded as a {type(model).__name__}: {reason}")
     return model.eval()
@@ -182,6 +184,23 @@ def why_incomplete(report: dict[str, Any]) -> str | None:
     return "; ".join(parts) or None
 
 
+def _left_over_in_gguf(path: Path, model: PreTrainedModel) -> set[str]:
+    """Return what a GGUF file has and transformers passes over in silence: tensors, and the scaling of rotary factors.
+
+    Experts are left out: they are split under other names.
+    """
+    from gguf import GGUFReader  # of an extra
+
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
+    names = {tensor.name for tensor in reader.tensors}
+    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+    is_scaled = scaling is not None and scaling.contents() != "none" and architecture != "gpt-oss"
+    scales = {f"{architecture}.rope.scaling.type"} if is_scaled else set()
+    return {name for name in names if name not in known and "_exps" not in name} | scales
+
+
 def _first_of(keys: Iterable[str]) -> str:
     names = sorted(keys)
     more = len(names) - _NUM_KEYS_NAMED
@@ -203,6 +222,65 @@ def _why_file_damaged(path: Path) -> str | None:
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     if not start and path.suffix in _CHECKS:
+        return "is empty: fetch it again"
+    if start == LFS_POINTER:
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull` where it comes from"
+    check = _CHECKS.get(path.suffix)
+    return check(path) if check else None
+
+
+def _why_json_damaged(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        return f"is not JSON: {one_line(error)}"
+    if path.name == "config.json" and not isinstance(content, dict):
+        return "is no JSON object"
+    for shard in sorted(set(content.get("weight_map", {}).values())) if path.name.endswith(".index.json") else ():
+        if not path.with_name(shard).is_file():
+            return f"names {shard}, which is not there"
+    return None
+
+
+def _why_safetensors_damaged(path: Path) -> str | None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 + header_size:
+            return f"is cut short: it has {size} bytes, and its header alone needs {8 + header_size}"
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError:
+            return "is not a safetensors file: its header is not JSON"
+    end = 8 + header_size + max((its["data_offsets"][1] for name, its in header.items() if name[:1] != "_"), default=0)
+    return None if size == end else f"has {size} bytes where its header says {end}: fetch it again"
+
+
+def _why_pickle_damaged(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK":
+        return None if zipfile.is_zipfile(path) else "is cut short: fetch it again"
+    return None if start[:1] == b"\x80" else "is not a file of PyTorch"
+
+
+def _why_gguf_damaged(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start != b"GGUF":
+        return "is not a GGUF file"
+    try:
+        from gguf import GGUFReader
+    except ImportError:  # which is what the caller is about to say
+        return None
+    try:
+        GGUFReader(path)
+    except Exception as error:  # whatever comes of reading beyond the end
+        return f"is cut short or damaged ({one_line(error)}): fetch it again"
+    return None
+
+
+_CHECKS:
         return "is empty: fetch it again"
     if start == LFS_POINTER:
         return "is a Git LFS pointer, not the file itself: run `git lfs pull` where it comes from"
