@@ -45,6 +45,7 @@ class AskedMask:
     size: int | None  # of the window or chunk, as the model says beside it
     needs_vmap: bool
     padding: torch.Tensor | None  # [1, T], 1 where there is a token
+    device: torch.device | str = "cpu"  # of what the function holds
 
     def __getitem__(self, index: Any) -> AskedMask:
         """Models cut their mask to the keys that there are, which leaves this one what it is."""
@@ -75,11 +76,12 @@ class AskedMask:
             row = sdpa_mask(
                 batch_size=1,
                 q_length=1,
-                kv_length=context_length,
+                kv_length=min(context_length, 2 * position + _ALL_UP_TO),  # beyond, there is nothing to look for
                 q_offset=position,
                 mask_function=self.function,
                 allow_is_causal_skip=False,
                 use_vmap=self.needs_vmap,
+                device=self.device,
             )
         except IndexError as error:
             raise TypeError("its masks depend on more than positions") from error
@@ -97,7 +99,7 @@ def _positions(context_length: int, size: int | None) -> list[int]:
         return list(range(context_length))
     steps = [1 << exponent for exponent in range(context_length.bit_length())]
     steps += [times * size for times in (1, 2, 3) if size]
-    steps += [context_length * share // 7 for share in range(8)]
+    steps += [context_length // 3, context_length]
     near = {step + by for step in steps for by in (-1, 0, 1)}
     return sorted(position for position in near if 0 <= position < context_length)
 
@@ -144,7 +146,8 @@ def ask_mask(
     local_size: int | None = None,
     use_vmap: bool = False,
     attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> AskedMask:
     """Return what the model asks for; a mask function for transformers' AttentionMaskInterface."""
-    return AskedMask(mask_function, local_size, use_vmap, attention_mask)
+    return AskedMask(mask_function, local_size, use_vmap, attention_mask, device)
