@@ -271,7 +271,8 @@ class Scheduler:
         """Charge what reading rounds took, to each caller by the numbers that were read for it."""
         sizes = [IDS_OF_A_ROW * max(1, len(job.round.supports)) + sum(map(len, job.round.supports)) for job in jobs]
         for job, size in zip(jobs, sizes, strict=True):
-            self._engine.charge(job.demand.caller, seconds * size / sum(sizes))
+            num_tokens = max(1, len(job.round.proposed_ids))
+            self._engine.charge(job.demand.caller, num_tokens, seconds * size / sum(sizes))
 
     def _verdict(self, job: _Job, rows: TargetRows | None) -> Verdict | ServiceError:
         """Return what a round is answered with; a row with NaN or infinity fails its own round alone."""

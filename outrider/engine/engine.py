@@ -133,9 +133,9 @@ class Engine:
         sequences = tuple(self._sequences)  # in one piece: the other thread may be adding one
         return sum(not sequence.is_spare for sequence in sequences) <= 1
 
-    def charge(self, caller: Caller, seconds: float) -> None:
-        """Take note of time that a caller takes beside passes, as for what is done with rows."""
-        self._fair_passes.charge(caller, seconds)
+    def charge(self, caller: Caller, num_tokens: int, seconds: float) -> None:
+        """Take note of how long it took, beside passes, to do with tokens of a caller what he asks for."""
+        self._fair_passes.charge(caller, num_tokens, seconds)
 
     def forget_passes(self) -> None:
         """Take the time of no pass so far for that of one to come: something was compiled in them."""

@@ -6,8 +6,7 @@ for m of each; and where tokens cost little, for as many more as make it longer 
 shares the next. Callers who had work a moment ago count, too: somebody's next round would else find a long pass begun.
 Alone, a caller has all that a pass can hold.
 
-What follows a pass, as reading wide rows, takes time too. It is charged to its caller, and whoever is ahead of others
-by more than a pass sits out until they have caught up, or have no work.
+What follows a pass, as reading wide rows, takes time too: a caller whose tokens take longer than others' has fewer.
 
 Callers are counted in the widest circle that has several (outrider.callers): among hosts, or else among connections.
 """
@@ -17,12 +16,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
-from outrider.averages import Line
+from outrider.averages import Average, Line
 from outrider.callers import Caller
 
 PASS_MEMORY = 0.97  # weight of a pass, against the one after it
-ABSENCE_S = 0.25  # for which a caller without work counts: most turns are shorter
+AFTER_MEMORY = 0.9  # and of what followed one
+ABSENCE_S = 1.0  # for which a caller without work counts: a turn is shorter, even of one who is crowded
 
 Wish = tuple[Caller, int]  # whose it is, and how many tokens it is for
 
@@ -43,35 +44,44 @@ class FairPasses:
         self._max_batch_tokens, self._clock = max_batch_tokens, clock
         self._seen: dict[Caller, _Seen] = {}
         self._passes = Line(PASS_MEMORY)  # seconds over tokens
-        self._charged_s: dict[Caller, float] = {}  # beside passes, of callers that are about
+        self._after: dict[Caller, Average] = {}  # seconds for each token, beside those of passes
 
     def add_pass(self, num_tokens: float, seconds: float) -> None:
         """Learn from a pass."""
         self._passes.add(num_tokens, seconds)
 
-    def charge(self, caller: Caller, seconds: float) -> None:
-        """Take note of time that a caller took beside passes."""
-        if caller in self._charged_s:
-            self._charged_s[caller] += seconds
+    def charge(self, caller: Caller, num_tokens: int, seconds: float) -> None:
+        """Learn how long it took, beside passes, to do with tokens what a caller asks for."""
+        self._after.setdefault(caller, Average(AFTER_MEMORY)).add(seconds / num_tokens)
 
     def shares(self, wishes: Sequence[Wish]) -> list[int]:
         """Return how many tokens of each wish the next pass has.
 
         Where not all wishes of a caller get something, the first ones do.
         """
+        weights = self._weights({caller for caller, _ in wishes} | self._seen.keys())
+        weighed = [(caller, ceil(num_tokens * weights[caller])) for caller, num_tokens in wishes]
         now = self._clock()
-        self._seen |= {caller: _Seen(now, num_tokens) for caller, num_tokens in _sums(wishes).items()}
+        self._seen |= {caller: _Seen(now, num_tokens) for caller, num_tokens in _sums(weighed).items()}
         self._seen = {caller: seen for caller, seen in self._seen.items() if now - seen.at <= ABSENCE_S}
+        self._after = {caller: its for caller, its in self._after.items() if caller in self._seen}
         about = [(caller, seen.num_tokens) for caller, seen in self._seen.items()]
-        return fair_shares_by_caller(self._without_those_ahead(wishes), self._most_tokens(about))
+        shares = fair_shares_by_caller(weighed, self._most_tokens(about))
+        return [
+            min(num_tokens, ceil(share / weights[caller]))
+            for (caller, num_tokens), share in zip(wishes, shares, strict=True)
+        ]
 
-    def _without_those_ahead(self, wishes: Sequence[Wish]) -> list[Wish]:
-        """Return the wishes, with no tokens for callers who have been charged more than others of the moment."""
-        least = min((self._charged_s[caller] for caller in self._seen if caller in self._charged_s), default=0.0)
-        self._charged_s = {caller: max(least, self._charged_s.get(caller, least)) for caller in self._seen}
-        least = min((self._charged_s[caller] for caller, _ in wishes), default=0.0)
-        most = least + (self._passes.y / self._passes.weight if self._passes.weight else float("inf"))
-        return [(caller, num_tokens if self._charged_s[caller] <= most else 0) for caller, num_tokens in wishes]
+    def _weights(self, callers: Iterable[Caller]) -> dict[Caller, float]:
+        """Return how many times as long a token of each caller takes as one of whom it takes least."""
+        token_s = self._passes.slope(0.0)
+        if not token_s:
+            return dict.fromkeys(callers, 1.0)
+        seconds = {
+            caller: token_s + self._after[caller].mean if caller in self._after else token_s for caller in callers
+        }
+        least = min(seconds.values(), default=token_s)
+        return {caller: its / least for caller, its in seconds.items()}
 
     def _most_tokens(self, about: Sequence[Wish]) -> int:
         """Return how many tokens a pass may have for the callers that are about."""
