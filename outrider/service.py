@@ -18,7 +18,7 @@ from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.paged_choice import CacheOptions
 from outrider.engine.thread import ModelThread
-from outrider.errors import ModelChangedError, ResourceExhaustedError, ServiceError, UnavailableError
+from outrider.errors import ModelChangedError, ResourceExhaustedError, UnavailableError
 from outrider.options import ServiceOptions
 from outrider.server import Server, run_until_signal
 from outrider.v1 import common_pb2
@@ -82,7 +82,7 @@ class ModelHost(Generic[WorkerT]):
         worker = self._make_worker(self._engine, self._context_length)
         try:
             worker.warm_up(model.vocab_size)
-        except ServiceError as error:
+        except Exception as error:  # of the first passes; whatever it is, it would come again
             raise ModelRefusedError(f"{options.model} was loaded, but does not run here: {error}") from error
         self._engine.stats = EngineStats()
         gc.collect()

@@ -23,6 +23,7 @@ smollm3 starcoder2 jetmoe bert gpt_bigcode persimmon minimax_m2 ministral beam d
 falcon_h1 qwen3_next mamba2 lfm2 roberta diffllama git deepseek_v32 inkling_text stablelm bart zaya axk2
 recurrent_gemma"""
 USUAL = frozenset(_USUAL.split())
+FLOAT32_ONLY = ("inkling2_text", "xglm", "xlnet")  # their code does not run in float64
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CONTEXT, NUM_LAYERS, WINDOW = 128, 4, 8
 _STD = 0.25  # of weights; transformers' default, 0.02, makes texts that all look alike
@@ -79,6 +80,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": _MIXED | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": _LATENT,
+    "gemma3_text": _MIXED,
+    "gemma3n_text": _MIXED,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -117,7 +120,7 @@ def settings_of(config_class: type[PreTrainedConfig], family: str = "") -> dict[
 
 
 def make_tiny(family: str, **changes: Any) -> PreTrainedModel:
-    """Return a random model of the family in float64, with its own attention.
+    """Return a random model of the family in float64, where it can be, with its own attention.
 
     Raises:
         Exception: of whatever kind the family makes of sizes that it cannot have.
@@ -125,6 +128,9 @@ def make_tiny(family: str, **changes: Any) -> PreTrainedModel:
     config_class = CONFIG_MAPPING[family]
     config = config_class(**(settings_of(config_class, family) | changes))
     torch.manual_seed(0)
+    dtype = torch.float32 if family in FLOAT32_ONLY else torch.float64
     # float64 has no grouped product of experts.
-    experts = {"experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float64, **experts).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
+
+
+SPECIAL["fuyu"] = {"text_config": {"model_type": "persimmon"} | settings_of(CONFIG_MAPPING["persimmon"])}

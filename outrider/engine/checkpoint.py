@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.utils.hub import cached_file
 
 BUILTIN_PREFIX = "builtin:"
@@ -145,8 +146,9 @@ def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    model, report = loaded
-    reason = why_incomplete(report)
+        model, report = loaded
+        left_over = _left_over_in_gguf(Path(source.path) / source.gguf_file, model) if source.gguf_file else set()
+    reason = why_incomplete(report | {"unexpected_keys": {*report["unexpected_keys"], *left_over}})
     if reason:
         raise ModelRefusedError(f"{source.name} cannot be loaded as a {type(model).__name__}: {reason}")
     return model.eval()
@@ -180,6 +182,23 @@ def why_incomplete(report: dict[str, Any]) -> str | None:
     )
     parts = [f"{verb} {_first_of(keys)}{', ' * bool(what)}{what}" for keys, verb, what in found if keys]
     return "; ".join(parts) or None
+
+
+def _left_over_in_gguf(path: Path, model: PreTrainedModel) -> set[str]:
+    """Return what a GGUF file has and transformers passes over in silence: tensors, and the scaling of rotary factors.
+
+    Experts are left out: they are split under other names.
+    """
+    from gguf import GGUFReader  # of an extra
+
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
+    names = {tensor.name for tensor in reader.tensors}
+    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+    is_scaled = scaling is not None and scaling.contents() != "none" and architecture != "gpt-oss"
+    scales = {f"{architecture}.rope.scaling.type"} if is_scaled else set()
+    return {name for name in names if name not in known and "_exps" not in name} | scales
 
 
 def _first_of(keys: Iterable[str]) -> str:
@@ -248,7 +267,17 @@ def _why_pickle_damaged(path: Path) -> str | None:
 def _why_gguf_damaged(path: Path) -> str | None:
     with path.open("rb") as file:
         start = file.read(4)
-    return "is cut short or damaged: fetch it again" if start == b"GGUF" else "is not a GGUF file"
+    if start != b"GGUF":
+        return "is not a GGUF file"
+    try:
+        from gguf import GGUFReader
+    except ImportError:  # which is what the caller is about to say
+        return None
+    try:
+        GGUFReader(path)
+    except Exception as error:  # whatever comes of reading beyond the end
+        return f"is cut short or damaged ({one_line(error)}): fetch it again"
+    return None
 
 
 _CHECKS: dict[str, Callable[[Path], str | None]] = {

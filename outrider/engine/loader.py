@@ -101,6 +101,11 @@ def load(options: ModelOptions) -> LoadedModel:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
+    with _refusing(f"{options.model} cannot be run"):
+        return _load(options)
+
+
+def _load(options: ModelOptions) -> LoadedModel:
     source = Source.of(options.model, options.revision, options.trust_remote_code)
     device = _device(options.device)
     model = _load_model(options, source, device)
@@ -215,8 +220,8 @@ def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
         actual, num_layers = _probe(forward_pass, token_ids)
         reason = why_different(actual, expected[_PROBE_START:], is_rounded)
         reason_beside = why_disturbed(forward_pass, token_ids, context_length, is_rounded)
-    if num_layers != config.num_hidden_layers:
-        total = config.num_hidden_layers
+    total = getattr(config, "num_hidden_layers", None)
+    if num_layers != total:
         raise ModelRefusedError(f"{name} calls the attention interface in {num_layers} of its {total} layers only")
     if reason:
         raise ModelRefusedError(f"{name} differs from its own attention under packed attention: {reason}")
@@ -259,7 +264,7 @@ def _refusing(what: str) -> Iterator[None]:
     """Turn whatever a first pass raises into a ModelRefusedError; of a model's code it can be anything."""
     try:
         yield
-    except (ModelRefusedError, torch.OutOfMemoryError):
+    except ModelRefusedError:
         raise
     except Exception as error:
         raise ModelRefusedError(f"{what}: {one_line(error)}") from error

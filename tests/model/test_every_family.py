@@ -24,7 +24,7 @@ from outrider.engine.llama import LlamaForward
 from outrider.engine.loader import ModelRefusedError, choose_forward_pass
 from outrider.engine.runner import ForwardPass, ModelRunner, TransformersForward
 from outrider.engine.visibility import Visible
-from tests.every_family import FAMILIES, USUAL, make_tiny
+from tests.every_family import FAMILIES, FLOAT32_ONLY, USUAL, make_tiny
 from tests.model.against_transformers import interleaved_logits
 from tests.tiny_models import VOCAB_SIZE
 
@@ -98,7 +98,8 @@ def assert_same(family: str, forward_pass: ForwardPass, texts: list[list[int]], 
     with float64_softmax():
         rows = interleaved_logits(ModelRunner(forward_pass), texts, 1, LONGEST_FEED)
     distance = max((one - other).abs().max().item() for one, other in zip(rows, own, strict=True))
-    assert distance < (FLOAT32_TOLERANCE if is_rounded else TOLERANCE)
+    tolerance = FLOAT32_TOLERANCE if is_rounded else TOLERANCE
+    assert distance < (10 * FLOAT32_TOLERANCE if family in FLOAT32_ONLY else tolerance)
 
 
 def described(visible: list[Visible]) -> str:
@@ -134,7 +135,6 @@ def test_the_table_in_docs_has_every_family_once():
     if f"transformers {transformers.__version__}" not in DOCS.read_text():
         pytest.skip("docs/models.md is of another version of transformers")
     lines = table()
-    lines.pop("family")
     assert set(lines) == set(FAMILIES)
     kinds = [line.split(" | ")[1] for line in lines.values()]
     assert kinds.count("exact") > 90

@@ -98,8 +98,11 @@ class TestGguf:
         "output"),
     )  # fmt: skip
 
-    def write(self, model, path: Path) -> None:
-        """Write a llama model in float32, with a tokenizer of the 256 bytes, two special pieces and one merge."""
+    def write(self, model, path: Path, **more: torch.Tensor) -> None:
+        """Write a llama model in float32, with a tokenizer of the 256 bytes, two special pieces and one merge.
+
+        Tensors are added as in `more`, whose names have two underscores where a file has a full stop.
+        """
         config, writer = model.config, gguf.GGUFWriter(path, "llama")
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
@@ -126,6 +129,8 @@ class TestGguf:
             for ours, theirs in self.PARTS:
                 name = name.replace(ours, theirs)
             writer.add_tensor(name, tensor.float().numpy())
+        for name, tensor in more.items():
+            writer.add_tensor(name.replace("__", "."), tensor.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -146,6 +151,16 @@ class TestGguf:
         tokenizer = Tokenizer.from_str(loaded.tokenizer.tokenizer_json.decode())
         assert tokenizer.decode(tokenizer.encode("the € end").ids) == "the € end"
         assert 258 in tokenizer.encode("the").ids
+
+    @pytest.mark.parametrize("name", ["rope_freqs__weight", "blk__3__attn_q__weight", "extra__weight"])
+    def test_a_tensor_that_transformers_passes_over_refuses_the_file(self, tmp_path, name):
+        """As the rotary factors of Llama 3.1, without which a long text would be another."""
+        path = tmp_path / "tiny.gguf"
+        self.write(make_model("llama", 0, vocab_size=259), path, **{name: torch.ones(32, 32)})
+        with pytest.raises(
+            ModelRefusedError, match=f"its files have {name.replace('__', '.')}, which this architecture"
+        ):
+            load_from(path, dtype="float32")
 
 
 class TestTokenizer:
