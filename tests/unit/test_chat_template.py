@@ -107,7 +107,7 @@ def test_what_a_template_refuses_is_the_callers_mistake():
         [{"role": "user", "content": "x", "name": object()}], [{"role": "user", "content": "x", "name": {1, 2}}],
         [{"role": "user", "content": "\ud800"}], [*USER, "x"],
     ],
-    ids=repr,
+    ids=lambda messages: repr(messages).split(" object at ")[0],
 )  # fmt: skip
 def test_what_is_no_conversation_is_refused(messages):
     tokenizer = TargetTokenizer(byte_tokenizer().backend_tokenizer, TEMPLATES["chatml"], {})
