@@ -96,6 +96,8 @@ def draft_rows(
     """
     scores = rows.masked_fill(torch.arange(rows.shape[1], device=rows.device) >= vocab_sizes[:, None], -torch.inf)
     top, ids = scores.topk(min(max(most, num_others + 1), rows.shape[1]), dim=-1)  # [N, S], the likeliest first
+    first = scores.argmax(-1, keepdim=True)  # the lowest id of equals; topk takes them in any order
+    ids = torch.cat([first, torch.where(ids == first, ids[:, :1], ids)[:, 1:]], -1)
     are_finite = top[:, :1].isfinite()
     probs = _probs(top, scores, options)
     ranks = torch.arange(top.shape[1], device=rows.device)
