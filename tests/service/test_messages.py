@@ -330,8 +330,8 @@ def test_other_junk_on_the_port_harms_nobody(target, models):
     assert unknown.value.code() == grpc.StatusCode.UNIMPLEMENTED
     with pytest.raises(grpc.RpcError):
         list(target.stub.Verify(iter([]), metadata=[("x", "y" * 1_000_000)], timeout=PATIENCE_S))
-    with pytest.raises(grpc.RpcError) as late:
-        list(target.stub.Verify(iter([open_verification()]), timeout=0))
+    with RawStream(target.stub.Verify, open_verification(), timeout=0) as stream, pytest.raises(grpc.RpcError) as late:
+        stream.receive()
     assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert health_pb2_grpc.HealthStub(target.channel).Check(health_pb2.HealthCheckRequest()).status == 1
     check_target_serves(target, models.target)
