@@ -30,6 +30,7 @@ from client.generation import Generation
 from client.params import SamplingParams, SpeculationParams
 from client.results import GenerationResult, GenerationStats
 from client.text import TargetTokenizer, TextStream, prompt_to_ids
+from outrider.errors import ERROR_DOMAIN
 from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
 CHANNEL_OPTIONS = (
@@ -50,7 +51,6 @@ DRAFT_CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),  # 128 proposals with supports of 4,096 ids have 2 MiB
 )
 MOST_UNREAD = 64  # messages of a stream that wait for the conversation; more are left to HTTP/2's own windows
-ERROR_DOMAIN = "outrider"  # of the ErrorInfo in a service's errors
 CLOSED = "the client is closed: make another"
 OTHERS_ASKED = "other calls have asked it in vain"
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024  # ten times the largest there are

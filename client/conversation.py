@@ -35,6 +35,7 @@ from client.pair import find_mismatch
 from client.params import SpeculationParams
 from client.results import Chunk, GenerationResult, RoundStats, Segment
 from client.text import TextStream
+from outrider import errors
 from outrider.v1 import common_pb2, draft_pb2
 
 
@@ -160,7 +161,8 @@ MEANINGS = {
 ENDED, SILENT, BROKE_PROTOCOL, OTHER_CACHE = "ENDED", "SILENT", "BROKE_PROTOCOL", "OTHER_CACHE"
 OTHER_TOKENIZER = "OTHER_TOKENIZER"
 # Reasons of a service's errors that ask for something of their own; outrider.errors.
-MODEL_CHANGED, SESSION_IDLE, MODEL_FAILED = "MODEL_CHANGED", "SESSION_IDLE", "MODEL_FAILED"
+MODEL_CHANGED, SESSION_IDLE = errors.ModelChangedError.reason, errors.SessionIdleError.reason
+MODEL_FAILED = errors.InternalError.reason
 ROUND_TOKEN_S = 0.02  # that the slowest target takes to read a token, of a long prompt or after its cache was dropped
 PAUSES = 12  # longest backoffs that a draft is left alone for at most
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+ERROR_DOMAIN = "outrider"  # of the google.rpc.ErrorInfo by which a service marks its own errors
+
 
 class ServiceError(Exception):
     """Base of the errors whose message may be shown to the caller; `reason` is for programs."""

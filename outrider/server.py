@@ -21,6 +21,7 @@ from grpc_status import rpc_status
 
 from outrider.calls import RareLog
 from outrider.errors import (
+    ERROR_DOMAIN,
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
@@ -36,7 +37,6 @@ from outrider.messages import MOST_OTHER_BYTES, check_small, reader
 log = logging.getLogger(__name__)
 rare_log = RareLog(log)
 
-ERROR_DOMAIN = "outrider"
 STATUS_CODES: dict[type[ServiceError], grpc.StatusCode] = {
     InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
     FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,

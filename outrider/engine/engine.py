@@ -20,7 +20,6 @@ import torch
 
 from outrider.callers import Caller
 from outrider.engine.fairness import FairPasses
-from outrider.engine.fairness import fair_shares as fair_shares
 from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.engine.runner import DeviceRunner, DraftingRunner, Feed, Runner
 from outrider.probs import Draft, PlainSampling

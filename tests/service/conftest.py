@@ -32,6 +32,7 @@ from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from tests import tiny_models
 from tests.servers import DRAFT, TARGET, RawStream, RunningServer, Services, shared_services
 
+KINDS = pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
 PROMPT = [5, 17, 3, 88, 41, 9]
 SEED = 0x9E3779B97F4A7C15
 VOCAB_SIZE, CONTEXT_LENGTH = tiny_models.VOCAB_SIZE, tiny_models.CONTEXT_LENGTH

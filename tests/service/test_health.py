@@ -14,11 +14,10 @@ from draft_service import drafter
 from outrider.engine.loader import ModelRefusedError
 from target_service import scheduler
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
-from tests.service.conftest import open_proposals, open_verification, round_of, span
+from tests.service.conftest import KINDS, open_proposals, open_verification, round_of, span
 from tests.service.test_status_codes import reason_of
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-KINDS = pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
 
 
 def opening_call(kind, server):

@@ -19,6 +19,7 @@ from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream
 from tests.service.conftest import (
     CONTEXT_LENGTH,
+    KINDS,
     PROMPT,
     VOCAB_SIZE,
     check_draft_serves,
@@ -31,7 +32,6 @@ from tests.service.conftest import (
 )
 
 MOST_32, MOST_64 = 2**32 - 1, 2**64 - 1
-KINDS = pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
 GARBAGE = {
     "random": np.random.default_rng(1).bytes(200),
     "no wire type": b"\x07" * 8,

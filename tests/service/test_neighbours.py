@@ -26,6 +26,7 @@ from outrider.v1 import target_pb2
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import (
     CONTEXT_LENGTH,
+    KINDS,
     PROMPT,
     VOCAB_SIZE,
     check_draft_serves,
@@ -37,7 +38,6 @@ from tests.service.conftest import (
     span,
 )
 
-KINDS = pytest.mark.parametrize("kind", [TARGET, DRAFT], ids=["target", "draft"])
 T = len(PROMPT)
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024))  # what is sent to it soon waits
 

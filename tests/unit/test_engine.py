@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.engine import engine as engine_module
-from outrider.engine.engine import Demand, Engine, Sequence, fair_shares
+from outrider.engine.engine import Demand, Engine, Sequence
+from outrider.engine.fairness import fair_shares
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.runner import Feed
 from outrider.tokens import TokenLog
