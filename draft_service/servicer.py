@@ -81,9 +81,6 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             opening = call.opening
             if opening is None:
                 return
-            if opening.WhichOneof("kind") != "open":
-                raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
-            self._host.expect(opening.open.model_identity)
             outbox: Outbox = Mailbox()
             session = self._open(drafter, opening.open, outbox, call.caller)
             session.is_unread = lambda: len(outbox) > MOST_UNSENT

@@ -147,7 +147,7 @@ class ModelHost(Generic[WorkerT]):
             raise UnavailableError(f"{self._options.model} is still loading: come again when health says SERVING")
         return self._model
 
-    def expect(self, identity: str) -> None:
+    def _expect(self, identity: str) -> None:
         """Compare the identity that a session's opening carries with the model's; an empty one is not compared.
 
         Raises:
@@ -190,8 +190,8 @@ class ModelHost(Generic[WorkerT]):
         without a message gets no place, and its opening is None.
 
         Raises:
-            ServiceError: the model is not there, the first message does not come or cannot be read, or as many sessions
-                as the limits allow are open.
+            ServiceError: the model is not there, or is not the one that is expected; the first message does not come,
+                cannot be read or opens nothing; or as many sessions as the limits allow are open.
         """
         _ = self.worker  # raises where nobody can be served
         call = Call(caller_of(context.peer()), requests)
@@ -209,6 +209,9 @@ class ModelHost(Generic[WorkerT]):
                 return
             place = self._places.take(call.caller, call.end)
             try:
+                if call.opening.WhichOneof("kind") != "open":
+                    raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
+                self._expect(call.opening.open.model_identity)
                 yield call
             finally:
                 self._places.leave(place)

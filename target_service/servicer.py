@@ -67,9 +67,6 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             opening = call.opening
             if opening is None:
                 return
-            if opening.WhichOneof("kind") != "open":
-                raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
-            self._host.expect(opening.open.model_identity)
             is_coupled = wire.is_coupled_from_proto(opening.open.sampling)
             session = scheduler.open(
                 wire.warping_from_proto(opening.open.sampling),
