@@ -110,7 +110,7 @@ def speed_of(client: SpeculativeClient, prompts: Sequence[str], seconds: float) 
         index += 1
         try:
             prompt, timeout_s = prompts[index % len(prompts)], max(0.01, until - time.perf_counter())
-            for chunk in client.stream(prompt, sampling, num_speculative_tokens=4, timeout=timeout_s):
+            for chunk in client.stream(prompt, sampling, timeout=timeout_s):
                 num_tokens += len(chunk.token_ids)
         except DeadlineExceededError:
             break

@@ -19,7 +19,8 @@ when the account allows it. What a look has shown decides, whatever it has cost,
 
 Sessions of one client share what they learn, and decide together: when many share a target, a session that speculates
 makes every other wait, so that one which tries K = 0 by itself among others that do not learns nothing about what
-would be if all did. Seconds, and the account, are kept for each number of open sessions apart, to a factor of two. As
+would be if all did. Seconds, and the account, are kept for each number of open sessions apart, to a factor of two;
+other clients' sessions are seen by R(0) alone, so that where it has doubled since the last look, all begins anew. As
 long as nothing is to be decided, a session asks only now and then: among many, what choosing takes is time of theirs.
 """
 
@@ -68,6 +69,7 @@ LEAST_CREDIBLE = -4.0  # tokens below which predictions have been refuted: the t
 MOST_LOST = 3.5  # tokens that one round is said to have lost: a first look is never enough to refute
 MOST_BALANCE = 16.0
 HELD_UP = 2.0  # times as long as usual, beyond which a round of the target alone was held up by something else
+OTHER_LOAD = 2.0  # times R(0) of the last look: others have come to the target, and what is known is not of this load
 
 INCOME = 0.01  # tokens to lose, for each token of the text
 
@@ -288,6 +290,7 @@ class LoadSpeed:
         self.balance = credit  # tokens that may be lost against the target alone
         self._rates = Rates([0.0] * (MOST + 1))
         self._num_since_review = 0
+        self._alone_s_of_look = 0.0  # R(0) when the last one was over; 0 before the first
 
     def add(self, times: RoundTimes) -> None:
         """Learn from a round."""
@@ -363,6 +366,11 @@ class LoadSpeed:
         """R(0); 0 until it has been seen often enough."""
         return self.round_alone.mean if self._knows_alone else 0.0
 
+    @property
+    def is_another(self) -> bool:
+        """Whether the target is so much slower than at the last look that what is known is of another load."""
+        return 0 < OTHER_LOAD * self._alone_s_of_look < self.alone_s
+
     def _fade_alone(self) -> None:
         """Before a look at K = 0, have what it will show outweigh what was known from before, perhaps a bad moment.
 
@@ -379,6 +387,8 @@ class LoadSpeed:
         self._num_since_review += 1
         rates = self._rates
         is_new = (not rates.alone and self.alone_s) or (not rates.knows_pair and self.rounds.weight)
+        if self.side.has_looked:
+            self._alone_s_of_look = self.alone_s
         if is_new or self.side.has_looked or self._num_since_review > REVIEW_EVERY * self.num_sessions:
             self._num_since_review = 0
             rates = self._rates = Rates(self.rates(acceptance.expected_tokens(MOST)))
@@ -442,7 +452,7 @@ class PairSpeed:
         self.sessions = sessions or OpenSessions()
         self._acceptance = Acceptance()
         self._loads: dict[int, LoadSpeed] = {}
-        self._load_of: dict[int, LoadSpeed] = {}  # by number of sessions
+        self._rounded: dict[int, int] = {}  # by number of sessions
         self._lock = threading.Lock()
 
     def add(self, times: RoundTimes, is_steady: bool = True, has_choice: bool = True) -> None:
@@ -504,10 +514,12 @@ class PairSpeed:
     def load(self) -> LoadSpeed:
         """What is known of the present load, to a factor of two."""
         number = self.sessions.number
-        load = self._load_of.get(number)
-        if load is None:
-            rounded = 1 << round(math.log2(max(1, number)))
-            load = self._load_of[number] = self._loads.setdefault(rounded, LoadSpeed(rounded))
+        rounded = self._rounded.get(number)
+        if rounded is None:
+            rounded = self._rounded[number] = 1 << round(math.log2(max(1, number)))
+        load = self._loads.get(rounded)
+        if load is None or load.is_another:
+            load = self._loads[rounded] = LoadSpeed(rounded)
         return load
 
 

@@ -5,6 +5,7 @@ Seeds are fixed, so that a test passes always or never.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
@@ -205,7 +206,7 @@ def test_many_sessions_come_near_the_best_constant(pair, num_sessions):
 @pytest.mark.parametrize("name", ["costly draft", "costly rows", "useless"])
 @pytest.mark.parametrize("looks_teach", [True, False])
 def test_sessions_that_took_the_target_alone_for_slow_return_to_it(monkeypatch, name, looks_teach):
-    """As after a moment in which the machine was at other work. Their looks at K = 0 have to outweigh it."""
+    """As after a look while the machine was at other work. Their looks at K = 0 have to outweigh it."""
     if not looks_teach:
         monkeypatch.setattr(LoadSpeed, "_fade_alone", lambda load: None)
         monkeypatch.setattr(controller, "PROBE_ALONE", controller.SETTLE_ROUNDS)
@@ -213,6 +214,7 @@ def test_sessions_that_took_the_target_alone_for_slow_return_to_it(monkeypatch, 
     rate_together(pair, 8, 1, lambda: LengthController(speed, may_be_zero=True))
     for load in speed._loads.values():
         load.round_alone.total *= 2.5
+        load._alone_s_of_look = load.alone_s
         load.side = Side(is_alone=False, pause=controller.FIRST_PAUSE)
     rates = [rate_together(pair, 8, seed, lambda: LengthController(speed, may_be_zero=True)) for seed in range(2)]
     alone = rate_together(pair, 8, 1, lambda: FixedLength(0))
@@ -568,6 +570,36 @@ def test_a_draft_that_turns_useless_is_left_and_taken_up_again_when_it_recovers(
     assert choices[-300:].count(0) > 0.9 * 300
     _, choices = rate_of(GOOD, speed, 6000, 3)
     assert choices[-100:].count(0) < 0.1 * 100
+
+
+@pytest.mark.parametrize("begins_anew", [True, False])
+def test_a_draft_that_does_not_pay_is_tried_again_when_others_make_the_target_slow(monkeypatch, begins_anew):
+    """Rounds then take so much longer that each should bring more tokens, and what was lost before says nothing."""
+    if not begins_anew:
+        monkeypatch.setattr(controller, "OTHER_LOAD", math.inf)
+    quick = Pair(acceptance=0.8, draft_token_s=0.004, forward_s=0.001, row_s=0.0001, overhead_s=0.0005)
+    busy = replace(quick, forward_s=quick.forward_s + 0.03, noise=0.3)
+    best = max(busy.rate(length) for length in range(controller.MOST + 1))
+    shares = []
+    for seed in range(4):
+        speed = PairSpeed()
+        _, choices = rate_of(quick, speed, 1500, seed)
+        assert choices[-200:].count(0) > 0.9 * 200
+        rate_of(busy, speed, 200, seed + 10)
+        shares.append(rate_of(busy, speed, 300, seed + 20)[0] / best)
+    assert (fmean(shares) > 0.8) == begins_anew
+
+
+def test_a_slow_moment_does_not_make_a_load_another_one():
+    load = LoadSpeed(1)
+    load.side = Side(pause=controller.PROBE_EVERY, num_rounds=1)
+    load._alone_s_of_look = 0.005
+    for seconds in [0.005] * 100 + [0.5] * 20:
+        load.add(RoundTimes(0, 0, seconds, 0.004, 0.0))
+        assert not load.is_another
+    for _ in range(100):
+        load.add(RoundTimes(0, 0, 0.02, 0.004, 0.0))
+    assert load.is_another
 
 
 def test_expected_tokens_are_those_of_the_counts():
