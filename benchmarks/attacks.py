@@ -17,8 +17,8 @@ from random import Random
 
 import grpc
 
-from outrider import wire
-from outrider.tokens import TokenLog
+from outrider.protocol import wire
+from outrider.protocol.tokens import TokenLog
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 
 NUM_BUSY, NUM_LOOPS, NUM_BOMBS = 100, 30, 24

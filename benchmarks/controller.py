@@ -28,24 +28,23 @@ from typing import Any
 
 import click
 import torch
+from outrider_client.bench.formatting import figure, spread_text
+from outrider_client.bench.grid import run_grid
+from outrider_client.bench.metrics import Spread, Timeline
+from outrider_client.bench.result_file import Result, new_result
+from outrider_client.bench.samples import AUTO_METHOD, BASELINE, Cell, Sample
+from outrider_client.bench.services import ServicesRunner, wait_until_quiet
+from outrider_client.bench.summary import Order, rates_by_repetition, ratio
+from outrider_client.bench.throughput import Made, ServicesLoad, Text, run_loads
+from outrider_client.cli.bench.options import NumberList, text_options
+from outrider_client.cli.bench.running import Bench, opened, progress
+from outrider_client.cli.options import as_json, out, print_json, shows_errors
+from outrider_client.params import AUTO
+from outrider_client.results import GenerationStats, RoundStats
+from outrider_client.sync import SpeculativeClient
 from rich import box
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from client.bench.formatting import figure, spread_text
-from client.bench.grid import run_grid
-from client.bench.metrics import Spread, Timeline
-from client.bench.result_file import Result, new_result
-from client.bench.samples import AUTO_METHOD, BASELINE, Cell, Sample
-from client.bench.services import ServicesRunner, wait_until_quiet
-from client.bench.summary import Order, rates_by_repetition, ratio
-from client.bench.throughput import Made, ServicesLoad, Text, run_loads
-from client.commands.bench.options import NumberList, text_options
-from client.commands.bench.running import Bench, opened, progress
-from client.commands.options import as_json, out, print_json, shows_errors
-from client.params import AUTO
-from client.results import GenerationStats, RoundStats
-from client.sync import SpeculativeClient
 
 LEAST_RATIO = 0.95  # of the target alone
 DEFAULTS = {"max_new_tokens": 256, "num_prompts": 6, "coupling": "none"}
@@ -136,7 +135,7 @@ class FreshLoad(ServicesLoad):
 
 def write_random_draft(folder: Path, seed: int = 0) -> str:
     """Write a model of random weights in the embedded draft's shape, with its tokenizer; return what --model takes."""
-    source = Path(str(files("outrider").joinpath("models", "draft")))
+    source = Path(str(files("outrider.engine.models").joinpath("builtin", "draft")))
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).save_pretrained(folder)
     for path in source.glob("tokenizer*.json"):

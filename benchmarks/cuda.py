@@ -31,20 +31,20 @@ from typing import Any
 
 import click
 import torch
+from outrider_client.cli.bench.options import NumberList
+from outrider_client.params import AUTO
+from outrider_client.results import GenerationStats
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import made_models
 from benchmarks.made_models import Recipe
 from benchmarks.pairs import SHAPES, Shape, bytes_per_pass, calibrate, make_draft, make_target
-from client import AsyncSpeculativeClient, SamplingParams, SpeculativeClient
-from client.commands.bench.options import NumberList
-from client.params import AUTO
-from client.results import GenerationStats
+from outrider import AsyncSpeculativeClient, SamplingParams, SpeculativeClient
+from outrider.engine.backends.paged.choice import CacheOptions
 from outrider.engine.engine import Demand, Engine, Sequence
-from outrider.engine.loader import DTYPES, ModelOptions, load
-from outrider.engine.paged_choice import CacheOptions
-from outrider.tokens import TokenLog
+from outrider.engine.models.loader import DTYPES, ModelOptions, load
+from outrider.protocol.tokens import TokenLog
 
 NUM_CACHED = 200  # tokens in front of every measured pass
 PASS_SIZES = (1, 4, 8)

@@ -74,9 +74,9 @@ def main() -> None:
     register()
     name = sys.argv.pop(1)
     if name == "target":
-        from target_service.__main__ import main as serve
+        from outrider_target.__main__ import main as serve
     else:
-        from draft_service.__main__ import main as serve
+        from outrider_draft.__main__ import main as serve
     serve()
 
 

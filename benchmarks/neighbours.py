@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+from outrider_client.bench.formatting import figure
+from outrider_client.bench.prompts import read_prompts
+from outrider_client.cli.options import as_json, err, out, print_json, shows_errors
+from outrider_client.errors import DeadlineExceededError, OutriderError
+from outrider_client.params import SamplingParams
+from outrider_client.sync import SpeculativeClient
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from benchmarks.attacks import ATTACKS
-from client.bench.formatting import figure
-from client.bench.prompts import read_prompts
-from client.commands.options import as_json, err, out, print_json, shows_errors
-from client.errors import DeadlineExceededError, OutriderError
-from client.params import SamplingParams
-from client.sync import SpeculativeClient
 
 LEAST_SHARE = 1 / 3  # of the speed alone
 TEXT_TOKENS = 64
-MODELS = {"draft_service": "builtin:draft", "target_service": "builtin:target"}
+MODELS = {"outrider_draft": "builtin:draft", "outrider_target": "builtin:target"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _address(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise click.ClickException("a service did not start: see what `python -m target_service` says")
+        raise click.ClickException("a service did not start: see what `python -m outrider_target` says")
     return line.split()[-1]
 
 

@@ -28,7 +28,7 @@ import click
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from outrider.engine.loader import DTYPES
+from outrider.engine.models.loader import DTYPES
 
 LOGIT_STD = 6.0  # a few tokens hold most of the mass, in vocabularies of 50,000 and of 130,000
 INIT_STD = 0.02
@@ -253,7 +253,7 @@ def write_pair(shape: Shape, aim: float, folder: Path, dtype: torch.dtype, devic
 
 def add_tokenizer(folder: str) -> None:
     """Give a model the embedded pair's tokenizer, so that commands can send it text."""
-    with as_file(files("outrider") / "models" / "target") as source:
+    with as_file(files("outrider.engine.models") / "builtin" / "target") as source:
         for file in source.glob("tokenizer*.json"):
             shutil.copy(file, folder)
 

@@ -1,8 +1,84 @@
-"""What the draft service, the target service and the client share; imports none of the three.
+"""Speculative decoding across two machines: `from outrider import SpeculativeClient, SamplingParams`.
 
-Only `outrider.engine` and `outrider.probs` import torch.
+The public names live in `outrider_client` and are imported on first use, so importing this package loads neither torch
+nor gRPC. Beneath it lies what the services and the client share: `protocol`, `sampling`, `engine`, `serving`, `common`.
 """
 
-from importlib.metadata import version
+from __future__ import annotations
 
-__version__ = version("outrider")
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from outrider_client.aio import AsyncGenerationStream, AsyncSpeculativeClient
+    from outrider_client.conversation import Patience
+    from outrider_client.errors import (
+        ClientClosedError,
+        DeadlineExceededError,
+        IncompatiblePairError,
+        InvalidRequestError,
+        ModelChangedError,
+        OutriderError,
+        ServiceFailedError,
+        ServiceUnavailableError,
+    )
+    from outrider_client.pair import PairInfo
+    from outrider_client.params import SamplingParams, SpeculationParams
+    from outrider_client.results import Chunk, GenerationResult, GenerationStats, Segment
+    from outrider_client.sync import GenerationStream, SpeculativeClient
+
+    __version__: str
+
+__all__ = [
+    "AsyncGenerationStream",
+    "AsyncSpeculativeClient",
+    "Chunk",
+    "ClientClosedError",
+    "DeadlineExceededError",
+    "GenerationResult",
+    "GenerationStats",
+    "GenerationStream",
+    "IncompatiblePairError",
+    "InvalidRequestError",
+    "ModelChangedError",
+    "OutriderError",
+    "PairInfo",
+    "Patience",
+    "SamplingParams",
+    "Segment",
+    "ServiceFailedError",
+    "ServiceUnavailableError",
+    "SpeculationParams",
+    "SpeculativeClient",
+    "__version__",
+]
+
+_MODULES = {
+    "AsyncGenerationStream": "aio",
+    "AsyncSpeculativeClient": "aio",
+    "Chunk": "results",
+    "GenerationResult": "results",
+    "GenerationStats": "results",
+    "GenerationStream": "sync",
+    "PairInfo": "pair",
+    "Patience": "conversation",
+    "SamplingParams": "params",
+    "Segment": "results",
+    "SpeculationParams": "params",
+    "SpeculativeClient": "sync",
+}  # of outrider_client; the others are its errors
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'outrider' has no attribute {name!r}")
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value = version("outrider")
+        else:
+            from importlib import import_module
+
+            value = getattr(import_module(f"outrider_client.{_MODULES.get(name, 'errors')}"), name)
+        globals()[name] = value
+        return value

@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from outrider import probs, wire
+from outrider.protocol import wire
+from outrider.sampling import probs
 from outrider.v1 import draft_pb2, target_pb2
 
-MODELS = Path(str(files("outrider"))) / "models"
+MODELS = Path(str(files("outrider.engine.models"))) / "builtin"
 THRESHOLDS = (5e-5, 1e-4, 2e-4, 5e-4)
 
 
@@ -36,7 +37,7 @@ def distributions(target_path: str, draft_path: str, num_prompts: int, num_new: 
     target, draft = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (target_path, draft_path)
     )
-    prompts = files("client.bench").joinpath("prompts.txt").read_text(encoding="utf-8").split("\n")
+    prompts = files("outrider_client.bench").joinpath("prompts.txt").read_text(encoding="utf-8").split("\n")
     rows: list[list[torch.Tensor]] = [[], []]
     for prompt in [line for line in prompts if line.strip()][:num_prompts]:
         ids = tokenizer(prompt, return_tensors="pt").input_ids

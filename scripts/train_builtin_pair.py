@@ -390,7 +390,10 @@ tried, tested and measured on real text without a download.
     help="Checkpoints and intermediate files.",
 )
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("outrider/models"), help="Where the pair is written."
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("outrider/engine/models/builtin"),
+    help="Where the pair is written.",
 )
 @click.option("--target-steps", default=1800, help="Optimizer steps of the target.")
 @click.option("--draft-steps", default=1200, help="Optimizer steps of the draft.")

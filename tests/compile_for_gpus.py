@@ -11,8 +11,8 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from outrider import gpu_rows
-from outrider.engine.gpu import attention, entries, products
+from outrider.engine.backends.gpu import attention, entries, products
+from outrider.sampling.readers import gpu_rows
 
 HALF, SINGLE, DOUBLE = "*bf16", "*fp32", "*fp64"
 PRODUCT = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
-from outrider.compiling import compiled
+from outrider.common.compiling import compiled
 
 
 @compiled()

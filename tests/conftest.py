@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from outrider.engine.paged import PagedCache, PagePool
+from outrider.engine.backends.paged.cache import PagedCache, PagePool
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from outrider_client.acceptance import Decision, Proposal, TargetRow
 
-from client.acceptance import Decision, Proposal, TargetRow
-from outrider.probs import draft_tokens, probability_rows, read_logits
-from outrider.scales import round_down
-from outrider.warping import Warping
+from outrider.protocol.scales import round_down
+from outrider.sampling.probs import draft_tokens, probability_rows, read_logits
+from outrider.sampling.warping import Warping
 
 VOCAB_SIZE = 5
 NUM_TOKENS = 3  # length of the strings whose law is compared

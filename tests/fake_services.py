@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
-from outrider.errors import ServiceError
-from outrider.server import abort
+from outrider.protocol.errors import ServiceError
+from outrider.serving.server import abort
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from tests import toy_services as toys
 from tests.servers import Services

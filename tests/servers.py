@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from outrider_draft.servicer import SERVICE_NAME as DRAFT_NAME
+from outrider_draft.servicer import DraftServicer
+from outrider_target.servicer import SERVICE_NAME as TARGET_NAME
+from outrider_target.servicer import TargetServicer
 
-from draft_service.servicer import SERVICE_NAME as DRAFT_NAME
-from draft_service.servicer import DraftServicer
-from outrider.options import ServiceOptions
-from outrider.server import Server
+from outrider.serving.options import ServiceOptions
+from outrider.serving.server import Server
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
-from target_service.servicer import SERVICE_NAME as TARGET_NAME
-from target_service.servicer import TargetServicer
 
 PATIENCE_S = 120.0  # until a test gives up what should come at once; nothing asserts a time
 
@@ -43,7 +43,7 @@ class Kind:
 
 TARGET = Kind(
     name=TARGET_NAME,
-    module="target_service",
+    module="outrider_target",
     servicer=TargetServicer,
     register=target_pb2_grpc.add_TargetServiceServicer_to_server,
     stub=target_pb2_grpc.TargetServiceStub,
@@ -51,7 +51,7 @@ TARGET = Kind(
 )
 DRAFT = Kind(
     name=DRAFT_NAME,
-    module="draft_service",
+    module="outrider_draft",
     servicer=DraftServicer,
     register=draft_pb2_grpc.add_DraftServiceServicer_to_server,
     stub=draft_pb2_grpc.DraftServiceStub,

@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from outrider.errors import FailedPreconditionError, ModelChangedError, ServiceError
-from outrider.server import error_metadata
+from outrider.protocol.errors import FailedPreconditionError, ModelChangedError, ServiceError
+from outrider.serving.server import error_metadata
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from tests.toy_services import VOCAB_SIZE, ToyDraft, ToyTarget
 

@@ -1,7 +1,7 @@
 """Both services as toys inside the test, and a world that carries a conversation's effects out in any order it likes.
 
-The toys keep the protocol to the letter: `ToyTarget` does what target_service.scheduler does, `ToyDraft` what
-draft_service.drafter does. Their models are tables: the logits of a prefix are a row that the prefix's digest picks.
+The toys keep the protocol to the letter: `ToyTarget` does what outrider_target.scheduler does, `ToyDraft` what
+outrider_draft.drafter does. Their models are tables: the logits of a prefix are a row that the prefix's digest picks.
 
 Time stands still but for waits that nothing ends. Messages of one direction of one stream stay in order; everything
 else happens in the order that the world's random numbers say.
@@ -20,22 +20,33 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
+from outrider_client.acceptance import Proposal, TargetRow, decide
+from outrider_client.controller import FixedLength
+from outrider_client.conversation import (
+    Broken,
+    Close,
+    Conversation,
+    Describe,
+    Link,
+    Open,
+    Patience,
+    Received,
+    Send,
+    Wait,
+)
+from outrider_client.generation import Generation
+from outrider_client.params import SamplingParams, SpeculationParams
+from outrider_client.results import Chunk, GenerationResult
+from outrider_client.text import TextStream
 
-from client.acceptance import Proposal, TargetRow, decide
-from client.controller import FixedLength
-from client.conversation import Broken, Close, Conversation, Describe, Link, Open, Patience, Received, Send, Wait
-from client.generation import Generation
-from client.params import SamplingParams, SpeculationParams
-from client.results import Chunk, GenerationResult
-from client.text import TextStream
-from outrider import wire
-from outrider.errors import FailedPreconditionError
-from outrider.host_rows import noise_addresses
-from outrider.probs import MIN_SUPPORT_PROB
-from outrider.race import arrival_times
-from outrider.rng import AddressedUniforms, Noise, Purpose, SharedNoise
-from outrider.scales import WEIGHT_UNIT, round_down
-from outrider.tokens import TokenLog
+from outrider.protocol import wire
+from outrider.protocol.errors import FailedPreconditionError
+from outrider.protocol.scales import WEIGHT_UNIT, round_down
+from outrider.protocol.tokens import TokenLog
+from outrider.sampling.probs import MIN_SUPPORT_PROB
+from outrider.sampling.race import arrival_times
+from outrider.sampling.readers.host_rows import noise_addresses
+from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
 LONGEST_WAIT_S = 55.0  # of what is not for the target: Patience.round_s
@@ -74,7 +85,7 @@ def rates_among(token_ids: np.ndarray, weights: np.ndarray, noise: Noise) -> np.
 
 
 def whole_weights(probs: np.ndarray) -> np.ndarray:
-    """Return the weights of probabilities `[S]`, as the draft draws and sends them; outrider.scales."""
+    """Return the weights of probabilities `[S]`, as the draft draws and sends them; outrider.protocol.scales."""
     return np.rint(probs / WEIGHT_UNIT).astype(np.int64).clip(1)
 
 

@@ -18,12 +18,12 @@ from operator import attrgetter
 
 import torch
 
-from outrider.callers import Caller
+from outrider.common.callers import Caller
+from outrider.engine.backends.runner import DeviceRunner, DraftingRunner, Feed, Runner
 from outrider.engine.fairness import FairPasses
 from outrider.engine.kv_cache import Cache, SequenceCache
-from outrider.engine.runner import DeviceRunner, DraftingRunner, Feed, Runner
-from outrider.probs import Draft, PlainSampling
-from outrider.tokens import TokenLog
+from outrider.protocol.tokens import TokenLog
+from outrider.sampling.probs import Draft, PlainSampling
 
 QUICK_S = 0.01  # seconds for which the event loop of a service with one session may leave its messages
 

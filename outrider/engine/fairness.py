@@ -8,7 +8,7 @@ Alone, a caller has all that a pass can hold.
 
 What follows a pass, as reading wide rows, takes time too: a caller whose tokens take longer than others' has fewer.
 
-Callers are counted in the widest circle that has several (outrider.callers): among hosts, or else among connections.
+Callers are counted in the widest circle that has several (common.callers): among hosts, or else among connections.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from outrider.averages import Average, Line
-from outrider.callers import Caller
+from outrider.common.averages import Average, Line
+from outrider.common.callers import Caller
 
 PASS_MEMORY = 0.97  # weight of a pass, against the one after it
 AFTER_MEMORY = 0.9  # and of what followed one

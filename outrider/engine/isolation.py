@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from outrider.errors import InternalError
+from outrider.protocol.errors import InternalError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TypeVar
 
-from outrider.mailbox import running_loop
+from outrider.common.mailbox import running_loop
 
 Answer = TypeVar("Answer")
 

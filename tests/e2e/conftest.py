@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from client import Patience
+from outrider import Patience
 from tests import tiny_models
 from tests.servers import DRAFT, PATIENCE_S, TARGET, Services, shared_services
 

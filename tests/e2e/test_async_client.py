@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from client import AsyncSpeculativeClient, InvalidRequestError, SamplingParams, SpeculativeClient
+from outrider import AsyncSpeculativeClient, InvalidRequestError, SamplingParams, SpeculativeClient
 from tests import tiny_models
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-
-from client.__main__ import main
-from client.bench.samples import PEER_METHODS
+from outrider_client.__main__ import main
+from outrider_client.bench.samples import PEER_METHODS
 
 LENGTH = 6
 SIZES = [f"--max-new-tokens={LENGTH}", "--repetitions=2", "--warm-up=0", "--num-prompts=2", "--temperature=0,1"]
@@ -30,7 +29,7 @@ def run(*arguments: str) -> str:
 
 def run_process(*arguments: str) -> str:
     """Run it in a process of its own, as the asyncio client must be where the servers have a loop of this one."""
-    command = [sys.executable, "-m", "client", "bench", *arguments]
+    command = [sys.executable, "-m", "outrider_client", "bench", *arguments]
     environment = os.environ | {"COLUMNS": "80"}
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=240).stdout
 

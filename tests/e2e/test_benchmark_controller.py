@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from benchmarks.controller import write_random_draft
-from client import SamplingParams, SpeculativeClient
+from outrider import SamplingParams, SpeculativeClient
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import grpc
 import pytest
+from outrider_client.conversation import BROKEN_LINK, COME_AGAIN
 
-from client import (
+from outrider import (
     AsyncSpeculativeClient,
     ClientClosedError,
     DeadlineExceededError,
@@ -24,8 +25,7 @@ from client import (
     SpeculativeClient,
     connection,
 )
-from client.conversation import BROKEN_LINK, COME_AGAIN
-from outrider.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
+from outrider.protocol.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from outrider.v1 import target_pb2
 from tests import tiny_models
 from tests import toy_services as toys
@@ -493,7 +493,7 @@ PREAMBLE = """
 import asyncio
 import sys
 
-from client import AsyncSpeculativeClient, InvalidRequestError, SpeculativeClient
+from outrider import AsyncSpeculativeClient, InvalidRequestError, SpeculativeClient
 
 address = sys.argv[1]
 """

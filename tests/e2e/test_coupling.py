@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import outrider_draft.session
+import outrider_target.scheduler
 import pytest
+from outrider_client.results import GenerationResult
 
-import draft_service.session
-import target_service.scheduler
-from client import Patience, SamplingParams, SpeculativeClient
-from client.results import GenerationResult
-from outrider.rng import Noise, SharedNoise
+from outrider import Patience, SamplingParams, SpeculativeClient
+from outrider.sampling.rng import Noise, SharedNoise
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RunningServer, Services
@@ -154,7 +154,7 @@ def test_a_draft_with_other_noise_lowers_acceptance_and_leaves_the_text(trio, te
 
     with trio.client() as client:
         shared = write(client, "plain")
-        monkeypatch.setattr(draft_service.session, "SharedNoise", OtherNoise)
+        monkeypatch.setattr(outrider_draft.session, "SharedNoise", OtherNoise)
         other = write(client, "plain")
     assert shared.token_ids == other.token_ids == texts["plain"]
     assert other.stats.acceptance_rate < shared.stats.acceptance_rate / 2
@@ -168,7 +168,7 @@ def test_noise_that_is_streamed_instead_of_addressed_is_noticed(trio, monkeypatc
             self.num_drawn += 1
             return super().at(self.num_drawn)
 
-    monkeypatch.setattr(target_service.scheduler, "SharedNoise", Streamed)
+    monkeypatch.setattr(outrider_target.scheduler, "SharedNoise", Streamed)
     with trio.client() as client:
         written = {tuple(write(client, "plain", num_speculative_tokens=number).token_ids) for number in (0, 1, 3, 8)}
     assert len(written) > 1

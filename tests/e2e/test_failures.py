@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import outrider_draft.servicer
+import outrider_target.servicer
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import draft_service.servicer
-import target_service.servicer
-from client import (
+from outrider import (
     Chunk,
     DeadlineExceededError,
     Patience,
@@ -30,7 +30,7 @@ from client import (
     ServiceUnavailableError,
     SpeculativeClient,
 )
-from outrider.engine.runner import ModelRunner
+from outrider.engine.backends.runner import ModelRunner
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, PATIENCE_S, TARGET, Kind, RawStream, RunningServer, ServiceProcess, eventually
@@ -308,7 +308,7 @@ def corrupt_once(monkeypatch, servicer_module) -> None:
     monkeypatch.setattr(servicer_module, "_response", corrupted)
 
 
-@pytest.mark.parametrize("module", [target_service.servicer, draft_service.servicer], ids=["target", "draft"])
+@pytest.mark.parametrize("module", [outrider_target.servicer, outrider_draft.servicer], ids=["target", "draft"])
 def test_a_cache_of_other_tokens_is_noticed_and_made_anew(target, draft, text, monkeypatch, module):
     corrupt_once(monkeypatch, module)
     with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:

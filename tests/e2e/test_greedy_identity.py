@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from client import SamplingParams, SpeculativeClient
+from outrider import SamplingParams, SpeculativeClient
 from tests import tiny_models
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET

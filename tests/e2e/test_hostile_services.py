@@ -16,8 +16,9 @@ import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from outrider_client.results import GenerationResult
 
-from client import (
+from outrider import (
     AsyncSpeculativeClient,
     IncompatiblePairError,
     ModelChangedError,
@@ -28,8 +29,7 @@ from client import (
     ServiceUnavailableError,
     SpeculativeClient,
 )
-from client.results import GenerationResult
-from outrider.errors import SessionIdleError
+from outrider.protocol.errors import SessionIdleError
 from outrider.v1 import common_pb2, draft_pb2
 from tests import toy_servers, toy_services
 from tests.servers import shared_services

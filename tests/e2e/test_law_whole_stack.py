@@ -16,8 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import outrider_client.acceptance
+import outrider_draft.drafter
 import pytest
 import torch
+from outrider_client.aio import AsyncSpeculativeClient
 from scipy.stats import chi2
 from transformers import (
     LogitsProcessorList,
@@ -27,11 +30,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import client.acceptance
-import draft_service.drafter
-from client import SamplingParams, SpeculativeClient
-from client.aio import AsyncSpeculativeClient
-from outrider.rng import AddressedUniforms, Noise, SharedNoise
+from outrider import SamplingParams, SpeculativeClient
+from outrider.sampling.rng import AddressedUniforms, Noise, SharedNoise
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, Services
@@ -206,7 +206,7 @@ def break_residual(monkeypatch) -> None:
     def whole_target(proposal, row, scale) -> np.ndarray:
         return np.append(row.probs, row.outside_mass)
 
-    monkeypatch.setattr(client.acceptance, "residual_weights", whole_target)
+    monkeypatch.setattr(outrider_client.acceptance, "residual_weights", whole_target)
 
 
 def break_uniforms(monkeypatch) -> None:
@@ -217,23 +217,23 @@ def break_uniforms(monkeypatch) -> None:
 
 def break_draft_probs(monkeypatch) -> None:
     """Tell the client the distribution before truncation, while tokens are drawn from the truncated one."""
-    draw = draft_service.drafter.draft_tokens
+    draw = outrider_draft.drafter.draft_tokens
 
     def draw_and_tell_another(logits, warpings, max_supports, uniforms, num_others):
         drawn = draw(logits, warpings, max_supports, uniforms)
         whole = draw(logits, warpings, [VOCAB_SIZE] * len(max_supports), uniforms)
         return [replace(told, token_id=true.token_id) for told, true in zip(whole, drawn, strict=True)]
 
-    monkeypatch.setattr(draft_service.drafter, "draft_tokens", draw_and_tell_another)
+    monkeypatch.setattr(outrider_draft.drafter, "draft_tokens", draw_and_tell_another)
 
 
 def break_joint_ratios(monkeypatch) -> None:
     """Judge a round's proposals together by the ratio of each alone."""
 
     def single_ratios(proposals, rows) -> list[float]:
-        return [1.0, *map(client.acceptance.acceptance_prob, proposals, rows)]
+        return [1.0, *map(outrider_client.acceptance.acceptance_prob, proposals, rows)]
 
-    monkeypatch.setattr(client.acceptance, "joint_ratios", single_ratios)
+    monkeypatch.setattr(outrider_client.acceptance, "joint_ratios", single_ratios)
 
 
 def break_noise(monkeypatch) -> None:

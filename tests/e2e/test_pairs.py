@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from client import IncompatiblePairError, SamplingParams, SpeculativeClient
+from outrider import IncompatiblePairError, SamplingParams, SpeculativeClient
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RunningServer

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from client import SamplingParams, ServiceFailedError, SpeculativeClient
+from outrider import SamplingParams, ServiceFailedError, SpeculativeClient
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.e2e.test_failures import CONTEXT_LENGTH, LONG, PAIR, PROMPT, is_speculating, take_until

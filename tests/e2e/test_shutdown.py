@@ -72,9 +72,9 @@ def test_a_second_signal_ends_what_still_runs(processes):
 
 
 LOADS_FOR_EVER = """
-import threading, outrider.service
-outrider.service.load = lambda options: print("loading", flush=True) or threading.Event().wait()
-from target_service.__main__ import main
+import threading, outrider.serving.service
+outrider.serving.service.load = lambda options: print("loading", flush=True) or threading.Event().wait()
+from outrider_target.__main__ import main
 main(["--listen=127.0.0.1:0"])
 """
 

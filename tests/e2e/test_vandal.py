@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import pytest
 
-from client import SamplingParams, SpeculativeClient
-from outrider import wire
-from outrider.engine.paged_runner import PagedRunner
-from outrider.tokens import TokenLog
+from outrider import SamplingParams, SpeculativeClient
+from outrider.engine.backends.paged.runner import PagedRunner
+from outrider.protocol import wire
+from outrider.protocol.tokens import TokenLog
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RawStream, RunningServer

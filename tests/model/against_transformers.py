@@ -11,7 +11,7 @@ from random import Random
 import torch
 from transformers import PreTrainedModel
 
-from outrider.engine.runner import Feed, Runner
+from outrider.engine.backends.runner import Feed, Runner
 from tests.tiny_models import VOCAB_SIZE
 
 LENGTHS = (3, 19, 34, 47)  # shorter and longer than the sliding windows of 8

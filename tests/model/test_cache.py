@@ -16,12 +16,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outrider.engine.compiled.runner import CompiledLlamaRunner
+from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
+from outrider.engine.backends.runner import Feed, ModelRunner, Runner
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.loader import choose_forward_pass
-from outrider.engine.runner import Feed, ModelRunner, Runner
-from outrider.tokens import TokenLog
+from outrider.engine.models.loader import choose_forward_pass
+from outrider.protocol.tokens import TokenLog
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 TOLERANCE = 1e-11

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.engine.loader import ModelOptions, ModelRefusedError, choose_forward_pass, load
+from outrider.engine.models.loader import ModelOptions, ModelRefusedError, choose_forward_pass, load
 from tests.tiny_models import byte_tokenizer, make_model, save
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 16533\n"
@@ -215,7 +215,7 @@ def test_the_command_ends_with_one_sentence(folder):
     command = [
         sys.executable,
         "-m",
-        "target_service",
+        "outrider_target",
         "--model",
         str(folder),
         "--listen",

@@ -26,14 +26,14 @@ import torch
 from transformers import PreTrainedModel
 
 import outrider
-from outrider.engine.compiled import kernels, tiles
-from outrider.engine.compiled.cache import PanelCache
-from outrider.engine.compiled.choice import choose_compiled
-from outrider.engine.compiled.runner import CompiledLlamaRunner
-from outrider.engine.llama import LlamaForward
-from outrider.engine.loader import ModelOptions, load, load_plain
-from outrider.engine.paged_choice import CacheOptions
-from outrider.engine.runner import Feed, ModelRunner
+from outrider.engine.backends.compiled import kernels, tiles
+from outrider.engine.backends.compiled.cache import PanelCache
+from outrider.engine.backends.compiled.choice import choose_compiled
+from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
+from outrider.engine.backends.llama import LlamaForward
+from outrider.engine.backends.paged.choice import CacheOptions
+from outrider.engine.backends.runner import Feed, ModelRunner
+from outrider.engine.models.loader import ModelOptions, load, load_plain
 from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, own_logits, texts
 from tests.tiny_models import VOCAB_SIZE, make_model
 
@@ -426,11 +426,11 @@ class TestChoice:
         assert not CompiledLlamaRunner.can_run(make_float32("qwen3"))
 
     def test_says_why_where_numba_cannot_be_imported(self, monkeypatch, caplog):
-        for name in ("numba", "outrider.engine.compiled.runner", "outrider.engine.compiled.kernels"):
+        for name in ("numba", "outrider.engine.backends.compiled.runner", "outrider.engine.backends.compiled.kernels"):
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "numba", None)
-        monkeypatch.delattr("outrider.engine.compiled.kernels")
-        monkeypatch.delattr("outrider.engine.compiled.runner")
+        monkeypatch.delattr("outrider.engine.backends.compiled.kernels")
+        monkeypatch.delattr("outrider.engine.backends.compiled.runner")
         with caplog.at_level(logging.WARNING):
             assert self.choose(make_float32("llama")) is None
         assert "numba" in caplog.text
@@ -498,7 +498,7 @@ import llvmlite.binding
 llvmlite.binding.get_host_cpu_features = llvmlite.binding.FeatureMap
 import torch
 torch.set_num_threads(1)
-from outrider.engine.compiled import kernels, tiles
+from outrider.engine.backends.compiled import kernels, tiles
 from tests.model import test_compiled
 print(kernels.__file__, kernels.PANEL, type(kernels.forward._cache).__name__)
 test_compiled.assert_same(test_compiled.make_float32("qwen2", head_dim=48))
@@ -511,8 +511,8 @@ def test_a_machine_without_a_place_for_code_and_without_avx512_runs_too(tmp_path
     Panels are narrower where registers are; code for them must not get into the cache of this machine anyway.
     """
     package = tmp_path / "outrider"
-    shutil.copytree(Path(outrider.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "models"))
-    (package / "engine" / "compiled" / "__pycache__").touch()
+    shutil.copytree(Path(outrider.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "builtin"))
+    (package / "engine" / "backends" / "compiled" / "__pycache__").touch()
     blocked = tmp_path / "file"
     blocked.touch()
     places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), str(blocked / "folder"))
@@ -520,4 +520,4 @@ def test_a_machine_without_a_place_for_code_and_without_avx512_runs_too(tmp_path
     command, environment = [sys.executable, "-c", NOWHERE], os.environ | places | paths
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.split() == [str(package / "engine" / "compiled" / "kernels.py"), "16", "NullCache"]
+    assert run.stdout.split() == [str(package / "engine" / "backends" / "compiled" / "kernels.py"), "16", "NullCache"]

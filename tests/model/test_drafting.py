@@ -8,14 +8,14 @@ from random import Random
 
 import pytest
 import torch
+from outrider_draft import session as session_module
+from outrider_draft.drafter import Drafter
+from outrider_draft.session import Drafted, DraftOptions, Session
 
-from draft_service import session as session_module
-from draft_service.drafter import Drafter
-from draft_service.session import Drafted, DraftOptions, Session
-from outrider.engine.compiled.runner import CompiledLlamaRunner
+from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 from outrider.engine.engine import Engine
-from outrider.tokens import TokenLog
-from outrider.warping import Warping
+from outrider.protocol.tokens import TokenLog
+from outrider.sampling.warping import Warping
 from tests.model.test_compiled import exact_in, with_tiles
 from tests.tiny_models import VOCAB_SIZE, make_model
 

@@ -19,11 +19,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from outrider.engine import attention
-from outrider.engine.llama import LlamaForward
-from outrider.engine.loader import ModelRefusedError, choose_forward_pass
-from outrider.engine.runner import ForwardPass, ModelRunner, TransformersForward
-from outrider.engine.visibility import Visible
+from outrider.engine.backends import attention
+from outrider.engine.backends.llama import LlamaForward
+from outrider.engine.backends.runner import ForwardPass, ModelRunner, TransformersForward
+from outrider.engine.models.loader import ModelRefusedError, choose_forward_pass
+from outrider.engine.models.visibility import Visible
 from tests.every_family import FAMILIES, FLOAT32_ONLY, USUAL, make_tiny
 from tests.model.against_transformers import interleaved_logits
 from tests.tiny_models import VOCAB_SIZE

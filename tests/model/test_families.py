@@ -19,12 +19,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from outrider.engine import attention
+from outrider.engine.backends import attention
+from outrider.engine.backends.llama import LlamaForward
+from outrider.engine.backends.products import PREPACKED_FROM, make_product
+from outrider.engine.backends.runner import Feed, ForwardPass, ModelRunner, TransformersForward
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.llama import LlamaForward
-from outrider.engine.loader import choose_forward_pass
-from outrider.engine.products import PREPACKED_FROM, make_product
-from outrider.engine.runner import Feed, ForwardPass, ModelRunner, TransformersForward
+from outrider.engine.models.loader import choose_forward_pass
 from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, own_logits, texts
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_model
 

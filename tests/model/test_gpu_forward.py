@@ -11,17 +11,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from outrider.engine import attention
-from outrider.engine.graphs import EagerRunner
-from outrider.engine.paged import EntryShape, PagePool
-from outrider.engine.paged_runner import PagedRunner
-from outrider.engine.runner import Feed, ModelRunner, TransformersForward
+from outrider.engine.backends import attention
+from outrider.engine.backends.paged.cache import EntryShape, PagePool
+from outrider.engine.backends.paged.graphs import EagerRunner
+from outrider.engine.backends.paged.runner import PagedRunner
+from outrider.engine.backends.runner import Feed, ModelRunner, TransformersForward
 from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, texts
 from tests.tiny_models import CONTEXT_LENGTH, make_model
 
 pytest.importorskip("triton")
-from outrider.engine.gpu.attention import KERNELS
-from outrider.engine.gpu.forward import GpuForward
+from outrider.engine.backends.gpu.attention import KERNELS
+from outrider.engine.backends.gpu.forward import GpuForward
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: masked places hold anything
 TOLERANCE = 1e-3

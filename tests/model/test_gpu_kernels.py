@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from outrider.engine.gpu.attention import paged_attention
-from outrider.engine.gpu.entries import Angles, store_entries
-from outrider.engine.gpu.products import (
+from outrider.engine.backends.gpu.attention import paged_attention
+from outrider.engine.backends.gpu.entries import Angles, store_entries
+from outrider.engine.backends.gpu.products import (
     GATED_SILU,
     GELU,
     MOST_ROWS,
@@ -27,7 +27,7 @@ from outrider.engine.gpu.products import (
     GpuProduct,
     Tiles,
 )
-from outrider.engine.paged_attention import reference_varlen_attn
+from outrider.engine.backends.paged.attention import reference_varlen_attn
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: masked places hold anything
 TOLERANCE = 1e-4

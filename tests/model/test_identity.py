@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.engine import identity
-from outrider.engine.loader import ModelOptions, load
+from outrider.engine.models import identity
+from outrider.engine.models.loader import ModelOptions, load
 from tests.tiny_models import byte_tokenizer, disagreeing_copy, make_model, save
 
 

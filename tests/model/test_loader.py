@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from outrider.engine.loader import (
+from outrider.engine.backends.runner import Feed
+from outrider.engine.models.loader import (
     FINGERPRINT_BLOCK,
     LoadedModel,
     ModelOptions,
@@ -22,7 +23,6 @@ from outrider.engine.loader import (
     choose_forward_pass,
     load,
 )
-from outrider.engine.runner import Feed
 from tests.tiny_models import CONTEXT_LENGTH, FAMILIES, REFUSED_FAMILIES, VOCAB_SIZE, byte_tokenizer, make_model, save
 
 
@@ -180,7 +180,7 @@ class TestTokenizer:
         assert files.chat_template == tokenizer.chat_template
 
     def test_that_is_missing_is_said_once_and_served_without(self, tmp_path, caplog):
-        with caplog.at_level(logging.WARNING, "outrider.engine.loader"):
+        with caplog.at_level(logging.WARNING, "outrider.engine.models.loader"):
             assert load_from(save(make_model("llama", 0), tmp_path)).tokenizer is None
         assert [record.message for record in caplog.records if "clients must send token ids" in record.message] != []
 
@@ -267,7 +267,7 @@ class TestRefused:
         model = make_model("llama", 0)
         for layer in model.model.layers:
             layer.mlp.act_fn = torch.nn.GELU()
-        with caplog.at_level(logging.WARNING, "outrider.engine.loader"):
+        with caplog.at_level(logging.WARNING, "outrider.engine.models.loader"):
             forward_pass = choose_forward_pass(model)
         assert type(forward_pass).__name__ == "TransformersForward"
         assert "in the faster forward pass, rows differ by a total variation" in caplog.text

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.engine.backends.paged.attention import reference_varlen_attn
+from outrider.engine.backends.paged.cache import EntryShape, PagePool
+from outrider.engine.backends.paged.drafting import DraftingPagedRunner
+from outrider.engine.backends.paged.graphs import Buckets, EagerRunner
+from outrider.engine.backends.runner import MOST_DRAWS, DraftingRunner, Feed, ForwardPass, ModelRunner
 from outrider.engine.engine import Demand, Engine, Sequence
-from outrider.engine.graphs import Buckets, EagerRunner
-from outrider.engine.loader import choose_forward_pass
-from outrider.engine.paged import EntryShape, PagePool
-from outrider.engine.paged_attention import reference_varlen_attn
-from outrider.engine.paged_drafting import DraftingPagedRunner
-from outrider.engine.runner import MOST_DRAWS, DraftingRunner, Feed, ForwardPass, ModelRunner
-from outrider.probs import MOST_SUPPORT, Draft, PlainSampling, draft_tokens
-from outrider.rng import Noise
-from outrider.tokens import TokenLog
-from outrider.warping import Warping
+from outrider.engine.models.loader import choose_forward_pass
+from outrider.protocol.tokens import TokenLog
+from outrider.sampling.probs import MOST_SUPPORT, Draft, PlainSampling, draft_tokens
+from outrider.sampling.rng import Noise
+from outrider.sampling.warping import Warping
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model
 
 PAGE_SIZE = 4

@@ -13,22 +13,23 @@ from random import Random
 import pytest
 import torch
 
-from outrider.engine import paged_choice, paged_runner
-from outrider.engine.engine import Demand, Engine, Sequence
-from outrider.engine.graphs import Buckets, EagerRunner
-from outrider.engine.loader import ModelOptions, choose_forward_pass, load
-from outrider.engine.paged import EntryShape, PagePool
-from outrider.engine.paged_attention import PagedBatch, PagedKernels, reference_varlen_attn
-from outrider.engine.paged_choice import (
+from outrider.engine.backends.paged import choice as paged_choice
+from outrider.engine.backends.paged import runner as paged_runner
+from outrider.engine.backends.paged.attention import PagedBatch, PagedKernels, reference_varlen_attn
+from outrider.engine.backends.paged.cache import EntryShape, PagePool
+from outrider.engine.backends.paged.choice import (
     HALF_PRECISION,
     CacheOptions,
     cached_tokens_that_fit,
     choose_runner,
     why_no_pages,
 )
-from outrider.engine.paged_runner import PagedRunner, StagedInputs
-from outrider.engine.runner import DeviceRunner, Feed, ForwardPass, ModelRunner
-from outrider.tokens import TokenLog
+from outrider.engine.backends.paged.graphs import Buckets, EagerRunner
+from outrider.engine.backends.paged.runner import PagedRunner, StagedInputs
+from outrider.engine.backends.runner import DeviceRunner, Feed, ForwardPass, ModelRunner
+from outrider.engine.engine import Demand, Engine, Sequence
+from outrider.engine.models.loader import ModelOptions, choose_forward_pass, load
+from outrider.protocol.tokens import TokenLog
 from tests.model.against_transformers import interleaved_logits
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from numba import config
 
-from outrider.engine.compiled import tiles
-from outrider.engine.compiled.runner import TILES_FROM, CompiledLlamaRunner
+from outrider.engine.backends.compiled import tiles
+from outrider.engine.backends.compiled.runner import TILES_FROM, CompiledLlamaRunner
 from tests.model.test_compiled import exact_in, uses_tiles, with_tiles
 
 NUMS_ROWS = [1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 50, 100]

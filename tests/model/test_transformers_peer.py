@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from outrider_client.bench.samples import PEER_METHODS, Cell, Settings
+from outrider_client.bench.transformers_peer import PeerOptions, TransformersPeer, draft_config, load_peer
+from outrider_client.errors import InvalidRequestError
 from transformers import AutoModelForCausalLM
 
-from client.bench.samples import PEER_METHODS, Cell, Settings
-from client.bench.transformers_peer import PeerOptions, TransformersPeer, draft_config, load_peer
-from client.errors import InvalidRequestError
 from tests import tiny_models
 
 PROMPT = [5, 40, 33]

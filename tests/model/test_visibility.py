@@ -18,13 +18,13 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from outrider.engine import loader, visibility
-from outrider.engine.attention import causal_mask
-from outrider.engine.configuration import hold_rotary_factors
-from outrider.engine.llama import LlamaForward
-from outrider.engine.loader import ModelRefusedError, choose_forward_pass
-from outrider.engine.runner import ModelRunner, TransformersForward
-from outrider.engine.visibility import CAUSAL, AskedMask, Visible
+from outrider.engine.backends.attention import causal_mask
+from outrider.engine.backends.llama import LlamaForward
+from outrider.engine.backends.runner import ModelRunner, TransformersForward
+from outrider.engine.models import loader, visibility
+from outrider.engine.models.configuration import hold_rotary_factors
+from outrider.engine.models.loader import ModelRefusedError, choose_forward_pass
+from outrider.engine.models.visibility import CAUSAL, AskedMask, Visible
 from tests.every_family import make_tiny
 from tests.model.against_transformers import LLAMA3_ROPE, interleaved_logits, own_logits, texts
 from tests.tiny_models import CONTEXT_LENGTH, make_model
@@ -139,7 +139,7 @@ class TestModels:
         """Families whose layers say one window and whose masks another run as transformers has them."""
         model = make_model("mistral", 0, sliding_window=8)
         assert isinstance(choose_forward_pass(copy.deepcopy(model)), LlamaForward)
-        monkeypatch.setattr("outrider.engine.llama.sliding_window", lambda attention, config: 9)
+        monkeypatch.setattr("outrider.engine.backends.llama.sliding_window", lambda attention, config: 9)
         assert isinstance(choose_forward_pass(model), TransformersForward)
 
     def test_masks_that_are_taken_for_causal_are_noticed(self, monkeypatch):
@@ -185,7 +185,7 @@ class TestRotaryFactors:
     def test_a_short_text_beside_one_that_is_too_long_is_what_it_is_alone(self, model, monkeypatch):
         """Even one that no service would let in."""
         own = model()
-        monkeypatch.setattr("outrider.engine.configuration._refuse_if_within", lambda *given: None)
+        monkeypatch.setattr("outrider.engine.models.configuration._refuse_if_within", lambda *given: None)
         short, long = texts(0)[1], [*texts(0)[3], *texts(0)[2]]
         rows = interleaved_logits(ModelRunner(choose_forward_pass(copy.deepcopy(own))), [short, long], 0)
         assert (rows[0] - own_logits(own, short)).abs().max() < 1e-11

@@ -18,8 +18,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("outrider", "draft_service", "target_service", "client")
-FOLDERS = (*PACKAGES, "protos", "scripts", "tests")
+HOMES = {
+    "outrider": ".",
+    "outrider_client": "client",
+    "outrider_draft": "draft_service",
+    "outrider_target": "target_service",
+}
+FOLDERS = ("outrider", "client", "draft_service", "target_service", "protos", "scripts", "tests")
 FILES = ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore")
 STUBS = {
     f"outrider/v1/{name}_pb2{end}" for name in ("common", "draft", "target") for end in (".py", ".pyi", "_grpc.py")
@@ -69,21 +74,21 @@ def environment(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
 
 def test_the_wheel_holds_the_stubs_and_every_file_of_the_packages(sources, archives):
     wanted = {
-        path.relative_to(sources).as_posix()
-        for package in PACKAGES
-        for path in (sources / package).rglob("*")
+        path.relative_to(sources / home).as_posix()
+        for package, home in HOMES.items()
+        for path in (sources / home / package).rglob("*")
         if path.is_file()
     }
-    assert "client/bench/prompts.txt" in wanted
+    assert "outrider_client/bench/prompts.txt" in wanted
     with zipfile.ZipFile(archives[1]) as wheel:
-        held = {name for name in wheel.namelist() if name.startswith(PACKAGES) and ".dist-info/" not in name}
+        held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == wanted | STUBS | {"outrider/v1/__init__.py"}
 
 
 def test_the_source_archive_holds_the_protos_and_no_stubs(archives):
     with tarfile.open(archives[0]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"hatch_build.py", "protos/outrider/v1/target.proto", "outrider/wire.py"} <= held
+    assert {"hatch_build.py", "protos/outrider/v1/target.proto", "outrider/protocol/wire.py"} <= held
     assert [name for name in held if name.startswith("outrider/v1")] == []
 
 
@@ -93,7 +98,10 @@ def test_no_torch_comes_with_the_client(environment):
 
 
 def test_client_and_stubs_can_be_imported_from_the_wheel(environment):
-    program = "import client, outrider.v1.draft_pb2_grpc, outrider.v1.target_pb2_grpc; print(client.__file__)"
+    program = (
+        "import outrider, outrider.v1.draft_pb2_grpc, outrider.v1.target_pb2_grpc; "
+        "print(outrider.SpeculativeClient and outrider.__file__)"
+    )
     result = run(environment / "python", "-c", program, cwd=environment)
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).is_relative_to(environment.parent)
@@ -110,7 +118,7 @@ def test_client_and_stubs_can_be_imported_from_the_wheel(environment):
         ("outrider", "info", "--help"),
         ("outrider-draft", "--help"),
         ("outrider-target", "--help"),
-        ("python", "-m", "outrider.healthcheck", "--help"),
+        ("python", "-m", "outrider.serving.healthcheck", "--help"),
     ],
 )
 def test_every_command_line_answers_without_torch(environment, command):

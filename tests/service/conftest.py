@@ -23,11 +23,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from outrider import wire
+from outrider.engine.backends.runner import ModelRunner
 from outrider.engine.engine import Engine
-from outrider.engine.runner import ModelRunner
-from outrider.rng import Purpose, uniforms
-from outrider.tokens import TokenLog
+from outrider.protocol import wire
+from outrider.protocol.tokens import TokenLog
+from outrider.sampling.rng import Purpose, uniforms
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from tests import tiny_models
 from tests.servers import DRAFT, TARGET, RawStream, RunningServer, Services, shared_services

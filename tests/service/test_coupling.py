@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from outrider.rng import key_of, philox4x32
+from outrider.sampling.rng import key_of, philox4x32
 from outrider.v1 import common_pb2
 from tests.servers import RawStream
 from tests.service.conftest import (

@@ -8,11 +8,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from outrider_draft import drafter
+from outrider_target import scheduler
 
-import outrider.service
-from draft_service import drafter
-from outrider.engine.loader import ModelRefusedError
-from target_service import scheduler
+import outrider.serving.service
+from outrider.engine.models.loader import ModelRefusedError
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import KINDS, open_proposals, open_verification, round_of, span
 from tests.service.test_status_codes import reason_of
@@ -33,14 +33,14 @@ def health_of(server, service: str) -> int:
 
 @KINDS
 def test_a_service_is_unavailable_until_its_model_is_warm(services, models, monkeypatch, kind):
-    loading, may_load, load = threading.Event(), threading.Event(), outrider.service.load
+    loading, may_load, load = threading.Event(), threading.Event(), outrider.serving.service.load
 
     def slow_load(options):
         loading.set()
         may_load.wait()
         return load(options)
 
-    monkeypatch.setattr(outrider.service, "load", slow_load)
+    monkeypatch.setattr(outrider.serving.service, "load", slow_load)
     server = services.listen(kind, models.draft_path)
     starting = threading.Thread(target=server.load)
     starting.start()

@@ -10,7 +10,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from outrider.engine.loader import ModelRefusedError
+from outrider.engine.models.loader import ModelRefusedError
 from tests.servers import DRAFT, TARGET, RawStream, RunningServer
 from tests.service.conftest import (
     PROMPT,

@@ -13,8 +13,8 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from outrider.calls import RareLog
-from outrider.messages import MOST_OTHER_BYTES, most_bytes
+from outrider.serving.calls import RareLog
+from outrider.serving.messages import MOST_OTHER_BYTES, most_bytes
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream
 from tests.service.conftest import (
@@ -88,7 +88,7 @@ def test_garbage_is_invalid_and_its_place_is_free_again(servers, kind, place, ga
 @KINDS
 def test_garbage_is_said_in_the_log_once_a_second_and_without_a_trace(servers, kind, caplog, monkeypatch):
     server, _, _ = servers[kind]
-    monkeypatch.setattr("outrider.calls.LOG_INTERVAL_S", PATIENCE_S)
+    monkeypatch.setattr("outrider.serving.calls.LOG_INTERVAL_S", PATIENCE_S)
     with caplog.at_level(logging.INFO):
         for garbage in [*GARBAGE.values(), b"\xff" * 100_000_0] * 3:
             check_invalid(refusal_of(method(kind, server)(iter([garbage]), timeout=PATIENCE_S)))

@@ -9,19 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import grpc
+import outrider_draft.servicer
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from outrider_draft.drafter import Drafter
+from outrider_draft.servicer import MOST_UNAPPLIED, MOST_UNSENT
 
-import draft_service.servicer
-import outrider.service
-from draft_service.drafter import Drafter
-from draft_service.servicer import MOST_UNAPPLIED, MOST_UNSENT
-from outrider.calls import Call
-from outrider.errors import SessionIdleError
-from outrider.mailbox import Mailbox
-from outrider.service import MOST_QUESTIONS, ModelHost
+import outrider.serving.service
+from outrider.common.mailbox import Mailbox
+from outrider.protocol.errors import SessionIdleError
+from outrider.serving.calls import Call
+from outrider.serving.service import MOST_QUESTIONS, ModelHost
 from outrider.v1 import target_pb2
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import (
@@ -82,7 +82,7 @@ def end_of(stream: RawStream) -> grpc.RpcError:
 
 @KINDS
 def test_a_stream_without_a_first_message_ends_and_has_no_place(services, models, monkeypatch, kind):
-    monkeypatch.setattr(outrider.service, "FIRST_MESSAGE_S", 0.2)
+    monkeypatch.setattr(outrider.serving.service, "FIRST_MESSAGE_S", 0.2)
     server = services.start(kind, models.target_path, max_sessions=1)
     with silent(kind, server) as stream, session(kind, server) as speaking:
         speaking.receive()
@@ -169,8 +169,8 @@ def flood(first: int, number: int):
 
 def test_a_draft_drafts_nothing_for_whoever_does_not_read(services, models, monkeypatch):
     monkeypatch.setattr(SeenMailbox, "most", 0)
-    monkeypatch.setattr(draft_service.servicer, "Mailbox", SeenMailbox)
-    monkeypatch.setattr(draft_service.servicer, "IDLE_COMMITS_A_SECOND", 10_000.0)
+    monkeypatch.setattr(outrider_draft.servicer, "Mailbox", SeenMailbox)
+    monkeypatch.setattr(outrider_draft.servicer, "IDLE_COMMITS_A_SECOND", 10_000.0)
     server = services.start(DRAFT, models.draft_path)
     applied = []
     commit = Drafter.commit
@@ -197,7 +197,7 @@ def test_a_draft_drafts_nothing_for_whoever_does_not_read(services, models, monk
 
 def test_commits_wait_in_the_stream_while_a_pass_runs(services, models, monkeypatch, held_up):
     held_up.released.set()
-    monkeypatch.setattr(draft_service.servicer, "IDLE_COMMITS_A_SECOND", 10_000.0)
+    monkeypatch.setattr(outrider_draft.servicer, "IDLE_COMMITS_A_SECOND", 10_000.0)
     server = services.start(DRAFT, models.draft_path)
     read = []
     commit = Drafter.commit
@@ -219,7 +219,7 @@ def test_commits_wait_in_the_stream_while_a_pass_runs(services, models, monkeypa
 
 
 def test_commits_that_nothing_is_drafted_between_are_read_one_after_the_other(services, models, monkeypatch):
-    monkeypatch.setattr(draft_service.servicer, "IDLE_COMMITS_A_SECOND", 1e-9)
+    monkeypatch.setattr(outrider_draft.servicer, "IDLE_COMMITS_A_SECOND", 1e-9)
     server = services.start(DRAFT, models.draft_path)
     read = []
     commit = Drafter.commit
@@ -227,7 +227,7 @@ def test_commits_that_nothing_is_drafted_between_are_read_one_after_the_other(se
     with RawStream(server.stub.Propose, open_proposals(ahead=0)) as stream:
         for index in range(1, 200):
             stream.send(commit_of(index, span([3], T, PROMPT), window=T + 1))
-        most = int(draft_service.servicer.IDLE_COMMITS) + 1
+        most = int(outrider_draft.servicer.IDLE_COMMITS) + 1
         eventually(lambda: len(read) == most, "as many as come at once")
         check_draft_serves(server, models.draft)
         assert len(read) == most
@@ -300,7 +300,7 @@ def test_tokenizers_that_nobody_reads_keep_none_from_others(services, models, mo
     with another_connection(server) as channel:
         parts = list(TARGET.stub(channel).GetTokenizer(question, timeout=PATIENCE_S))
         assert sum(len(part.tokenizer_json) for part in parts) == len(files.tokenizer_json)
-        monkeypatch.setattr(outrider.service, "UNREAD_S", 0.1)
+        monkeypatch.setattr(outrider.serving.service, "UNREAD_S", 0.1)
         late = TARGET.stub(channel).GetTokenizer(question, timeout=PATIENCE_S)
         eventually(lambda: turns._inside[()] == MOST_QUESTIONS // 4 + 1, "one more")
         eventually(lambda: turns._inside[()] == MOST_QUESTIONS // 4, "is ended when it takes nothing")
@@ -316,9 +316,9 @@ def test_tokenizers_that_nobody_reads_keep_none_from_others(services, models, mo
 
 @KINDS
 def test_who_opens_and_leaves_in_a_loop_is_slowed_and_its_neighbour_is_not(services, models, monkeypatch, kind):
-    assert outrider.service.MOST_OPENINGS // 4 == 64, "of one connection at once"
-    monkeypatch.setattr(outrider.service, "MOST_OPENINGS", 32)
-    monkeypatch.setattr(outrider.service, "ABANDONED_S", PATIENCE_S)
+    assert outrider.serving.service.MOST_OPENINGS // 4 == 64, "of one connection at once"
+    monkeypatch.setattr(outrider.serving.service, "MOST_OPENINGS", 32)
+    monkeypatch.setattr(outrider.serving.service, "ABANDONED_S", PATIENCE_S)
     server = services.start(kind, models.target_path, max_sessions=1000)
     opened = server._servicer._host._places
     for _ in range(20):  # those that are answered count no longer

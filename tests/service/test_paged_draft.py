@@ -52,7 +52,7 @@ def test_a_batch_up_to_the_contexts_end_is_drafted_and_gives_all_pages_back(page
 
 def test_what_is_drafted_beyond_the_page_table_loses_no_page(paged_draft, monkeypatch):
     """Even where nothing is checked before."""
-    from draft_service import session as session_module
+    from outrider_draft import session as session_module
 
     monkeypatch.setattr(session_module.Path, "num_wanted", property(lambda path: CONTEXT_LENGTH + 40 - path.length))
     for _ in range(3):

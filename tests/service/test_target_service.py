@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from outrider.tokens import TokenLog
+from outrider.protocol.tokens import TokenLog
 from outrider.v1 import target_pb2
 from tests import tiny_models
 from tests.servers import TARGET, RawStream, eventually

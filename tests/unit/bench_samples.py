@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from client.bench.metrics import Timeline
-from client.bench.result_file import Kind, Result
-from client.bench.samples import Cell, Sample, Settings
-from client.results import GenerationStats, RoundStats
+from outrider_client.bench.metrics import Timeline
+from outrider_client.bench.result_file import Kind, Result
+from outrider_client.bench.samples import Cell, Sample, Settings
+from outrider_client.results import GenerationStats, RoundStats
 
 AR = Cell("autoregressive", 0.0)
 PAIR = Cell("speculative", 0.0, 2)

@@ -6,8 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-
-from client.acceptance import (
+from outrider_client.acceptance import (
     Decision,
     InvalidProposalError,
     Proposal,

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from outrider.admission import LONGEST_DELAY_S, SHORTEST_DELAY_S, Places, Turnstile
-from outrider.callers import Caller
-from outrider.errors import ResourceExhaustedError, ServiceError
+from outrider.common.callers import Caller
+from outrider.protocol.errors import ResourceExhaustedError, ServiceError
+from outrider.serving.admission import LONGEST_DELAY_S, SHORTEST_DELAY_S, Places, Turnstile
 
 ONE, SAME_HOST, OTHER_HOST = ("a", "1"), ("a", "2"), ("b", "1")
 

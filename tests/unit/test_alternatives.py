@@ -9,17 +9,18 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from outrider_draft import session as session_module
+from outrider_draft.alternatives import Alternative, likely_alternatives
+from outrider_draft.drafter import Drafter
+from outrider_draft.session import Commit, Drafted, DraftOptions, Path, Prepared, Session
 
-from draft_service import session as session_module
-from draft_service.alternatives import Alternative, likely_alternatives
-from draft_service.drafter import Drafter
-from draft_service.session import Commit, Drafted, DraftOptions, Path, Prepared, Session
-from outrider import wire
 from outrider.engine.engine import Engine
-from outrider.probs import Draft
-from outrider.tokens import TokenLog
+from outrider.protocol import wire
+from outrider.protocol.tokens import TokenLog
+from outrider.sampling.messages import warping_to_proto
+from outrider.sampling.probs import Draft
+from outrider.sampling.warping import Warping
 from outrider.v1 import common_pb2
-from outrider.warping import Warping
 from tests import toy_services as toys
 from tests.unit.test_toy_services import SEED, TableRunner
 
@@ -87,7 +88,7 @@ class Bench:
 def expected(prefix: Sequence[int], number: int, options: DraftOptions = OPTIONS) -> list[int]:
     """Return what a session drafts behind a prefix, by the toys' own reckoning."""
     opening = toys.draft_pb2.OpenProposals(
-        sampling=wire.warping_to_proto(options.warping, options.is_coupled),
+        sampling=warping_to_proto(options.warping, options.is_coupled),
         seed=SEED,
         committed=common_pb2.TokenSpan(token_ids=wire.pack_ids(prefix)),
         window=len(prefix) + number,

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from outrider_client.arguments import prompt_of
+from outrider_client.connection import ConnectionSettings, Target, begin_conversation
+from outrider_client.controller import PairSpeeds
+from outrider_client.errors import InvalidRequestError
+from outrider_client.params import MOST_STOP_CHARACTERS
+from outrider_client.text import TargetTokenizer
 
-from client import AsyncSpeculativeClient, Patience, SamplingParams, SpeculationParams, SpeculativeClient
-from client.arguments import prompt_of
-from client.connection import ConnectionSettings, Target, begin_conversation
-from client.controller import PairSpeeds
-from client.errors import InvalidRequestError
-from client.params import MOST_STOP_CHARACTERS
-from client.text import TargetTokenizer
+from outrider import AsyncSpeculativeClient, Patience, SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.v1 import common_pb2
 from tests.tiny_models import byte_tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from outrider.averages import Average, Line
+from outrider.common.averages import Average, Line
 
 
 def test_a_line_finds_its_slope_and_says_its_prior_where_it_has_seen_one_place_only():

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from outrider_client.__main__ import main
+from outrider_client.bench.metrics import DEFINITIONS
+from outrider_client.bench.result_file import write
+from outrider_client.cli.bench import bench
 
-from client.__main__ import main
-from client.bench.metrics import DEFINITIONS
-from client.bench.result_file import write
-from client.commands.bench import bench
 from tests.unit.bench_samples import ar_sample, make_result, pair_sample
 
 
@@ -70,16 +70,18 @@ def test_a_wrong_option_is_refused_before_anything_starts(arguments, message):
 @pytest.mark.parametrize(
     ("library", "module", "option", "extra"),
     [
-        ("torch", "transformers_peer", "--compare=transformers", "outrider[serve]"),
-        ("transformers", "transformers_peer", "--compare=transformers", "outrider[serve]"),
-        ("matplotlib", "charts", "--plot=charts", "outrider[plot]"),
+        ("torch", "transformers_peer", "--compare=transformers", ".[serve]"),
+        ("transformers", "transformers_peer", "--compare=transformers", ".[serve]"),
+        ("matplotlib", "charts", "--plot=charts", ".[plot]"),
     ],
 )
 def test_a_missing_extra_is_named_before_anything_starts(library, module, option, extra, monkeypatch):
-    import client.bench
+    import outrider_client.bench
 
-    monkeypatch.delattr(client.bench, module, raising=False)
-    for name in [name for name in sys.modules if name.partition(".")[0] == library or name == f"client.bench.{module}"]:
+    monkeypatch.delattr(outrider_client.bench, module, raising=False)
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] == library or name == f"outrider_client.bench.{module}"
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     message = run("--draft-model=nothing", option, status=1).stderr

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
-from client.bench.limit import Costs, ideal_tokens_per_s
-from client.bench.metrics import Distribution, Spread
-from client.bench.rounds import summarise_rounds
-from client.bench.samples import Cell
-from client.bench.summary import (
+from outrider_client.bench.limit import Costs, ideal_tokens_per_s
+from outrider_client.bench.metrics import Distribution, Spread
+from outrider_client.bench.rounds import summarise_rounds
+from outrider_client.bench.samples import Cell
+from outrider_client.bench.summary import (
     TimeSplit,
     compare_methods,
     compare_with_one_user,
@@ -19,6 +18,7 @@ from client.bench.summary import (
     rates_by_repetition,
     summarise,
 )
+
 from tests.unit.bench_samples import AR, ASSISTED, HF, PAIR, VOCAB_SIZE, ar_sample, pair_sample, peer_sample
 
 SAMPLES = [

@@ -6,17 +6,14 @@ import io
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
-from rich.table import Table
-
-from client.bench.differences import CellDifference, Difference
-from client.bench.formatting import METHOD_LABELS, figure, num_digits, spread_text
-from client.bench.limit import Costs
-from client.bench.metrics import Distribution, Spread
-from client.bench.rounds import RoundRow
-from client.bench.samples import ALL_METHODS, Cell
-from client.bench.summary import TIME_PARTS, Comparison, Row, Speculation, TimeSplit
-from client.bench.tables import (
+from outrider_client.bench.differences import CellDifference, Difference
+from outrider_client.bench.formatting import METHOD_LABELS, figure, num_digits, spread_text
+from outrider_client.bench.limit import Costs
+from outrider_client.bench.metrics import Distribution, Spread
+from outrider_client.bench.rounds import RoundRow
+from outrider_client.bench.samples import ALL_METHODS, Cell
+from outrider_client.bench.summary import TIME_PARTS, Comparison, Row, Speculation, TimeSplit
+from outrider_client.bench.tables import (
     comparison_table,
     difference_table,
     latency_table,
@@ -28,7 +25,10 @@ from client.bench.tables import (
     throughput_table,
     time_table,
 )
-from client.commands.bench.presenting import tables_of
+from outrider_client.cli.bench.presenting import tables_of
+from rich.console import Console
+from rich.table import Table
+
 from tests.unit.bench_samples import AR, HF, PAIR, ar_sample, make_result, pair_sample, peer_sample
 
 COLUMNS = 80

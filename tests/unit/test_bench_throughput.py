@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
+from outrider_client.bench.grid import make_grid, run_grid, turned
+from outrider_client.bench.metrics import Timeline
+from outrider_client.bench.samples import Cell, Settings
+from outrider_client.bench.services import wait_until_quiet
+from outrider_client.bench.throughput import Made, PeerLoad, Text, arrival_times, run_loads
+from outrider_client.errors import InvalidRequestError
 
-from client.bench.grid import make_grid, run_grid, turned
-from client.bench.metrics import Timeline
-from client.bench.samples import Cell, Settings
-from client.bench.services import wait_until_quiet
-from client.bench.throughput import Made, PeerLoad, Text, arrival_times, run_loads
-from client.errors import InvalidRequestError
 from tests.unit.bench_samples import AR, HF, PAIR
 
 LINE = Timeline([0.1], [1], 0.1)

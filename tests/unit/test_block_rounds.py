@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import grpc
 import pytest
+from outrider_client import acceptance
+from outrider_client.conversation import Link
+from outrider_client.generation import Generation
 
-from client import acceptance
-from client.conversation import Link
-from client.generation import Generation
-from outrider.rng import uniforms
+from outrider.sampling.rng import uniforms
 from tests import toy_services as toys
 from tests.toy_services import Stream, World, make_conversation
 

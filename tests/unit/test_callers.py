@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from outrider.callers import caller_of
+from outrider.common.callers import caller_of
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from datetime import datetime
 
 import pytest
+from outrider_client import chat_template as chat_template_module
+from outrider_client.chat_template import ChatTemplate
+from outrider_client.errors import InvalidRequestError, ServiceFailedError
+from outrider_client.text import TargetTokenizer
 
-from client import chat_template as chat_template_module
-from client.chat_template import ChatTemplate
-from client.errors import InvalidRequestError, ServiceFailedError
-from client.text import TargetTokenizer
 from tests.chat_templates import CONVERSATIONS, TALK, TEMPLATES, THOUGHT, USER
 from tests.tiny_models import byte_tokenizer
 

@@ -13,9 +13,8 @@ from random import Random
 from statistics import fmean
 
 import pytest
-
-from client import controller
-from client.controller import (
+from outrider_client import controller
+from outrider_client.controller import (
     PREPARE_ROUNDS,
     Acceptance,
     FixedLength,

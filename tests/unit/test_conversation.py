@@ -14,11 +14,26 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from client.connection import SEEDED_BLOCK_LENGTH, ConnectionSettings, Target, begin_conversation, lengths_for
-from client.controller import PairSpeeds, RoundTimes
-from client.conversation import BROKEN_LINK, COME_AGAIN, Conversation, Describe, Link, Open, Patience, Send, Wait
-from client.errors import (
+from outrider_client.connection import (
+    SEEDED_BLOCK_LENGTH,
+    ConnectionSettings,
+    Target,
+    begin_conversation,
+    lengths_for,
+)
+from outrider_client.controller import PairSpeeds, RoundTimes
+from outrider_client.conversation import (
+    BROKEN_LINK,
+    COME_AGAIN,
+    Conversation,
+    Describe,
+    Link,
+    Open,
+    Patience,
+    Send,
+    Wait,
+)
+from outrider_client.errors import (
     DeadlineExceededError,
     IncompatiblePairError,
     InvalidRequestError,
@@ -26,9 +41,10 @@ from client.errors import (
     ServiceFailedError,
     ServiceUnavailableError,
 )
-from client.params import SamplingParams, SpeculationParams
-from client.results import Chunk, GenerationResult
-from outrider import wire
+from outrider_client.params import SamplingParams, SpeculationParams
+from outrider_client.results import Chunk, GenerationResult
+
+from outrider.protocol import wire
 from outrider.v1 import draft_pb2
 from tests import toy_services as toys
 from tests.toy_services import Law, Stream, World, make_conversation, model_info

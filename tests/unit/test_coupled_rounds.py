@@ -9,9 +9,9 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outrider_client.acceptance import Decision, Proposal, TargetRow, decide_coupled
+from outrider_client.conversation import Link
 
-from client.acceptance import Decision, Proposal, TargetRow, decide_coupled
-from client.conversation import Link
 from tests import toy_services as toys
 from tests.toy_services import Stream, World, make_conversation
 

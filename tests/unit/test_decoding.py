@@ -11,11 +11,10 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+from outrider_client.decoding import UNFINISHED, Piece, Pieces, TextDecoder
+from outrider_client.errors import ServiceFailedError
+from outrider_client.text import TargetTokenizer, TextStream
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-from client.decoding import UNFINISHED, Piece, Pieces, TextDecoder
-from client.errors import ServiceFailedError
-from client.text import TargetTokenizer, TextStream
 
 CORPUS = [
     "Once upon a time there was a cat. It didn't sit, did it?",

@@ -20,12 +20,12 @@ from typing import Any
 import click
 import pytest
 import yaml
+from outrider_client.__main__ import main as outrider
+from outrider_draft.__main__ import main as outrider_draft
+from outrider_target.__main__ import main as outrider_target
 
-from client.__main__ import main as outrider
-from draft_service.__main__ import main as outrider_draft
-from outrider import healthcheck
+from outrider.serving import healthcheck
 from outrider.v1 import draft_pb2, target_pb2
-from target_service.__main__ import main as outrider_target
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
@@ -169,7 +169,7 @@ def test_the_published_port_is_the_one_listened_on_and_only_on_loopback(name, mo
 def test_the_health_check_asks_this_service_on_its_port(name, monkeypatch):
     service = compose()[name]
     kind, *command = service["healthcheck"]["test"]
-    assert (kind, command[:3]) == ("CMD", ["python", "-m", "outrider.healthcheck"])
+    assert (kind, command[:3]) == ("CMD", ["python", "-m", "outrider.serving.healthcheck"])
     asked = healthcheck.main.make_context("healthcheck", command[3:]).params
     assert port_of(asked["address"]) == port_of(parse(service, monkeypatch)["listen"])
     assert asked["service"] == SERVICE_NAMES[service["command"][0]]

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from outrider import device_rows
-from outrider.device_rows import RowOptions
-from outrider.host_rows import GIVEN, draft_rows, noise_addresses
-from outrider.host_rows import target_rows as host_target_rows
-from outrider.probs import MIN_SUPPORT_PROB, on_device, reader_of
-from outrider.rng import Noise
+from outrider.sampling.probs import MIN_SUPPORT_PROB, on_device, reader_of
+from outrider.sampling.readers import device_rows
+from outrider.sampling.readers.device_rows import RowOptions
+from outrider.sampling.readers.host_rows import GIVEN, draft_rows, noise_addresses
+from outrider.sampling.readers.host_rows import target_rows as host_target_rows
+from outrider.sampling.rng import Noise
 
-gpu_rows = pytest.importorskip("outrider.gpu_rows")
+gpu_rows = pytest.importorskip("outrider.sampling.readers.gpu_rows")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: rows that are no law
 READERS = {"torch": device_rows, "kernels": gpu_rows}
 EVERY_READER = pytest.mark.parametrize("reader", READERS.values(), ids=READERS)

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.engine import engine as engine_module
+from outrider.engine.backends.runner import Feed
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.fairness import fair_shares
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.runner import Feed
-from outrider.tokens import TokenLog
+from outrider.protocol.tokens import TokenLog
 
 MAX_LENGTH = 40  # of a sequence
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.fairness import ABSENCE_S, FairPasses, fair_shares_by_caller
-from outrider.tokens import TokenLog
+from outrider.protocol.tokens import TokenLog
 from tests.unit.test_engine import DigestRunner
 
 HOST, OTHER = "host", "other"

@@ -7,15 +7,16 @@ wants it.
 from __future__ import annotations
 
 import pytest
+from outrider_client.draft_link import DraftLink
+from outrider_client.errors import CacheMismatchError, InvalidRequestError, ServiceFailedError
+from outrider_client.generation import Generation
+from outrider_client.params import SpeculationParams
 
-from client.draft_link import DraftLink
-from client.errors import CacheMismatchError, InvalidRequestError, ServiceFailedError
-from client.generation import Generation
-from client.params import SpeculationParams
-from outrider import wire
-from outrider.tokens import TokenLog
+from outrider.protocol import wire
+from outrider.protocol.tokens import TokenLog
+from outrider.sampling.messages import warping_from_proto
+from outrider.sampling.warping import Warping
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
-from outrider.warping import Warping
 
 PROMPT_IDS = [10, 11, 12]
 T = len(PROMPT_IDS)  # the first undecided position
@@ -112,7 +113,7 @@ class TestTargetMessages:
             0,
         )
         assert opening.seed == SEED
-        assert wire.warping_from_proto(opening.sampling) == Warping(0.7, 9)
+        assert warping_from_proto(opening.sampling) == Warping(0.7, 9)
 
     def test_the_first_round_adds_nothing_to_the_opening(self):
         generation = make_generation()
@@ -250,7 +251,7 @@ class TestDraftMessages:
         assert ids_of(opening.committed) == PROMPT_IDS
         assert (opening.seed, opening.window, opening.vocab_size) == (SEED, T + 8, 100)
         assert (opening.max_support, opening.min_draft_prob, opening.greedy) == (8, 0.1, True)
-        assert wire.warping_from_proto(opening.sampling) == Warping(0.7, 9)
+        assert warping_from_proto(opening.sampling) == Warping(0.7, 9)
         assert not opening.HasField("tokenizer")
 
     def test_the_targets_tokenizer_is_named_when_it_has_one(self):

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from outrider.healthcheck import main
+from outrider.serving.healthcheck import main
 
 READY, LOADING, SILENT = "example.Ready", "example.Loading", "example.Silent"
 
@@ -80,7 +80,7 @@ def test_no_server_is_unhealthy():
 
 
 def test_the_module_runs_and_a_proxy_of_the_environment_is_not_used(address):
-    command = [sys.executable, "-m", "outrider.healthcheck", "--address", address, "--service", READY]
+    command = [sys.executable, "-m", "outrider.serving.healthcheck", "--address", address, "--service", READY]
     environment = {"http_proxy": "http://127.0.0.1:1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (run.returncode, run.stdout) == (0, ""), run.stderr

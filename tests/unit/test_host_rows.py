@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from outrider import host_rows
-from outrider import probs as probs_module
-from outrider.compiling import compiled, exponential, largest
-from outrider.host_rows import GIVEN, draft_rows, noise_addresses, target_rows
-from outrider.probs import (
+from outrider.common.compiling import compiled, exponential, largest
+from outrider.protocol.scales import PROB_UNIT, WEIGHT_UNIT
+from outrider.sampling import probs as probs_module
+from outrider.sampling.probs import (
     MIN_SUPPORT_PROB,
     draft_tokens,
     draw_drafts,
@@ -21,10 +20,11 @@ from outrider.probs import (
     read_logits,
     read_target_rows,
 )
-from outrider.race import race
-from outrider.rng import Noise, Purpose, uniforms
-from outrider.scales import PROB_UNIT, WEIGHT_UNIT
-from outrider.warping import COLDEST, Warping
+from outrider.sampling.race import race
+from outrider.sampling.readers import host_rows
+from outrider.sampling.readers.host_rows import GIVEN, draft_rows, noise_addresses, target_rows
+from outrider.sampling.rng import Noise, Purpose, uniforms
+from outrider.sampling.warping import COLDEST, Warping
 from tests.toy_services import addresses_of
 
 LAST = 1 - 2**-53  # the greatest uniform
@@ -394,7 +394,7 @@ class TestBothPaths:
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 3, 64, 701, 4099])
 class TestNoise:
-    """What arrives first is what outrider.race says, on which every device relies."""
+    """What arrives first is what outrider.sampling.race says, on which every device relies."""
 
     NUM_ROWS = 40
 

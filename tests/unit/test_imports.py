@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md, section 8), read from the syntax trees, so that imports inside functions count too.
+"""Who may import whom, read from the syntax trees, so that imports inside functions count too.
 
 `imports` maps every module of the project to the dotted names that it imports.
 """
@@ -14,17 +14,44 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("outrider", "draft_service", "target_service", "client")
-PEERS = ("draft_service", "target_service", "client")  # each may import outrider, none another
+HOMES = {
+    "outrider": ROOT,
+    "outrider_client": ROOT / "client",
+    "outrider_draft": ROOT / "draft_service",
+    "outrider_target": ROOT / "target_service",
+}
 HEAVY = {"torch", "transformers", "safetensors", "accelerate", "numba", "llvmlite"}
-COMPARING = "client.bench.transformers_peer"  # of the client, this module alone may import them, behind an extra
+COMPARING = "outrider_client.bench.transformers_peer"  # of the client, it alone may import them, behind an extra
+
+# Every room, and those that it may import from. The first room whose name a module begins with is the module's.
+SHARED = {"outrider.common", "outrider.v1", "outrider.protocol", "outrider.sampling"}
+SERVICE = SHARED | {"outrider", "outrider.engine", "outrider.serving"}
+ARROWS = {
+    "outrider.common": set(),
+    "outrider.v1": set(),
+    "outrider.protocol": {"outrider.common", "outrider.v1"},
+    "outrider.sampling": {"outrider.common", "outrider.v1", "outrider.protocol"},
+    "outrider.engine": SHARED - {"outrider.v1"},
+    "outrider.serving": SHARED | {"outrider", "outrider.engine"},
+    "outrider": {"outrider_client"},  # the public names
+    "outrider_draft": SERVICE,
+    "outrider_target": SERVICE,
+    "outrider_client": SHARED | {"outrider", COMPARING},
+    COMPARING: {"outrider.engine", "outrider_client"},
+}
 
 
-def modules(root: Path) -> Iterator[tuple[str, Path]]:
+def room_of(name: str) -> str | None:
+    """Return the room of a module, or of a name in one; None for what is not the project's."""
+    rooms = (room for room in sorted(ARROWS, key=len, reverse=True) if f"{name}.".startswith(f"{room}."))
+    return next(rooms, None)
+
+
+def modules(homes: dict[str, Path]) -> Iterator[tuple[str, Path]]:
     """Yield every module of the project with its file; generated stubs are no part of the rule."""
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
+    for package, home in homes.items():
+        for path in sorted((home / package).rglob("*.py")):
+            parts = path.relative_to(home).with_suffix("").parts
             if parts[:2] != ("outrider", "v1"):
                 yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
@@ -41,8 +68,8 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
-def imports_of(root: Path) -> dict[str, set[str]]:
-    return {module: imported_names(path) for module, path in modules(root)}
+def imports_of(homes: dict[str, Path] = HOMES) -> dict[str, set[str]]:
+    return {module: imported_names(path) for module, path in modules(homes)}
 
 
 def top_level(name: str) -> str:
@@ -50,12 +77,12 @@ def top_level(name: str) -> str:
 
 
 def forbidden_imports(imports: dict[str, set[str]]) -> set[tuple[str, str]]:
-    """Return (module, imported top level) for each import of a package that the module's own may not know."""
+    """Return (module, room) for each import from a room that the module's own may not know."""
     return {
-        (module, top_level(name))
+        (module, room)
         for module, names in imports.items()
         for name in names
-        if top_level(name) in PEERS and top_level(name) != top_level(module)
+        if (room := room_of(name)) and room not in {room_of(module), *ARROWS[room_of(module)]}
     }
 
 
@@ -90,38 +117,53 @@ def make_tree(root: Path, **sources: str) -> dict[str, set[str]]:
         path = (root / name.replace("__", "/")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
-    return imports_of(root)
+    return imports_of({top_level(name.replace("__", ".")): root for name in sources})
 
 
-def test_services_and_client_know_outrider_alone_and_outrider_knows_none_of_them():
-    imports = imports_of(ROOT)
-    assert {top_level(module) for module in imports} == set(PACKAGES)
+def test_every_arrow_between_rooms_is_one_of_the_plan():
+    imports = imports_of()
+    assert {room_of(module) for module in imports} == set(ARROWS) - {"outrider.v1"}
     assert forbidden_imports(imports) == set()
 
 
-def test_an_import_of_a_peer_is_found_even_inside_a_function(tmp_path):
-    imports = make_tree(
-        tmp_path,
-        outrider__wire="import client.text",
-        client__sync="from outrider import wire",
-        draft_service__drafter="def late():\n    from target_service import scheduler",
-    )
-    assert forbidden_imports(imports) == {("outrider.wire", "client"), ("draft_service.drafter", "target_service")}
+def test_every_room_says_what_it_knows_and_where_to_begin():
+    files = [path for package, home in HOMES.items() for path in (home / package).rglob("*.py")]
+    folders = {path.parent for path in files} - {ROOT / "outrider", ROOT / "outrider" / "v1"}
+    for folder in folders:
+        docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        for beginning in ("Knows: ", "Does not know: ", "Begin with "):
+            assert beginning in docstring, folder
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "room"),
+    [
+        ("outrider__protocol__wire", "import outrider_client.text", "outrider_client"),
+        ("outrider__sampling__probs", "from outrider.engine import engine", "outrider.engine"),
+        ("outrider__engine__engine", "def late():\n    from outrider.serving import server", "outrider.serving"),
+        ("outrider_draft__drafter", "def late():\n    from outrider_target import scheduler", "outrider_target"),
+        ("outrider_client__sync", "from outrider.engine.models import loader", "outrider.engine"),
+        ("outrider__serving__calls", "from outrider_draft import session", "outrider_draft"),
+    ],
+)
+def test_another_arrow_is_found_even_inside_a_function(tmp_path, module, source, room):
+    imports = make_tree(tmp_path, **{module: source})
+    assert forbidden_imports(imports) == {(module.replace("__", "."), room)}
 
 
 def test_nothing_in_reach_of_the_client_but_one_module_imports_torch():
-    imports = imports_of(ROOT)
-    assert "outrider.wire" in reachable("client", imports)
-    assert "outrider.engine.engine" in reachable("draft_service", imports)
+    imports = imports_of()
+    assert "outrider.protocol.wire" in reachable("outrider_client", imports)
+    assert "outrider.engine.engine" in reachable("outrider_draft", imports)
     comparing = imports.pop(COMPARING)
     assert "torch" in comparing
-    assert heavy_imports("client", imports) == set()
+    assert heavy_imports("outrider_client", imports) == set()
 
 
 def test_what_compares_with_transformers_is_imported_late_and_in_one_place():
-    users = [module for module, names in imports_of(ROOT).items() if COMPARING in names]
-    assert users == ["client.commands.bench.running"]
-    tree = ast.parse((ROOT / "client/commands/bench/running.py").read_text(encoding="utf-8"))
+    users = [module for module, names in imports_of().items() if COMPARING in names]
+    assert users == ["outrider_client.cli.bench.running"]
+    tree = ast.parse((ROOT / "client/outrider_client/cli/bench/running.py").read_text(encoding="utf-8"))
     at_the_top = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     assert "transformers_peer" not in {alias.name for node in at_the_top for alias in node.names}
 
@@ -129,24 +171,27 @@ def test_what_compares_with_transformers_is_imported_late_and_in_one_place():
 def test_torch_is_found_behind_a_chain_of_imports(tmp_path):
     imports = make_tree(
         tmp_path,
-        client__sync="from outrider import wire",
-        outrider__wire="def late():\n    import outrider.probs",
-        outrider__probs="import torch.nn.functional as F",
-        outrider__loader="import transformers",
+        outrider_client__sync="from outrider.protocol import wire",
+        outrider__protocol__wire="def late():\n    import outrider.sampling.probs",
+        outrider__sampling__probs="import torch.nn.functional as F",
+        outrider__engine__loader="import transformers",
     )
-    assert heavy_imports("client", imports) == {("outrider.probs", "torch")}
+    assert heavy_imports("outrider_client", imports) == {("outrider.sampling.probs", "torch")}
 
 
 def test_engines_know_no_grpc():
-    imports = imports_of(ROOT)
+    imports = imports_of()
     engines = {module: names for module, names in imports.items() if module.startswith("outrider.engine")}
-    engines |= {module: imports[module] for module in ("draft_service.drafter", "target_service.scheduler")}
+    engines |= {module: imports[module] for module in ("outrider_draft.drafter", "outrider_target.scheduler")}
     assert [
         module for module, names in engines.items() if any(top_level(name).startswith("grpc") for name in names)
     ] == []
 
 
-@pytest.mark.parametrize("module", ["client", "client.__main__", "outrider.healthcheck", "draft_service.__main__"])
+LIGHT = ["outrider", "outrider_client.sync", "outrider_client.__main__", "outrider.serving.healthcheck"]
+
+
+@pytest.mark.parametrize("module", [*LIGHT, "outrider_draft.__main__", "outrider_target.__main__"])
 def test_a_process_that_needs_no_torch_does_not_load_it(module):
     """The services' command lines are here because `--help` and a wrong option must answer at once."""
     program = f"import sys, {module}; print(sorted(sys.modules.keys() & {HEAVY!r}))"
@@ -154,12 +199,14 @@ def test_a_process_that_needs_no_torch_does_not_load_it(module):
     assert run.stdout == "[]\n"
 
 
-def test_the_client_exports_what_it_names_and_leaves_grpc_to_the_first_use():
+def test_the_public_names_are_imported_when_they_are_used():
     program = (
-        "import sys, client\n"
-        "assert 'grpc' not in sys.modules\n"
-        "missing = [name for name in client.__all__ if getattr(client, name, None) is None]\n"
-        "print(missing, hasattr(client, 'nothing'))"
+        "import sys, outrider\n"
+        "assert not sys.modules.keys() & {'grpc', 'numpy', 'outrider_client'}, 'nothing yet'\n"
+        "assert outrider.SamplingParams().temperature == 1.0\n"
+        "assert 'grpc' not in sys.modules, 'parameters need none'\n"
+        "missing = [name for name in outrider.__all__ if getattr(outrider, name, None) is None]\n"
+        "print(missing, hasattr(outrider, 'nothing'))"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[] False"

@@ -11,22 +11,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from outrider_draft import drafter as drafter_module
+from outrider_draft.drafter import Drafter
+from outrider_draft.session import Commit, Drafted, DraftOptions, Path
+from outrider_draft.session import Session as DraftSession
+from outrider_target import scheduler as scheduler_module
+from outrider_target.scheduler import Round, Scheduler, Span, Verdict
 
-from draft_service import drafter as drafter_module
-from draft_service.drafter import Drafter
-from draft_service.session import Commit, Drafted, DraftOptions, Path
-from draft_service.session import Session as DraftSession
+from outrider.engine.backends.runner import Feed
 from outrider.engine.engine import Demand, Engine
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import in_halves
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.runner import Feed
-from outrider.errors import InternalError, ServiceError
-from outrider.probs import Draft, PlainSampling, draft_tokens
-from outrider.tokens import TokenLog
-from outrider.warping import Warping
-from target_service import scheduler as scheduler_module
-from target_service.scheduler import Round, Scheduler, Span, Verdict
+from outrider.protocol.errors import InternalError, ServiceError
+from outrider.protocol.tokens import TokenLog
+from outrider.sampling.probs import Draft, PlainSampling, draft_tokens
+from outrider.sampling.warping import Warping
 from tests import toy_services as toys
 from tests.unit.test_toy_services import TableRunner
 

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from outrider_client import acceptance
+from outrider_client.acceptance import Decision, Proposal, TargetRow, decide
 
-from client import acceptance
-from client.acceptance import Decision, Proposal, TargetRow, decide
-from outrider import probs as probs_module
-from outrider.device_rows import inverse_cdf
-from outrider.host_rows import target_rows
-from outrider.probs import TargetRows, probability_rows, read_logits
-from outrider.scales import round_down
-from outrider.warping import Warping
+from outrider.protocol.scales import round_down
+from outrider.sampling import probs as probs_module
+from outrider.sampling.probs import TargetRows, probability_rows, read_logits
+from outrider.sampling.readers.device_rows import inverse_cdf
+from outrider.sampling.readers.host_rows import target_rows
+from outrider.sampling.warping import Warping
 from tests.enumeration import (
     DRAFT,
     NUM_TOKENS,

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from outrider import device_rows
-from outrider import probs as probs_module
-from outrider.errors import InvalidArgumentError
-from outrider.probs import MIN_SUPPORT_PROB, draft_tokens, probability_rows, read_logits
-from outrider.rng import Noise
-from outrider.scales import PROB_UNIT, WEIGHT_UNIT
-from outrider.warping import COLDEST, HOTTEST, MOST_TOP_K, Warping
+from outrider.protocol.errors import InvalidArgumentError
+from outrider.protocol.scales import PROB_UNIT, WEIGHT_UNIT
+from outrider.sampling import probs as probs_module
+from outrider.sampling.probs import MIN_SUPPORT_PROB, draft_tokens, probability_rows, read_logits
+from outrider.sampling.readers import device_rows
+from outrider.sampling.rng import Noise
+from outrider.sampling.warping import COLDEST, HOTTEST, MOST_TOP_K, Warping
 
 VOCAB_SIZE = 12
 RANDOM = np.random.default_rng(5)
@@ -88,7 +88,7 @@ def laws_of(cases: list[tuple[int, Warping]]) -> tuple[torch.Tensor, list[Warpin
 def reader(request, monkeypatch) -> str:
     """Have rows read by one of the three: compiled code, torch's operations, or Triton's in its interpreter."""
     if request.param != "host":
-        module = device_rows if request.param == "torch" else pytest.importorskip("outrider.gpu_rows")
+        module = device_rows if request.param == "torch" else pytest.importorskip("outrider.sampling.readers.gpu_rows")
         monkeypatch.setattr(probs_module, "lies_on_host", lambda tensor: False)
         monkeypatch.setattr(probs_module, "reader_of", lambda rows: module)
         monkeypatch.setattr(probs_module, "MOST_SUPPORT", VOCAB_SIZE)

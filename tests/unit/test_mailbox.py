@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from outrider.mailbox import Mailbox, running_loop
+from outrider.common.mailbox import Mailbox, running_loop
 
 NUM_ITEMS = 2000
 

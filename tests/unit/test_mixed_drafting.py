@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from outrider_draft.drafter import Drafter
 
-from draft_service.drafter import Drafter
-from outrider.engine.runner import Feed
-from outrider.probs import PlainSampling
-from outrider.warping import Warping
+from outrider.engine.backends.runner import Feed
+from outrider.sampling.probs import PlainSampling
+from outrider.sampling.warping import Warping
 from tests import toy_services as toys
 from tests.unit.test_isolation import AHEAD, PROMPTS, DraftService, SpoiledDraftingRunner
 

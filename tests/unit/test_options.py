@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 import pytest
-
-from client.commands.options import Length
+from outrider_client.cli.options import Length
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0", 0), ("12", 12)])

@@ -13,13 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.engine import paged
+from outrider.engine.backends.paged import cache as paged
+from outrider.engine.backends.paged.cache import SCRATCH_PAGE, EntryShape, PagedCache, PagePool
+from outrider.engine.backends.paged.graphs import Buckets, EagerRunner, GraphKey
+from outrider.engine.backends.paged.runner import StagedInputs
+from outrider.engine.backends.runner import Feed
 from outrider.engine.engine import Demand, Engine, Sequence
-from outrider.engine.graphs import Buckets, EagerRunner, GraphKey
-from outrider.engine.paged import SCRATCH_PAGE, EntryShape, PagedCache, PagePool
-from outrider.engine.paged_runner import StagedInputs
-from outrider.engine.runner import Feed
-from outrider.tokens import TokenLog
+from outrider.protocol.tokens import TokenLog
 
 PAGE_SIZE = 4
 MAX_LENGTH = 30  # of a sequence: 8 pages

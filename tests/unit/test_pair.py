@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from outrider_client.pair import PairInfo, find_mismatch
 
-from client.pair import PairInfo, find_mismatch
-from outrider.engine.loader import FINGERPRINT_BLOCK, TokenizerFiles
+from outrider.engine.models.loader import FINGERPRINT_BLOCK, TokenizerFiles
 from outrider.v1 import common_pb2
 
 

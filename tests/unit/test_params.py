@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from outrider_client.errors import InvalidRequestError
+from outrider_client.params import SamplingParams, SpeculationParams
 
-from client.errors import InvalidRequestError
-from client.params import SamplingParams, SpeculationParams
-from outrider.warping import Warping
+from outrider.sampling.warping import Warping
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from outrider import probs as probs_module
-from outrider.device_rows import inverse_cdf
-from outrider.probs import (
+from outrider.protocol.scales import PROB_UNIT, WEIGHT_UNIT
+from outrider.sampling import probs as probs_module
+from outrider.sampling.probs import (
     MIN_SUPPORT_PROB,
     begin_reading,
     draft_tokens,
@@ -23,10 +23,10 @@ from outrider.probs import (
     read_logits,
     read_target_rows,
 )
-from outrider.race import race
-from outrider.rng import Noise, Purpose, uniforms
-from outrider.scales import PROB_UNIT, WEIGHT_UNIT
-from outrider.warping import Warping
+from outrider.sampling.race import race
+from outrider.sampling.readers.device_rows import inverse_cdf
+from outrider.sampling.rng import Noise, Purpose, uniforms
+from outrider.sampling.warping import Warping
 from tests.toy_services import addresses_of
 
 VOCAB_SIZE = 50

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from outrider import race as race_module
-from outrider.device_rows import inverse_cdf
-from outrider.probs import draw_drafts, read_target_rows
-from outrider.race import race_at_once
-from outrider.rng import Noise, Purpose, SharedNoise, key_of, noise_bits, philox4x32
-from outrider.scales import PROB_UNIT, WEIGHT_UNIT
+from outrider.protocol.scales import PROB_UNIT, WEIGHT_UNIT
+from outrider.sampling import race as race_module
+from outrider.sampling.probs import draw_drafts, read_target_rows
+from outrider.sampling.race import race_at_once
+from outrider.sampling.readers.device_rows import inverse_cdf
+from outrider.sampling.rng import Noise, Purpose, SharedNoise, key_of, noise_bits, philox4x32
 from tests.toy_services import addresses_of, rates_among
 
 SEED = (0x299F31D0 << 32) | 0xA4093822

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from outrider_client.results import GenerationStats
 from transformers import AutoModelForCausalLM
 
 from benchmarks import cuda, made_models, pairs
@@ -30,8 +31,7 @@ from benchmarks.cuda import (
     speed_up,
 )
 from benchmarks.pairs import Shape
-from client.results import GenerationStats
-from outrider.engine.loader import ModelOptions, load
+from outrider.engine.models.loader import ModelOptions, load
 
 TINY = {
     "gpt2": Shape("gpt2", 1, {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 97, "n_positions": 64}),

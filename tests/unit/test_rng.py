@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.rng import AddressedUniforms, Purpose, philox4x32, uniforms
+from outrider.sampling.rng import AddressedUniforms, Purpose, philox4x32, uniforms
 
 SEEDS = st.integers(0, 2**64 - 1)
 ONES = 0xFFFFFFFF

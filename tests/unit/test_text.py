@@ -11,11 +11,11 @@ import itertools
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from outrider_client.connection import TokenizerParts
+from outrider_client.errors import InvalidRequestError, ServiceFailedError
+from outrider_client.text import Taken, TargetTokenizer, TextStream, prompt_to_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from client.connection import TokenizerParts
-from client.errors import InvalidRequestError, ServiceFailedError
-from client.text import Taken, TargetTokenizer, TextStream, prompt_to_ids
 from tests.tiny_models import byte_tokenizer
 
 BYTES = TargetTokenizer(byte_tokenizer().backend_tokenizer, "", {})

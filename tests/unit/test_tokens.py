@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.errors import FailedPreconditionError
-from outrider.tokens import TokenLog, extend_digest
+from outrider.protocol.errors import FailedPreconditionError
+from outrider.protocol.tokens import TokenLog, extend_digest
 
 IDS = st.lists(st.integers(0, 3), max_size=12)  # few values, so that spans often agree
 

@@ -13,19 +13,20 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from outrider_draft import session as session_module
+from outrider_draft.drafter import Drafter
+from outrider_draft.session import Commit, Drafted, DraftOptions
+from outrider_target.scheduler import Round, Scheduler, Span
 
-from draft_service import session as session_module
-from draft_service.drafter import Drafter
-from draft_service.session import Commit, Drafted, DraftOptions
-from outrider import wire
+from outrider.engine.backends.runner import Feed
 from outrider.engine.engine import Engine
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.runner import Feed
-from outrider.errors import InternalError
-from outrider.tokens import TokenLog
+from outrider.protocol import wire
+from outrider.protocol.errors import InternalError
+from outrider.protocol.tokens import TokenLog
+from outrider.sampling.messages import warping_to_proto
+from outrider.sampling.warping import Warping
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
-from outrider.warping import Warping
-from target_service.scheduler import Round, Scheduler, Span
 from tests import toy_services as toys
 
 SEED = 77
@@ -91,7 +92,7 @@ def test_the_toy_draft_is_the_drafter(seed, min_draft_prob, is_coupled):
     toy = toys.ToyDraft(
         draft_pb2.ProposeRequest(
             open=draft_pb2.OpenProposals(
-                sampling=wire.warping_to_proto(Warping(), is_coupled),
+                sampling=warping_to_proto(Warping(), is_coupled),
                 seed=SEED,
                 committed=span_of(committed, 0),
                 window=8,
@@ -233,7 +234,7 @@ def test_the_toy_target_is_the_scheduler(seed, is_coupled):
     toy = toys.ToyTarget(
         target_pb2.VerifyRequest(
             open=target_pb2.OpenVerification(
-                sampling=wire.warping_to_proto(Warping(), is_coupled), seed=SEED, committed=span_of(tokens, 0)
+                sampling=warping_to_proto(Warping(), is_coupled), seed=SEED, committed=span_of(tokens, 0)
             )
         )
     )

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider import wire
-from outrider.errors import InvalidArgumentError
-from outrider.scales import PROB_UNIT
+from outrider.protocol import wire
+from outrider.protocol.errors import InvalidArgumentError
+from outrider.protocol.scales import PROB_UNIT
+from outrider.sampling.messages import is_coupled_from_proto, warping_from_proto, warping_to_proto
+from outrider.sampling.warping import Warping
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
-from outrider.warping import Warping
 
 VOCAB_SIZE = 100
 
@@ -123,14 +124,14 @@ def test_token_ids_up_to_the_vocabulary_pass():
 @pytest.mark.parametrize("is_coupled", [False, True])
 def test_a_warping_and_a_coupling_come_back_as_they_went(is_coupled):
     warping = Warping(0.7, 40, 0.9, 0.05)
-    message = wire.warping_to_proto(warping, is_coupled)
-    assert wire.warping_from_proto(message) == warping
-    assert wire.is_coupled_from_proto(message) is is_coupled
+    message = warping_to_proto(warping, is_coupled)
+    assert warping_from_proto(message) == warping
+    assert is_coupled_from_proto(message) is is_coupled
 
 
 def test_a_coupling_that_is_not_known_is_refused_by_its_name():
     with pytest.raises(InvalidArgumentError, match=r"^coupling is 7"):
-        wire.is_coupled_from_proto(common_pb2.SamplingParams(coupling=7))
+        is_coupled_from_proto(common_pb2.SamplingParams(coupling=7))
 
 
 @pytest.mark.parametrize(
@@ -154,11 +155,11 @@ def test_a_coupling_that_is_not_known_is_refused_by_its_name():
 )
 def test_a_setting_out_of_range_is_refused_by_its_name(field, value):
     with pytest.raises(InvalidArgumentError, match=f"^{field} is"):
-        wire.warping_from_proto(common_pb2.SamplingParams(**{field: value}))
+        warping_from_proto(common_pb2.SamplingParams(**{field: value}))
 
 
 def test_an_empty_message_is_greedy_without_filters():
     """Values that are not set mean what common.proto says: temperature 0 is greedy, and all filters keep all."""
-    assert wire.warping_from_proto(common_pb2.SamplingParams()) == Warping(0.0, 0, 1.0, 0.0)
-    assert not wire.warping_from_proto(common_pb2.SamplingParams(temperature=1.0)).has_filters
-    assert not wire.is_coupled_from_proto(common_pb2.SamplingParams())
+    assert warping_from_proto(common_pb2.SamplingParams()) == Warping(0.0, 0, 1.0, 0.0)
+    assert not warping_from_proto(common_pb2.SamplingParams(temperature=1.0)).has_filters
+    assert not is_coupled_from_proto(common_pb2.SamplingParams())

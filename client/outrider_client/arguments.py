@@ -1,0 +1,167 @@
+"""Checks of what a caller gives. Each returns the value as a plain one, or raises InvalidRequestError with its name.
+
+Numbers of numpy and of torch, and arrays of one number without axes, are taken for what they hold. A bool is no number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Set
+from itertools import islice
+from numbers import Integral, Real
+from typing import Any
+
+from outrider_client.errors import InvalidRequestError
+
+LONGEST_S = 1e9  # seconds that something may take; timers of gRPC and of threads hold more
+MOST_UINT32 = (1 << 32) - 1
+_MOST_ITEMS = 1 << 24  # that an iterable gives before it is taken for an endless one
+_PORT = re.compile(r"(?:\[[^\]]*\]|[^:/]*):(.*)")
+_SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds|passthrough):")
+
+
+def _num_axes(value: Any) -> int | None:
+    """Return how many axes an array has; None where the value is none."""
+    axes = getattr(value, "ndim", None)
+    return axes if isinstance(axes, int) else None
+
+
+def _plain(value: Any) -> Any:
+    """Return what an array without axes holds, and anything else as it is."""
+    return value.item() if _num_axes(value) == 0 and hasattr(value, "item") else value
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: not more of it than helps."""
+    try:
+        found = repr(value).encode(errors="backslashreplace").decode()
+    except Exception:  # whatever an object does; an integer of more than 4300 digits has none either
+        found = f"of type {type(value).__name__}"
+    return found if len(found) <= 80 else f"{found[:80]}…"
+
+
+def _refusal(name: str, value: object, remedy: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} is {shown(value)}: give {remedy}")
+
+
+def whole_number(name: str, value: object, least: int, most: int | None, remedy: str) -> int:
+    """Return a whole number from `least` to `most`; None sets no limit."""
+    number = _plain(value)
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise _refusal(name, value, remedy)
+    found = int(number)
+    if found < least or (most is not None and found > most):
+        raise _refusal(name, value, remedy)
+    return found
+
+
+def real_number(name: str, value: object, least: float, most: float, remedy: str) -> float:
+    """Return a number from `least` to `most`, which NaN is not."""
+    number = _plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise _refusal(name, value, remedy)
+    try:
+        found = float(number)
+    except (OverflowError, ValueError) as error:
+        raise _refusal(name, value, remedy) from error
+    if not least <= found <= most:
+        raise _refusal(name, value, remedy)
+    return found
+
+
+def seconds(name: str, value: object) -> float:
+    return real_number(name, value, 0.0, LONGEST_S, "seconds, from 0 to 1e9")
+
+
+def flag(name: str, value: object, remedy: str = "True or False") -> bool:
+    found = _plain(value)
+    if not isinstance(found, bool):
+        raise _refusal(name, value, remedy)
+    return found
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    if not isinstance(value, str) or value not in choices:
+        raise _refusal(name, value, f"one of {', '.join(choices)}")
+    return value
+
+
+def check_text(name: str, value: str) -> None:
+    """Refuse lone surrogates: they are no characters, and UTF-8 has no bytes for them."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{name} has a lone surrogate at character {error.start}: give text that UTF-8 can hold"
+        ) from error
+
+
+def strings(name: str, value: object, most_characters: int) -> tuple[str, ...]:
+    """Return one string or an iterable of them as a tuple of non-empty ones."""
+    if isinstance(value, str):
+        value = (value,)
+    if isinstance(value, bytes | bytearray | memoryview | Mapping) or not isinstance(value, Iterable):
+        raise _refusal(name, value, "a string or several")
+    found = tuple(islice(value, most_characters + 1))
+    for string in found:
+        if not isinstance(string, str) or not string:
+            raise InvalidRequestError(f"{name} holds {shown(string)}: give non-empty strings")
+        check_text(name, string)
+    num_characters = sum(map(len, found))
+    if num_characters > most_characters:
+        raise InvalidRequestError(
+            f"{name} has {num_characters} characters or more in all: give at most {most_characters}"
+        )
+    return tuple(map(str, found))
+
+
+def text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _refusal(name, value, "text")
+    check_text(name, value)
+    return str(value)
+
+
+def prompt_of(value: object) -> str | list[int]:
+    """Return a prompt: text, or ids from 0 on, whatever the target's vocabulary is."""
+    if isinstance(value, str):
+        return text("prompt", value)
+    ids = token_ids("prompt", value, "text, or a list of token ids")
+    if not ids:
+        raise InvalidRequestError("prompt is empty: give at least one token")
+    return ids
+
+
+def token_ids(name: str, value: Any, remedy: str = "a list of token ids") -> list[int]:
+    """Return the whole numbers that an iterable of any kind gives, in order."""
+    if isinstance(value, Mapping | Set | str | bytes | bytearray | memoryview):
+        raise _refusal(name, value, remedy)
+    given = value.tolist() if _num_axes(value) is not None and hasattr(value, "tolist") else value
+    if not isinstance(given, Iterable):
+        raise _refusal(name, value, remedy)
+    ids = list(islice(given, _MOST_ITEMS + 1))
+    if len(ids) > _MOST_ITEMS:
+        raise InvalidRequestError(f"{name} has more than {_MOST_ITEMS} ids: no context is so long")
+    return ids if set(map(type, ids)) <= {int} else [_token_id(name, index, it) for index, it in enumerate(ids)]
+
+
+def _token_id(name: str, index: int, value: Any) -> int:
+    if isinstance(value, str | list | tuple) or _num_axes(value):
+        raise InvalidRequestError(
+            f"{name} holds {shown(value)} at index {index}: give one text or one list of token ids a call; for several "
+            "prompts, call from several threads, or with asyncio.gather on AsyncSpeculativeClient"
+        )
+    number = _plain(value)
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise InvalidRequestError(f"{name} holds {shown(value)} at index {index}: give whole numbers as ids")
+    return int(number)
+
+
+def address(name: str, value: object, remedy: str = "HOST:PORT") -> str:
+    """Return an address as gRPC knows them: HOST:PORT, or one with a scheme, such as `unix:PATH`."""
+    if not isinstance(value, str) or not value.isprintable() or " " in value or ":" not in value:
+        raise _refusal(name, value, remedy)
+    port = _PORT.fullmatch(value)
+    if port and not _SCHEME.match(value) and not (port[1].isdecimal() and 0 < int(port[1]) < 1 << 16):
+        raise _refusal(name, value, f"{remedy}, with a port from 1 to 65535")
+    return value

@@ -1,0 +1,47 @@
+"""Figures and names as people read them, in tables and charts."""
+
+from __future__ import annotations
+
+from outrider_client.bench.metrics import Spread
+from outrider_client.bench.samples import Cell
+
+METHOD_LABELS = {
+    "autoregressive": "AR",
+    "speculative": "speculative",
+    "draft": "draft",
+    "speculative-auto": "auto K",
+    "transformers": "hf generate",
+    "transformers-assisted": "hf assisted",
+    "transformers-dynamic": "hf dynamic",
+    "transformers-heuristic": "hf heuristic",
+}
+
+
+def cell_name(cell: Cell) -> str:
+    """Return the method, with K where it has one."""
+    length = f" K {cell.num_speculative_tokens}" if cell.num_speculative_tokens else ""
+    return METHOD_LABELS[cell.method] + length
+
+
+def optional(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def optional_figure(value: float | None) -> str:
+    return "" if value is None else figure(value)
+
+
+def figure(value: float) -> str:
+    """Return a value with three figures."""
+    return f"{value:,.{num_digits(value)}f}"
+
+
+def spread_text(spread: Spread) -> str:
+    """Return median and deviation with as many digits as three figures of the median need."""
+    digits = num_digits(spread.median)
+    return f"{spread.median:,.{digits}f} ± {spread.std:,.{digits}f}"
+
+
+def num_digits(value: float) -> int:
+    """Return how many digits after the point show three figures of a value; none from 100 on, two at most."""
+    return 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0

@@ -1,0 +1,124 @@
+"""What is measured: cells, their settings, and one sample for each text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from outrider_client.bench.metrics import Timeline
+from outrider_client.params import AUTO, METHODS, Acceptance, Coupling, SpeculationParams
+from outrider_client.results import GenerationStats, RoundStats
+
+BASELINE = "autoregressive"
+AUTO_METHOD = f"speculative-{AUTO}"  # the client picks K
+OWN_METHODS = (*METHODS, AUTO_METHOD)
+PEER_METHODS = ("transformers", "transformers-assisted", "transformers-dynamic", "transformers-heuristic")
+ALL_METHODS = (*OWN_METHODS, *PEER_METHODS)  # in this order in tables, but for the baseline, which comes first
+METHODS_WITH_K = ("speculative", "transformers-assisted")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration that is measured."""
+
+    method: str  # one of ALL_METHODS
+    temperature: float
+    num_speculative_tokens: int = 0  # K; 0 for the methods that have none
+    num_users: int = 1  # texts at once, each user beginning one when the last has ended; of a peer: its batch
+    request_rate: float = 0.0  # texts that begin in a second, whatever still runs; 0: as `num_users` says
+
+    @property
+    def baseline(self) -> Cell:
+        """The target alone under the same conditions."""
+        return Cell(BASELINE, self.temperature, 0, self.num_users, self.request_rate)
+
+    @property
+    def order(self) -> tuple:
+        """What tables are sorted by."""
+        rank = 0 if self.method == BASELINE else 1 + ALL_METHODS.index(self.method)
+        return self.temperature, rank, self.num_speculative_tokens, self.num_users, self.request_rate
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells have in common."""
+
+    max_new_tokens: int = 128
+    repetitions: int = 5
+    warm_up: int = 1  # rounds over the grid that are not counted
+    seed: int = 0
+    ignore_eos: bool = True  # all texts of one length, so that rates compare
+    overlap: bool | None = None
+    window: int | None = None
+    num_alternatives: int | None = None
+    acceptance: Acceptance = "token"
+    coupling: Coupling = AUTO
+
+    def resolved(self) -> Settings:
+        """Return these with the rule that `auto` means for texts with seeds, so that all cells are measured by one."""
+        return replace(self, coupling=SpeculationParams(**self.rules).resolved(has_seed=True).coupling)
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """How proposals are accepted, as fields of SpeculationParams."""
+        return {"acceptance": self.acceptance, "coupling": self.coupling}
+
+    @property
+    def rule_name(self) -> str:
+        """How proposals are accepted, in words."""
+        names = {"gumbel": "shared noise", "none": "acceptance sampling", AUTO: "shared noise where seeded"}
+        return names[self.coupling] + (", block" if self.acceptance == "block" else "")
+
+    def seed_of(self, repetition: int, index: int) -> int:
+        """Return the seed of a text; all methods get the same."""
+        return (self.seed + 7919 * max(repetition, 0) + index) % (1 << 64)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text of one cell."""
+
+    cell: Cell
+    repetition: int
+    prompt_index: int
+    timeline: Timeline
+    stats: GenerationStats | None = None  # None of a peer's text
+    begun_s: float = 0.0  # when it was asked for, in the time of its cell and repetition
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the sample for JSON, rounds as columns."""
+        stats, timeline = self.stats, self.timeline
+        return asdict(self.cell) | {
+            "repetition": self.repetition,
+            "prompt_index": self.prompt_index,
+            "begun_s": self.begun_s,
+            "wall_s": timeline.wall_s,
+            "arrivals_s": timeline.arrivals_s,
+            "num_tokens_per_chunk": timeline.num_tokens_per_chunk,
+            "stats": stats and stats.as_dict(),
+            "rounds": stats and _columns(stats.rounds),
+            "draft_forward_s": stats and stats.draft_forward_s,
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Sample:
+        """Return the sample that `as_dict` wrote."""
+        timeline = Timeline(record["arrivals_s"], record["num_tokens_per_chunk"], record["wall_s"])
+        cell = Cell(**{name: record[name] for name in Cell.__dataclass_fields__})
+        stats = _stats_from(record)
+        return cls(cell, record["repetition"], record["prompt_index"], timeline, stats, record["begun_s"])
+
+
+def _stats_from(record: dict[str, Any]) -> GenerationStats | None:
+    if record["stats"] is None:
+        return None
+    fields = GenerationStats.__dataclass_fields__
+    counted = {name: value for name, value in record["stats"].items() if name in fields}
+    columns = [record["rounds"][name] for name in RoundStats.__dataclass_fields__]
+    rounds = [RoundStats(*values) for values in zip(*columns, strict=True)]
+    return GenerationStats(**counted, rounds=rounds, draft_forward_s=record["draft_forward_s"])
+
+
+def _columns(rounds: Sequence[RoundStats]) -> dict[str, list]:
+    return {name: [getattr(one, name) for one in rounds] for name in RoundStats.__dataclass_fields__}

@@ -1,0 +1,171 @@
+"""Many texts at once: users who each begin a text when their last has ended, or texts that begin at random times."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from outrider_client.aio import AsyncSpeculativeClient
+from outrider_client.bench.grid import turned
+from outrider_client.bench.metrics import Timeline
+from outrider_client.bench.samples import Cell, Sample, Settings
+from outrider_client.bench.services import Stopwatch, sampling_of, speculation_of, wait_until_quiet
+from outrider_client.results import GenerationStats
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text to be made."""
+
+    prompt_index: int
+    prompt_ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """One text that was made; `begun_s` since the first was asked for."""
+
+    begun_s: float
+    timeline: Timeline
+    stats: GenerationStats | None = None
+
+
+class LoadRunner(Protocol):
+    """Makes many texts by one or several methods."""
+
+    def prepare(self) -> None:
+        """As in client.bench.grid.Runner."""
+
+    def run(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
+        """Make all texts as the cell says and return them in their order.
+
+        Args:
+            seed: of the arrivals.
+        """
+
+
+def run_loads(
+    runners: Mapping[str, LoadRunner],
+    prompts: Sequence[Sequence[int]],
+    cells: Sequence[Cell],
+    num_texts_of: Callable[[Cell], int],
+    settings: Settings,
+    advance: Callable[[Cell], None],
+) -> list[Sample]:
+    """Run every cell, again and again, as run_grid does, and return the samples that count."""
+    samples, last_runner = [], None
+    for repetition in range(-settings.warm_up, settings.repetitions):
+        for cell in turned(cells, repetition):
+            advance(cell)
+            runner = runners[cell.method]
+            if runner is not last_runner:
+                runner.prepare()
+            last_runner = runner
+            texts = [
+                Text(index % len(prompts), prompts[index % len(prompts)], settings.seed_of(repetition, index))
+                for index in range(num_texts_of(cell))
+            ]
+            made = runner.run(texts, cell, settings.seed_of(repetition, 0))
+            if repetition >= 0:
+                samples += [
+                    Sample(cell, repetition, text.prompt_index, one.timeline, one.stats, one.begun_s)
+                    for text, one in zip(texts, made, strict=True)
+                ]
+    return samples
+
+
+def arrival_times(rate: float, num_texts: int, seed: int) -> list[float]:
+    """Return when texts begin, in seconds: a Poisson process of `rate` arrivals a second, whose first is at 0."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, num_texts - 1)
+    return [0.0, *np.cumsum(gaps).tolist()]
+
+
+class ServicesLoad:
+    """Makes texts with the two services, all from one event loop."""
+
+    def __init__(self, target: str, draft: str, settings: Settings, loop: asyncio.AbstractEventLoop):
+        """Addresses are HOST:PORT. gRPC wants one loop per process, so it is the caller's."""
+        self._settings, self._loop = settings, loop
+        self._client = self._loop.run_until_complete(self._connect(target, draft))
+
+    async def _connect(self, target: str, draft: str) -> AsyncSpeculativeClient:
+        return AsyncSpeculativeClient(target, draft)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._loop.run_until_complete(self._client.close())
+        # grpc.aio keeps a closed channel's connections for as long as anything refers to its calls, and would report on
+        # standard error that the services, which may end now, have hung up.
+        del self._client
+        gc.collect()
+
+    def prepare(self) -> None:
+        wait_until_quiet(time.process_time, time.sleep)
+
+    def run(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
+        run = self._open_loop if cell.request_rate else self._closed_loop
+        return self._loop.run_until_complete(run(texts, cell, seed))
+
+    async def _closed_loop(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
+        """User u makes the texts u, u + the number of users, and so on, one after another."""
+        began_at = time.perf_counter()
+
+        async def use(user: int) -> list[Made]:
+            own = texts[user :: cell.num_users]
+            return [await self._make(text, cell, began_at, time.perf_counter()) for text in own]
+
+        by_user = await asyncio.gather(*(use(user) for user in range(cell.num_users)))
+        return [by_user[index % cell.num_users][index // cell.num_users] for index in range(len(texts))]
+
+    async def _open_loop(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
+        """Times count from the moment at which a text was due, so that a late start is part of them."""
+        began_at = time.perf_counter()
+
+        async def make_at(text: Text, due_s: float) -> Made:
+            await asyncio.sleep(began_at + due_s - time.perf_counter())
+            return await self._make(text, cell, began_at, began_at + due_s)
+
+        due = arrival_times(cell.request_rate, len(texts), seed)
+        return await asyncio.gather(*map(make_at, texts, due))
+
+    async def _make(self, text: Text, cell: Cell, began_at: float, asked_at: float) -> Made:
+        watch = Stopwatch(asked_at)
+        sampling = sampling_of(cell, text.seed, self._settings)
+        stream = await self._client.stream(text.prompt_ids, sampling, **speculation_of(cell, self._settings))
+        async for chunk in stream:
+            watch.note(chunk)
+        return Made(asked_at - began_at, watch.timeline(), stream.result.stats)
+
+
+class BatchGenerator(Protocol):
+    """What PeerLoad needs of client.bench.transformers_peer.TransformersPeer, which is not imported here."""
+
+    def prepare(self) -> None: ...
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], cell: Cell, seed: int) -> list[Timeline]: ...
+
+
+class PeerLoad:
+    """Makes texts in batches, as large as there are users."""
+
+    def __init__(self, peer: BatchGenerator):
+        self._peer = peer
+
+    def prepare(self) -> None:
+        self._peer.prepare()
+
+    def run(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
+        began_at, made = time.perf_counter(), []
+        for first in range(0, len(texts), cell.num_users):
+            batch = texts[first : first + cell.num_users]
+            begun_s = time.perf_counter() - began_at
+            timelines = self._peer.generate_batch([text.prompt_ids for text in batch], cell, batch[0].seed)
+            made += [Made(begun_s, timeline) for timeline in timelines]
+        return made

@@ -1,0 +1,41 @@
+"""`outrider bench` and its subcommands.
+
+Knows: click and `outrider_client.bench`. Does not know: how anything is measured.
+Begin with `running.py`.
+"""
+
+from __future__ import annotations
+
+import click
+
+from outrider_client.bench.metrics import DEFINITIONS
+from outrider_client.cli.bench.latency import latency
+from outrider_client.cli.bench.report import report
+from outrider_client.cli.bench.rpc import rpc
+from outrider_client.cli.bench.sweep import sweep
+from outrider_client.cli.bench.throughput import throughput
+
+
+class SweepByDefault(click.Group):
+    """Takes options without a subcommand for those of `sweep`."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        if not arguments or (arguments[0].startswith("-") and arguments[0] not in context.help_option_names):
+            arguments = ["sweep", *arguments]
+        return super().parse_args(context, arguments)
+
+
+@click.group(cls=SweepByDefault, epilog="\n\n".join(f"{name}: {text}" for name, text in DEFINITIONS.items()))
+def bench() -> None:
+    """Measure the pair, in one run, alternating; without a subcommand: sweep.
+
+    Without --draft and --target, both services are started here with the embedded pair. What is measured is alternated
+    with what it is compared with, on the same prompts and lengths, after a warm-up that does not count. Figures are
+    medians over repetitions, with their standard deviation.
+
+    Options of all subcommands are environment variables too: OUTRIDER_BENCH_ and the option.
+    """
+
+
+for command in (sweep, latency, throughput, rpc, report):
+    bench.add_command(command)

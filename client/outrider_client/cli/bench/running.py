@@ -1,0 +1,172 @@
+"""What every measuring subcommand of `outrider bench` does: find the pair, measure, hand out the result."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from outrider_client.bench import result_file
+from outrider_client.bench.formatting import cell_name
+from outrider_client.bench.grid import Runner, run_grid
+from outrider_client.bench.prompts import read_prompts
+from outrider_client.bench.result_file import Kind, Result
+from outrider_client.bench.samples import OWN_METHODS, PEER_METHODS, Cell, Sample, Settings
+from outrider_client.bench.services import ServicesRunner
+from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, show
+from outrider_client.cli.local_pair import PairAddresses, local_pair
+from outrider_client.cli.options import DraftNotice, err, print_json
+from outrider_client.pair import PairInfo, as_plain_dict
+from outrider_client.sync import SpeculativeClient
+from outrider_client.text import prompt_to_ids
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a measurement works with."""
+
+    addresses: PairAddresses
+    client: SpeculativeClient
+    info: PairInfo
+    settings: Settings
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    peer: Any  # a TransformersPeer, or None
+
+    def measure(self, grid: Sequence[Cell]) -> list[Sample]:
+        """Run the grid, one text at a time."""
+        return measure_grid(self.client, self.prompt_ids, grid, self.settings, self.peer)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        models = {"draft": self.info.draft, "target": self.info.target}
+        return {name: as_plain_dict(model) for name, model in models.items() if model}
+
+
+@contextmanager
+def opened(values: dict[str, Any]) -> Iterator[Bench]:
+    """Yield what a command's values ask for; what they need and is not installed is missed before anything starts."""
+    peer_module = _peer_module() if values.get("compare") else None
+    if values.get("plot_folder"):
+        charts_module()
+    settings = Settings(**{name: values[name] for name in Settings.__dataclass_fields__ if name in values}).resolved()
+    prompts = read_prompts(values["prompt_file"], values["num_prompts"])
+    with _pair(values) as addresses, SpeculativeClient(addresses.target, addresses.draft) as client:
+        info = _checked_info(client)
+        ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
+        peer = _peer(peer_module, info, settings, values["peer_threads"]) if peer_module else None
+        gc.collect()
+        gc.freeze()  # what torch and transformers keep would take each full collection 0.1 s, on whoever's clock it falls
+        yield Bench(addresses, client, info, settings, prompts, ids, peer)
+
+
+def measure_grid(
+    client: SpeculativeClient,
+    prompts: Sequence[Sequence[int]],
+    grid: Sequence[Cell],
+    settings: Settings,
+    peer: Any = None,
+) -> list[Sample]:
+    """Run the grid on prompts of token ids, one text at a time, under a progress bar on standard error."""
+    runners: dict[str, Runner] = dict.fromkeys(OWN_METHODS, ServicesRunner(client, settings))
+    runners |= dict.fromkeys(PEER_METHODS, peer) if peer else {}
+    with progress((settings.warm_up + settings.repetitions) * len(prompts) * len(grid)) as advance:
+        return run_grid(runners, prompts, grid, settings, advance)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[Cell], None]]:
+    """Yield what is to be called before each step of the measurement."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # It is drawn between measurements: a thread that draws takes its time from what is measured.
+    with Progress(*columns, console=err, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("measuring", total=total)
+
+        def advance(cell: Cell) -> None:
+            bar.update(task, advance=1, description=f"{cell_name(cell)} T {cell.temperature:g}", refresh=True)
+
+        yield advance
+
+
+def hand_out(kind: Kind, bench: Bench, samples: Sequence[Sample], values: dict[str, Any]) -> None:
+    """Save, write, draw and show the result, as a command's values ask for."""
+    threads = {
+        "service": None if values["target"] else values["threads"],
+        "peer": _num_peer_threads(values["peer_threads"]) if bench.peer else None,
+    }
+    result = result_file.new_result(kind, bench.settings, bench.prompts, bench.described, threads, samples)
+    notice = DraftNotice(bench.addresses.draft)
+    for sample in samples:
+        if sample.stats:
+            notice.say(sample.stats)
+    if values["save_result"]:
+        result_file.write(result, values["save_result"])
+    hand_out_again(result, values)
+
+
+def hand_out_again(result: Result, values: dict[str, Any]) -> None:
+    """Do with a result what can be done with a saved one too."""
+    if values["csv_file"]:
+        result_file.write_csv(result, values["csv_file"])
+    if values["plot_folder"]:
+        draw(result, values["plot_folder"])
+    if values["as_json"]:
+        print_json(result.as_dict())
+    else:
+        show(result)
+
+
+@contextmanager
+def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
+    """Yield the addresses given, or those of a pair started here."""
+    draft, target = values["draft"], values["target"]
+    if (draft is None) != (target is None):
+        raise click.UsageError("give both --draft and --target, or neither to start the embedded pair here")
+    if draft and target:
+        yield PairAddresses(draft, target)
+        return
+    with local_pair(values["draft_model"], values["target_model"], values["threads"]) as pair:
+        yield pair
+
+
+def _checked_info(client: SpeculativeClient) -> PairInfo:
+    info = client.info()
+    if info.draft is None:
+        raise click.ClickException("the draft service does not answer: a benchmark needs both")
+    if info.mismatch:
+        raise click.ClickException(info.mismatch)
+    return info
+
+
+def _peer_module() -> ModuleType:
+    try:
+        from outrider_client.bench import transformers_peer
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "--compare transformers", "serve") from error
+    return transformers_peer
+
+
+def _peer(module: ModuleType, info: PairInfo, settings: Settings, threads: int) -> Any:
+    """Load the models that the services say they run, in their type and on their kind of device."""
+    assert info.draft
+    options = module.PeerOptions(
+        target_model=info.target.model_id,
+        draft_model=info.draft.model_id,
+        dtype=info.target.dtype,
+        device=info.target.device,
+        context_length=info.target.context_length,
+        eos_token_ids=tuple(info.target.eos_token_ids),
+        threads=_num_peer_threads(threads),
+    )
+    with err.status("loading both models for transformers"):
+        return module.load_peer(options, settings)
+
+
+def _num_peer_threads(threads: int) -> int:
+    return threads or result_file.num_cores()

@@ -1,0 +1,87 @@
+"""`outrider chat`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from outrider_client.cli.generate import summary, write
+from outrider_client.cli.options import (
+    DraftNotice,
+    addresses,
+    err,
+    out,
+    sampling_of,
+    sampling_options,
+    shows_errors,
+    speculation_of,
+    speculation_options,
+)
+from outrider_client.errors import InvalidRequestError
+from outrider_client.sync import SpeculativeClient
+
+
+@click.command(context_settings={"show_default": True})
+@addresses
+@sampling_options
+@speculation_options
+@click.option("--system", help="A system message to begin with.")
+@click.option("--plain", is_flag=True, help="For models without a chat template: each line continues one text.")
+@shows_errors
+def chat(system: str | None, plain: bool, **values: Any) -> None:
+    """Talk with the target model, line by line; an empty line or end of input ends."""
+    sampling, speculation = sampling_of(values), speculation_of(values)
+    with SpeculativeClient(values["target"], values["draft"]) as client:
+        conversation = _PlainText(client) if plain else _Messages(client, system)
+        notice = DraftNotice(values["draft"])
+        while line := _read_line():
+            prompt = conversation.prompt(line)
+            result = write(client, prompt, sampling, out.is_terminal, **speculation)
+            conversation.remember(result.text)
+            notice.say(result.stats)
+            err.print(summary(result.stats), style="dim")
+
+
+def _read_line() -> str:
+    try:
+        return click.prompt(">", prompt_suffix=" ", default="", show_default=False, err=True)
+    except click.Abort:
+        return ""
+
+
+class _Messages:
+    """A conversation in the model's chat format."""
+
+    def __init__(self, client: SpeculativeClient, system: str | None):
+        tokenizer = client.tokenizer
+        if tokenizer is None or not tokenizer.chat_template:
+            raise InvalidRequestError(
+                "the target model has no chat template: use --plain, or an instruction-tuned model"
+            )
+        self._tokenizer = tokenizer
+        self._messages = [{"role": "system", "content": system}] if system else []
+
+    def prompt(self, line: str) -> list[int]:
+        self._messages.append({"role": "user", "content": line})
+        return self._tokenizer.render_chat(self._messages)
+
+    def remember(self, reply: str) -> None:
+        self._messages.append({"role": "assistant", "content": reply})
+
+
+class _PlainText:
+    """One growing text, for models that only continue."""
+
+    def __init__(self, client: SpeculativeClient):
+        if client.tokenizer is None:
+            raise InvalidRequestError("the target model came without a tokenizer: chat needs one")
+        self._tokenizer = client.tokenizer
+        self._text = ""
+
+    def prompt(self, line: str) -> list[int]:
+        self._text = f"{self._text} {line}".strip()
+        return self._tokenizer.encode(self._text)
+
+    def remember(self, reply: str) -> None:
+        self._text += reply

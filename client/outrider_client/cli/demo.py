@@ -1,0 +1,112 @@
+"""`outrider demo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from outrider_client.bench.grid import make_grid
+from outrider_client.bench.samples import Sample, Settings
+from outrider_client.bench.summary import summarise
+from outrider_client.bench.tables import speed_table
+from outrider_client.cli.bench.options import NumberList
+from outrider_client.cli.bench.running import measure_grid
+from outrider_client.cli.generate import write
+from outrider_client.cli.local_pair import local_pair
+from outrider_client.cli.options import (
+    DRAFTED_STYLE,
+    TARGET_STYLE,
+    DraftNotice,
+    as_json,
+    out,
+    print_json,
+    shows_errors,
+)
+from outrider_client.params import SamplingParams
+from outrider_client.results import GenerationResult
+from outrider_client.sync import SpeculativeClient
+from outrider_client.text import prompt_to_ids
+
+PROMPT = "Once upon a time, there was a little girl named Lily. She loved to"
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--prompt", default=PROMPT)
+@click.option(
+    "--temperature",
+    type=NumberList(float),
+    default="0,1",
+    help="Values of the temperature; at each both texts must be the same.",
+)
+@click.option("-k", "--num-speculative-tokens", type=click.IntRange(1), default=4, help="K: most proposals in a round.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=160)
+@click.option("--seed", type=int, default=1)
+@click.option(
+    "--repetitions", type=click.IntRange(1), default=3, help="Measurements of each, after the text has been shown."
+)
+@click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each service.")
+@click.option("--draft-model", default="builtin:draft")
+@click.option("--target-model", default="builtin:target")
+@as_json
+@shows_errors
+def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) -> None:  # fmt: skip
+    """See the embedded pair write a story, with the target alone beside it.
+
+    Starts both services on free loopback ports, shows the text as it comes, measures both methods alternately, and
+    shuts everything down.
+    """
+    models = values["draft_model"], values["target_model"]
+    with local_pair(*models, values["threads"]) as pair, SpeculativeClient(pair.target, pair.draft) as client:
+        texts = [_show(client, prompt, value, values, quiet=as_json) for value in temperature]
+        samples, vocab_size = _measure(client, prompt, temperature, values)
+        notice = DraftNotice(pair.draft)
+        for sample in samples:
+            if sample.stats:
+                notice.say(sample.stats)
+    rows = summarise(samples, vocab_size)
+    if as_json:
+        print_json({"texts": texts, "summary": [row.as_dict() for row in rows]})
+        return
+    out.print()
+    pair_name = f"{values['target_model']} with {values['draft_model']}"
+    out.print(speed_table(rows, f"{pair_name}, {Settings().resolved().rule_name}, {values['threads']} thread each"))
+
+
+def _show(
+    client: SpeculativeClient, prompt: str, temperature: float, values: dict[str, Any], quiet: bool
+) -> dict[str, Any]:
+    """Write the text with the target alone and with the pair; return both."""
+    sampling = SamplingParams(temperature=temperature, seed=values["seed"], max_new_tokens=values["max_new_tokens"])
+    length = values["num_speculative_tokens"]
+    if quiet:
+        alone = client.generate(prompt, sampling, method="autoregressive")
+        together = client.generate(prompt, sampling, num_speculative_tokens=length)
+    else:
+        out.rule(f"target alone, temperature {temperature:g}", align="left")
+        alone = write(client, prompt, sampling, False, method="autoregressive")
+        out.rule(
+            f"the pair, temperature {temperature:g}: [{DRAFTED_STYLE}]accepted from the draft[/], [{TARGET_STYLE}]the target's own[/]",
+            align="left",
+        )
+        together = write(client, prompt, sampling, True, num_speculative_tokens=length)
+        _compare(alone, together, temperature)
+    return {"temperature": temperature, "autoregressive": alone.as_dict(), "speculative": together.as_dict()}
+
+
+def _compare(alone: GenerationResult, together: GenerationResult, temperature: float) -> None:
+    if alone.token_ids == together.token_ids:
+        out.print(f"At temperature {temperature:g} the two texts are the same, token for token.", style="italic")
+    else:
+        out.print("The two texts differ: two tokens were equally likely up to rounding.", style="bold red")
+
+
+def _measure(
+    client: SpeculativeClient, prompt: str, temperatures: list[float], values: dict[str, Any]
+) -> tuple[list[Sample], int]:
+    """Return the samples, and the size of the target's vocabulary."""
+    grid = make_grid(("autoregressive", "speculative"), temperatures, [values["num_speculative_tokens"]])
+    settings = Settings(max_new_tokens=values["max_new_tokens"], repetitions=values["repetitions"], seed=values["seed"])
+    vocab_size = client.info().target.vocab_size
+    prompt_ids = prompt_to_ids(prompt, client.tokenizer, vocab_size)
+    return measure_grid(client, [prompt_ids], grid, settings), vocab_size

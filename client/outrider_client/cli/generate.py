@@ -1,0 +1,96 @@
+"""`outrider generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.text import Text
+
+from outrider_client.cli.options import (
+    DRAFTED_STYLE,
+    TARGET_STYLE,
+    DraftNotice,
+    addresses,
+    as_json,
+    err,
+    out,
+    print_json,
+    sampling_of,
+    sampling_options,
+    shows_errors,
+    speculation_of,
+    speculation_options,
+)
+from outrider_client.params import SamplingParams
+from outrider_client.results import Chunk, GenerationResult, GenerationStats
+from outrider_client.sync import SpeculativeClient
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("prompt")
+@addresses
+@sampling_options
+@speculation_options
+@click.option("--timeout", type=float, help="Seconds for the whole text.")
+@click.option("--token-ids", is_flag=True, help="Read PROMPT as token ids, separated by commas or spaces.")
+@as_json
+@shows_errors
+def generate(prompt: str, **values: Any) -> None:
+    """Write text after PROMPT with the pair, and say what speculation gained.
+
+    On a terminal, accepted tokens are green and the target's own are yellow.
+    """
+    sampling, speculation = sampling_of(values), speculation_of(values)
+    with SpeculativeClient(values["target"], values["draft"]) as client:
+        given = parse_token_ids(prompt) if values["token_ids"] else prompt
+        notice = DraftNotice(values["draft"])
+        if values["as_json"]:
+            result = client.generate(given, sampling, timeout=values["timeout"], **speculation)
+            notice.say(result.stats)
+            print_json(result.as_dict())
+            return
+        result = write(client, given, sampling, out.is_terminal, timeout=values["timeout"], **speculation)
+    notice.say(result.stats)
+    err.print(summary(result.stats), style="dim")
+
+
+def parse_token_ids(text: str) -> list[int]:
+    """Return the ids of a list such as `1, 2 3`."""
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of token ids", param_hint="PROMPT") from error
+
+
+def write(
+    client: SpeculativeClient, prompt, sampling: SamplingParams, colour: bool, **speculation: Any
+) -> GenerationResult:
+    """Write a text to standard output as it comes and return the result."""
+    stream = client.stream(prompt, sampling, **speculation)
+    if isinstance(prompt, str):
+        out.out(prompt, end="", style="dim" if colour else None)
+    for chunk in stream:
+        write_chunk(chunk, colour)
+    out.print()
+    return stream.result
+
+
+def write_chunk(chunk: Chunk, colour: bool) -> None:
+    """Write one chunk; without a tokenizer, its ids."""
+    if not chunk.text and not any(segment.text for segment in chunk.segments):
+        return
+    for segment in chunk.segments:
+        style = (DRAFTED_STYLE if segment.is_drafted else TARGET_STYLE) if colour else ""
+        out.print(Text(segment.text, style=style), end="", soft_wrap=True)
+    out.file.flush()
+
+
+def summary(stats: GenerationStats) -> str:
+    """Return one line on a finished generation."""
+    parts = [f"{stats.num_generated_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s"]
+    if stats.num_draft_tokens:
+        parts.append(f"acceptance {stats.acceptance_rate:.2f}")
+    if stats.num_rounds:
+        parts.append(f"{stats.mean_acceptance_length:.2f} tokens per target pass")
+    return "; ".join(parts)

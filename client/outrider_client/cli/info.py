@@ -1,0 +1,70 @@
+"""`outrider info`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.table import Table
+
+from outrider.v1 import common_pb2
+from outrider_client.cli.options import addresses, as_json, out, print_json, shows_errors
+from outrider_client.pair import PairInfo, as_plain_dict
+from outrider_client.sync import SpeculativeClient
+
+
+@click.command(context_settings={"show_default": True})
+@addresses
+@as_json
+@shows_errors
+def info(draft: str, target: str, as_json: bool) -> None:
+    """Describe both services, and say whether they fit together.
+
+    Exits with 1 when they do not, or when the draft does not answer.
+    """
+    with SpeculativeClient(target, draft) as client:
+        pair = client.info()
+    verdict = pair.mismatch or ("fits" if pair.draft else f"no draft service answers at {draft}")
+    if as_json:
+        print_json(_as_dict(pair) | {"verdict": verdict})
+    else:
+        out.print(_table(pair))
+        out.print(f"The pair {verdict}." if verdict == "fits" else f"The pair does not work: {verdict}.")
+    if verdict != "fits":
+        raise SystemExit(1)
+
+
+def _as_dict(pair: PairInfo) -> dict[str, Any]:
+    messages = {
+        "target": pair.target,
+        "target_stats": pair.target_stats,
+        "draft": pair.draft,
+        "draft_stats": pair.draft_stats,
+    }
+    return {name: message and as_plain_dict(message) for name, message in messages.items()}
+
+
+def _table(pair: PairInfo) -> Table:
+    table = Table("", "draft", "target", title="Services")
+    described = [(pair.draft, pair.draft_stats), (pair.target, pair.target_stats)]
+    columns = [_column(model, stats) if model and stats else {} for model, stats in described]
+    for name in columns[1]:
+        table.add_row(name, *(column.get(name, "-") for column in columns))
+    return table
+
+
+def _column(model: common_pb2.ModelInfo, stats: common_pb2.ServiceStats) -> dict[str, str]:
+    return {
+        "model": model.model_id,
+        "architecture": model.architecture,
+        "device, type": f"{model.device}, {model.dtype}",
+        "vocabulary": f"{model.vocab_size:,}",
+        "tokenizer": f"{model.tokenizer.num_pieces:,} pieces" if model.HasField("tokenizer") else "none",
+        "context": f"{model.context_length:,}",
+        "sessions": f"{stats.num_sessions} of {model.limits.max_sessions}",
+        "cached tokens": f"{stats.num_cached_tokens:,} of {model.limits.max_cached_tokens:,}",
+        "forward passes": f"{stats.num_forward_passes:,}",
+        "tokens fed": f"{stats.num_tokens_fed:,}",
+        "evictions": f"{stats.num_evictions:,}",
+        "version": model.service_version,
+    }

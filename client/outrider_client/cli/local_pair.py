@@ -1,0 +1,80 @@
+"""A draft and a target service as child processes on free loopback ports, for the demo and the benchmark."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+import click
+
+from outrider_client.cli.options import err
+
+_STOP_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A service process; its log goes to a file, since a pipe that nobody reads would fill and stop it."""
+
+    process: subprocess.Popen[str]
+    log: IO[str]
+
+
+@dataclass(frozen=True)
+class PairAddresses:
+    """Where the two services listen."""
+
+    draft: str
+    target: str
+
+
+@contextmanager
+def local_pair(draft_model: str, target_model: str, threads: int) -> Iterator[PairAddresses]:
+    """Start both services, wait until they are warm, and stop them at the end.
+
+    Raises:
+        click.ClickException: a service did not come up; what it printed goes to standard error.
+    """
+    children: list[_Child] = []
+    try:
+        with err.status("starting the draft service and the target service"):
+            for module, model in (("outrider_draft", draft_model), ("outrider_target", target_model)):
+                children.append(_start(module, model, threads))
+            draft, target = (_address(child) for child in children)
+        yield PairAddresses(draft, target)
+    finally:
+        for child in children:
+            child.process.terminate()
+        for child in children:
+            _reap(child)
+
+
+def _start(module: str, model: str, threads: int) -> _Child:
+    command = [sys.executable, "-m", module, "--model", model, "--listen", "127.0.0.1:0", "--threads", str(threads)]
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+    process = subprocess.Popen([*command, "--grace", "0"], stdout=subprocess.PIPE, stderr=log, text=True)
+    return _Child(process, log)
+
+
+def _address(child: _Child) -> str:
+    """Return HOST:PORT, the last word of the line that a service prints when it is warm."""
+    assert child.process.stdout is not None
+    line = child.process.stdout.readline()
+    if not line:
+        child.log.seek(0)
+        raise click.ClickException(f"a service did not start:\n{child.log.read()}")
+    return line.split()[-1]
+
+
+def _reap(child: _Child) -> None:
+    try:
+        child.process.communicate(timeout=_STOP_S)
+    except subprocess.TimeoutExpired:
+        child.process.kill()
+        child.process.communicate()
+    child.log.close()

@@ -1,0 +1,86 @@
+"""Whether a draft and a target belong together, and in words where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
+
+from outrider.v1 import common_pb2
+from outrider_client.errors import ServiceFailedError
+
+_BLOCK = 1024  # ids under one digest; TokenizerFingerprint in common.proto
+
+
+@dataclass(frozen=True)
+class PairInfo:
+    """What the two services say of themselves, as protobuf messages of outrider.v1."""
+
+    target: common_pb2.ModelInfo
+    target_stats: common_pb2.ServiceStats
+    draft: common_pb2.ModelInfo | None  # None: no draft was named, or it does not answer
+    draft_stats: common_pb2.ServiceStats | None
+
+    @property
+    def mismatch(self) -> str | None:
+        """Why the two cannot work together; None when they can, or there is no draft."""
+        return None if self.draft is None else find_mismatch(self.draft, self.target)
+
+
+def as_plain_dict(message: Message) -> dict[str, Any]:
+    """Return a message's fields by name, for JSON; protobuf's own form writes 64-bit numbers as strings."""
+    return {field.name: _plain(getattr(message, field.name), field.is_repeated) for field in message.DESCRIPTOR.fields}
+
+
+def _plain(value: Any, is_repeated: bool) -> Any:
+    if is_repeated:
+        return [_plain(element, False) for element in value]
+    return as_plain_dict(value) if isinstance(value, Message) else value
+
+
+def check_model(info: common_pb2.ModelInfo) -> None:
+    """Refuse what a target says of itself and cannot be.
+
+    Raises:
+        ServiceFailedError: the message says what it is.
+    """
+    absurd = None
+    if not info.vocab_size or not info.context_length:
+        absurd = f"a vocabulary of {info.vocab_size} ids and a context of {info.context_length} tokens"
+    elif max(info.eos_token_ids, default=0) >= info.vocab_size:
+        absurd = f"an end-of-sequence id {max(info.eos_token_ids)} in a vocabulary of {info.vocab_size} ids"
+    elif info.tokenizer.num_pieces > info.vocab_size:
+        absurd = f"a tokenizer of {info.tokenizer.num_pieces} pieces for a vocabulary of {info.vocab_size} ids"
+    if absurd:
+        raise ServiceFailedError(f"the target describes a model with {absurd}: is this a target service of Outrider?")
+
+
+def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> str | None:
+    """Return a sentence on how the tokenizers differ, or None when they are the same.
+
+    Padded rows at the end of an embedding are no difference. Models without tokenizers match when their vocabularies
+    are of one size.
+    """
+    names = f"draft {draft.model_id} and target {target.model_id}"
+    if not draft.HasField("tokenizer") or not target.HasField("tokenizer"):
+        if draft.HasField("tokenizer") == target.HasField("tokenizer") and draft.vocab_size == target.vocab_size:
+            return None
+        return f"{names} cannot be compared: one came without a tokenizer, or their vocabularies differ in size"
+    ours, theirs = draft.tokenizer, target.tokenizer
+    if ours == theirs:
+        return None
+    differing = _first_difference(ours.block_digests, theirs.block_digests)
+    sizes = f"{ours.num_pieces} and {theirs.num_pieces} pieces"
+    return (
+        f"{names} have different tokenizers: {sizes}, first differing between ids {differing * _BLOCK} and "
+        f"{(differing + 1) * _BLOCK - 1}; use a draft of the target's own family"
+    )
+
+
+def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    for index, (left, right) in enumerate(zip(ours, theirs, strict=False)):
+        if left != right:
+            return index
+    return min(len(ours), len(theirs))

@@ -1,0 +1,240 @@
+"""Tokens to text as they come, and the one place that decides where a text ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Encoding, Tokenizer
+
+from outrider_client import arguments
+from outrider_client.chat_template import ChatTemplate
+from outrider_client.decoding import Pieces, TextDecoder, raise_if_failed
+from outrider_client.errors import InvalidRequestError, ServiceFailedError
+from outrider_client.results import FinishReason
+
+
+@dataclass(frozen=True)
+class TargetTokenizer:
+    """The tokenizer that the target sent."""
+
+    tokenizer: Tokenizer
+    chat_template: str
+    special_tokens: dict[str, str]
+
+    @classmethod
+    def from_parts(cls, tokenizer_json: bytes, chat_template: str, special_tokens_json: str) -> TargetTokenizer:
+        """Return it from what GetTokenizer sends.
+
+        A tokenizer may be told to cut texts or to fill them up, as it was when it was trained; neither is done here.
+
+        Raises:
+            ServiceFailedError: it cannot be used.
+        """
+        try:
+            tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+            special_tokens = json.loads(special_tokens_json or "{}")
+        except BaseException as error:
+            raise_if_failed("be read", error)
+            raise
+        if not isinstance(special_tokens, dict):
+            raise ServiceFailedError("the target's special tokens are no JSON object")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer, chat_template, special_tokens)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template)
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        return Pieces(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text that is to be continued.
+
+        What the tokenizer puts behind a text, such as an end of sequence, is left out: nothing would come behind it.
+
+        Raises:
+            InvalidRequestError: the text holds a lone surrogate.
+            ServiceFailedError: the tokenizer cannot encode it.
+        """
+        encoding = self._encode("prompt", arguments.text("prompt", text))
+        end = len(encoding.ids)
+        while end and encoding.special_tokens_mask[end - 1]:
+            end -= 1
+        return encoding.ids[: end or 1]
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the text of some ids, without special tokens; raises InvalidRequestError for what are no ids."""
+        ids = arguments.token_ids("token_ids", token_ids)
+        if ids and not 0 <= min(ids) <= max(ids) <= arguments.MOST_UINT32:
+            raise InvalidRequestError(f"token_ids holds ids below 0 or above {arguments.MOST_UINT32}: give token ids")
+        return self.pieces.decode(ids)
+
+    def _encode(self, name: str, text: str, add_special_tokens: bool = True) -> Encoding:
+        arguments.check_text(name, text)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            raise_if_failed(f"encode the {name}", error)
+            raise
+
+    def render_chat(self, messages: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Return the ids of a conversation in the model's own chat format, up to where its answer begins.
+
+        Args:
+            messages: dicts with `role`, `content` and whatever else the template knows.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or jinja2 is not installed, or messages are none, or
+                the template refuses them.
+            ServiceFailedError: the template cannot be used, or takes too long, or makes too long a text.
+        """
+        if not self.chat_template:
+            raise InvalidRequestError(
+                "the target model has no chat template: use generate, or an instruction-tuned model"
+            )
+        text = self._template.render(messages, self.special_tokens)
+        return self._encode("messages", text, add_special_tokens=False).ids
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a text took of the tokens it was given."""
+
+    num_taken: int
+    texts: list[str]  # one for each token taken: what it released
+    finish_reason: FinishReason | None
+
+
+class TextStream:
+    """Grows a text token by token and finds its end: end-of-sequence ids, stop strings, and the longest length.
+
+    Text that may be the beginning of a stop string is held back until it is clear that it is none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TargetTokenizer | None,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        eos_token_ids: Sequence[int] = (),
+    ):
+        if stop and tokenizer is None:
+            raise InvalidRequestError("stop needs a tokenizer, and the target model came without one")
+        self._decoder = TextDecoder(tokenizer.pieces, prompt_ids) if tokenizer else None
+        self._num_left = max_new_tokens
+        self._stop, self._eos_token_ids = tuple(stop), frozenset(eos_token_ids)
+        self._released: list[str] = []
+        self._held = ""
+        self._token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        """All text released so far."""
+        return "".join(self._released)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens taken so far."""
+        return self._token_ids
+
+    def take(self, token_ids: Sequence[int]) -> Taken:
+        """Take tokens up to the end of the text."""
+        texts: list[str] = []
+        for token_id in token_ids:
+            if self.finish_reason is not None:
+                break
+            texts.append(self._take_one(token_id))
+        return Taken(len(texts), texts, self.finish_reason)
+
+    def end_at_limit(self) -> str:
+        """End the text because nothing more fits, although it is shorter than asked for; return what was held back."""
+        return self._finish("length")
+
+    def _take_one(self, token_id: int) -> str:
+        self._token_ids.append(token_id)
+        self._num_left -= 1
+        if token_id in self._eos_token_ids:
+            return self._finish("stop")
+        if self._decoder:
+            self._held += self._decoder.step(token_id)
+            if self._stop and self._cut_at_stop(self._held + self._decoder.peek()):
+                return self._release(len(self._held))
+        if self._num_left == 0:
+            return self._finish("length")
+        return self._release(len(self._held) - _longest_overlap(self._held, self._stop))
+
+    def _finish(self, reason: FinishReason) -> str:
+        """End the text and release what was held, with what is left of an unfinished character."""
+        if self._decoder:
+            self._held += self._decoder.end()
+        if not self._cut_at_stop(self._held):
+            self.finish_reason = reason
+        return self._release(len(self._held))
+
+    def _cut_at_stop(self, text: str) -> bool:
+        """End the text before the first stop string of `text`, which is what is held, if there is one."""
+        found = _earliest(text, self._stop)
+        if found is None:
+            return False
+        self._held, self.finish_reason = text[:found], "stop"
+        return True
+
+    def _release(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        if text:
+            self._released.append(text)
+        return text
+
+
+def _earliest(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the first of the stop strings begins in `text`, or None."""
+    starts = [start for start in (text.find(string) for string in stop) if start >= 0]
+    return min(starts, default=None)
+
+
+def _longest_overlap(text: str, stop: Sequence[str]) -> int:
+    """Return the length of the longest end of `text` with which a stop string begins."""
+    longest = 0
+    for string in stop:
+        for length in range(min(len(string) - 1, len(text)), longest, -1):
+            if text.endswith(string[:length]):
+                longest = length
+                break
+    return longest
+
+
+def prompt_to_ids(prompt: str | Iterable[int], tokenizer: TargetTokenizer | None, vocab_size: int) -> list[int]:
+    """Return a prompt's ids.
+
+    Raises:
+        InvalidRequestError: it is empty or no prompt, holds an id outside the vocabulary, or is text and there is no
+            tokenizer.
+        ServiceFailedError: the tokenizer cannot encode it, or makes ids that the model has not.
+    """
+    given = arguments.prompt_of(prompt)
+    if isinstance(given, list):
+        token_ids = given
+    elif tokenizer:
+        token_ids = tokenizer.encode(given)
+    else:
+        raise InvalidRequestError(
+            "prompt is text, but the target model came without a tokenizer: give a list of token ids"
+        )
+    if not token_ids:
+        raise InvalidRequestError("prompt is empty: give at least one token")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        has = f"id {arguments.shown(wrong)}: the target's vocabulary has {vocab_size} ids, from 0"
+        if isinstance(given, str):
+            raise ServiceFailedError(f"the target's tokenizer makes of the prompt {has}")
+        raise InvalidRequestError(f"prompt holds {has}")
+    return token_ids

@@ -1,0 +1,232 @@
+"""Runs forward passes on paged caches, padded to buckets and replayed as CUDA graphs where the pass is small.
+
+Everything a pass reads but the weights and the caches (token ids, positions, slots, lengths, page tables) is written
+into one pinned buffer and goes to the device in one copy. The block tables go along: 4 bytes for each page of a
+sequence, whose rows each cache keeps up to date on the host.
+
+Shapes: T rows of the packed row, N sequences, B pages that one sequence can have, R rows read, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from outrider.engine.backends.paged.attention import PagedBatch, VarlenAttention
+from outrider.engine.backends.paged.cache import SCRATCH_PAGE, PagedCache, PagePool
+from outrider.engine.backends.paged.graphs import Buckets, GraphKey, GraphRunner, Replay
+from outrider.engine.backends.runner import Feed, ForwardPass
+from outrider.sampling.transfers import wait_for
+
+ALIGNMENT = 16  # bytes: compiled kernels come in one kind for pointers that are, and another for those that are not
+
+
+class StagedInputs:
+    """The inputs of passes of one size: a pinned buffer, its twin on the device, and the arrays that both hold."""
+
+    def __init__(self, num_sequences: int, num_tokens: int, max_pages: int, device: torch.device):
+        long_sizes = {"token_ids": num_tokens, "positions": num_tokens, "slots": num_tokens, "rows": num_tokens}
+        int_sizes = {
+            "cu_seq_q": num_sequences + 1,
+            "seqused_k": num_sequences,
+            "block_table": num_sequences * max_pages,
+        }
+        sizes = {name: (torch.int64, size) for name, size in long_sizes.items()}
+        sizes |= {name: (torch.int32, size) for name, size in int_sizes.items()}
+        num_bytes = sum(_padded_bytes(*kind_and_size) for kind_and_size in sizes.values())
+        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._arrays = {name: part.numpy() for name, part in _parts(self._host, sizes).items()}
+        self._tensors = _parts(self._device, sizes)
+        self._table_shape = (num_sequences, max_pages)
+
+    def send(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> int:
+        """Write the inputs for `feeds`, whose new entries go to `slots`, and copy them; return how many rows they want.
+
+        What is left of the arrays is padding: tokens that write to the scratch page, and sequences that read it alone.
+        """
+        num_rows = self._fill(feeds, slots)
+        self._device.copy_(self._host, non_blocking=True)  # done when the pass is, which the runner waits for
+        return num_rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return an array on the device: always the same tensor."""
+        tensor = self._tensors[name]
+        return tensor.view(self._table_shape) if name == "block_table" else tensor
+
+    def _fill(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> int:
+        host, end, num_rows = self._arrays, 0, 0
+        table = host["block_table"].reshape(self._table_shape)
+        for index, (feed, its_slots) in enumerate(zip(feeds, slots, strict=True)):
+            start, end, length = end, end + len(feed.token_ids), feed.cache.length
+            host["token_ids"][start:end] = feed.token_ids
+            host["positions"][start:end] = np.arange(length, length + end - start)
+            host["slots"][start:end] = its_slots
+            host["rows"][num_rows : num_rows + feed.num_rows] = np.arange(end - feed.num_rows, end)
+            host["cu_seq_q"][index + 1] = end
+            host["seqused_k"][index] = length + end - start
+            table[index] = feed.cache.page_table
+            num_rows += feed.num_rows
+        for name in ("token_ids", "positions", "slots"):
+            host[name][end:] = 0  # slot 0 is the scratch page's first
+        self._fill_sequences(len(feeds), end)
+        return num_rows
+
+    def _fill_sequences(self, num_fed: int, num_tokens: int) -> None:
+        """Pad the sequences: one token each where every sequence has one, which kernels rely on, else none."""
+        host, (num_sequences, _) = self._arrays, self._table_shape
+        num_padding = num_sequences - num_fed
+        each_has_one = len(host["token_ids"]) == num_sequences
+        host["cu_seq_q"][num_fed + 1 :] = num_tokens + (np.arange(1, num_padding + 1) if each_has_one else 0)
+        host["seqused_k"][num_fed:] = 1
+        host["block_table"].reshape(self._table_shape)[num_fed:] = SCRATCH_PAGE
+
+
+def _padded_bytes(dtype: torch.dtype, size: int) -> int:
+    return -(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def _parts(storage: torch.Tensor, sizes: dict[str, tuple[torch.dtype, int]]) -> dict[str, torch.Tensor]:
+    """Return views of the bytes of `storage`, each aligned as kernels that are compiled for it expect."""
+    parts, start = {}, 0
+    for name, (dtype, size) in sizes.items():
+        parts[name] = storage[start : start + size * dtype.itemsize].view(dtype)
+        start += _padded_bytes(dtype, size)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A recorded pass, and what it reads."""
+
+    inputs: StagedInputs
+    replay: Replay
+
+
+class PagedRunner:
+    """Runs a forward pass on paged caches. See runner.Runner.
+
+    Passes that fit a bucket are replayed, others run as they are. Rows that are returned are copies: the next pass
+    does not touch them.
+    """
+
+    def __init__(
+        self,
+        forward_pass: ForwardPass,
+        pool: PagePool,
+        context_length: int,
+        varlen_attn: VarlenAttention,
+        graphs: GraphRunner | None,
+        buckets: Buckets | None = None,
+    ):
+        """Without `graphs` every pass runs as it is, without padding."""
+        self._forward_pass, self._pool, self._context_length = forward_pass, pool, context_length
+        self._varlen_attn, self._graph_runner = varlen_attn, graphs
+        self._buckets = buckets or Buckets()
+        self._graphs: dict[GraphKey, _Graph] = {}
+        self._logits: torch.Tensor | None = None  # [rows of the largest bucket, V], which every graph writes
+        self._every_row = torch.arange(self._buckets.max_tokens, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._forward_pass.device
+
+    def new_cache(self) -> PagedCache:
+        """See Runner."""
+        return PagedCache(self._pool, self._context_length)
+
+    def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """See Runner."""
+        found: list[torch.Tensor] = []
+        self.forward_with(feeds, found.append)
+        return found[0]
+
+    @torch.inference_mode()
+    def forward_with(self, feeds: Sequence[Feed], then: Callable[[torch.Tensor], None]) -> None:
+        """See DeviceRunner."""
+        with self._growing(feeds) as slots:
+            then(self._run(feeds, slots))
+
+    @contextmanager
+    def _growing(self, feeds: Sequence[Feed], num_more: int = 0) -> Iterator[list[np.ndarray]]:
+        """Reserve slots for the tokens of `feeds` and `num_more` behind each; then wait for the device and grow caches.
+
+        Where something fails they stay as they were.
+        """
+        try:
+            slots = [feed.cache.reserve(len(feed.token_ids) + num_more) for feed in feeds]
+            with self._on_device():
+                try:
+                    yield slots
+                finally:
+                    wait_for(self.device)  # behind a failure, too: buffers and pages are in use until then
+        except BaseException:
+            for feed in feeds:
+                feed.cache.truncate(feed.cache.length)  # gives back what was reserved
+            raise
+        for feed in feeds:
+            feed.cache.advance(len(feed.token_ids) + num_more)
+
+    @torch.inference_mode()
+    def record_all(self) -> None:
+        """Record every bucket, so that no session waits for it."""
+        if self._graph_runner:
+            with self._on_device():
+                for key in self._buckets.all():
+                    self._graph_of(key, self._graph_runner)
+
+    def _run(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> torch.Tensor:
+        key = self._buckets.key_for([len(feed.token_ids) for feed in feeds])
+        if self._graph_runner is None or key is None:
+            return self._run_as_it_is(feeds, slots)
+        graph = self._graph_of(key, self._graph_runner)
+        num_rows = graph.inputs.send(feeds, slots)
+        graph.replay()
+        assert self._logits is not None
+        return self._logits.index_select(0, graph.inputs["rows"][:num_rows])
+
+    def _run_as_it_is(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> torch.Tensor:
+        sizes = [len(feed.token_ids) for feed in feeds]
+        inputs = self._inputs(len(feeds), sum(sizes))
+        rows = inputs["rows"][: inputs.send(feeds, slots)]
+        longest = max(feed.cache.length + size for feed, size in zip(feeds, sizes, strict=True))
+        return self._call(inputs, rows, max(sizes), longest)
+
+    def _graph_of(self, key: GraphKey, runner: GraphRunner) -> _Graph:
+        """Return the recorded pass for `key`, recorded now if there is none; padding alone is in its inputs then."""
+        if key not in self._graphs:
+            inputs = self._inputs(key.num_sequences, key.num_tokens)
+            inputs.send([], [])
+            rows = self._every_row[: key.num_tokens]
+
+            def run() -> None:
+                logits = self._call(inputs, rows, key.tokens_per_sequence, self._context_length)
+                if self._logits is None:
+                    self._logits = logits.new_empty(self._buckets.max_tokens, logits.shape[-1])
+                self._logits[: key.num_tokens] = logits
+
+            self._graphs[key] = _Graph(inputs, runner.capture(run))
+        return self._graphs[key]
+
+    def _inputs(self, num_sequences: int, num_tokens: int) -> StagedInputs:
+        return StagedInputs(num_sequences, num_tokens, self._pool.num_pages_for(self._context_length), self.device)
+
+    def _call(self, inputs: StagedInputs, rows: torch.Tensor, max_q: int, max_length: int) -> torch.Tensor:
+        batch = PagedBatch(
+            layers=self._pool.layers,
+            varlen_attn=self._varlen_attn,
+            slots=inputs["slots"],
+            cu_seq_q=inputs["cu_seq_q"],
+            seqused_k=inputs["seqused_k"],
+            block_table=inputs["block_table"],
+            max_q=max_q,
+            max_length=max_length,
+        )
+        return self._forward_pass(inputs["token_ids"], inputs["positions"], rows, batch)
+
+    def _on_device(self) -> AbstractContextManager:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

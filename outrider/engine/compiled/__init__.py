@@ -1,1 +1,0 @@
-"""The Llama family on a CPU, as one call of compiled code a pass."""

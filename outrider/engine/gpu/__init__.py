@@ -1,1 +1,0 @@
-"""Kernels for CUDA GPUs, written in Triton, and the forward pass that is made of them."""

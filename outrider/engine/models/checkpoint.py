@@ -1,0 +1,300 @@
+"""Reads a checkpoint with transformers, and refuses one that is not all there: no weight may be random."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.utils.hub import cached_file
+
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_NAMES = ("target", "draft")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_OLD_CONSTANT = re.compile(r"\battn\.masked_bias$")  # −10,000, in checkpoints of GPT-2; its class has forgotten it
+_NUM_KEYS_NAMED = 3
+_LONGEST_REASON = 800  # characters of what another library says
+
+log = logging.getLogger(__name__)
+
+
+class ModelRefusedError(Exception):
+    """The model cannot be loaded, or not be run exactly; the message says why in one sentence."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where transformers finds the files of a model, `name` to the operator."""
+
+    name: str
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, model: str, revision: str | None, trust_remote_code: bool) -> Source:
+        """Return the source of a hub id, a directory, a .gguf file, or an embedded model.
+
+        Raises:
+            ModelRefusedError: there is no such file or embedded model.
+        """
+        path, gguf_file = model, None
+        if model.startswith(BUILTIN_PREFIX):
+            name = model.removeprefix(BUILTIN_PREFIX)
+            if name not in BUILTIN_NAMES:
+                raise ModelRefusedError(
+                    f"there is no {model}: the embedded models are builtin:target and builtin:draft"
+                )
+            path = str(files("outrider.engine.models").joinpath("builtin", name))
+        elif model.endswith(".gguf"):
+            if not Path(model).is_file():
+                raise ModelRefusedError(f"there is no file {model}")
+            path, gguf_file = str(Path(model).parent), Path(model).name
+        return cls(model, path, gguf_file, revision, trust_remote_code)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what every from_pretrained of transformers takes."""
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
+        return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+    def folder(self) -> Path | None:
+        """Return where the files lie on this machine; None where they were not even fetched."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        try:
+            config = cached_file(self.path, "config.json", revision=self.revision, local_files_only=True)
+        except Exception:  # of the hub's library; whatever it is, there is nothing to look at
+            return None
+        return Path(config).parent if config else None
+
+    def has(self, name: str) -> bool:
+        """Return whether a file of that name is among the model's."""
+        folder = self.folder()
+        return folder is not None and (folder / name).is_file()
+
+    def why_unreadable(self) -> str | None:
+        """Return which file of the model is damaged and how, in words; None where all look well."""
+        folder = self.folder()
+        if folder is None:
+            return None
+        if self.gguf_file:
+            return _why_damaged([folder / self.gguf_file])
+        kinds = ("*.json", "*.safetensors", "*.bin")
+        return _why_damaged(path for kind in kinds for path in sorted(folder.glob(kind)))
+
+    def why_silent(self, names: Iterable[str]) -> str | None:
+        """Return which of the named files is there but damaged, where transformers would go on without a word."""
+        folder = None if self.gguf_file else self.folder()
+        return None if folder is None else _why_damaged(folder / name for name in names if (folder / name).is_file())
+
+
+@contextmanager
+def refusing(source: Source) -> Iterator[None]:
+    """Turn whatever the block raises into a ModelRefusedError that names the damaged file, if there is one."""
+    try:
+        yield
+    except (ModelRefusedError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception, and code of a checkpoint may exit
+        reason = source.why_unreadable() or one_line(error)
+        raise ModelRefusedError(f"{source.name} cannot be loaded: {reason}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text in one line of bounded length; its class where it has none."""
+    text = " ".join(str(error).split())
+    if not text or not isinstance(error, OSError | ValueError | ImportError | RuntimeError | TypeError):
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
+
+
+def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
+    """Return the model with every weight as its files have it, in evaluation mode.
+
+    Args:
+        arguments: for from_pretrained, beside those of `source`.
+
+    Raises:
+        ModelRefusedError: no causal language model, a damaged file, or weights that are missing, left over or of
+            another shape.
+    """
+    arguments |= source.arguments()
+    with refusing(source), _without_its_warnings():
+        if not source.gguf_file:
+            config = AutoConfig.from_pretrained(source.path, **arguments)
+            if getattr(config, "is_encoder_decoder", False):
+                raise ModelRefusedError(
+                    f"{source.name} ({config.model_type}) is an encoder-decoder: give a decoder-only model"
+                )
+        reason = source.why_silent(["generation_config.json"])
+        if reason:
+            raise ModelRefusedError(f"{source.name} cannot be loaded: {reason}")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, report = loaded
+        left_over = _left_over_in_gguf(Path(source.path) / source.gguf_file, model) if source.gguf_file else set()
+    reason = why_incomplete(report | {"unexpected_keys": {*report["unexpected_keys"], *left_over}})
+    if reason:
+        raise ModelRefusedError(f"{source.name} cannot be loaded as a {type(model).__name__}: {reason}")
+    return model.eval()
+
+
+@contextmanager
+def _without_its_warnings() -> Iterator[None]:
+    """Keep transformers from logging a table of what is about to be said in a sentence."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def why_incomplete(report: dict[str, Any]) -> str | None:
+    """Return in words what transformers' loading report says is wrong; None where all weights were as meant.
+
+    The report leaves out what is tied, and what the model's class declares that it may lack or find.
+    """
+    found = (
+        (report["missing_keys"], "its files lack", "which would be random numbers"),
+        ({key for key, *_ in report["mismatched_keys"]}, "its files have another shape of", "than config.json says"),
+        (
+            {key for key in report["unexpected_keys"] if not _OLD_CONSTANT.search(key)},
+            "its files have",
+            "which this architecture has no place for",
+        ),
+        (report["error_msgs"], "transformers says", ""),
+    )
+    parts = [f"{verb} {_first_of(keys)}{', ' * bool(what)}{what}" for keys, verb, what in found if keys]
+    return "; ".join(parts) or None
+
+
+def _left_over_in_gguf(path: Path, model: PreTrainedModel) -> set[str]:
+    """Return what a GGUF file has and transformers passes over in silence: tensors, and the scaling of rotary factors.
+
+    Experts are left out: they are split under other names.
+    """
+    from gguf import GGUFReader  # of an extra
+
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
+    names = {tensor.name for tensor in reader.tensors}
+    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+    is_scaled = scaling is not None and scaling.contents() != "none" and architecture != "gpt-oss"
+    scales = {f"{architecture}.rope.scaling.type"} if is_scaled else set()
+    return {name for name in names if name not in known and "_exps" not in name} | scales
+
+
+def _first_of(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    more = len(names) - _NUM_KEYS_NAMED
+    return ", ".join(names[:_NUM_KEYS_NAMED]) + (f" and {more} more ({len(names)} in all)" if more > 0 else "")
+
+
+def _why_damaged(paths: Iterable[Path]) -> str | None:
+    for path in paths:
+        try:
+            reason = _why_file_damaged(path)
+        except Exception as error:  # nonsense has many ways to be wrong
+            reason = f"is damaged: {one_line(error)}"
+        if reason:
+            return f"{path.name} {reason}"
+    return None
+
+
+def _why_file_damaged(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if not start and path.suffix in _CHECKS:
+        return "is empty: fetch it again"
+    if start == LFS_POINTER:
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull` where it comes from"
+    check = _CHECKS.get(path.suffix)
+    return check(path) if check else None
+
+
+def _why_json_damaged(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        return f"is not JSON: {one_line(error)}"
+    if path.name == "config.json" and not isinstance(content, dict):
+        return "is no JSON object"
+    for shard in sorted(set(content.get("weight_map", {}).values())) if path.name.endswith(".index.json") else ():
+        if not path.with_name(shard).is_file():
+            return f"names {shard}, which is not there"
+    return None
+
+
+def _why_safetensors_damaged(path: Path) -> str | None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 + header_size:
+            return f"is cut short: it has {size} bytes, and its header alone needs {8 + header_size}"
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError:
+            return "is not a safetensors file: its header is not JSON"
+    end = 8 + header_size + max((its["data_offsets"][1] for name, its in header.items() if name[:1] != "_"), default=0)
+    return None if size == end else f"has {size} bytes where its header says {end}: fetch it again"
+
+
+def _why_pickle_damaged(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK":
+        return None if zipfile.is_zipfile(path) else "is cut short: fetch it again"
+    return None if start[:1] == b"\x80" else "is not a file of PyTorch"
+
+
+def _why_gguf_damaged(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start != b"GGUF":
+        return "is not a GGUF file"
+    try:
+        from gguf import GGUFReader
+    except ImportError:  # which is what the caller is about to say
+        return None
+    try:
+        GGUFReader(path)
+    except Exception as error:  # whatever comes of reading beyond the end
+        return f"is cut short or damaged ({one_line(error)}): fetch it again"
+    return None
+
+
+_CHECKS: dict[str, Callable[[Path], str | None]] = {
+    ".json": _why_json_damaged,
+    ".safetensors": _why_safetensors_damaged,
+    ".bin": _why_pickle_damaged,
+    ".gguf": _why_gguf_damaged,
+}
+
+
+def placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move the model to the device.
+
+    Raises:
+        ModelRefusedError: it does not fit.
+    """
+    try:
+        return model.to(device)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise ModelRefusedError(f"{type(model).__name__} does not fit onto {device}: {one_line(error)}") from error

@@ -1,0 +1,348 @@
+"""Loads a causal language model and its tokenizer with transformers, and refuses what the engine cannot run exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedModel
+
+from outrider.engine.backends import attention
+from outrider.engine.backends.compiled.choice import choose_compiled
+from outrider.engine.backends.llama import FAMILIES, LlamaForward, sees_as_asked
+from outrider.engine.backends.paged.choice import CacheOptions, choose_runner, make_gpu_forward
+from outrider.engine.backends.runner import Feed, ForwardPass, ModelRunner, Runner, TransformersForward
+from outrider.engine.kv_cache import SequenceCache
+from outrider.engine.models.checkpoint import TOKENIZER_FILES, ModelRefusedError, Source, one_line, placed, read_model
+from outrider.engine.models.configuration import (
+    context_length_of,
+    eos_token_ids_of,
+    hold_rotary_factors,
+    vocab_size_of,
+)
+from outrider.engine.models.identity import identity_of
+from outrider.engine.models.probe import probe_text, why_different, why_disturbed
+
+FINGERPRINT_BLOCK = 1024
+_PROBE_LENGTH, _PROBE_START = 12, 5
+_SMALL_WINDOW = 32  # a window or chunk up to which the text at start goes beyond it
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to load and where to."""
+
+    model: str  # hub id, directory, .gguf file, or builtin:target / builtin:draft
+    revision: str | None = None
+    dtype: str = "auto"  # a key of DTYPES; auto is float32 on a CPU and the checkpoint's own elsewhere
+    device: str = "auto"  # auto is CUDA where there is one
+    trust_remote_code: bool = False
+    quantization: str | None = None  # bnb-4bit or bnb-8bit
+    device_map: str | None = None  # auto: accelerate spreads the model
+    threads: int = 0  # of the CPU, for the whole process; 0 leaves torch's choice
+    caches: CacheOptions = field(default_factory=CacheOptions)
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a client needs to turn text into ids and back."""
+
+    tokenizer_json: bytes
+    chat_template: str
+    special_tokens: dict[str, str]
+    pieces: dict[int, str]
+
+    def whole(self) -> bytes:
+        """Return all of it in one piece, for a digest."""
+        more = json.dumps([self.chat_template, self.special_tokens], sort_keys=True)
+        return self.tokenizer_json + more.encode()
+
+    def block_digests(self) -> list[int]:
+        """Return a digest of each `FINGERPRINT_BLOCK` ids; common.proto has the definition."""
+        digests = []
+        for first in range(0, max(self.pieces, default=-1) + 1, FINGERPRINT_BLOCK):
+            digest = hashlib.sha256()
+            for token_id in range(first, first + FINGERPRINT_BLOCK):
+                if token_id in self.pieces:
+                    digest.update(f"{token_id}\0{self.pieces[token_id]}\0".encode())
+            digests.append(int.from_bytes(digest.digest()[:8], "little"))
+        return digests
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that has passed the checks, with what its users need to know of it."""
+
+    options: ModelOptions
+    runner: Runner
+    max_cached_tokens: int
+    tokenizer: TokenizerFiles | None
+    architecture: str
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    identity: str  # see identity.py
+    device: str
+    accelerator: str  # identifies it anywhere; empty for a CPU
+    dtype: str
+
+
+def load(options: ModelOptions) -> LoadedModel:
+    """Load the model and its tokenizer, and check that packed attention gives what the model's own attention gives.
+
+    Raises:
+        ModelRefusedError: nothing of that name, no causal language model, or one that packed attention cannot run.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with _refusing(f"{options.model} cannot be run"):
+        return _load(options)
+
+
+def _load(options: ModelOptions) -> LoadedModel:
+    source = Source.of(options.model, options.revision, options.trust_remote_code)
+    device = _device(options.device)
+    model = _load_model(options, source, device)
+    forward_pass = choose_forward_pass(model)
+    vocab_size = vocab_size_of(model)
+    tokenizer = _load_tokenizer(source, vocab_size)
+    eos_token_ids = eos_token_ids_of(model, vocab_size)
+    facts: dict[str, Any] = {
+        "architecture": model.config.model_type,
+        "vocab_size": vocab_size,
+        "eos_token_ids": eos_token_ids,
+        "identity": identity_of(model, tokenizer.whole() if tokenizer else None, eos_token_ids),
+        "context_length": context_length_of(model.config),
+        "device": str(forward_pass.device),
+        "accelerator": _accelerator_id(forward_pass.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    compiled = gpu_forward = None
+    if _sees_as_kernels_do(model, forward_pass):
+        if not options.caches.paged:
+            compiled = choose_compiled(model, ModelRunner(forward_pass), facts["vocab_size"])
+        gpu_forward = make_gpu_forward(model)
+    del model  # a forward pass of our own has the weights: their memory is for the caches
+    try:
+        runner, max_cached_tokens = choose_runner(
+            forward_pass, gpu_forward, facts["context_length"], facts["vocab_size"], options.caches
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelRefusedError(
+            f"the caches of {options.model} do not fit into the memory of {facts['device']}: lower --max-cached-tokens"
+        ) from error
+    return LoadedModel(options, compiled or runner, max_cached_tokens, tokenizer, **facts)
+
+
+def load_plain(options: ModelOptions) -> PreTrainedModel:
+    """Load the model as transformers runs it by itself: with its own attention, unchecked.
+
+    Raises:
+        ModelRefusedError: nothing of that name, or no causal language model.
+    """
+    return _load_model(
+        options, Source.of(options.model, options.revision, options.trust_remote_code), _device(options.device)
+    )
+
+
+def _accelerator_id(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelRefusedError(f"device {name!r} is not known to torch: give cpu, cuda or cuda:N") from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts it
+        raise ModelRefusedError(f"device {name!r} is not there: {error}") from error
+    return device
+
+
+def _load_model(options: ModelOptions, source: Source, device: torch.device) -> PreTrainedModel:
+    arguments: dict = {"dtype": _dtype(options, device)}
+    if options.quantization:
+        arguments["quantization_config"] = _quantization(options.quantization)
+    if not (options.device_map or options.quantization):
+        return placed(read_model(source, **arguments), device)
+    return read_model(source, **arguments, device_map=options.device_map or {"": str(device)})
+
+
+def _dtype(options: ModelOptions, device: torch.device):
+    if options.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if options.dtype not in DTYPES:
+        raise ModelRefusedError(f"dtype {options.dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[options.dtype]
+
+
+def _quantization(name: str) -> transformers.BitsAndBytesConfig:
+    if name == "bnb-8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+@torch.inference_mode()
+def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
+    """Switch the model to packed attention, compare a short text with its own, and return the fastest forward pass.
+
+    Raises:
+        ModelRefusedError: it does not follow transformers' attention interface, a layer sees what is neither causal,
+            windowed nor chunked, the results differ, or what a text gets depends on others beside it.
+    """
+    attention.register()
+    name, config = type(model).__name__, model.config.get_text_config()
+    own_attention = model.config._attn_implementation
+    _switch(model, name)
+    context_length = context_length_of(config)
+    hold_rotary_factors(model, context_length)
+    token_ids = _probe_text(model, config, min(context_length, _probe_length(config)))
+    device = next(model.parameters()).device
+    with _refusing(f"{name} cannot run a short text"):
+        model.set_attn_implementation(own_attention)
+        expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
+    if not expected.isfinite().all():
+        raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: its weights are damaged")
+    _switch(model, name)
+    is_rounded = model.dtype not in (torch.float32, torch.float64) or getattr(model, "hf_quantizer", None) is not None
+    with _refusing(f"{name} cannot be run with packed attention"):
+        forward_pass = TransformersForward(model)
+        actual, num_layers = _probe(forward_pass, token_ids)
+        reason = why_different(actual, expected[_PROBE_START:], is_rounded)
+        reason_beside = why_disturbed(forward_pass, token_ids, context_length, is_rounded)
+    total = getattr(config, "num_hidden_layers", None)
+    if num_layers != total:
+        raise ModelRefusedError(f"{name} calls the attention interface in {num_layers} of its {total} layers only")
+    if reason:
+        raise ModelRefusedError(f"{name} differs from its own attention under packed attention: {reason}")
+    if reason_beside:
+        raise ModelRefusedError(f"{name} gives a text other logits when others are beside it: {reason_beside}")
+    if not (LlamaForward.can_run(model) and sees_as_asked(model, forward_pass.visible)):
+        return forward_pass
+    fast = LlamaForward(model)
+    reason = why_different(_probe(fast, token_ids)[0], expected[_PROBE_START:], is_rounded)
+    if reason is None:
+        return fast
+    log.warning("%s runs as transformers has it: in the faster forward pass, %s", name, reason)
+    return forward_pass
+
+
+def _sees_as_kernels_do(model: PreTrainedModel, forward_pass: ForwardPass) -> bool:
+    """Return whether our own forward passes, which know families by name, may be tried on the model."""
+    if isinstance(forward_pass, TransformersForward) and model.config.model_type in FAMILIES:
+        return sees_as_asked(model, forward_pass.visible)
+    return True
+
+
+def _probe_text(model: PreTrainedModel, config: Any, num_tokens: int) -> list[int]:
+    """Return a text that begins with plain tokens and then holds what some models treat in a way of its own."""
+    vocab_size = vocab_size_of(model)
+    token_ids = probe_text(vocab_size, num_tokens + _PROBE_START)[_PROBE_START:]
+    padding = getattr(config, "pad_token_id", None)
+    token_ids[_PROBE_START + 1] = padding if isinstance(padding, int) and 0 <= padding < vocab_size else 0
+    return token_ids
+
+
+def _probe_length(config: Any) -> int:
+    """Return how long a text shows windows and chunks at work, where they are small."""
+    sizes = [getattr(config, key, None) or 0 for key in ("sliding_window", "attention_chunk_size")]
+    return max(_PROBE_LENGTH, *(2 * size + _PROBE_START for size in sizes if size <= _SMALL_WINDOW))
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn whatever a first pass raises into a ModelRefusedError; of a model's code it can be anything."""
+    try:
+        yield
+    except ModelRefusedError:
+        raise
+    except Exception as error:
+        raise ModelRefusedError(f"{what}: {one_line(error)}") from error
+
+
+def _probe(forward_pass: ForwardPass, token_ids: list[int]) -> tuple[torch.Tensor, int]:
+    """Return the rows `[n - _PROBE_START, V]` of a text, with a rollback on the way, and the number of layers.
+
+    The layers are those that have written their cache.
+    """
+    runner, cache = ModelRunner(forward_pass), SequenceCache()
+    runner.forward([Feed(cache, token_ids[:7], 1)])
+    cache.truncate(_PROBE_START)
+    rows = [runner.forward([Feed(cache, token_ids[_PROBE_START:-1], len(token_ids) - _PROBE_START - 1)])]
+    rows.append(runner.forward([Feed(cache, token_ids[-1:], 1)]))
+    return torch.cat(rows), cache.num_layers
+
+
+def _switch(model: PreTrainedModel, name: str) -> None:
+    """Switch the model to packed attention; raises ModelRefusedError where it has attention of its own alone."""
+    reason = f"{name} does not follow transformers' attention interface, so its family cannot be served"
+    try:
+        model.set_attn_implementation(attention.ATTENTION_NAME)
+    except Exception as error:
+        raise ModelRefusedError(reason) from error
+    if model.config._attn_implementation != attention.ATTENTION_NAME:
+        raise ModelRefusedError(reason)
+
+
+def _check_ids(backend: Tokenizer, vocab_size: int, model: str) -> None:
+    """Raise ModelRefusedError where the tokenizer makes ids of plain text that the model does not take.
+
+    Tokens that were added without a row of the embedding are let through with a word: texts that name them are refused.
+    """
+    last = max(backend.get_vocab(with_added_tokens=False).values(), default=-1)
+    if last >= vocab_size:
+        raise ModelRefusedError(
+            f"the tokenizer of {model} has ids up to {last}, and the model's embedding {vocab_size} rows: "
+            "give the tokenizer that belongs to the model"
+        )
+    added = backend.get_vocab(with_added_tokens=True).items()
+    beyond = sorted(piece for piece, token_id in added if token_id >= vocab_size)
+    if beyond:
+        log.warning("tokens of %s that its embedding has no row for cannot be used: %s", model, ", ".join(beyond))
+
+
+def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
+    reason = source.why_silent(TOKENIZER_FILES)
+    if reason:
+        raise ModelRefusedError(f"the tokenizer of {source.name} cannot be loaded: {reason}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # tokenizers raises nothing more precise, and panics
+        if source.has("tokenizer.json"):
+            raise ModelRefusedError(f"the tokenizer of {source.name} cannot be read: {one_line(error)}") from error
+        log.warning("no tokenizer for %s (%s): clients must send token ids", source.name, one_line(error))
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        log.warning("the tokenizer of %s has no tokenizer.json form: clients must send token ids", source.name)
+        return None
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if added.issuperset(backend.get_vocab(with_added_tokens=True)):
+        # transformers makes one out of nothing but special pieces where the files of a tokenizer are missing.
+        log.warning("no tokenizer for %s (there are no files of one): clients must send token ids", source.name)
+        return None
+    _check_ids(backend, vocab_size, source.name)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return TokenizerFiles(
+        tokenizer_json=backend.to_str().encode(),
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "",
+        special_tokens=json.loads(json.dumps(special)),
+        pieces={token_id: piece for piece, token_id in backend.get_vocab(with_added_tokens=True).items()},
+    )

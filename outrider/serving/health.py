@@ -1,0 +1,61 @@
+"""grpc.health.v1 for one server: always answers, holds nothing for whoever does not read, and tells every watcher."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from outrider.protocol.errors import NotFoundError
+
+Status = health_pb2.HealthCheckResponse
+MOST_WATCHES = 1024  # at once; more are told the status and nothing after it
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """What a server says of itself and of its service.
+
+    grpcio's own servicer writes to a watcher while it holds what a change of status needs, and forgets all other
+    watchers of a service when one of them leaves.
+    """
+
+    def __init__(self) -> None:
+        self._statuses: dict[str, int] = {"": Status.SERVING}
+        self._changed = asyncio.Event()
+        self._num_watches = 0
+        self._is_ending = False
+
+    def set(self, status: int, *services: str) -> None:
+        """Set the status of some services, or of all that are known."""
+        self._statuses |= dict.fromkeys(services or self._statuses, status)
+        self._wake()
+
+    def end_watches(self) -> None:
+        """Let every watch end when it has told the status."""
+        self._is_ending = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def Check(self, request, context) -> health_pb2.HealthCheckResponse:
+        if request.service not in self._statuses:
+            raise NotFoundError(f"this server has no service {request.service[:100]!r}")
+        return Status(status=self._statuses[request.service])
+
+    async def Watch(self, request, context) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        reported: int | None = None
+        self._num_watches += 1
+        try:
+            while True:
+                changed, status = self._changed, self._statuses.get(request.service, Status.SERVICE_UNKNOWN)
+                if status != reported:
+                    yield Status(status=status)
+                    reported = status
+                if self._is_ending or self._num_watches > MOST_WATCHES:
+                    return
+                await changed.wait()
+        finally:
+            self._num_watches -= 1

@@ -1,0 +1,345 @@
+"""Continuous batching of rounds: the next pass takes whatever has arrived while the present one ran, and may wait for
+what is about to (gathering.py). Knows no gRPC.
+
+A round becomes a demand on the engine: feed the pending token and all proposals but the last, return one row for
+each.
+
+Shapes: K proposals of one round, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from outrider.common.callers import Caller
+from outrider.engine.engine import Demand, Engine, joined
+from outrider.engine.engine import Sequence as EngineSequence
+from outrider.engine.isolation import failed_alone, in_halves
+from outrider.engine.thread import ModelThread
+from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
+from outrider.sampling.probs import Reading, TargetRows, begin_reading
+from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
+from outrider.sampling.warping import Warping
+from outrider_target.gathering import Gathering
+
+IDS_OF_A_ROW = 256  # of a support, that take as long as reading a row without any
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Committed tokens at absolute positions; TokenSpan in common.proto."""
+
+    start_position: int
+    token_ids: Sequence[int]
+    prefix_digest: int
+
+    @property
+    def end(self) -> int:
+        return self.start_position + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a client wants verified."""
+
+    committed: Span
+    proposed_ids: Sequence[int]  # [K]
+    supports: Sequence[np.ndarray]  # K of [num_support] int64, ascending
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The rows of a round, and what it took."""
+
+    rows: TargetRows
+    num_cached_tokens: int
+    cache_digest: int
+    queue_ms: float
+    forward_ms: float
+    batch_size: int
+
+
+Emit = Callable[[Verdict | ServiceError], None]
+
+
+@dataclass(eq=False)
+class Session:
+    """One client stream. Everything but the two settings belongs to whoever drives the engine."""
+
+    warping: Warping
+    numbers: AddressedUniforms | SharedNoise  # that tokens outside the supports are drawn with
+    sequence: EngineSequence = field(default_factory=EngineSequence)
+    is_open: bool = True
+    failure: ServiceError | None = None  # what its next round is answered with
+
+
+@dataclass(eq=False)
+class _Job:
+    """A demand, and whom to tell."""
+
+    session: Session
+    demand: Demand
+    arrived_at: float
+    round: Round
+    emit: Emit
+
+
+class Scheduler:
+    """Owns the engine's thread and the jobs on it."""
+
+    def __init__(self, engine: Engine, context_length: int):
+        self._engine, self._context_length = engine, context_length
+        self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick, self._patience_s)
+        self._gathering = Gathering()
+        self._prefills: dict[Session, Demand] = {}
+        self._jobs: dict[Session, _Job] = {}
+        self._arrivals = itertools.count()
+
+    def warm_up(self, vocab_size: int) -> None:
+        """Answer rounds with and without proposals; the thread must not run yet.
+
+        Raises:
+            ServiceError: a round failed, as others would.
+        """
+        answers: list[Verdict | ServiceError] = []
+        for num_proposals in (0, 2) if self._context_length > 2 else (0,):
+            session = Session(Warping(), AddressedUniforms(0, Purpose.OUTSIDE))
+            session.sequence.tokens.extend([0])
+            self._begin(session)
+            proposals, supports = [0] * num_proposals, [np.arange(min(2, vocab_size))] * num_proposals
+            self._enqueue(session, Round(Span(0, [0], 0), proposals, supports), time.monotonic(), answers.append)
+            while self._step():
+                pass
+            self._end(session)
+        self._engine.forget_passes()
+        self._gathering = Gathering()  # passes in which something was compiled say nothing of others
+        raise_errors_in(answers)
+
+    def open(
+        self, warping: Warping, seed: int, committed: Span, is_coupled: bool = False, caller: Caller = ()
+    ) -> Session:
+        """Return a new session whose committed tokens are processed at once, all but the pending last one.
+
+        Where it is coupled (COUPLING_GUMBEL in common.proto), its tokens are drawn with the noise that drafts share.
+        Passes are shared fairly among callers.
+
+        Raises:
+            InvalidArgumentError: there are no tokens, or more than the context holds.
+        """
+        if not 1 <= len(committed.token_ids) <= self._context_length:
+            raise InvalidArgumentError(
+                f"committed.token_ids holds {len(committed.token_ids)} tokens: give 1 to {self._context_length}"
+            )
+        needs_noise = is_coupled and not warping.is_greedy  # a greedy draw is the same with any number
+        numbers = SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE)
+        session = Session(warping, numbers, EngineSequence(caller=caller))
+        session.sequence.tokens.extend(committed.token_ids)
+        self.thread.post(lambda: self._begin(session), is_long=True)
+        return session
+
+    def submit(self, session: Session, work: Round, emit: Emit) -> None:
+        """Queue a round, one at a time for each session; `emit` gets its verdict or what went wrong."""
+        arrived_at = time.monotonic()
+        self.thread.post(lambda: self._enqueue(session, work, arrived_at, emit))
+
+    def is_busy(self, session: Session) -> bool:
+        """Return whether there is work for the session; from any thread."""
+        return session in self._jobs or session in self._prefills
+
+    def close(self, session: Session) -> None:
+        """Drop the session's work and free its cache before the next forward pass."""
+        self.thread.post(lambda: self._end(session))
+
+    def _begin(self, session: Session) -> None:
+        try:
+            self._engine.add(session.sequence)
+        except Exception as error:
+            self._fail(session, error)
+            return
+        num_prefill = len(session.sequence.tokens) - 1
+        if num_prefill:
+            self._prefills[session] = self._demand(session, num_prefill, num_rows=0)
+
+    def _demand(self, session: Session, end: int, num_rows: int) -> Demand:
+        return Demand(session.sequence, end, num_rows, next(self._arrivals))
+
+    def _enqueue(self, session: Session, work: Round, arrived_at: float, emit: Emit) -> None:
+        if not session.is_open:
+            return
+        if session.failure:
+            emit(session.failure)
+            return
+        try:
+            demand = self._apply(session, work)
+        except ServiceError as error:
+            emit(error)
+            return
+        except Exception as error:
+            self._fail(session, error)
+            emit(failed_alone())
+            return
+        self._prefills.pop(session, None)  # the round includes what is left of it
+        self._jobs[session] = _Job(session, demand, arrived_at, work, emit)
+        self._gathering.on_round(session, demand.num_left, arrived_at)
+
+    def _apply(self, session: Session, work: Round) -> Demand:
+        """Bring the sequence to the round's tokens and return the demand for its rows."""
+        span, num_rows = work.committed, max(1, len(work.proposed_ids))
+        session.sequence.tokens.check_span(span.start_position, span.prefix_digest)
+        if span.end < 1:
+            raise InvalidArgumentError("committed leaves no token: a round needs a pending token before its proposals")
+        if span.end + len(work.proposed_ids) > self._context_length:
+            end = span.end + len(work.proposed_ids)
+            raise InvalidArgumentError(f"the proposals end at position {end}: the context has {self._context_length}")
+        session.sequence.rewrite(span.start_position, [*span.token_ids, *work.proposed_ids[:-1]])
+        cache = session.sequence.cache
+        cache.truncate(min(cache.length, span.end - 1))  # the pending token is fed, again if need be, for its row
+        return self._demand(session, len(session.sequence.tokens), num_rows)
+
+    def _end(self, session: Session) -> None:
+        session.is_open = False
+        self._prefills.pop(session, None)
+        self._jobs.pop(session, None)
+        self._engine.remove(session.sequence)
+        self._gathering.forget(session)
+
+    def _patience_s(self) -> float:
+        """Return for how long the next pass waits for rounds that are about to come; prompts wait for nobody."""
+        if not self._jobs or self._prefills:
+            return 0.0
+        return self._gathering.patience_s(len(self._jobs), time.monotonic())
+
+    def _step(self) -> bool:
+        waiting = self._prefills | {session: job.demand for session, job in self._jobs.items()}
+        owners = {demand: session for session, demand in waiting.items()}
+        if not owners:
+            return False
+        began_at, num_fed = time.monotonic(), self._engine.stats.num_tokens_fed
+        passes = in_halves(self._run_pass, list(owners), lambda demand, error: self._fail(owners[demand], error))
+        for _, reading in passes:
+            if reading:
+                self._answer(reading)
+        if not self._prefills and len(passes) == 1:
+            self._gathering.add_pass(self._engine.stats.num_tokens_fed - num_fed, time.monotonic() - began_at)
+        finished = {demand for its_finished, _ in passes for demand in its_finished}
+        self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
+        return bool(self._prefills or self._jobs)
+
+    def _run_pass(self, demands: Sequence[Demand]) -> tuple[list[Demand], _Reading | None]:
+        """Run a pass for some demands; return those that it finished, and the reading of the rounds among them."""
+        begun: list[_Reading] = []
+        finished = self._engine.run_pass(demands, lambda its: begun.extend(self._begin_reading(its)))
+        return finished, begun[0] if begun else None
+
+    def _begin_reading(self, demands: list[Demand]) -> list[_Reading]:
+        """Begin to read the rows of all rounds among `demands` together: one reading, or none.
+
+        What raises here is no fault of the pass, and is raised again when the result is asked for.
+        """
+        finished = set(demands)
+        jobs = [job for job in self._jobs.values() if job.demand in finished]
+        if not jobs:
+            return []
+        try:
+            return [_Reading(jobs, _begin_reading(jobs))]
+        except Exception as error:
+            return [_Reading(jobs, _raiser(error))]
+
+    def _answer(self, reading: _Reading) -> None:
+        """Answer rounds when their rows are read; what cannot be read fails the rounds that it belongs to."""
+
+        def read(jobs: Sequence[_Job]) -> list[tuple[_Job, TargetRows | None]]:
+            its = reading if len(jobs) == len(reading.jobs) else _Reading(jobs, _begin_reading(jobs))
+            return list(zip(jobs, its.rows_by_job(), strict=True))
+
+        began_at = time.monotonic()
+        for part in in_halves(read, reading.jobs, lambda job, error: self._fail(job.session, error)):
+            for job, rows in part:
+                self._reply(job, self._verdict(job, rows))
+        self._charge(reading.jobs, time.monotonic() - began_at)
+
+    def _charge(self, jobs: Sequence[_Job], seconds: float) -> None:
+        """Charge what reading rounds took, to each caller by the numbers that were read for it."""
+        sizes = [IDS_OF_A_ROW * max(1, len(job.round.supports)) + sum(map(len, job.round.supports)) for job in jobs]
+        for job, size in zip(jobs, sizes, strict=True):
+            num_tokens = max(1, len(job.round.proposed_ids))
+            self._engine.charge(job.demand.caller, num_tokens, seconds * size / sum(sizes))
+
+    def _verdict(self, job: _Job, rows: TargetRows | None) -> Verdict | ServiceError:
+        """Return what a round is answered with; a row with NaN or infinity fails its own round alone."""
+        sequence, demand = job.session.sequence, job.demand
+        if rows is None:
+            sequence.cache.clear()
+            return InternalError("the model returned NaN or infinity for this session")
+        assert demand.started_at is not None
+        return Verdict(
+            rows=rows,
+            num_cached_tokens=sequence.cache.length,
+            cache_digest=sequence.tokens.digest(sequence.cache.length),
+            queue_ms=(demand.started_at - job.arrived_at) * 1000,
+            forward_ms=(demand.ended_at - demand.started_at) * 1000,
+            batch_size=demand.batch_size,
+        )
+
+    def _fail(self, session: Session, error: Exception) -> None:
+        """Fail the session that made something raise; what its cache holds is not to be trusted."""
+        log.error("a session failed, and is told", exc_info=error)
+        session.failure = failed_alone()
+        session.sequence.cache.clear()
+        self._prefills.pop(session, None)
+        if session in self._jobs:
+            self._reply(self._jobs[session], session.failure)
+
+    def _reply(self, job: _Job, answer: Verdict | ServiceError) -> None:
+        del self._jobs[job.session]
+        self._gathering.on_answer(job.session, time.monotonic())
+        try:
+            job.emit(answer)
+        except Exception:
+            log.exception("nobody takes an answer; its session ends")
+            self._end(job.session)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Rounds whose rows are read, one batch of logits for all."""
+
+    jobs: Sequence[_Job]
+    result: Reading
+
+    def rows_by_job(self) -> list[TargetRows | None]:
+        """Wait for the rows and return each job's; None where one of them is no law."""
+        rows, finite = self.result()
+        borders = pairwise([0, *accumulate(max(1, len(job.round.proposed_ids)) for job in self.jobs)])
+        return [rows.part(start, end) if all(finite[start:end]) else None for start, end in borders]
+
+
+def _raiser(error: Exception) -> Reading:
+    def result() -> tuple[TargetRows, list[bool]]:
+        raise error
+
+    return result
+
+
+def _begin_reading(jobs: Sequence[_Job]) -> Reading:
+    """Begin to read the rows of `jobs`, all of which the engine has computed or is computing."""
+    logits = [joined(job.demand.rows) for job in jobs]
+    warpings: list[Warping] = []
+    supports: list[np.ndarray] = []
+    numbers: list[float | Noise] = []
+    no_support = np.empty(0, dtype=np.int64)
+    for job, part in zip(jobs, logits, strict=True):
+        first, size = job.round.committed.end, len(part)
+        warpings += [job.session.warping] * size
+        supports += job.round.supports or [no_support]
+        numbers += [job.session.numbers.at(first + offset) for offset in range(size)]
+    return begin_reading(joined(logits), warpings, supports, numbers)

@@ -1,0 +1,151 @@
+"""TargetService: decodes messages, hands them to the scheduler, encodes answers; target.proto has the contract."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from outrider.common.mailbox import Mailbox
+from outrider.protocol import wire
+from outrider.protocol.errors import InvalidArgumentError, NotFoundError, ServiceError
+from outrider.sampling.messages import is_coupled_from_proto, warping_from_proto
+from outrider.serving.options import ServiceOptions
+from outrider.serving.service import ModelHost
+from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
+from outrider_target.scheduler import Round, Scheduler, Span, Verdict
+
+SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
+TOKENIZER_PART_BYTES = 64 * 1024  # what is held for each client that does not read on
+
+
+class TargetServicer(target_pb2_grpc.TargetServiceServicer):
+    """One target model, many sessions."""
+
+    def __init__(self, options: ServiceOptions):
+        self._options = options
+        self._host = ModelHost(options, Scheduler)
+
+    def load(self) -> None:
+        self._host.load()
+
+    async def drain(self, grace_s: float) -> None:
+        await self._host.drain(grace_s)
+
+    def close(self) -> None:
+        self._host.close()
+
+    @property
+    def most_message_bytes(self) -> int:
+        return self._host.most_message_bytes
+
+    def check_message_size(self, num_bytes: int) -> None:
+        self._host.check_message_size(num_bytes)
+
+    async def GetModelInfo(self, request, context) -> target_pb2.TargetServiceGetModelInfoResponse:
+        async with self._host.answer(context):
+            return target_pb2.TargetServiceGetModelInfoResponse(
+                model=self._host.model_info(), stats=await self._host.stats()
+            )
+
+    async def GetTokenizer(self, request, context) -> AsyncIterator[target_pb2.GetTokenizerResponse]:
+        async with self._host.answer(context) as call:
+            tokenizer = self._host.tokenizer
+            if tokenizer is None:
+                raise NotFoundError("the target model came without a tokenizer: send token ids")
+            yield target_pb2.GetTokenizerResponse(
+                chat_template=tokenizer.chat_template, special_tokens_json=json.dumps(tokenizer.special_tokens)
+            )
+            for start in range(0, len(tokenizer.tokenizer_json), TOKENIZER_PART_BYTES):
+                call.note_life()
+                part = tokenizer.tokenizer_json[start : start + TOKENIZER_PART_BYTES]
+                yield target_pb2.GetTokenizerResponse(tokenizer_json=part)
+
+    async def Verify(self, requests, context) -> AsyncIterator[target_pb2.VerifyResponse]:
+        scheduler = self._host.worker
+        async with self._host.admit(requests, context) as call:
+            opening = call.opening
+            if opening is None:
+                return
+            is_coupled = is_coupled_from_proto(opening.open.sampling)
+            session = scheduler.open(
+                warping_from_proto(opening.open.sampling),
+                opening.open.seed,
+                self._span(opening.open.committed, "open.committed"),
+                is_coupled,
+                call.caller,
+            )
+            call.is_busy = lambda: scheduler.is_busy(session)
+            answers: Mailbox[Verdict | ServiceError] = Mailbox()
+            try:
+                while (request := await call.receive()) is not None:
+                    if request.WhichOneof("kind") != "round":
+                        raise InvalidArgumentError(
+                            "kind is not `round`: only the first message of a stream opens a session"
+                        )
+                    scheduler.submit(session, self._round(request.round, is_coupled), answers.put)
+                    answer = await call.wait(answers.get())
+                    call.note_answer()
+                    if isinstance(answer, ServiceError):
+                        raise answer
+                    yield _response(request.round.round_index, answer)
+            finally:
+                scheduler.close(session)
+
+    def _span(self, span: common_pb2.TokenSpan, field: str) -> Span:
+        token_ids = wire.unpack_ids(span.token_ids, f"{field}.token_ids", self._host.vocab_size)
+        if field.startswith("open") and span.start_position:
+            raise InvalidArgumentError(
+                f"{field}.start_position is {span.start_position}: a session opens at position 0"
+            )
+        return Span(span.start_position, token_ids, span.prefix_digest)
+
+    def _round(self, message: target_pb2.Round, is_coupled: bool) -> Round:
+        limit = self._options.max_proposals
+        if len(message.proposals) > limit:
+            raise InvalidArgumentError(
+                f"proposals has {len(message.proposals)} elements: this service takes at most {limit}"
+            )
+        vocab_size = self._host.vocab_size
+        supports = []
+        for index, proposal in enumerate(message.proposals):
+            wire.check_token_id(proposal.token_id, f"proposals[{index}].token_id", vocab_size)
+            supports.append(self._support(proposal.support_gaps[:], f"proposals[{index}].support_gaps", is_coupled))
+        return Round(
+            self._span(message.committed, "round.committed"),
+            [proposal.token_id for proposal in message.proposals],
+            supports,
+        )
+
+    def _support(self, gaps: list[int], field: str, is_coupled: bool) -> np.ndarray:
+        limit = self._options.max_support
+        if not gaps and not is_coupled:
+            raise InvalidArgumentError(f"{field} is empty: send the ids that the proposal was drawn from")
+        if gaps and is_coupled:
+            raise InvalidArgumentError(f"{field} is not empty: with coupling gumbel, send the token alone")
+        if len(gaps) > limit:
+            raise InvalidArgumentError(f"{field} has {len(gaps)} ids: this service takes at most {limit}")
+        return wire.support_of(gaps, field, self._host.vocab_size)
+
+
+def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
+    rows = verdict.rows
+    return target_pb2.VerifyResponse(
+        round_index=round_index,
+        rows=[
+            target_pb2.TargetRow(
+                support_units=wire.prob_units(probs) if len(probs) else (),
+                outside_mass=mass,
+                outside_token_id=token_id,
+                outside_token_prob=token_prob,
+            )
+            for probs, mass, token_id, token_prob in zip(
+                rows.support_probs, rows.outside_masses, rows.outside_token_ids, rows.outside_token_probs, strict=True
+            )
+        ],
+        cache=common_pb2.CacheState(num_cached_tokens=verdict.num_cached_tokens, digest=verdict.cache_digest),
+        timing=common_pb2.Timing(
+            queue_ms=verdict.queue_ms, forward_ms=verdict.forward_ms, batch_size=verdict.batch_size
+        ),
+    )
