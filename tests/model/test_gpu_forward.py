@@ -1,6 +1,6 @@
 """The forward pass for GPUs gives transformers' rows, from paged caches; its kernels run in Triton's interpreter.
 
-TOLERANCE: three layers in float32 move logits, whose standard deviation is 2, by 1e-5; a fault moves them by 0.1 and
+TOLERANCE: two layers in float32 move logits, whose standard deviation is 2, by 1e-5; a fault moves them by 0.1 and
 more, which the last test shows.
 """
 
@@ -33,11 +33,12 @@ VARIANTS = {
     "gpt2_scaled_by_layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "opt": ("opt", {}),
 }
+LAYERS = {family: {"num_hidden_layers": 2} for family in ("llama", "qwen2", "mistral", "opt")} | {"gpt2": {"n_layer": 2}}
 
 
 def uneven_model(variant: str, dtype: torch.dtype = torch.float32):
     family, changes = VARIANTS[variant]
-    model = make_model(family, 5, **changes)
+    model = make_model(family, 5, **LAYERS[family], **changes)
     make_uneven(model)
     attention.register()
     model.set_attn_implementation(attention.ATTENTION_NAME)
@@ -45,7 +46,8 @@ def uneven_model(variant: str, dtype: torch.dtype = torch.float32):
 
 
 def rows_of(runner, seed: int) -> torch.Tensor:
-    return torch.cat(interleaved_logits(runner, texts(seed)[:2], seed))
+    """Return the rows of two texts; few and long pieces, since the interpreter takes a second for a pass."""
+    return torch.cat(interleaved_logits(runner, texts(seed)[:2], seed, longest=14))
 
 
 def plain(model) -> ModelRunner:
