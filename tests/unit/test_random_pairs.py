@@ -163,7 +163,7 @@ def test_passes_of_every_size_are_measured(prepared):
 def test_texts_are_written_by_services_of_their_own(prepared):
     settings = {
         "target_device": "cpu", "draft_device": "cpu", "dtype": "float32", "cuda_graphs": True, "lengths": [2],
-        "overlap": "both", "users": [3], "max_new_tokens": 100, "repetitions": 2,
+        "overlap": "both", "users": [3], "max_new_tokens": 50, "repetitions": 2,
     }  # fmt: skip
     with closing(asyncio.new_event_loop()) as loop:
         speeds, of_users = measure_all(prepared, settings, loop)
