@@ -13,9 +13,10 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
-from client.arguments import shown
+from client.arguments import shown, taken
 from client.errors import InvalidRequestError, ServiceFailedError
 
+MOST_MESSAGES = 1 << 20  # before an iterable of them is taken for an endless one
 LONGEST_S = 5.0  # for one text; they take milliseconds
 _LONGEST_START_S = 60.0  # of a process, on a machine that is busy
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -150,7 +151,10 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise InvalidRequestError(f"messages is {shown(messages)}: give a list of dicts with role and content")
-    found = [_checked_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
+    given = taken("messages", messages, MOST_MESSAGES, "a list of dicts with role and content")
+    if len(given) > MOST_MESSAGES:
+        raise InvalidRequestError(f"messages has more than {MOST_MESSAGES}: give fewer, no context holds so many")
+    found = [_checked_message(f"messages[{index}]", message) for index, message in enumerate(given)]
     if not found:
         raise InvalidRequestError("messages is empty: give at least one")
     return found

@@ -6,7 +6,9 @@ import asyncio
 import threading
 from collections.abc import Callable
 from datetime import datetime
+from itertools import repeat
 
+import numpy as np
 import pytest
 
 from client import chat_template as chat_template_module
@@ -105,7 +107,7 @@ def test_what_a_template_refuses_is_the_callers_mistake():
         [{"role": 5, "content": "x"}], [{"role": None, "content": "x"}], [{"role": "user", "content": ["x"]}],
         [{"role": "user", "content": b"x"}], [{"role": "user", "content": "x", 5: 6}],
         [{"role": "user", "content": "x", "name": object()}], [{"role": "user", "content": "x", "name": {1, 2}}],
-        [{"role": "user", "content": "\ud800"}], [*USER, "x"],
+        [{"role": "user", "content": "\ud800"}], [*USER, "x"], np.array("x"), repeat(USER[0]),
     ],
     ids=lambda messages: repr(messages).split(" object at ")[0],
 )  # fmt: skip
