@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
-from client.arguments import shown, taken
+from client.arguments import check_text, shown, taken
 from client.errors import InvalidRequestError, ServiceFailedError
 
 MOST_MESSAGES = 1 << 20  # before an iterable of them is taken for an endless one
@@ -67,6 +67,11 @@ class ChatTemplate:
             raise ServiceFailedError(
                 f"the target's chat template failed: {answer.get('failed', 'it ended its process')}"
             )
+        try:
+            answer["text"].encode()
+        except UnicodeEncodeError as error:  # of the messages, or of the template's own making
+            check_text("messages", json.dumps(variables["messages"], ensure_ascii=False))
+            raise ServiceFailedError("the target's chat template failed: its text has a lone surrogate") from error
         return answer["text"]
 
     def _answer_to(self, request: str) -> dict[str, str]:

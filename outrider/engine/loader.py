@@ -311,6 +311,17 @@ def _check_ids(backend: Tokenizer, vocab_size: int, model: str) -> None:
         log.warning("tokens of %s that its embedding has no row for cannot be used: %s", model, ", ".join(beyond))
 
 
+def _chat_template_of(tokenizer: Any, model: str) -> str:
+    """Return the template that transformers takes where none is named; empty where there is none."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none of them is the default
+        log.warning("%s is served without a chat template: %s", model, one_line(error))
+        return ""
+
+
 def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
     reason = source.why_silent(TOKENIZER_FILES)
     if reason:
@@ -337,7 +348,7 @@ def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return TokenizerFiles(
         tokenizer_json=backend.to_str().encode(),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "",
+        chat_template=_chat_template_of(tokenizer, source.name),
         special_tokens=json.loads(json.dumps(special)),
         pieces={token_id: piece for piece, token_id in backend.get_vocab(with_added_tokens=True).items()},
     )

@@ -179,6 +179,14 @@ class TestTokenizer:
         assert files is not None
         assert files.chat_template == tokenizer.chat_template
 
+    @pytest.mark.parametrize(("names", "expected"), [(("tool_use", "default"), "default"), (("a", "b"), "")])
+    def test_of_several_chat_templates_brings_the_default(self, tmp_path, names, expected):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = {name: name for name in names}
+        files = load_from(save(make_model("llama", 0, vocab_size=300), tmp_path, tokenizer)).tokenizer
+        assert files is not None
+        assert files.chat_template == expected
+
     def test_that_is_missing_is_said_once_and_served_without(self, tmp_path, caplog):
         with caplog.at_level(logging.WARNING, "outrider.engine.loader"):
             assert load_from(save(make_model("llama", 0), tmp_path)).tokenizer is None

@@ -94,6 +94,21 @@ def test_a_template_that_fails_is_the_services_fault(source):
         as_here(ChatTemplate(source), USER)
 
 
+@pytest.mark.parametrize("source", ["{{ '\\ud800' }}", "{{ '%c' | format(55296) }}"])
+def test_half_a_character_is_whose_it_is(source):
+    with pytest.raises(ServiceFailedError, match="its text has a lone surrogate"):
+        as_here(ChatTemplate(source), USER)
+    with pytest.raises(InvalidRequestError, match=r"^messages has a lone surrogate"):
+        as_here(ChatTemplate("{{ messages[0].content }}"), [{"role": "user", "content": "\udfff"}])
+
+
+@pytest.mark.parametrize("source", ["{{ raise_exception('a' * 10 ** 7) }}", "{{ ('a' * 10 ** 7) | int + messages }}"])
+def test_a_long_reason_is_cut(source):
+    with pytest.raises((InvalidRequestError, ServiceFailedError)) as caught:
+        as_here(ChatTemplate(source), USER)
+    assert len(str(caught.value)) < 1000
+
+
 def test_what_a_template_refuses_is_the_callers_mistake():
     with pytest.raises(InvalidRequestError, match=r"refuses the messages: no user, 2$"):
         as_here(ChatTemplate("{{ raise_exception('no ' ~ messages[0].role ~ ', ' ~ (1 + 1)) }}"), USER)
