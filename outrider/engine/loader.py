@@ -29,6 +29,7 @@ from outrider.engine.runner import Feed, ForwardPass, ModelRunner, Runner, Trans
 FINGERPRINT_BLOCK = 1024
 _PROBE_LENGTH, _PROBE_START = 12, 5
 _SMALL_WINDOW = 32  # a window or chunk up to which the text at start goes beyond it
+_NOT_FINITE = "its weights are damaged, or a number in config.json is"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -212,12 +213,14 @@ def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
         model.set_attn_implementation(own_attention)
         expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
     if not expected.isfinite().all():
-        raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: its weights are damaged")
+        raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: {_NOT_FINITE}")
     _switch(model, name)
     is_rounded = model.dtype not in (torch.float32, torch.float64) or getattr(model, "hf_quantizer", None) is not None
     with _refusing(f"{name} cannot be run with packed attention"):
         forward_pass = TransformersForward(model)
         actual, num_layers = _probe(forward_pass, token_ids)
+        if not actual.isfinite().all():  # kernels of the model's own attention may hide it
+            raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: {_NOT_FINITE}")
         reason = why_different(actual, expected[_PROBE_START:], is_rounded)
         reason_beside = why_disturbed(forward_pass, token_ids, context_length, is_rounded)
     total = getattr(config, "num_hidden_layers", None)
