@@ -2,8 +2,8 @@
 
 Two services whose models have one identity write the same texts, up to rounding. The weights of a model that is larger
 than `READ_WHOLE_BYTES` are sampled: `NUM_RUNS` stretches of `RUN_LENGTH` numbers, spread over each matrix, and one
-number of each row and each column of a matrix that is no expert's. So it sees every matrix that has been trained further,
-merged, quantised or rounded, the row of every token, and every piece of a tokenizer.
+number of each row and each column of a matrix that is no expert's. So it sees every matrix that has been trained
+further, merged, quantised or rounded, the row of every token, and every piece of a tokenizer.
 
 It does not see: single numbers of a large matrix; rows of an expert's; weights that accelerate keeps off every device;
 what is no part of the files, such as versions of libraries, kernels, and code that a checkpoint brings; and
