@@ -348,6 +348,11 @@ def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
         log.warning("no tokenizer for %s (there are no files of one): clients must send token ids", source.name)
         return None
     _check_ids(backend, vocab_size, source.name)
+    if getattr(tokenizer, "split_special_tokens", False):  # which tokenizer.json cannot say
+        raise ModelRefusedError(
+            f"the tokenizer of {source.name} splits special tokens: take split_special_tokens out of its "
+            "tokenizer_config.json"
+        )
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return TokenizerFiles(
         tokenizer_json=backend.to_str().encode(),

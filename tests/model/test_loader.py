@@ -223,6 +223,13 @@ class TestTokenizer:
         assert files is not None
         assert files.chat_template == expected
 
+    def test_that_splits_special_tokens_is_refused(self, tmp_path):
+        """A setting of transformers' that does not travel: prompts would be encoded as it does not."""
+        tokenizer = byte_tokenizer()
+        tokenizer.split_special_tokens = True
+        with pytest.raises(ModelRefusedError, match="take split_special_tokens out of its tokenizer_config"):
+            load_from(save(make_model("llama", 0, vocab_size=300), tmp_path, tokenizer))
+
     def test_that_is_missing_is_said_once_and_served_without(self, tmp_path, caplog):
         with caplog.at_level(logging.WARNING, "outrider.engine.loader"):
             assert load_from(save(make_model("llama", 0), tmp_path)).tokenizer is None
