@@ -92,7 +92,7 @@ class _Worker:
     def __init__(self, longest_s: float):
         if find_spec("jinja2") is None:
             raise InvalidRequestError("chat needs jinja2: pip install 'outrider[chat]'")
-        arguments = [json.dumps(sys.path), str(int(longest_s) + 2)]
+        arguments = [json.dumps([*map(str, sys.path)]), str(int(longest_s) + 2)]
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _BOOTSTRAP, *arguments],

@@ -30,8 +30,8 @@ class TargetTokenizer:
     def from_parts(cls, tokenizer_json: bytes, chat_template: str, special_tokens_json: str) -> TargetTokenizer:
         """Return it from what GetTokenizer sends.
 
-        A tokenizer may be told to cut texts, to fill them up or to leave out merges by chance, as it was when a model was
-        trained; nothing of it is done here.
+        A tokenizer may be told to cut texts, to fill them up, or to leave out merges by chance, as it was when a model
+        was trained; nothing of it is done here.
 
         Raises:
             ServiceFailedError: it cannot be used.

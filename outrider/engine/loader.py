@@ -57,7 +57,7 @@ class TokenizerFiles:
     tokenizer_json: bytes
     chat_template: str
     special_tokens: dict[str, str]
-    pieces: dict[int, str]
+    pieces: dict[int, str]  # those that the model has rows for
 
     def whole(self) -> bytes:
         """Return all of it in one piece, for a digest."""
@@ -319,10 +319,15 @@ def _chat_template_of(tokenizer: Any, model: str) -> str:
     if not tokenizer.chat_template:
         return ""
     try:
-        return tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template()
     except ValueError as error:  # several, and none of them is the default
         log.warning("%s is served without a chat template: %s", model, one_line(error))
         return ""
+    try:
+        template.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise ModelRefusedError(f"the chat template of {model} is no text: {one_line(error)}") from error
+    return template
 
 
 def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
@@ -343,7 +348,8 @@ def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
         log.warning("the tokenizer of %s has no tokenizer.json form: clients must send token ids", source.name)
         return None
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    if added.issuperset(backend.get_vocab(with_added_tokens=True)):
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if added.issuperset(vocabulary):
         # transformers makes one out of nothing but special pieces where the files of a tokenizer are missing.
         log.warning("no tokenizer for %s (there are no files of one): clients must send token ids", source.name)
         return None
@@ -358,5 +364,5 @@ def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
         tokenizer_json=backend.to_str().encode(),
         chat_template=_chat_template_of(tokenizer, source.name),
         special_tokens=json.loads(json.dumps(special)),
-        pieces={token_id: piece for piece, token_id in backend.get_vocab(with_added_tokens=True).items()},
+        pieces={token_id: piece for piece, token_id in vocabulary.items() if token_id < vocab_size},
     )

@@ -315,10 +315,12 @@ class TestFacts:
         assert "has ids up to 257, and the model's embedding 257 rows" in why_refused(folder)
 
     def test_an_added_token_without_a_row_is_let_through_with_a_word(self, tmp_path, caplog):
+        """And is none of the pieces that clients are told of: they refuse a target with more of them than rows."""
         tokenizer = byte_tokenizer()
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         model = load(ModelOptions(save(make_model("llama", 0, vocab_size=258), tmp_path, tokenizer), device="cpu"))
-        assert (model.vocab_size, max(model.tokenizer.pieces)) == (258, 258)  # type: ignore[union-attr]
+        assert (model.vocab_size, max(model.tokenizer.pieces)) == (258, 257)  # type: ignore[union-attr]
+        assert len(model.tokenizer.pieces) == 258  # type: ignore[union-attr]
         assert "that its embedding has no row for cannot be used: <pad>" in caplog.text
 
     def test_a_vocabulary_of_another_size_than_the_embedding(self, folder):

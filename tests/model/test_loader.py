@@ -225,15 +225,27 @@ class TestTokenizer:
 
     def test_that_splits_special_tokens_is_refused(self, tmp_path):
         """A setting of transformers' that does not travel: prompts would be encoded as it does not."""
-        tokenizer = byte_tokenizer()
-        tokenizer.split_special_tokens = True
+        folder = save(make_model("llama", 0, vocab_size=300), tmp_path, byte_tokenizer())
+        configure_tokenizer(tmp_path, split_special_tokens=True)
         with pytest.raises(ModelRefusedError, match="take split_special_tokens out of its tokenizer_config"):
-            load_from(save(make_model("llama", 0, vocab_size=300), tmp_path, tokenizer))
+            load_from(folder)
+
+    @pytest.mark.parametrize("template", [5, {"default": 5}, "\ud800"], ids=ascii)
+    def test_with_a_chat_template_that_is_no_text_is_refused(self, tmp_path, template):
+        folder = save(make_model("llama", 0, vocab_size=300), tmp_path, byte_tokenizer())
+        configure_tokenizer(tmp_path, chat_template=template)
+        with pytest.raises(ModelRefusedError, match=r"the chat template of .* is no text"):
+            load_from(folder)
 
     def test_that_is_missing_is_said_once_and_served_without(self, tmp_path, caplog):
         with caplog.at_level(logging.WARNING, "outrider.engine.loader"):
             assert load_from(save(make_model("llama", 0), tmp_path)).tokenizer is None
         assert [record.message for record in caplog.records if "clients must send token ids" in record.message] != []
+
+
+def configure_tokenizer(folder: Path, **settings: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 class TestFingerprint:

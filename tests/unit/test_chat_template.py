@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
 from datetime import datetime
@@ -172,6 +173,10 @@ class TestRendering:
         with pytest.raises(ServiceFailedError):
             as_here(template, USER)
         assert as_here(template, USER) == expected
+
+    def test_works_with_whatever_stands_in_the_path(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("sys.path", [*sys.path, tmp_path])
+        assert as_here(ChatTemplate("{{ messages | length }}"), TALK) == "4"
 
     def test_leaves_no_process_behind(self):
         template = ChatTemplate(TEMPLATES["chatml"])
