@@ -15,6 +15,7 @@ from outrider_client.errors import InvalidRequestError
 
 LONGEST_S = 1e9  # seconds that something may take; timers of gRPC and of threads hold more
 MOST_UINT32 = (1 << 32) - 1
+_NO_NUMBERS = frozenset("mMV")  # numpy's kinds of durations, times and records
 _MOST_ITEMS = 1 << 24  # that an iterable gives before it is taken for an endless one
 _PORT = re.compile(r"(?:\[[^\]]*\]|[^:/]*):(.*)")
 _SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds|passthrough):")
@@ -22,13 +23,33 @@ _SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds|passthrough):
 
 def _num_axes(value: Any) -> int | None:
     """Return how many axes an array has; None where the value is none."""
-    axes = getattr(value, "ndim", None)
+    try:
+        axes = value.ndim
+    except Exception:  # whatever an object does when it is asked
+        return None
     return axes if isinstance(axes, int) else None
 
 
 def _plain(value: Any) -> Any:
-    """Return what an array without axes holds, and anything else as it is."""
-    return value.item() if _num_axes(value) == 0 and hasattr(value, "item") else value
+    """Return what an array holds, as plain numbers, and anything else as it is; None where it cannot be told.
+
+    Times and records of numpy would come out as numbers, and are none.
+    """
+    if _num_axes(value) is None:
+        return value
+    try:
+        is_number = getattr(getattr(value, "dtype", None), "kind", None) not in _NO_NUMBERS
+        return value.tolist() if is_number else None
+    except Exception:  # of an array without data, or whatever calls itself one
+        return None
+
+
+def taken(name: str, values: Iterable[Any], most: int, remedy: str) -> list[Any]:
+    """Return what an iterable gives, and one more than `most` where there are more."""
+    try:
+        return list(islice(values, most + 1))
+    except Exception as error:  # an array without axes is called iterable, and a generator may raise anything
+        raise InvalidRequestError(f"{name} is {shown(values)}: give {remedy} ({type(error).__name__})") from error
 
 
 def shown(value: object) -> str:
@@ -102,7 +123,7 @@ def strings(name: str, value: object, most_characters: int) -> tuple[str, ...]:
         value = (value,)
     if isinstance(value, bytes | bytearray | memoryview | Mapping) or not isinstance(value, Iterable):
         raise _refusal(name, value, "a string or several")
-    found = tuple(islice(value, most_characters + 1))
+    found = taken(name, value, most_characters, "a string or several")
     for string in found:
         if not isinstance(string, str) or not string:
             raise InvalidRequestError(f"{name} holds {shown(string)}: give non-empty strings")
@@ -136,10 +157,10 @@ def token_ids(name: str, value: Any, remedy: str = "a list of token ids") -> lis
     """Return the whole numbers that an iterable of any kind gives, in order."""
     if isinstance(value, Mapping | Set | str | bytes | bytearray | memoryview):
         raise _refusal(name, value, remedy)
-    given = value.tolist() if _num_axes(value) is not None and hasattr(value, "tolist") else value
+    given = _plain(value)
     if not isinstance(given, Iterable):
         raise _refusal(name, value, remedy)
-    ids = list(islice(given, _MOST_ITEMS + 1))
+    ids = taken(name, given, _MOST_ITEMS, remedy)
     if len(ids) > _MOST_ITEMS:
         raise InvalidRequestError(f"{name} has more than {_MOST_ITEMS} ids: no context is so long")
     return ids if set(map(type, ids)) <= {int} else [_token_id(name, index, it) for index, it in enumerate(ids)]

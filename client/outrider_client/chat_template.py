@@ -14,9 +14,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from outrider.common import extras
-from outrider_client.arguments import shown
+from outrider_client.arguments import check_text, shown, taken
 from outrider_client.errors import InvalidRequestError, ServiceFailedError
 
+MOST_MESSAGES = 1 << 20  # before an iterable of them is taken for an endless one
 LONGEST_S = 5.0  # for one text; they take milliseconds
 _LONGEST_START_S = 60.0  # of a process, on a machine that is busy
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -67,6 +68,11 @@ class ChatTemplate:
             raise ServiceFailedError(
                 f"the target's chat template failed: {answer.get('failed', 'it ended its process')}"
             )
+        try:
+            answer["text"].encode()
+        except UnicodeEncodeError as error:  # of the messages, or of the template's own making
+            check_text("messages", json.dumps(variables["messages"], ensure_ascii=False))
+            raise ServiceFailedError("the target's chat template failed: its text has a lone surrogate") from error
         return answer["text"]
 
     def _answer_to(self, request: str) -> dict[str, str]:
@@ -87,7 +93,7 @@ class _Worker:
     def __init__(self, longest_s: float):
         if find_spec("jinja2") is None:
             raise InvalidRequestError(extras.missing("jinja2", "chat", "chat"))
-        arguments = [json.dumps(sys.path), str(int(longest_s) + 2)]
+        arguments = [json.dumps([*map(str, sys.path)]), str(int(longest_s) + 2)]
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _BOOTSTRAP, *arguments],
@@ -151,7 +157,10 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise InvalidRequestError(f"messages is {shown(messages)}: give a list of dicts with role and content")
-    found = [_checked_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
+    given = taken("messages", messages, MOST_MESSAGES, "a list of dicts with role and content")
+    if len(given) > MOST_MESSAGES:
+        raise InvalidRequestError(f"messages has more than {MOST_MESSAGES}: give fewer, no context holds so many")
+    found = [_checked_message(f"messages[{index}]", message) for index, message in enumerate(given)]
     if not found:
         raise InvalidRequestError("messages is empty: give at least one")
     return found

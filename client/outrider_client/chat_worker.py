@@ -26,6 +26,7 @@ from jinja2.utils import Namespace
 
 MEMORY_BYTES = 1 << 29
 LONGEST_TEXT = 1 << 24  # characters; no context holds more
+LONGEST_REASON = 500  # characters of why there is none
 
 
 class Refused(TemplateError):
@@ -119,10 +120,10 @@ def answer_to(request: dict[str, Any]) -> dict[str, str]:
                 return {"failed": f"its text is longer than {LONGEST_TEXT} characters"}
         return {"text": "".join(pieces)}
     except Refused as error:
-        return {"refused": str(error.message)}
+        return {"refused": str(error.message)[:LONGEST_REASON]}
     except Exception as error:  # whatever a template does: RecursionError and MemoryError are among them
         pieces.clear()
-        return {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+        return {"failed": f"{type(error).__name__}: {str(error)[:LONGEST_REASON]}"}
 
 
 def limit_memory() -> None:

@@ -74,7 +74,7 @@ class ConnectionSettings:
         arguments.address("target", self.target)
         if self.draft is not None:
             arguments.address("draft", self.draft, "HOST:PORT, or None")
-        arguments.seconds("connect_timeout", self.connect_s)
+        object.__setattr__(self, "connect_s", arguments.seconds("connect_timeout", self.connect_s))
         if not isinstance(self.patience, Patience):
             raise InvalidRequestError(f"patience is {arguments.shown(self.patience)}: give a Patience, or None")
 
@@ -176,8 +176,8 @@ def begin_conversation(
 
 
 def deadline_after(timeout: float | None) -> float | None:
-    """Return when a call's timeout passes, in the time of `time.monotonic`."""
-    return None if timeout is None else time.monotonic() + timeout
+    """Return when a call's timeout passes, in the time of `time.monotonic`; float16 has no room for that."""
+    return None if timeout is None else time.monotonic() + arguments.seconds("timeout", timeout)
 
 
 def left_until(deadline: float | None) -> float | None:

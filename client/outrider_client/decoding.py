@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -74,8 +75,14 @@ class Pieces:
             raise_if_failed("decode a token", error)
             raise
 
+    def can_decode(self, token_ids: Sequence[int]) -> bool:
+        with suppress(ServiceFailedError):
+            self.decode(token_ids)
+            return True
+        return False
+
     def is_text_by_itself(self, token_id: int) -> bool:
-        if self.kind(token_id) is not Piece.TEXT:
+        if self.kind(token_id) is not Piece.TEXT or not self.can_decode([token_id]):
             return False
         return UNFINISHED not in self.decode([token_id]) or UNFINISHED in str(self.tokenizer.id_to_token(token_id))
 
@@ -86,12 +93,31 @@ class Pieces:
     @cached_property
     def num_unsettled(self) -> int:
         """How many of the last characters may change because a pattern that is replaced may begin there."""
-        number, is_one_text = 0, False
-        for stage in self._stages:
-            is_one_text |= stage["type"] in ("Fuse", "ByteLevel")
-            if stage["type"] == "Replace" and is_one_text:
-                number += len(next(iter(stage["pattern"].values()))) - 1
-        return number
+        return max((len(pattern) - 1 for pattern in map(_pattern_of, self._of_whole_text) if pattern), default=0)
+
+    @cached_property
+    def settle(self) -> bool:
+        """Whether the beginning of a text is settled long before its end, and stays what it is by its last tokens.
+
+        Stages that see the whole text may drop what it begins with, and replace a string. A longer one is found again
+        in the last tokens when two of its places cannot overlap, and when no other stage changes the text it is in.
+        """
+        if any(stage["type"] == "Strip" and stage["stop"] for stage in self._stages):
+            return False  # it panics on what is shorter
+        if any(stage["type"] == "CTC" for stage in self._stages[1:]):
+            return False  # it looks for repetitions in what others make of the last token
+        others = [stage for stage in self._of_whole_text if stage["type"] != "Fuse"]
+        if not all(stage["type"] == "Strip" or _pattern_of(stage) for stage in others):
+            return False
+        longer = [pattern for pattern in map(_pattern_of, others) if pattern and len(pattern) > 1]
+        return not longer or (len(others) == 1 and not _may_overlap(longer[0]))
+
+    @cached_property
+    def _of_whole_text(self) -> list[dict[str, Any]]:
+        """The stages behind the first one that makes one text of the tokens."""
+        kinds = [stage["type"] for stage in self._stages]
+        first = next((index for index, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")), len(kinds))
+        return self._stages[first + 1 :]
 
     @cached_property
     def _stages(self) -> list[dict[str, Any]]:
@@ -112,6 +138,15 @@ def _flat(stage: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for inner in stage["decoders"] for part in _flat(inner)]
 
 
+def _pattern_of(stage: dict[str, Any]) -> str | None:
+    """Return the string that a stage replaces; None where it replaces none, or a regular expression."""
+    return stage["pattern"].get("String") if stage["type"] == "Replace" else None
+
+
+def _may_overlap(pattern: str) -> bool:
+    return any(pattern.startswith(pattern[start:]) for start in range(1, len(pattern)))
+
+
 class TextDecoder:
     """Decodes one continuation."""
 
@@ -127,14 +162,16 @@ class TextDecoder:
         if kind is Piece.NOTHING:
             return ""
         self._window.append(token_id)
+        if not self._pieces.settle:
+            return ""
         if kind is Piece.BYTE:
             self._run_length += 1
             return ""
         self._run_length = 0
         text = self._pieces.decode(self._window)
-        end = len(text) - (self._pieces.num_unsettled or text.endswith(UNFINISHED))
+        end = max(self._num_shown, len(text) - self._pieces.num_unsettled - text.endswith(UNFINISHED))
         shown = text[self._num_shown : end]
-        self._num_shown = max(self._num_shown, end)
+        self._num_shown = end
         if len(self._window) > _NUM_ASKED:
             self._forget(len(text) - self._num_shown)
         return shown
@@ -158,9 +195,13 @@ class TextDecoder:
 
 
 def _context_ids(pieces: Pieces, prompt_ids: Sequence[int]) -> list[int]:
-    """Return the last visible tokens of the prompt, up to the last one that is a text by itself."""
+    """Return the last visible tokens of the prompt, up to the last one that is a text by itself; all if none settles.
+
+    None where the decoder panics on them: a beginning may be what it cannot decode.
+    """
     for end in range(len(prompt_ids), 0, -1):
         if pieces.is_text_by_itself(prompt_ids[end - 1]):
-            last = prompt_ids[max(0, end - _NUM_KEPT_UNSETTLED) : end]
-            return [token_id for token_id in last if pieces.kind(token_id) is not Piece.NOTHING]
+            last = prompt_ids[max(0, end - _NUM_KEPT_UNSETTLED) if pieces.settle else 0 : end]
+            visible = [token_id for token_id in last if pieces.kind(token_id) is not Piece.NOTHING]
+            return visible if pieces.can_decode(visible) else []
     return []

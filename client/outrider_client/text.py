@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
+from tokenizers.models import BPE
 
 from outrider_client import arguments
 from outrider_client.chat_template import ChatTemplate
@@ -29,7 +30,8 @@ class TargetTokenizer:
     def from_parts(cls, tokenizer_json: bytes, chat_template: str, special_tokens_json: str) -> TargetTokenizer:
         """Return it from what GetTokenizer sends.
 
-        A tokenizer may be told to cut texts or to fill them up, as it was when it was trained; neither is done here.
+        A tokenizer may be told to cut texts, to fill them up, or to leave out merges by chance, as it was when a model
+        was trained; nothing of it is done here.
 
         Raises:
             ServiceFailedError: it cannot be used.
@@ -44,6 +46,8 @@ class TargetTokenizer:
             raise ServiceFailedError("the target's special tokens are no JSON object")
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if isinstance(tokenizer.model, BPE):
+            tokenizer.model.dropout = None
         return cls(tokenizer, chat_template, special_tokens)
 
     @cached_property

@@ -99,6 +99,41 @@ class TestTensors:
         rewrite(folder, lambda tensors: {key.removeprefix("model."): tensor for key, tensor in tensors.items()})
         load(ModelOptions(str(folder), device="cpu"))
 
+    def test_a_tied_head_of_another_shape(self, tmp_path):
+        folder = save(make_model("llama", 0, tie_word_embeddings=True), tmp_path)
+        rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": torch.zeros(98, 32)})
+        assert "its files have a head of another shape than the embedding" in why_refused(folder)
+
+    @pytest.mark.parametrize("name", ["layers.1.self_attn.q_proj.weight", f"model.{Q_PROJ}"])
+    def test_one_under_two_names(self, folder, name):
+        """With the base model's prefix, without it, or with it twice: transformers takes them for one."""
+        rewrite(folder, lambda tensors: tensors | {name: torch.zeros(32, 32)})
+        assert f"{name}" in why_refused(folder)
+        assert "twice, under one name or two: keep those that are meant" in why_refused(folder)
+
+    @pytest.mark.filterwarnings("ignore:Casting complex values")
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str)
+    def test_numbers_that_no_weight_has(self, folder, dtype):
+        """As of a quantised checkpoint whose configuration does not say so."""
+        rewrite(folder, lambda tensors: tensors | {Q_PROJ: tensors[Q_PROJ].to(dtype)})
+        assert f"its files have {Q_PROJ} in " in why_refused(folder)
+        torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+        (folder / WEIGHTS).unlink()
+        assert f"its files have {Q_PROJ} in " in why_refused(folder)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+    def test_numbers_of_every_width(self, folder, dtype):
+        rewrite(folder, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+        load(ModelOptions(str(folder), device="cpu"))
+
+    def test_a_number_that_is_none_where_the_models_own_attention_hides_it(self, folder):
+        def spoil(tensors: dict) -> dict:
+            tensors["model.layers.2.self_attn.k_proj.weight"][3, 3] = torch.nan
+            return tensors
+
+        rewrite(folder, spoil)
+        assert "gives logits that are not finite" in why_refused(folder)
+
     @pytest.mark.parametrize("name", ["bias", "masked_bias"])
     def test_what_the_class_declares_ignorable_may_be_there(self, tmp_path, name):
         """Old checkpoints of GPT-2 hold constants of its attention; the class has forgotten one of them."""
@@ -156,6 +191,14 @@ class TestFiles:
         reconfigure(folder, **settings)
         assert why_refused(folder)
 
+    def test_a_quantization_that_nobody_knows(self, folder):
+        reconfigure(folder, quantization_config={"quant_method": "mine"})
+        assert "transformers knows no quantization such as {'quant_method': 'mine'}" in why_refused(folder)
+
+    def test_an_adapter_that_would_be_left_out(self, folder):
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        assert "has an adapter_config.json, and an adapter takes peft: merge" in why_refused(folder)
+
     def test_no_weights(self, folder):
         (folder / WEIGHTS).unlink()
         assert f"no file named {WEIGHTS}" in why_refused(folder)
@@ -179,6 +222,11 @@ class TestShards:
     def test_one_is_a_pointer(self, folder, shards):
         shards[1].write_bytes(LFS_POINTER)
         assert f"{shards[1].name} is a Git LFS pointer" in why_refused(folder)
+
+    def test_one_has_a_tensor_of_another(self, folder, shards):
+        save_file(load_file(shards[0]) | {Q_PROJ: torch.zeros(32, 32)}, shards[0], metadata={"format": "pt"})
+        save_file(load_file(shards[1]) | {Q_PROJ: torch.ones(32, 32)}, shards[1], metadata={"format": "pt"})
+        assert f"its files have {Q_PROJ} twice" in why_refused(folder)
 
     @pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{"])
     def test_an_index_of_nonsense(self, folder, shards, content):
@@ -267,10 +315,12 @@ class TestFacts:
         assert "has ids up to 257, and the model's embedding 257 rows" in why_refused(folder)
 
     def test_an_added_token_without_a_row_is_let_through_with_a_word(self, tmp_path, caplog):
+        """And is none of the pieces that clients are told of: they refuse a target with more of them than rows."""
         tokenizer = byte_tokenizer()
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         model = load(ModelOptions(save(make_model("llama", 0, vocab_size=258), tmp_path, tokenizer), device="cpu"))
-        assert (model.vocab_size, max(model.tokenizer.pieces)) == (258, 258)  # type: ignore[union-attr]
+        assert (model.vocab_size, max(model.tokenizer.pieces)) == (258, 257)  # type: ignore[union-attr]
+        assert len(model.tokenizer.pieces) == 258  # type: ignore[union-attr]
         assert "that its embedding has no row for cannot be used: <pad>" in caplog.text
 
     def test_a_vocabulary_of_another_size_than_the_embedding(self, folder):

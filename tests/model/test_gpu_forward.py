@@ -33,7 +33,9 @@ VARIANTS = {
     "gpt2_scaled_by_layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "opt": ("opt", {}),
 }
-LAYERS = {family: {"num_hidden_layers": 2} for family in ("llama", "qwen2", "mistral", "opt")} | {"gpt2": {"n_layer": 2}}
+LAYERS = {family: {"num_hidden_layers": 2} for family in ("llama", "qwen2", "mistral", "opt")} | {
+    "gpt2": {"n_layer": 2}
+}
 
 
 def uneven_model(variant: str, dtype: torch.dtype = torch.float32):

@@ -81,6 +81,9 @@ DIFFERENT: dict[str, Callable[[Path], object]] = {
             tensors | {DOWN_PROJ: tensors[(other := DOWN_PROJ.replace("2", "1"))], other: tensors[DOWN_PROJ]}
         )
     ),
+    "the row of one token": in_weights(
+        lambda tensors: (tensors["model.embed_tokens.weight"][277].mul_(1.01), tensors)[1]
+    ),
     "all of them trained further": in_weights(
         lambda tensors: disagreeing_copy(make_model("llama", 0, vocab_size=300), 3, 1e-4).state_dict()
     ),
@@ -119,6 +122,16 @@ def test_sees_each_matrix_of_a_tensor_of_experts():
         experts[expert] += 1
         assert not torch.equal(identity._sample(experts), before)
         before = identity._sample(experts).clone()
+
+
+@pytest.mark.parametrize("shape", [(700, 90), (90, 700), (97, 97)])
+def test_sees_each_row_and_each_column_of_a_matrix(shape):
+    """As those of the embedding of tokens that have been added."""
+    numbers = torch.zeros(shape)
+    for line in (*numbers, *numbers.T):
+        before = identity._of_each_line(numbers)
+        line += 1
+        assert not torch.equal(identity._of_each_line(numbers), before)
 
 
 def test_reads_the_first_and_the_last_numbers_of_a_matrix():

@@ -98,13 +98,14 @@ class TestGguf:
         "output"),
     )  # fmt: skip
 
-    def write(self, model, path: Path, **more: torch.Tensor) -> None:
+    def write(self, model, path: Path, context_length: int | None = CONTEXT_LENGTH, **more: object) -> None:
         """Write a llama model in float32, with a tokenizer of the 256 bytes, two special pieces and one merge.
 
-        Tensors are added as in `more`, whose names have two underscores where a file has a full stop.
+        Tensors and settings are added as in `more`, whose names have two underscores where a file has a full stop.
         """
         config, writer = model.config, gguf.GGUFWriter(path, "llama")
-        writer.add_context_length(config.max_position_embeddings)
+        if context_length:
+            writer.add_context_length(context_length)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
         writer.add_feed_forward_length(config.intermediate_size)
@@ -129,8 +130,12 @@ class TestGguf:
             for ours, theirs in self.PARTS:
                 name = name.replace(ours, theirs)
             writer.add_tensor(name, tensor.float().numpy())
-        for name, tensor in more.items():
-            writer.add_tensor(name.replace("__", "."), tensor.numpy())
+        for name, value in more.items():
+            if isinstance(value, torch.Tensor):
+                writer.add_tensor(name.replace("__", "."), value.numpy())
+            else:
+                kind = {float: "float32", int: "uint32", str: "string", bool: "bool"}[type(value)]
+                getattr(writer, f"add_{kind}")(f"llama.{name.replace('__', '.')}", value)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -162,6 +167,37 @@ class TestGguf:
         ):
             load_from(path, dtype="float32")
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("rope__scaling__type", "linear"), ("rope__scaling__factor", 4.0), ("rope__scale_linear", 4.0),
+         ("attention__sliding_window", 8), ("final_logit_softcapping", 30.0), ("attention__scale", 0.5),
+         ("attention__causal", False), ("logit_scale", 0.1)],
+    )  # fmt: skip
+    def test_a_setting_that_transformers_passes_over_refuses_the_file(self, tmp_path, name, value):
+        """As the window of Phi-3, or factors of a long context."""
+        path = tmp_path / "tiny.gguf"
+        self.write(make_model("llama", 0, vocab_size=259), path, **{name: value})
+        with pytest.raises(
+            ModelRefusedError, match=f"its files have llama.{name.replace('__', '.')}, which this architecture"
+        ):
+            load_from(path, dtype="float32")
+
+    def test_settings_that_change_nothing_do_not(self, tmp_path):
+        path = tmp_path / "tiny.gguf"
+        idle = {
+            "rope__scaling__type": "none",
+            "rope__scaling__factor": 1.0,
+            "attention__sliding_window": CONTEXT_LENGTH,
+        }
+        self.write(make_model("llama", 0, vocab_size=259), path, **idle, attention__causal=True, logit_scale=1.0)
+        assert load_from(path, dtype="float32").context_length == CONTEXT_LENGTH
+
+    def test_a_context_length_that_would_be_made_up_refuses_the_file(self, tmp_path):
+        path = tmp_path / "tiny.gguf"
+        self.write(make_model("llama", 0, vocab_size=259), path, context_length=None)
+        with pytest.raises(ModelRefusedError, match=r"tiny\.gguf does not say llama\.context_length"):
+            load_from(path, dtype="float32")
+
 
 class TestTokenizer:
     def test_travels_as_tokenizer_json(self, llama):
@@ -179,10 +215,37 @@ class TestTokenizer:
         assert files is not None
         assert files.chat_template == tokenizer.chat_template
 
+    @pytest.mark.parametrize(("names", "expected"), [(("tool_use", "default"), "default"), (("a", "b"), "")])
+    def test_of_several_chat_templates_brings_the_default(self, tmp_path, names, expected):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = {name: name for name in names}
+        files = load_from(save(make_model("llama", 0, vocab_size=300), tmp_path, tokenizer)).tokenizer
+        assert files is not None
+        assert files.chat_template == expected
+
+    def test_that_splits_special_tokens_is_refused(self, tmp_path):
+        """A setting of transformers' that does not travel: prompts would be encoded as it does not."""
+        folder = save(make_model("llama", 0, vocab_size=300), tmp_path, byte_tokenizer())
+        configure_tokenizer(tmp_path, split_special_tokens=True)
+        with pytest.raises(ModelRefusedError, match="take split_special_tokens out of its tokenizer_config"):
+            load_from(folder)
+
+    @pytest.mark.parametrize("template", [5, {"default": 5}, "\ud800"], ids=ascii)
+    def test_with_a_chat_template_that_is_no_text_is_refused(self, tmp_path, template):
+        folder = save(make_model("llama", 0, vocab_size=300), tmp_path, byte_tokenizer())
+        configure_tokenizer(tmp_path, chat_template=template)
+        with pytest.raises(ModelRefusedError, match=r"the chat template of .* is no text"):
+            load_from(folder)
+
     def test_that_is_missing_is_said_once_and_served_without(self, tmp_path, caplog):
         with caplog.at_level(logging.WARNING, "outrider.engine.models.loader"):
             assert load_from(save(make_model("llama", 0), tmp_path)).tokenizer is None
         assert [record.message for record in caplog.records if "clients must send token ids" in record.message] != []
+
+
+def configure_tokenizer(folder: Path, **settings: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 class TestFingerprint:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from outrider_client.arguments import prompt_of
-from outrider_client.connection import ConnectionSettings, Target, begin_conversation
+from outrider_client.connection import ConnectionSettings, Target, begin_conversation, deadline_after, left_until
 from outrider_client.controller import PairSpeeds
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import MOST_STOP_CHARACTERS
@@ -28,9 +28,35 @@ NOBODY = "127.0.0.1:1"
 NAN, INF = math.nan, math.inf
 HUGE = 10**400  # beyond what a float holds
 LONGER = 10**5000  # and beyond what Python writes as text
-NO_NUMBERS = ("1", b"1", None, True, [1], {}, 1j, Decimal("0.5"), object(), np.array([0.5]), np.bool_(True))
-NO_WHOLE_NUMBERS = (3.5, 3.0, NAN, "3", b"3", True, [3], Decimal(3), np.float32(3), np.array([3]), np.bool_(True), 3j)
-NO_FLAGS = (0, 1, "yes", "", [], 1.0, np.int64(1))
+
+
+class Vandal:
+    """What raises whenever it is asked."""
+
+    @property
+    def ndim(self) -> int:
+        raise RuntimeError("no")
+
+    def __iter__(self) -> Any:
+        raise RuntimeError("no")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+class HollowArray:
+    """What calls itself an array and holds nothing."""
+
+    ndim = 0
+
+
+ODD = (Vandal(), HollowArray(), np.timedelta64(5), np.timedelta64(5, "s"), np.datetime64("2020"), np.ma.masked,
+       np.void(b"a"), torch.tensor(3, device="meta"), torch.zeros(2, device="meta"), np.array(None),
+       np.array("end"))  # fmt: skip
+NO_NUMBERS = ("1", b"1", None, True, [1], {}, 1j, Decimal("0.5"), object(), np.array([0.5]), np.bool_(True), *ODD)
+NO_WHOLE_NUMBERS = (3.5, 3.0, NAN, "3", b"3", True, [3], Decimal(3), np.float32(3), np.array([3]), np.bool_(True), 3j,
+                    *ODD)  # fmt: skip
+NO_FLAGS = (0, 1, "yes", "", [], 1.0, np.int64(1), *ODD)
 NO_LIST = (*(it for it in NO_WHOLE_NUMBERS if it is not True), None)
 
 SAMPLING: dict[str, tuple] = {
@@ -43,7 +69,7 @@ SAMPLING: dict[str, tuple] = {
     "stop": (
         None, 3, b"end", bytearray(b"end"), [b"end"], [3], [""], "", ("end", None), [["end"]], {"end": 1}, True,
         "\ud800", ["fine", "a\udfffb"], "x" * (MOST_STOP_CHARACTERS + 1), ["ab"] * MOST_STOP_CHARACTERS,
-        itertools.repeat("endless"),
+        itertools.repeat("endless"), *ODD,
     ),
     "ignore_eos": (*NO_FLAGS, None),
 }  # fmt: skip
@@ -65,17 +91,18 @@ CLIENT: dict[str, tuple] = {
                "a:0", "a:65536", "[::1]:x"),
     "draft": ("", "localhost", 50051, b"localhost:1", ("a:1",), "a:1 ", "a:-1"),
     "connect_timeout": (*NO_NUMBERS, NAN, INF, -1),
-    "patience": (3.0, {"retry_s": 1}, "long", Patience, True, 0),
+    "patience": (*ODD, 3.0, {"retry_s": 1}, "long", Patience, True, 0),
 }  # fmt: skip
 CALL: dict[str, tuple] = {
     "timeout": (*(it for it in NO_NUMBERS if it is not None), NAN, INF, -INF, -1, -0.001, HUGE, 1e10),
-    "sampling": ({"temperature": 0}, 0, "greedy", SamplingParams, [SamplingParams()], False),
+    "sampling": (*ODD, {"temperature": 0}, 0, "greedy", SamplingParams, [SamplingParams()], False),
     "prompt": (
         None, 5, 5.0, True, b"Once", bytearray(b"Once"), memoryview(b"Once"), [1.5], ["5"], [None], [True], [[1, 2]],
         [b"1"], [1, 2.0], [1j], ["a", "b"], ("a", "b"), {1: 2}, {"input_ids": [1]}, {1, 2}, object(), [object()],
         np.array([1.0, 2.0]), np.array([[1, 2]]), np.array(["a"]), np.array(3), np.array([True]), [np.bool_(True)],
         [np.array([1])], torch.tensor([1.5]), torch.tensor([[1]]), torch.tensor(3), "\ud800", "a\udfff",
-        (), [], iter(()), [Decimal(1)], [Fraction(1, 2)], itertools.repeat(1),
+        *ODD, [np.timedelta64(5)], np.array([1, 2], "m8[s]"), np.ma.array([1, 2], mask=[0, 1]),
+        np.zeros(1, [("a", int)])[0], (), [], iter(()), [Decimal(1)], [Fraction(1, 2)], itertools.repeat(1),
     ),
     "windows": (4,),
     "temperature": (0.5,),
@@ -212,6 +239,17 @@ def test_addresses_of_every_kind_are_taken(address):
     assert ConnectionSettings(address, address).draft == address
 
 
+@pytest.mark.parametrize(
+    "timeout", [np.float16(0.5), np.float32(0.5), np.array(0.5, "f2"), torch.tensor(0.5, dtype=torch.float16)], ids=repr
+)
+def test_a_timeout_of_few_digits_is_added_to_the_clock_as_a_plain_number(timeout):
+    """A float16 of the time since the machine started is infinite after a day, and a minute off before."""
+    left = left_until(deadline_after(timeout))
+    assert type(left) is float
+    assert 0.4 < left <= 0.5
+    assert type(ConnectionSettings(NOBODY, connect_s=timeout).connect_s) is float
+
+
 def test_whole_numbers_of_numpy_reach_the_messages():
     """As every field of one that gRPC sends."""
     info = common_pb2.ModelInfo(vocab_size=100, context_length=64)
@@ -232,10 +270,10 @@ def test_whole_numbers_of_numpy_reach_the_messages():
 
 def test_the_tokenizer_names_what_is_no_text_and_no_ids():
     tokenizer = TargetTokenizer(byte_tokenizer().backend_tokenizer, "", {})
-    for value in (None, 3, b"a", ["a"], "\ud800"):
+    for value in (None, 3, b"a", ["a"], "\ud800", *ODD):
         with names_it("prompt"):
             tokenizer.encode(value)
-    for value in (None, 3, "a", ["a"], [1.5], [True], {1: 2}, [-1], [1 << 32], [[1]]):
+    for value in (None, 3, "a", ["a"], [1.5], [True], {1: 2}, [-1], [1 << 32], [[1]], *ODD):
         with names_it("token_ids"):
             tokenizer.decode(value)
     assert tokenizer.decode(np.array(tokenizer.encode("é"))) == "é"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
 from datetime import datetime
+from itertools import repeat
 
+import numpy as np
 import pytest
 from outrider_client import chat_template as chat_template_module
 from outrider_client.chat_template import ChatTemplate
@@ -92,6 +95,21 @@ def test_a_template_that_fails_is_the_services_fault(source):
         as_here(ChatTemplate(source), USER)
 
 
+@pytest.mark.parametrize("source", ["{{ '\\ud800' }}", "{{ '%c' | format(55296) }}"])
+def test_half_a_character_is_whose_it_is(source):
+    with pytest.raises(ServiceFailedError, match="its text has a lone surrogate"):
+        as_here(ChatTemplate(source), USER)
+    with pytest.raises(InvalidRequestError, match=r"^messages has a lone surrogate"):
+        as_here(ChatTemplate("{{ messages[0].content }}"), [{"role": "user", "content": "\udfff"}])
+
+
+@pytest.mark.parametrize("source", ["{{ raise_exception('a' * 10 ** 7) }}", "{{ ('a' * 10 ** 7) | int + messages }}"])
+def test_a_long_reason_is_cut(source):
+    with pytest.raises((InvalidRequestError, ServiceFailedError)) as caught:
+        as_here(ChatTemplate(source), USER)
+    assert len(str(caught.value)) < 1000
+
+
 def test_what_a_template_refuses_is_the_callers_mistake():
     with pytest.raises(InvalidRequestError, match=r"refuses the messages: no user, 2$"):
         as_here(ChatTemplate("{{ raise_exception('no ' ~ messages[0].role ~ ', ' ~ (1 + 1)) }}"), USER)
@@ -105,7 +123,7 @@ def test_what_a_template_refuses_is_the_callers_mistake():
         [{"role": 5, "content": "x"}], [{"role": None, "content": "x"}], [{"role": "user", "content": ["x"]}],
         [{"role": "user", "content": b"x"}], [{"role": "user", "content": "x", 5: 6}],
         [{"role": "user", "content": "x", "name": object()}], [{"role": "user", "content": "x", "name": {1, 2}}],
-        [{"role": "user", "content": "\ud800"}], [*USER, "x"],
+        [{"role": "user", "content": "\ud800"}], [*USER, "x"], np.array("x"), repeat(USER[0]),
     ],
     ids=lambda messages: repr(messages).split(" object at ")[0],
 )  # fmt: skip
@@ -155,6 +173,10 @@ class TestRendering:
         with pytest.raises(ServiceFailedError):
             as_here(template, USER)
         assert as_here(template, USER) == expected
+
+    def test_works_with_whatever_stands_in_the_path(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("sys.path", [*sys.path, tmp_path])
+        assert as_here(ChatTemplate("{{ messages | length }}"), TALK) == "4"
 
     def test_leaves_no_process_behind(self):
         template = ChatTemplate(TEMPLATES["chatml"])

@@ -14,7 +14,7 @@ import pytest
 from outrider_client.decoding import UNFINISHED, Piece, Pieces, TextDecoder
 from outrider_client.errors import ServiceFailedError
 from outrider_client.text import TargetTokenizer, TextStream
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [
     "Once upon a time there was a cat. It didn't sit, did it?",
@@ -89,6 +89,12 @@ def fallback(*last: decoders.Decoder) -> decoders.Decoder:
     return decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
 
 
+def replacing(*stages: decoders.Decoder) -> Tokenizer:
+    """Return one whose decoder has stages that see the whole text, with bytes in it that are no character yet."""
+    bytes_of_characters = ["Ã", "©", "ð", "Ł", "Ļ", "Ĥ", "Ġ", "a"]  # of é, 🙂 and the space, in ByteLevel's alphabet
+    return with_decoder(pieces_of(*bytes_of_characters), decoders.Sequence([decoders.ByteLevel(), *stages]))
+
+
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte_level": byte_level,
     "llama_2": lambda: with_decoder(pieces_of(*BYTES), fallback(decoders.Strip(" ", 1, 0))),
@@ -105,7 +111,22 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "replaced_across_tokens": lambda: with_decoder(
         pieces_of("ab", "c"), decoders.Sequence([decoders.Fuse(), decoders.Replace("abc", "")])
     ),
+    "replaced_across_bytes": lambda: replacing(decoders.Replace("sé🙂", "x")),
+    "replaced_where_runs_of_it_overlap": lambda: replacing(decoders.Replace("  ", "x")),
+    "replaced_by_a_pattern": lambda: replacing(decoders.Replace(Regex("[as]+"), "x")),
+    "replaced_at_the_end": lambda: replacing(decoders.Replace(Regex("\\s+$"), "")),
+    "replaced_twice": lambda: replacing(decoders.Replace("sé", "a"), decoders.Replace("▁aa", "")),
+    "replaced_and_stripped": lambda: replacing(decoders.Strip("s", 2, 0), decoders.Replace("sé🙂", "x")),
+    "bytes_of_the_whole_text": lambda: with_decoder(
+        pieces_of(*BYTES), decoders.Sequence([decoders.Fuse(), decoders.ByteFallback()])
+    ),
+    "byte_level_of_the_whole_text": lambda: replacing(decoders.ByteLevel()),
+    "words_of_the_whole_text": lambda: replacing(decoders.WordPiece()),
+    "repeats_of_suffixes": lambda: with_decoder(
+        pieces_of("cat</w>", "a</w>", "a"), decoders.Sequence([decoders.BPEDecoder(), decoders.CTC()])
+    ),
 }
+CHANGING = ("replaced_", "repeats_of_suffixes")  # what a prompt ends with may be another text in front of others
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -173,7 +194,7 @@ def test_behind_a_prompt_they_are_what_it_says_more(kind):
         token_ids = random_ids(tokenizer, chance, chance.choice([1, 2, 3, 8, 40]))
         shown = shown_text(tokenizer, prompt_ids, token_ids, chance)
         assert shown == expected_text(tokenizer, prompt_ids, token_ids), (prompt_ids, token_ids)
-        if tokenizer.pieces.is_text_by_itself(prompt_ids[-1]) and kind != "replaced_across_tokens":
+        if tokenizer.pieces.is_text_by_itself(prompt_ids[-1]) and not kind.startswith(CHANGING):
             assert text_of(tokenizer, prompt_ids) + shown == text_of(tokenizer, prompt_ids + token_ids)
 
 
@@ -258,8 +279,13 @@ def test_a_token_costs_the_same_in_a_long_text(monkeypatch, kind, stop):
 def test_a_decoder_that_panics_is_the_services_fault(capfd):
     """As tokenizers' Strip does on a text shorter than what it strips."""
     tokenizer = with_decoder(pieces_of(), decoders.Sequence([decoders.Fuse(), decoders.Strip("s", 0, 3)]))
+    decoder, s_id, cat_id = TextDecoder(Pieces(tokenizer)), *map(tokenizer.token_to_id, ("s", "cat"))
+    assert decoder.step(s_id) == ""
     with pytest.raises(ServiceFailedError, match=r"^the target's tokenizer cannot decode a token: "):
-        TextDecoder(Pieces(tokenizer)).step(tokenizer.token_to_id("s"))
+        decoder.end()
+    for prompt_ids in ([], [s_id], [cat_id, s_id]):
+        decoder = TextDecoder(Pieces(tokenizer), prompt_ids)
+        assert [*map(decoder.step, [s_id, cat_id]), decoder.end()] == ["", "", tokenizer.decode([s_id, cat_id])]
     capfd.readouterr()
 
 

@@ -296,6 +296,13 @@ class TestTokenizersFromATarget:
         tokenizer.enable_padding(length=50)
         assert sent(tokenizer).encode("Once upon a time") == BYTES.encode("Once upon a time")
 
+    def test_merge_the_same_every_time(self):
+        """Dropout is for training."""
+        pieces = {piece: token_id for token_id, piece in enumerate(["a", "b", "ab", "abab", "abababab"])}
+        merges = [("a", "b"), ("ab", "ab"), ("abab", "abab")]
+        tokenizer = sent(Tokenizer(models.BPE(pieces, merges, dropout=0.5)))
+        assert {tuple(tokenizer.encode("abababab")) for _ in range(50)} == {(4,)}
+
     @pytest.mark.parametrize(
         ("template", "text", "expected"),
         [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,28 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _OLD_CONSTANT = re.compile(r"\battn\.masked_bias$")  # −10,000, in checkpoints of GPT-2; its class has forgotten it
 _NUM_KEYS_NAMED = 3
+_GGUF_NEEDED = ("context_length", "attention.head_count")
+_GGUF_SETTINGS: dict[str, tuple[str, tuple[Any, ...]]] = {  # by name in config.json, and values that change nothing
+    "attention.sliding_window": ("sliding_window", (0,)),
+    "attention.scale": ("attention_multiplier", (0.0,)),
+    "attention.clamp_kqv": ("clip_qkv", (0.0,)),
+    "attention.max_alibi_bias": ("alibi", (0.0,)),
+    "attention.causal": ("is_causal", (True,)),
+    "attention.temperature_scale": ("attn_temperature_scale", (0.0,)),
+    "attn_logit_softcapping": ("attn_logit_softcapping", (0.0,)),
+    "final_logit_softcapping": ("final_logit_softcapping", (0.0,)),
+    "router_logit_softcapping": ("router_logit_softcapping", (0.0,)),
+    "logit_scale": ("logit_scale", (0.0, 1.0)),
+    "residual_scale": ("residual_multiplier", (0.0, 1.0)),
+    "embedding_scale": ("embedding_multiplier", (0.0, 1.0)),
+    "expert_weights_scale": ("routed_scaling_factor", (0.0, 1.0)),
+    "expert_weights_norm": ("norm_topk_prob", ()),
+    "use_parallel_residual": ("use_parallel_residual", ()),
+    "rope.scaling.type": ("", ("none",)),
+    "rope.scaling.factor": ("", (0.0, 1.0)),
+    "rope.scaling.attn_factor": ("", (1.0,)),
+    "rope.scale_linear": ("", (1.0,)),
+}
 _LONGEST_REASON = 800  # characters of what another library says
 
 log = logging.getLogger(__name__)
@@ -133,6 +157,11 @@ def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
             another shape.
     """
     arguments |= source.arguments()
+    if source.has("adapter_config.json") and find_spec("peft") is None:
+        raise ModelRefusedError(
+            f"{source.name} has an adapter_config.json, and an adapter takes peft: merge the adapter into its model "
+            "(merge_and_unload) and save that, or remove the file"
+        )
     with refusing(source), _without_its_warnings():
         if not source.gguf_file:
             config = AutoConfig.from_pretrained(source.path, **arguments)
@@ -143,12 +172,21 @@ def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
         reason = source.why_silent(["generation_config.json"])
         if reason:
             raise ModelRefusedError(f"{source.name} cannot be loaded: {reason}")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.path, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except NotImplementedError as error:  # of comparing what has been left without numbers with what is tied to it
+            raise ModelRefusedError(
+                f"{source.name} cannot be loaded: its files have a head of another shape than the embedding, to which "
+                "config.json ties it"
+            ) from error
         model, report = loaded
         left_over = _left_over_in_gguf(Path(source.path) / source.gguf_file, model) if source.gguf_file else set()
+        folder = None if source.gguf_file else source.folder()
+        stored = _stored_tensors(folder) if folder else []
     reason = why_incomplete(report | {"unexpected_keys": {*report["unexpected_keys"], *left_over}})
+    reason = reason or _why_not_meant(stored, model)
     if reason:
         raise ModelRefusedError(f"{source.name} cannot be loaded as a {type(model).__name__}: {reason}")
     return model.eval()
@@ -184,21 +222,105 @@ def why_incomplete(report: dict[str, Any]) -> str | None:
     return "; ".join(parts) or None
 
 
+def _stored_tensors(folder: Path) -> list[tuple[str, str]]:
+    """Return name and type of each tensor in the files that transformers reads, as often as they have it."""
+    for name, tensors_in in (("model.safetensors", _in_safetensors), ("pytorch_model.bin", _in_pickle)):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return tensors_in(folder / name)
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            return [tensor for shard in shards for tensor in tensors_in(folder / shard)]
+    return []
+
+
+def _in_safetensors(path: Path) -> list[tuple[str, str]]:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return [(name, its["dtype"]) for name, its in header.items() if name != "__metadata__"]
+
+
+def _in_pickle(path: Path) -> list[tuple[str, str]]:
+    tensors = torch.load(path, map_location="meta", weights_only=True)
+    kinds = {torch.bool: "BOOL", torch.uint8: "U8"}
+    return [
+        (name, kinds.get(its.dtype, "F" if its.is_floating_point() else "C" if its.is_complex() else "I"))
+        for name, its in tensors.items()
+        if isinstance(its, torch.Tensor)
+    ]
+
+
+def _why_not_meant(stored: list[tuple[str, str]], model: PreTrainedModel) -> str | None:
+    """Return in words what transformers passes over in silence; None where there is nothing.
+
+    Names with and without the base model's prefix are one to it, and a type that no weight has is made one.
+    """
+    if getattr(model.config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
+        return f"transformers knows no quantization such as {model.config.quantization_config!r} in config.json"
+    weights = {name: weight for name, weight in model.named_parameters() if weight.is_floating_point()}
+    prefix, types = f"{model.base_model_prefix}.", dict(stored)
+    bare: dict[str, list[str]] = {}
+    for name, _ in stored:
+        bare.setdefault(_without_prefix(name, prefix), []).append(name)
+    known = {_without_prefix(name, prefix) for name in weights}
+    twice = {
+        name for names in bare.values() if len(names) > len({*names} & weights.keys()) and names[1:] for name in names
+    }
+    if twice:
+        return f"its files have {_first_of(twice)} twice, under one name or two: keep those that are meant"
+    odd = {
+        name
+        for name, kind in types.items()
+        if kind[:1] in "BCIU" and kind != "BF16" and _without_prefix(name, prefix) in known
+    }
+    if odd and getattr(model, "hf_quantizer", None) is None:
+        kinds = ", ".join(sorted({types[name] for name in odd}))
+        return f"its files have {_first_of(odd)} in {kinds}, and config.json no quantization_config that says what for"
+    return None
+
+
+def _without_prefix(name: str, prefix: str) -> str:
+    while name.startswith(prefix):
+        name = name.removeprefix(prefix)
+    return name
+
+
 def _left_over_in_gguf(path: Path, model: PreTrainedModel) -> set[str]:
-    """Return what a GGUF file has and transformers passes over in silence: tensors, and the scaling of rotary factors.
+    """Return what a GGUF file has and transformers passes over in silence: tensors, and settings that change a text.
 
     Experts are left out: they are split under other names.
+
+    Raises:
+        ModelRefusedError: the file does not say what transformers would make up.
     """
     from gguf import GGUFReader  # of an extra
 
     reader = GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
+    unsaid = [key for key in _GGUF_NEEDED if f"{architecture}.{key}" not in reader.fields]
+    if unsaid:
+        raise ModelRefusedError(f"{path.name} does not say {architecture}.{unsaid[0]}: convert the model anew")
     known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
     names = {tensor.name for tensor in reader.tensors}
-    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
-    is_scaled = scaling is not None and scaling.contents() != "none" and architecture != "gpt-oss"
-    scales = {f"{architecture}.rope.scaling.type"} if is_scaled else set()
-    return {name for name in names if name not in known and "_exps" not in name} | scales
+    settings = {
+        f"{architecture}.{key}"
+        for key, (its_name, idle) in _GGUF_SETTINGS.items()
+        if (field := reader.fields.get(f"{architecture}.{key}")) is not None
+        and not _is_heeded(field.contents(), getattr(model.config, its_name, None), idle)
+    }
+    if architecture == "gpt-oss":  # the one whose rotary scaling transformers reads
+        settings = {key for key in settings if ".rope." not in key}
+    window = f"{architecture}.attention.sliding_window"
+    if window in settings and reader.fields[window].contents() >= model.config.max_position_embeddings:
+        settings.remove(window)
+    return {name for name in names if name not in known and "_exps" not in name} | settings
+
+
+def _is_heeded(value: Any, configured: Any, idle: tuple[Any, ...]) -> bool:
+    """Return whether a setting of a file is the model's, up to float32, or changes nothing."""
+    if isinstance(value, float) and isinstance(configured, float | int):
+        return math.isclose(value, configured, rel_tol=1e-6) or value in idle
+    return value == configured or value in idle
 
 
 def _first_of(keys: Iterable[str]) -> str:

@@ -1,11 +1,12 @@
 """Who a model is: a short name for its configuration, its tokenizer and its weights, the same wherever they lie.
 
 Two services whose models have one identity write the same texts, up to rounding. The weights of a model that is larger
-than `READ_WHOLE_BYTES` are sampled: `NUM_RUNS` stretches of `RUN_LENGTH` numbers, spread over each matrix. So it sees
-every matrix that has been trained further, merged, quantised or rounded, and every piece of a tokenizer.
+than `READ_WHOLE_BYTES` are sampled: `NUM_RUNS` stretches of `RUN_LENGTH` numbers, spread over each matrix, and one
+number of each row and each column of a matrix that is no expert's. So it sees every matrix that has been trained
+further, merged, quantised or rounded, the row of every token, and every piece of a tokenizer.
 
-It does not see: single numbers or rows of a large matrix between the stretches; weights that accelerate keeps off every
-device; what is no part of the files, such as versions of libraries, kernels, and code that a checkpoint brings; and
+It does not see: single numbers of a large matrix; rows of an expert's; weights that accelerate keeps off every device;
+what is no part of the files, such as versions of libraries, kernels, and code that a checkpoint brings; and
 what somebody hides from it on purpose. It tells models apart, and proves nothing.
 
 Shapes: E matrices in a tensor, N numbers in a matrix.
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 NUM_DIGITS = 32
 READ_WHOLE_BYTES = 64 * 1024 * 1024
 NUM_RUNS, RUN_LENGTH = 64, 16
+_STRIDE = 7919  # a prime: neighbouring lines are looked at in places far apart
 # Where the files lie, which library wrote them, and how they are run; types of weights are told by the weights.
 _NOT_THE_MODEL = {"name_or_path", "transformers_version", "auto_map", "dtype", "torch_dtype", "use_cache"}
 
@@ -62,7 +64,12 @@ def _weights(model: PreTrainedModel) -> Iterator[bytes]:
     for name, tensor in sorted(tensors.items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         if tensor.device.type != "meta" and tensor.numel():
-            yield _bytes_of(tensor if num_bytes <= READ_WHOLE_BYTES else _sample(tensor))
+            if num_bytes <= READ_WHOLE_BYTES:
+                yield _bytes_of(tensor)
+                continue
+            yield _bytes_of(_sample(tensor))
+            if tensor.dim() == 2 and min(tensor.shape) > 1:
+                yield _bytes_of(_of_each_line(tensor))
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,6 +84,14 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     starts = torch.linspace(0, size - RUN_LENGTH, NUM_RUNS, dtype=torch.float64, device=tensor.device).long()
     index = (starts[:, None] + torch.arange(RUN_LENGTH, device=tensor.device)).flatten()
     return matrices[:, index]
+
+
+def _of_each_line(matrix: torch.Tensor) -> torch.Tensor:
+    """Return one number of each row and one of each column, `[rows + columns]`."""
+    num_rows, num_columns = matrix.shape
+    rows, columns = (torch.arange(size, device=matrix.device) for size in (num_rows, num_columns))
+    in_rows = matrix[rows, rows * _STRIDE % num_columns]
+    return torch.cat([in_rows, matrix[columns * _STRIDE % num_rows, columns]])
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

@@ -34,6 +34,7 @@ from outrider.engine.models.probe import probe_text, why_different, why_disturbe
 FINGERPRINT_BLOCK = 1024
 _PROBE_LENGTH, _PROBE_START = 12, 5
 _SMALL_WINDOW = 32  # a window or chunk up to which the text at start goes beyond it
+_NOT_FINITE = "its weights are damaged, or a number in config.json is"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class TokenizerFiles:
     tokenizer_json: bytes
     chat_template: str
     special_tokens: dict[str, str]
-    pieces: dict[int, str]
+    pieces: dict[int, str]  # those that the model has rows for
 
     def whole(self) -> bytes:
         """Return all of it in one piece, for a digest."""
@@ -217,12 +218,14 @@ def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
         model.set_attn_implementation(own_attention)
         expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
     if not expected.isfinite().all():
-        raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: its weights are damaged")
+        raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: {_NOT_FINITE}")
     _switch(model, name)
     is_rounded = model.dtype not in (torch.float32, torch.float64) or getattr(model, "hf_quantizer", None) is not None
     with _refusing(f"{name} cannot be run with packed attention"):
         forward_pass = TransformersForward(model)
         actual, num_layers = _probe(forward_pass, token_ids)
+        if not actual.isfinite().all():  # kernels of the model's own attention may hide it
+            raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: {_NOT_FINITE}")
         reason = why_different(actual, expected[_PROBE_START:], is_rounded)
         reason_beside = why_disturbed(forward_pass, token_ids, context_length, is_rounded)
     total = getattr(config, "num_hidden_layers", None)
@@ -316,6 +319,22 @@ def _check_ids(backend: Tokenizer, vocab_size: int, model: str) -> None:
         log.warning("tokens of %s that its embedding has no row for cannot be used: %s", model, ", ".join(beyond))
 
 
+def _chat_template_of(tokenizer: Any, model: str) -> str:
+    """Return the template that transformers takes where none is named; empty where there is none."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none of them is the default
+        log.warning("%s is served without a chat template: %s", model, one_line(error))
+        return ""
+    try:
+        template.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise ModelRefusedError(f"the chat template of {model} is no text: {one_line(error)}") from error
+    return template
+
+
 def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
     reason = source.why_silent(TOKENIZER_FILES)
     if reason:
@@ -334,15 +353,21 @@ def _load_tokenizer(source: Source, vocab_size: int) -> TokenizerFiles | None:
         log.warning("the tokenizer of %s has no tokenizer.json form: clients must send token ids", source.name)
         return None
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    if added.issuperset(backend.get_vocab(with_added_tokens=True)):
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if added.issuperset(vocabulary):
         # transformers makes one out of nothing but special pieces where the files of a tokenizer are missing.
         log.warning("no tokenizer for %s (there are no files of one): clients must send token ids", source.name)
         return None
     _check_ids(backend, vocab_size, source.name)
+    if getattr(tokenizer, "split_special_tokens", False):  # which tokenizer.json cannot say
+        raise ModelRefusedError(
+            f"the tokenizer of {source.name} splits special tokens: take split_special_tokens out of its "
+            "tokenizer_config.json"
+        )
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return TokenizerFiles(
         tokenizer_json=backend.to_str().encode(),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "",
+        chat_template=_chat_template_of(tokenizer, source.name),
         special_tokens=json.loads(json.dumps(special)),
-        pieces={token_id: piece for piece, token_id in backend.get_vocab(with_added_tokens=True).items()},
+        pieces={token_id: piece for piece, token_id in vocabulary.items() if token_id < vocab_size},
     )
