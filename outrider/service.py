@@ -155,7 +155,7 @@ class ModelHost(Generic[WorkerT]):
         """
         if identity and identity != self._loaded.identity:
             raise ModelChangedError(
-                f"open.model_identity is {identity}, and this service's {self._options.model} is "
+                f"open.model_identity is {identity[:100]!r}, and this service's {self._options.model} is "
                 f"{self._loaded.identity}: ask GetModelInfo what is here now, and begin afresh"
             )
 
