@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -281,6 +282,26 @@ def error_details(error: Any) -> tuple[float | None, str | None]:
             elif detail.Unpack(error_info) and error_info.domain == ERROR_DOMAIN:
                 reason = error_info.reason
     return retry_delay_s, reason
+
+
+class UnreadableError(grpc.RpcError):
+    """What an answer is that is no message, and that gRPC hands over as None although all is well."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.INTERNAL
+
+    def details(self) -> str:
+        return "the answer cannot be parsed"
+
+    def trailing_metadata(self) -> tuple:
+        return ()
+
+
+def readable(answer: Any) -> Any:
+    """Return an answer; raises UnreadableError for None."""
+    if answer is None:
+        raise UnreadableError
+    return answer
 
 
 class Retrying:

@@ -30,6 +30,7 @@ from client.connection import (
     check_same_prompt,
     deadline_after,
     left_until,
+    readable,
     time_for_draft,
 )
 from client.controller import PairSpeeds
@@ -251,7 +252,7 @@ class SpeculativeClient:
         while True:
             try:
                 with self._calling() as connection:
-                    return ask(connection.target, retrying.left_s)
+                    return readable(ask(connection.target, retrying.left_s))
             except grpc.RpcError as error:
                 self._pause(retrying.pause_after(error))
 
@@ -267,7 +268,7 @@ class SpeculativeClient:
         with self._calling() as connection:
             assert connection.draft is not None
             try:
-                return connection.draft.GetModelInfo(request, timeout=left_s)
+                return readable(connection.draft.GetModelInfo(request, timeout=left_s))
             except grpc.RpcError as error:
                 self._connected()
                 failure, now = broken(Link.DRAFT, error), time.monotonic()

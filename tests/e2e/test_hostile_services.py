@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from grpc_status import rpc_status
 
 from client import (
     AsyncSpeculativeClient,
+    DeadlineExceededError,
     IncompatiblePairError,
     ModelChangedError,
     OutriderError,
@@ -349,6 +351,30 @@ def test_a_service_that_explains_its_errors_in_garbage_is_unavailable(target, te
         pytest.raises(ServiceUnavailableError, match=r"for 0.2 s \(UNAVAILABLE\): it does not want to"),
     ):
         write(broken.address, None, is_async, method="autoregressive", patience=Patience(retry_s=0.2, round_s=30.0))
+
+
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """The address of both services, which answer OK to every question, and nothing else."""
+    server = grpc.server(ThreadPoolExecutor(4))
+    for package in (draft_pb2, toy_servers.target_pb2):
+        (service,) = package.DESCRIPTOR.services_by_name.values()
+        handler = grpc.unary_stream_rpc_method_handler(lambda request, context: iter(()))
+        handlers = {"GetModelInfo": handler}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@BOTH_CLIENTS
+def test_a_service_that_describes_itself_without_a_word(target, texts, mute, is_async):
+    result = write(target.address, mute, is_async)
+    assert result.token_ids == texts["gumbel"]
+    assert result.stats.draft_failures.keys() == {"INTERNAL"}
+    with pytest.raises((DeadlineExceededError, ServiceUnavailableError)):
+        write(mute, None, is_async, method="autoregressive", timeout=0.3)
 
 
 @BOTH_CLIENTS
