@@ -297,7 +297,8 @@ async def _unless_signalled(work: Coroutine[Any, Any, None], signals: asyncio.Qu
     task, signalled = asyncio.ensure_future(work), asyncio.ensure_future(signals.get())
     await asyncio.wait((task, signalled), return_when=asyncio.FIRST_COMPLETED)
     if task.done():
-        signalled.cancel()
+        if not signalled.cancel():  # it came at the same moment, and is for whoever asks next
+            signals.put_nowait(signalled.result())
         task.result()
         return 0
     task.cancel()

@@ -197,7 +197,7 @@ class ModelHost(Generic[WorkerT]):
         call = Call(caller_of(context.peer()), requests)
         self._calls.add(call)
         try:
-            call.turn = await self._openings.enter(call.caller)
+            call.turn = await call.wait(self._openings.enter(call.caller))
             call.limit_silence(FIRST_MESSAGE_S, "no first message has come")
             try:
                 call.opening = await call.receive()

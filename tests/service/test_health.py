@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import signal
 import threading
 
 import grpc
@@ -12,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import outrider.service
 from draft_service import drafter
 from outrider.engine.loader import ModelRefusedError
+from outrider.server import _unless_signalled
 from target_service import scheduler
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import KINDS, open_proposals, open_verification, round_of, span
@@ -87,6 +91,40 @@ def test_a_shutdown_is_announced_and_lets_running_sessions_end(services, models,
         stream.half_close()
     stopping.join()
     server.stop()
+
+
+@KINDS
+def test_a_stream_that_waits_to_be_read_is_told_of_a_shutdown_in_words(services, models, monkeypatch, kind):
+    monkeypatch.setattr(outrider.service, "MOST_OPENINGS", 4)  # one of a connection
+    server = services.start(kind, models.draft_path)
+    method = server.stub.Verify if kind is TARGET else server.stub.Propose
+    turns = server._servicer._host._openings
+    with RawStream(method), RawStream(method) as waiting:
+        eventually(lambda: turns._waiting, "one waits for the other")
+        server.shut_down(PATIENCE_S)
+        with pytest.raises(grpc.RpcError) as end:
+            waiting.receive()
+    assert end.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert reason_of(end.value) == "NOT_READY"
+    server.stop()
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 2])
+def test_a_signal_that_comes_with_the_end_of_the_work_is_not_lost(num_turns):
+    async def run() -> int:
+        signals: asyncio.Queue[int] = asyncio.Queue()
+
+        async def work() -> None:
+            loop = asyncio.get_running_loop()
+            send = functools.partial(signals.put_nowait, signal.SIGTERM)
+            for _ in range(num_turns):
+                send = functools.partial(loop.call_soon, send)
+            send()
+
+        first = await _unless_signalled(work(), signals)
+        return first or await asyncio.wait_for(signals.get(), PATIENCE_S)
+
+    assert asyncio.run(run()) == signal.SIGTERM
 
 
 def test_a_watcher_is_told_whoever_else_has_left(services, models):
