@@ -33,6 +33,7 @@ from outrider.errors import (
 )
 from outrider.health import HealthServicer
 from outrider.messages import MOST_OTHER_BYTES, check_small, reader
+from outrider.reflection import ReflectionServicer
 
 log = logging.getLogger(__name__)
 rare_log = RareLog(log)
@@ -209,7 +210,8 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, beside)
         register(servicer, _Guarded(self._server, servicer.check_message_size))
         names = [service_name, HEALTH_SERVICE, reflection.SERVICE_NAME]
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), beside)
+        self._reflection = ReflectionServicer(names)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(self._reflection, beside)
         self.port: int = self._server.add_insecure_port(listen)
 
     async def start(self) -> None:

@@ -133,7 +133,7 @@ def test_a_watcher_is_told_whoever_else_has_left(services, models):
     watches = [stub.Watch(request, timeout=PATIENCE_S) for _ in range(3)]
     assert [next(watch).status for watch in watches] == [SERVING] * 3
     watches[0].cancel()
-    eventually(lambda: server._server._health._num_watches == 2, "one has left")
+    eventually(lambda: server._server._health._watches._inside[()] == 2, "one has left")
     server.shut_down()
     for watch in watches[1:]:
         assert [response.status for response in watch] == [NOT_SERVING]
