@@ -194,6 +194,25 @@ def test_a_model_that_loads_and_cannot_serve_ends_its_server(services, models, m
         server.model_info()
 
 
+@pytest.mark.parametrize(
+    ("kind", "module", "reader"),
+    [(TARGET, scheduler, "begin_reading"), (DRAFT, drafter, "draft_tokens")],
+    ids=["target", "draft"],
+)
+def test_a_service_is_warm_for_filters_too(services, models, monkeypatch, kind, module, reader):
+    """Their rows may be of another type, for which code is compiled: for seconds, in which everybody waits."""
+    read, seen = getattr(module, reader), []
+
+    def note(logits, warpings, *others):
+        seen.extend(warpings)
+        return read(logits, warpings, *others)
+
+    monkeypatch.setattr(module, reader, note)
+    server = services.start(kind, models.target_path)
+    assert {warping.has_filters for warping in seen} == {True, False}
+    server.stop()
+
+
 @KINDS
 def test_reflection_lists_the_service(target, draft, kind):
     stub = reflection_pb2_grpc.ServerReflectionStub((target if kind is TARGET else draft).channel)
