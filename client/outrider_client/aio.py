@@ -31,6 +31,7 @@ from outrider_client.connection import (
     check_same_prompt,
     deadline_after,
     left_until,
+    readable,
     time_for_draft,
 )
 from outrider_client.controller import PairSpeeds
@@ -233,7 +234,7 @@ class AsyncSpeculativeClient:
             parts, call = TokenizerParts(), stub.GetTokenizer(request, timeout=left_s)
             try:
                 async for part in call:
-                    parts.add(_readable(part))
+                    parts.add(readable(part))
             finally:
                 call.cancel()
             return parts
@@ -245,7 +246,7 @@ class AsyncSpeculativeClient:
         retrying = Retrying(self._settings, deadline)
         while True:
             try:
-                return _readable(await ask(self._connected().target, retrying.left_s))
+                return readable(await ask(self._connected().target, retrying.left_s))
             except grpc.RpcError as error:
                 await asyncio.sleep(retrying.pause_after(error))
 
@@ -255,7 +256,7 @@ class AsyncSpeculativeClient:
         request, left_s = draft_pb2.DraftServiceGetModelInfoRequest(), time_for_draft(self._settings, deadline)
         num_noted, began_at = self._breaker.num_noted, time.monotonic()
         try:
-            return _readable(await stub.GetModelInfo(request, timeout=left_s))
+            return readable(await stub.GetModelInfo(request, timeout=left_s))
         except grpc.RpcError as error:
             failure, now = broken(Link.DRAFT, error), time.monotonic()
             self._breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
@@ -277,15 +278,6 @@ class _LoopConnection(Connection):
             raise InvalidRequestError(
                 "the client belongs to another event loop, the first that used it: make a client for each loop"
             )
-
-
-def _readable(answer: Any) -> Any:
-    """Return an answer, for which grpc.aio gives None where it cannot be parsed."""
-    if answer is None:
-        raise grpc.aio.AioRpcError(
-            grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "the answer cannot be parsed"
-        )
-    return answer
 
 
 class AsyncGenerationStream(AsyncIterator[Chunk]):
@@ -377,7 +369,7 @@ class _Stream:
     async def _read(self) -> None:
         try:
             async for message in self._call:
-                self._events.put((self, Received(self._link, _readable(message))))
+                self._events.put((self, Received(self._link, readable(message))))
                 await self._unread.acquire()
             self._events.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:

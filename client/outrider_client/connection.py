@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -266,20 +267,41 @@ def broken(link: Link, error: Any) -> Broken:
 
 
 def error_details(error: Any) -> tuple[float | None, str | None]:
-    """Return the seconds of the error's google.rpc.RetryInfo and its ErrorInfo's reason; None for what it lacks."""
-    try:
-        status = rpc_status.from_call(error)
-    except (ValueError, AttributeError, DecodeError):
-        return None, None
+    """Return the seconds of the error's google.rpc.RetryInfo and its ErrorInfo's reason; None for what it lacks.
+
+    Whoever sends the error writes both, so what cannot be read is lacking.
+    """
     retry_info, error_info = error_details_pb2.RetryInfo(), error_details_pb2.ErrorInfo()
     retry_delay_s: float | None = None
     reason: str | None = None
-    for detail in status.details if status else ():
-        if detail.Unpack(retry_info):
-            retry_delay_s = retry_info.retry_delay.ToMilliseconds() / 1000
-        elif detail.Unpack(error_info) and error_info.domain == ERROR_DOMAIN:
-            reason = error_info.reason
+    with suppress(ValueError, AttributeError, DecodeError):
+        status = rpc_status.from_call(error)
+        for detail in status.details if status else ():
+            if detail.Unpack(retry_info):
+                retry_delay_s = retry_info.retry_delay.ToMilliseconds() / 1000
+            elif detail.Unpack(error_info) and error_info.domain == ERROR_DOMAIN:
+                reason = error_info.reason
     return retry_delay_s, reason
+
+
+class UnreadableError(grpc.RpcError):
+    """What an answer is that is no message, and that gRPC hands over as None although all is well."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.INTERNAL
+
+    def details(self) -> str:
+        return "the answer cannot be parsed"
+
+    def trailing_metadata(self) -> tuple:
+        return ()
+
+
+def readable(answer: Any) -> Any:
+    """Return an answer; raises UnreadableError for None."""
+    if answer is None:
+        raise UnreadableError
+    return answer
 
 
 class Retrying:

@@ -349,6 +349,7 @@ class Conversation:
                     failure = Broken(Link.TARGET, grpc.StatusCode.FAILED_PRECONDITION, details, reason=OTHER_CACHE)
             num_failures += 1
             failed_at = failed_at if num_failures > 1 else self._clock()
+            yield Close(Link.TARGET)  # what it says late is no answer to what is asked next
             if num_failures > 1 or failure.reason != SESSION_IDLE:  # the caller took its time, which is no failure
                 yield from self._sleep(self._pause_after(failure, num_failures, failed_at))
                 self._stats.num_target_retries += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -30,6 +31,7 @@ from outrider_client.connection import (
     check_same_prompt,
     deadline_after,
     left_until,
+    readable,
     time_for_draft,
 )
 from outrider_client.controller import PairSpeeds
@@ -51,6 +53,8 @@ from outrider_client.pair import PairInfo, check_model
 from outrider_client.params import SamplingParams
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.text import TargetTokenizer
+
+LONGEST_DEAFNESS_S = 0.5  # of a wait: a signal that comes just before it begins does not end it
 
 
 class SpeculativeClient:
@@ -79,7 +83,7 @@ class SpeculativeClient:
         self._connection: Connection | None = None  # made at first use
         self._closing = threading.Event()
         self._transports: WeakSet[_Transport] = WeakSet()  # of generations that may have to be told of the end
-        self._guard = threading.Lock()  # of the connection and the transports; never held for long
+        self._guard = threading.RLock()  # of the connection and the transports; a signal's handler may close the client
         self._target: Target | None = None
         self._draft_info: common_pb2.ModelInfo | None = None  # of a draft that has not failed since
         self._describing = threading.Lock()  # held by the one call that asks the target what it is
@@ -222,8 +226,9 @@ class SpeculativeClient:
     @contextmanager
     def _only_one_describing(self, retrying: Retrying) -> Iterator[None]:
         """Wait for the calls that ask already; who has waited in vain for as long as it would ask gives up as well."""
-        while not self._describing.acquire(timeout=-1 if retrying.deadline is None else retrying.left_s):
-            retrying.check(OTHERS_ASKED)
+        while not self._describing.acquire(timeout=min(retrying.left_s, LONGEST_DEAFNESS_S)):
+            if retrying.deadline is not None:
+                retrying.check(OTHERS_ASKED)
         try:
             if self._target is None:
                 retrying.check(OTHERS_ASKED)
@@ -259,9 +264,15 @@ class SpeculativeClient:
         while True:
             try:
                 with self._calling() as connection:
-                    return ask(connection.target, retrying.left_s)
+                    return readable(ask(connection.target, retrying.left_s))
             except grpc.RpcError as error:
-                self._closing.wait(retrying.pause_after(error))
+                self._pause(retrying.pause_after(error))
+
+    def _pause(self, seconds: float) -> None:
+        """Let time pass, until the client is closed."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._closing.wait(min(left, LONGEST_DEAFNESS_S)):
+            pass
 
     def _describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
         request, left_s = draft_pb2.DraftServiceGetModelInfoRequest(), time_for_draft(self._settings, deadline)
@@ -269,7 +280,7 @@ class SpeculativeClient:
         with self._calling() as connection:
             assert connection.draft is not None
             try:
-                return connection.draft.GetModelInfo(request, timeout=left_s)
+                return readable(connection.draft.GetModelInfo(request, timeout=left_s))
             except grpc.RpcError as error:
                 self._connected()
                 failure, now = broken(Link.DRAFT, error), time.monotonic()
@@ -336,20 +347,25 @@ _Run = tuple[Conversation, "_Transport"]  # of one text
 class _Stream:
     """One bidirectional call: a queue of what is to be sent, and a thread that reads."""
 
-    def __init__(self, link: Link, method, first_message: Any, events: queue.SimpleQueue, timeout: float | None):
+    def __init__(self, link: Link, events: queue.SimpleQueue):
+        """Nothing is sent before `begin`: whoever is interrupted in it has the stream, and can close it."""
         self._link, self._events = link, events
         self._unread = threading.Semaphore(MOST_UNREAD)
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outgoing.put(first_message)
+        self._call: Any = None
+
+    def begin(self, method: Callable, first_message: Any, timeout: float | None) -> None:
+        self.send(first_message)
         self._call = method(iter(self._outgoing.get, None), timeout=timeout)
-        threading.Thread(target=self._read, name=f"outrider-{link.value}", daemon=True).start()
+        threading.Thread(target=self._read, name=f"outrider-{self._link.value}", daemon=True).start()
 
     def send(self, message: Any) -> None:
         self._outgoing.put(message)
 
     def close(self) -> None:
-        self._outgoing.put(None)
-        self._call.cancel()
+        self._outgoing.put(None)  # ends even a call of which nobody knows
+        if self._call:
+            self._call.cancel()
         self.on_read()  # by nobody; lets the reader see that the call is over
 
     def on_read(self) -> None:
@@ -380,7 +396,7 @@ class _Transport:
             case Open(link, message):
                 self._close(link)
                 with self._client._calling() as connection:
-                    self._streams[link] = self._open(link, connection, message)
+                    self._open(link, connection, message)
             case Send(link, message):
                 self._streams[link].send(message)
             case Close(link):
@@ -401,9 +417,10 @@ class _Transport:
         """End the wait for an event, so that the end of the client is noticed; from any thread."""
         self._events.put(None)
 
-    def _open(self, link: Link, connection: Connection, message: Any) -> _Stream:
+    def _open(self, link: Link, connection: Connection, message: Any) -> None:
         method = connection.target.Verify if link is Link.TARGET else connection.draft.Propose  # type: ignore[union-attr]
-        return _Stream(link, method, message, self._events, left_until(self._deadline))
+        stream = self._streams[link] = _Stream(link, self._events)
+        stream.begin(method, message, left_until(self._deadline))
 
     def _close(self, link: Link) -> None:
         stream = self._streams.pop(link, None)
@@ -412,13 +429,9 @@ class _Transport:
 
     def _next_event(self, timeout_s: float | None) -> Event | None:
         """Return the next event of a stream that is still ours; raises as `_connected` when the client is closed."""
-        until = None if timeout_s is None else time.monotonic() + timeout_s
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            left = None if until is None else max(0.0, until - time.monotonic())
-            try:
-                item = self._events.get(timeout=left)
-            except queue.Empty:
-                item = None
+            item = self._next_item(until)
             self._client._connected()
             if item is None:
                 return None
@@ -428,6 +441,16 @@ class _Transport:
                 if isinstance(event, Broken) and event.link is Link.DRAFT:
                     self._client._draft_info = None
                 return event
+
+    def _next_item(self, until: float) -> tuple[_Stream, Event] | None:
+        """Return what is put next, or None when the time is over."""
+        while True:
+            left = until - time.monotonic()
+            try:
+                return self._events.get(timeout=min(max(0.0, left), LONGEST_DEAFNESS_S))
+            except queue.Empty:
+                if left <= LONGEST_DEAFNESS_S:
+                    return None
 
     def _describe(self) -> common_pb2.ModelInfo | Broken:
         info = self._client._draft_info

@@ -25,7 +25,7 @@ from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.sampling.probs import MOST_SUPPORT, Draft, PlainSampling, draft_tokens
-from outrider.sampling.warping import Warping
+from outrider.sampling.warping import FILTERED, Warping
 from outrider_draft.session import Commit, Drafted, DraftOptions, Path, Session
 
 T = TypeVar("T")
@@ -50,15 +50,15 @@ class Drafter:
         self._arrivals = itertools.count()
 
     def warm_up(self, vocab_size: int) -> None:
-        """Draft greedily and not, several tokens in one go and one by one; the thread must not run yet.
+        """Draft greedily, plainly and through filters, at once and one by one; the thread must not run yet.
 
         Raises:
             ServiceError: a draft failed, as others would.
         """
         answers: list[Drafted | ServiceError] = []
         self._engine.prepare_drafting()
-        for temperature, min_draft_prob in ((0.0, 0.0), (1.0, 0.0), (1.0, 1e-9)):
-            options = DraftOptions(Warping(temperature), 0, vocab_size, MOST_SUPPORT, min_draft_prob)
+        for warping, min_draft_prob in ((GREEDY, 0.0), (Warping(), 0.0), (Warping(), 1e-9), (FILTERED, 0.0)):
+            options = DraftOptions(warping, 0, vocab_size, MOST_SUPPORT, min_draft_prob)
             window = min(WARM_UP_WINDOW, self._context_length)
             session = Session(options, answers.append, next(self._arrivals), window)
             session.begin([0])

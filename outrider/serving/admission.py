@@ -68,9 +68,8 @@ class Turnstile:
 
     async def enter(self, caller: Caller) -> Turn:
         """Wait for room, and take it until the turn is left."""
-        if caller not in self._waiting and self._has_room(caller):
-            self._inside.add(caller, 1)
-            return Turn(self, caller)
+        if at_once := self.try_to_enter(caller):
+            return at_once
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(caller, {})[turn] = None
         try:
@@ -81,6 +80,13 @@ class Turnstile:
             else:
                 self._leave(caller)
             raise
+        return Turn(self, caller)
+
+    def try_to_enter(self, caller: Caller) -> Turn | None:
+        """Take room until the turn is left; None where there is none, or others of the caller's wait for it."""
+        if caller in self._waiting or not self._has_room(caller):
+            return None
+        self._inside.add(caller, 1)
         return Turn(self, caller)
 
     def _leave(self, caller: Caller) -> None:

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from outrider.common.callers import caller_of
 from outrider.protocol.errors import NotFoundError
+from outrider.serving.admission import Turnstile
 
 Status = health_pb2.HealthCheckResponse
-MOST_WATCHES = 1024  # at once; more are told the status and nothing after it
+MOST_WATCHES = 1024  # at once, 256 of one connection; more are told the status and nothing after it
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
@@ -23,7 +25,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {"": Status.SERVING}
         self._changed = asyncio.Event()
-        self._num_watches = 0
+        self._watches = Turnstile(MOST_WATCHES)
         self._is_ending = False
 
     def set(self, status: int, *services: str) -> None:
@@ -47,15 +49,16 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
     async def Watch(self, request, context) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         reported: int | None = None
-        self._num_watches += 1
+        turn = self._watches.try_to_enter(caller_of(context.peer()))
         try:
             while True:
                 changed, status = self._changed, self._statuses.get(request.service, Status.SERVICE_UNKNOWN)
                 if status != reported:
                     yield Status(status=status)
                     reported = status
-                if self._is_ending or self._num_watches > MOST_WATCHES:
+                if self._is_ending or turn is None:
                     return
                 await changed.wait()
         finally:
-            self._num_watches -= 1
+            if turn:
+                turn.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ def needs_serve_extra() -> Iterator[None]:
     Raises:
         click.ClickException: an import in the block failed.
     """
+    # gRPC would say in the log, each time, what garbage somebody sends. It looks here once, when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         yield
     except ModuleNotFoundError as error:

@@ -33,6 +33,7 @@ from outrider.protocol.errors import (
 from outrider.serving.calls import RareLog
 from outrider.serving.health import HealthServicer
 from outrider.serving.messages import MOST_OTHER_BYTES, check_small, reader
+from outrider.serving.reflection import ReflectionServicer
 
 log = logging.getLogger(__name__)
 rare_log = RareLog(log)
@@ -209,7 +210,8 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, beside)
         register(servicer, _Guarded(self._server, servicer.check_message_size))
         names = [service_name, HEALTH_SERVICE, reflection.SERVICE_NAME]
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), beside)
+        self._reflection = ReflectionServicer(names)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(self._reflection, beside)
         self.port: int = self._server.add_insecure_port(listen)
 
     async def start(self) -> None:
@@ -297,7 +299,8 @@ async def _unless_signalled(work: Coroutine[Any, Any, None], signals: asyncio.Qu
     task, signalled = asyncio.ensure_future(work), asyncio.ensure_future(signals.get())
     await asyncio.wait((task, signalled), return_when=asyncio.FIRST_COMPLETED)
     if task.done():
-        signalled.cancel()
+        if not signalled.cancel():  # it came at the same moment, and is for whoever asks next
+            signals.put_nowait(signalled.result())
         task.result()
         return 0
     task.cancel()

@@ -155,7 +155,7 @@ class ModelHost(Generic[WorkerT]):
         """
         if identity and identity != self._loaded.identity:
             raise ModelChangedError(
-                f"open.model_identity is {identity}, and this service's {self._options.model} is "
+                f"open.model_identity is {identity[:100]!r}, and this service's {self._options.model} is "
                 f"{self._loaded.identity}: ask GetModelInfo what is here now, and begin afresh"
             )
 
@@ -197,7 +197,7 @@ class ModelHost(Generic[WorkerT]):
         call = Call(caller_of(context.peer()), requests)
         self._calls.add(call)
         try:
-            call.turn = await self._openings.enter(call.caller)
+            call.turn = await call.wait(self._openings.enter(call.caller))
             call.limit_silence(FIRST_MESSAGE_S, "no first message has come")
             try:
                 call.opening = await call.receive()

@@ -26,7 +26,7 @@ from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.sampling.probs import Reading, TargetRows, begin_reading
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
-from outrider.sampling.warping import Warping
+from outrider.sampling.warping import FILTERED, Warping
 from outrider_target.gathering import Gathering
 
 IDS_OF_A_ROW = 256  # of a support, that take as long as reading a row without any
@@ -105,14 +105,15 @@ class Scheduler:
         self._arrivals = itertools.count()
 
     def warm_up(self, vocab_size: int) -> None:
-        """Answer rounds with and without proposals; the thread must not run yet.
+        """Answer rounds with and without proposals, and through filters; the thread must not run yet.
 
         Raises:
             ServiceError: a round failed, as others would.
         """
         answers: list[Verdict | ServiceError] = []
-        for num_proposals in (0, 2) if self._context_length > 2 else (0,):
-            session = Session(Warping(), AddressedUniforms(0, Purpose.OUTSIDE))
+        most_proposals = 2 if self._context_length > 2 else 0
+        for warping, num_proposals in ((Warping(), 0), (Warping(), most_proposals), (FILTERED, most_proposals)):
+            session = Session(warping, AddressedUniforms(0, Purpose.OUTSIDE))
             session.sequence.tokens.extend([0])
             self._begin(session)
             proposals, supports = [0] * num_proposals, [np.arange(min(2, vocab_size))] * num_proposals

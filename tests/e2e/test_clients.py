@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -273,6 +274,38 @@ class TestClose:
                     call.result(PATIENCE_S)
 
 
+def test_a_stream_that_is_interrupted_while_it_is_opened_is_closed(services, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name == "outrider-target":
+            raise KeyboardInterrupt
+
+    with fake_services(services) as fake, SpeculativeClient(fake.address, patience=WAITS_FOR_EVER) as client:
+        client.info()
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.generate(TOY_PROMPT, SEED_11, **ALONE)
+        monkeypatch.undo()
+        eventually(lambda: fake.num_ended["Verify"] == fake.num_calls["Verify"] > 0, "the service has stopped")
+
+
+def test_a_signals_handler_may_close_the_client(services):
+    """Whatever it interrupts: here the client's own bookkeeping."""
+    with fake_services(services) as fake:
+        client = SpeculativeClient(fake.address, patience=WAITS_FOR_EVER)
+        client.info()
+
+        class Closing(list):
+            def add(self, item):
+                client.close()
+
+        client._transports = Closing()
+        with pytest.raises(ClientClosedError):
+            client.generate(TOY_PROMPT, SEED_11, **ALONE)
+
+
 REPLICAS = Patience(retry_s=PATIENCE_S, first_backoff_s=0.5)
 
 
@@ -464,6 +497,31 @@ sys.stdin.read()
                 process.send_signal(signal.SIGINT)
                 eventually(lambda: fake.num_ended["Verify"] > 0, "the service has stopped")
                 assert process.poll() is None
+
+    @pytest.mark.parametrize(("name", "handler"), [("Verify", silence), ("TargetInfo", full_for_ever)])
+    def test_a_signal_that_does_not_end_a_wait_is_heard_all_the_same(self, services, name, handler):
+        """As one that comes between Python's last look and the wait: here it interrupts another thread."""
+        script = """
+import signal
+import threading
+import time
+
+from client import Patience
+
+def interrupt_later():
+    time.sleep(0.3)
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+patience = Patience(round_s=1e6, longest_backoff_s=1e6)
+client = SpeculativeClient(address, patience=patience, connect_timeout=1e6)
+threading.Thread(target=interrupt_later, daemon=True).start()
+try:
+    client.generate([3, 1, 4], method="autoregressive")
+except KeyboardInterrupt:
+    print("heard")
+"""
+        with fake_services(services, **{name: handler}) as fake:
+            assert self.run(script, fake.address) == "heard\n"
 
     def test_a_process_ends_with_clients_that_nobody_closed(self, services):
         with fake_services(services, Verify=rounds(1)) as fake:

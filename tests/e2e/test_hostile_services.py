@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from outrider_client.results import GenerationResult
 
 from outrider import (
     AsyncSpeculativeClient,
+    DeadlineExceededError,
     IncompatiblePairError,
     ModelChangedError,
     OutriderError,
@@ -60,13 +62,14 @@ def texts(target) -> dict[str, list[int]]:
 def write(target: str, draft: str | None, is_async: bool = False, prompt: Any = PROMPT, **how: Any) -> GenerationResult:
     """Return a text from a client of its own."""
     arguments = (prompt, how.pop("sampling", SAMPLING))
+    patience = how.pop("patience", PATIENCE)
     how = {"num_speculative_tokens": 4, "timeout": 60.0} | how
     if not is_async:
-        with SpeculativeClient(target, draft, patience=PATIENCE) as client:
+        with SpeculativeClient(target, draft, patience=patience) as client:
             return client.generate(*arguments, **how)
 
     async def with_client() -> GenerationResult:
-        async with AsyncSpeculativeClient(target, draft, patience=PATIENCE) as client:
+        async with AsyncSpeculativeClient(target, draft, patience=patience) as client:
             return await client.generate(*arguments, **how)
 
     return shared_services().run(with_client())
@@ -86,6 +89,33 @@ def refuses(code: grpc.StatusCode, retry_delay_s: float | None = None) -> toy_se
         yield
 
     return answer
+
+
+def garbage_details(kind: str) -> tuple[tuple[str, bytes], ...]:
+    """Return trailing metadata that explains an error by a detail of a known kind that cannot be read."""
+    detail = any_pb2.Any(type_url=f"type.googleapis.com/google.rpc.{kind}", value=b"\xff\xff\xff")
+    code, message = grpc.StatusCode.UNAVAILABLE.value[0], "it does not want to"
+    status = status_pb2.Status(code=code, message=message, details=[detail])
+    return (("grpc-status-details-bin", status.SerializeToString()),)
+
+
+DETAILS = [garbage_details("RetryInfo"), garbage_details("ErrorInfo"), (("grpc-status-details-bin", b"\xff" * 20),)]
+
+
+def explains(metadata: tuple[tuple[str, bytes], ...]) -> toy_servers.Answer:
+    def answer(requests, context):
+        explain_info(metadata)(context)
+        yield
+
+    return answer
+
+
+def explain_info(metadata: tuple[tuple[str, bytes], ...]) -> Callable[[grpc.ServicerContext], common_pb2.ModelInfo]:
+    def info(context: grpc.ServicerContext) -> common_pb2.ModelInfo:
+        context.set_trailing_metadata(metadata)
+        return context.abort(grpc.StatusCode.UNAVAILABLE, "it does not want to")
+
+    return info
 
 
 def spoils(change: Callable[[draft_pb2.ProposeResponse], Any], after: int = 0) -> toy_servers.Answer:
@@ -303,6 +333,48 @@ def test_a_draft_that_describes(target, texts, what, is_async):
     assert result.token_ids == texts["gumbel"]
     assert reason in result.stats.draft_failures
     assert result.stats.num_draft_tokens == 0
+
+
+@BOTH_CLIENTS
+@pytest.mark.parametrize("details", DETAILS, ids=["RetryInfo", "ErrorInfo", "status"])
+def test_a_service_that_explains_its_errors_in_garbage_is_unavailable(target, texts, details, is_async):
+    with ToyServer("draft", explains(details)) as draft:
+        result = write(target.address, draft.address, is_async)
+    assert result.token_ids == texts["gumbel"]
+    assert result.stats.draft_failures.keys() == {"UNAVAILABLE"}
+    with ToyServer("draft", honest_draft, explain_info(details)) as draft:
+        result = write(target.address, draft.address, is_async)
+    assert result.token_ids == texts["gumbel"]
+    assert result.stats.draft_failures.keys() == {"UNAVAILABLE"}
+    with (
+        ToyServer("target", explains(details)) as broken,
+        pytest.raises(ServiceUnavailableError, match=r"for 0.2 s \(UNAVAILABLE\): it does not want to"),
+    ):
+        write(broken.address, None, is_async, method="autoregressive", patience=Patience(retry_s=0.2, round_s=30.0))
+
+
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """The address of both services, which answer OK to every question, and nothing else."""
+    server = grpc.server(ThreadPoolExecutor(4))
+    for package in (draft_pb2, toy_servers.target_pb2):
+        (service,) = package.DESCRIPTOR.services_by_name.values()
+        handler = grpc.unary_stream_rpc_method_handler(lambda request, context: iter(()))
+        handlers = {"GetModelInfo": handler}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@BOTH_CLIENTS
+def test_a_service_that_describes_itself_without_a_word(target, texts, mute, is_async):
+    result = write(target.address, mute, is_async)
+    assert result.token_ids == texts["gumbel"]
+    assert result.stats.draft_failures.keys() == {"INTERNAL"}
+    with pytest.raises((DeadlineExceededError, ServiceUnavailableError)):
+        write(mute, None, is_async, method="autoregressive", timeout=0.3)
 
 
 @BOTH_CLIENTS

@@ -72,17 +72,29 @@ def test_a_second_signal_ends_what_still_runs(processes):
 
 
 LOADS_FOR_EVER = """
-import threading, outrider.serving.service
+import threading
+from outrider.serving.options import needs_serve_extra
+with needs_serve_extra():
+    import outrider.serving.service
 outrider.serving.service.load = lambda options: print("loading", flush=True) or threading.Event().wait()
 from outrider_target.__main__ import main
 main(["--listen=127.0.0.1:0"])
 """
 
 
-def test_a_signal_while_the_model_loads_is_not_kept_waiting():
+def test_a_service_that_loads_ends_at_a_signal_and_has_said_nothing_of_garbage_that_grpc_refuses_by_itself():
     command = [sys.executable, "-c", LOADS_FOR_EVER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    too_much = [(f"name{index}", "value") for index in range(1000)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == "loading\n"
+        line = next(line for line in process.stderr if "listening on" in line)
+        with grpc.insecure_channel(line.split("listening on ")[1].split(",")[0]) as channel:
+            for _ in range(3):
+                with pytest.raises(grpc.RpcError) as refusal:
+                    channel.unary_unary("/nobody/nothing")(b"", metadata=too_much, timeout=PATIENCE_S)
+                assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         process.send_signal(signal.SIGTERM)
+        assert process.stderr.read() == ""
         assert process.wait(timeout=PATIENCE_S) == 0

@@ -27,6 +27,12 @@ VOCAB_SIZE = 256
 POSITIONS = [0, 1, 3, 5, 6, 7, 12, CONTEXT_LENGTH - 1, CONTEXT_LENGTH, CONTEXT_LENGTH + 1, 2**31, 2**32 - 1]
 NUMBERS = [0.0, 1e-320, 1e-50, 1e-50, 1e-30, 1e-3, 0.5, 1.0, 1.0, 1.5, 1e3, 1e38, 1e300, -1.0, float("nan")]
 COUNTS = [0, 1, 2, 5, 1024, 1025, 2**31 - 1, 2**32 - 1]
+ENDS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+)
 SAMPLINGS = [
     SamplingParams(seed=seed, max_new_tokens=24, ignore_eos=True, **fields)  # type: ignore[arg-type]
     for seed, fields in enumerate(
@@ -49,6 +55,7 @@ class Vandal:
 
     def __init__(self, seed: int):
         self.random, self.chance = Random(seed), 0.0
+        self.failures: list[str] = []  # of a service, which nothing that can be said makes fail
 
     def odd(self, usual: Any, odd: list[Any]) -> Any:
         return self.random.choice(odd) if self.random.random() < self.chance else usual
@@ -122,6 +129,8 @@ class Vandal:
         with RawStream(method, *requests, timeout=timeout_s) as stream, suppress(grpc.RpcError, StopIteration):
             for _ in range(self.random.choice([0, 1, 2, 100])):
                 stream.receive()
+        if stream.call.code() not in ENDS:
+            self.failures.append(stream.call.details())
 
 
 def texts_of(client: SpeculativeClient) -> list[list[int]]:
@@ -151,6 +160,7 @@ def test_texts_beside_a_vandal_are_what_they_are_without_him(servers):
                 assert texts_of(client) == expected
             for it in work:
                 it.result()
+        assert [it.failures for it in vandals] == [[]] * NUM_HANDS
         assert texts_of(client) == expected
     for server in servers:
         server.wait_until_idle()

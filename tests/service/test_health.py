@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import signal
 import threading
 
 import grpc
@@ -13,6 +16,7 @@ from outrider_target import scheduler
 
 import outrider.serving.service
 from outrider.engine.models.loader import ModelRefusedError
+from outrider.serving.server import _unless_signalled
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import KINDS, open_proposals, open_verification, round_of, span
 from tests.service.test_status_codes import reason_of
@@ -89,13 +93,47 @@ def test_a_shutdown_is_announced_and_lets_running_sessions_end(services, models,
     server.stop()
 
 
+@KINDS
+def test_a_stream_that_waits_to_be_read_is_told_of_a_shutdown_in_words(services, models, monkeypatch, kind):
+    monkeypatch.setattr(outrider.serving.service, "MOST_OPENINGS", 4)  # one of a connection
+    server = services.start(kind, models.draft_path)
+    method = server.stub.Verify if kind is TARGET else server.stub.Propose
+    turns = server._servicer._host._openings
+    with RawStream(method), RawStream(method) as waiting:
+        eventually(lambda: turns._waiting, "one waits for the other")
+        server.shut_down(PATIENCE_S)
+        with pytest.raises(grpc.RpcError) as end:
+            waiting.receive()
+    assert end.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert reason_of(end.value) == "NOT_READY"
+    server.stop()
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 2])
+def test_a_signal_that_comes_with_the_end_of_the_work_is_not_lost(num_turns):
+    async def run() -> int:
+        signals: asyncio.Queue[int] = asyncio.Queue()
+
+        async def work() -> None:
+            loop = asyncio.get_running_loop()
+            send = functools.partial(signals.put_nowait, signal.SIGTERM)
+            for _ in range(num_turns):
+                send = functools.partial(loop.call_soon, send)
+            send()
+
+        first = await _unless_signalled(work(), signals)
+        return first or await asyncio.wait_for(signals.get(), PATIENCE_S)
+
+    assert asyncio.run(run()) == signal.SIGTERM
+
+
 def test_a_watcher_is_told_whoever_else_has_left(services, models):
     server = services.start(TARGET, models.target_path)
     stub, request = health_pb2_grpc.HealthStub(server.channel), health_pb2.HealthCheckRequest(service=TARGET.name)
     watches = [stub.Watch(request, timeout=PATIENCE_S) for _ in range(3)]
     assert [next(watch).status for watch in watches] == [SERVING] * 3
     watches[0].cancel()
-    eventually(lambda: server._server._health._num_watches == 2, "one has left")
+    eventually(lambda: server._server._health._watches._inside[()] == 2, "one has left")
     server.shut_down()
     for watch in watches[1:]:
         assert [response.status for response in watch] == [NOT_SERVING]
@@ -154,6 +192,25 @@ def test_a_model_that_loads_and_cannot_serve_ends_its_server(services, models, m
         server.load()
     with pytest.raises(grpc.RpcError):
         server.model_info()
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "reader"),
+    [(TARGET, scheduler, "begin_reading"), (DRAFT, drafter, "draft_tokens")],
+    ids=["target", "draft"],
+)
+def test_a_service_is_warm_for_filters_too(services, models, monkeypatch, kind, module, reader):
+    """Their rows may be of another type, for which code is compiled: for seconds, in which everybody waits."""
+    read, seen = getattr(module, reader), []
+
+    def note(logits, warpings, *others):
+        seen.extend(warpings)
+        return read(logits, warpings, *others)
+
+    monkeypatch.setattr(module, reader, note)
+    server = services.start(kind, models.target_path)
+    assert {warping.has_filters for warping in seen} == {True, False}
+    server.stop()
 
 
 @KINDS

@@ -56,6 +56,16 @@ def test_another_model_is_told_from_a_session_out_of_step(service, models, targe
     check(server, models.target if kind == "target" else models.draft)
 
 
+def test_an_identity_beyond_all_is_told_as_any_other(service):
+    """What is told of it fits into an error's metadata."""
+    _, server, method = service
+    with RawStream(method, opening(service[0], "x\n" * 30_000)) as stream, pytest.raises(grpc.RpcError) as caught:
+        stream.receive()
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "open.model_identity" in caught.value.details()
+    assert server.model_info().model.identity in caught.value.details()
+
+
 def test_the_model_that_is_expected_serves(models, target, draft):
     proposals = [(7, [2, 7, 30]), (12, [12, 50])]
     identity = target.model_info().model.identity

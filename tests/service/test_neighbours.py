@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -13,10 +14,13 @@ import outrider_draft.servicer
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from outrider_draft.drafter import Drafter
 from outrider_draft.servicer import MOST_UNAPPLIED, MOST_UNSENT
 
+import outrider.serving.health
+import outrider.serving.reflection
 import outrider.serving.service
 from outrider.common.mailbox import Mailbox
 from outrider.protocol.errors import SessionIdleError
@@ -308,6 +312,71 @@ def test_tokenizers_that_nobody_reads_keep_none_from_others(services, models, mo
     for call in unread:
         call.cancel()
     eventually(lambda: not turns._inside[()], "those that have gone are forgotten")
+    server.stop()
+
+
+WATCH = health_pb2.HealthCheckRequest(service=TARGET.name)
+
+
+def test_watches_of_one_caller_keep_none_from_others(services, models, monkeypatch):
+    monkeypatch.setattr(outrider.serving.health, "MOST_WATCHES", 16)
+    server = services.start(TARGET, models.target_path)
+    mine = [health_pb2_grpc.HealthStub(server.channel).Watch(WATCH, timeout=PATIENCE_S) for _ in range(40)]
+    assert [next(watch).status for watch in mine] == [1] * 40
+    watched = server._server._health._watches._inside
+    eventually(lambda: watched[()] == 4, "a quarter of them is one connection's")
+    with another_connection(server) as channel:
+        neighbour = health_pb2_grpc.HealthStub(channel).Watch(WATCH, timeout=PATIENCE_S)
+        assert next(neighbour).status == 1
+        assert watched[()] == 5
+        server.shut_down()
+        assert [response.status for response in neighbour] == [2]
+    server.stop()
+
+
+QUESTION = reflection_pb2.ServerReflectionRequest(file_containing_symbol=TARGET.name)
+
+
+def questions(server, channel=None) -> Callable:
+    """Return the method by which a server is asked for its interface."""
+    return reflection_pb2_grpc.ServerReflectionStub(channel or server.channel).ServerReflectionInfo
+
+
+def test_questions_about_the_interface_leave_time_to_others(services, models, monkeypatch):
+    monkeypatch.setattr(outrider.serving.reflection, "SILENCE_S", PATIENCE_S)
+    server = services.start(TARGET, models.target_path)
+    asked, answer = [], outrider.serving.reflection.ReflectionServicer._file_containing_symbol
+    monkeypatch.setattr(
+        outrider.serving.reflection.ReflectionServicer,
+        "_file_containing_symbol",
+        lambda self, *question: (asked.append(1), answer(self, *question))[1],
+    )
+    mine = [RawStream(questions(server), QUESTION) for _ in range(40)]
+    eventually(
+        lambda: len(asked) == outrider.serving.reflection.MOST_STREAMS // 4, "a quarter of them is one connection's"
+    )
+    with another_connection(server) as channel, RawStream(questions(server, channel), QUESTION) as neighbour:
+        assert neighbour.receive().file_descriptor_response.file_descriptor_proto
+        monkeypatch.setattr(outrider.serving.reflection, "PAUSE_S", PATIENCE_S)
+        num_asked = len(asked)
+        for _ in range(100):
+            neighbour.send(QUESTION)
+        check_target_serves(server, models.target)
+        assert len(asked) <= num_asked + 1
+    for stream in mine:
+        stream.cancel()
+    turns = server._server._reflection._turns
+    eventually(lambda: not turns._inside[()] and not turns._waiting, "those that have gone are forgotten")
+    server.stop()
+
+
+def test_who_asks_nothing_about_the_interface_is_ended(services, models, monkeypatch):
+    monkeypatch.setattr(outrider.serving.reflection, "SILENCE_S", 0.1)
+    server = services.start(TARGET, models.target_path)
+    with RawStream(questions(server)) as stream:
+        end = end_of(stream)
+    assert end.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert reason_of(end)[0] == "SESSION_IDLE"
     server.stop()
 
 

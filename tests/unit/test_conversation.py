@@ -765,6 +765,29 @@ class TestTargetFails:
             with pytest.raises(ServiceUnavailableError, match="did not answer a round within 10"):
                 run(world, patience=patience)
 
+    def test_an_answer_that_comes_when_it_is_waited_for_no_longer_is_none(self):
+        """The second time there is a pause before the round is asked again, in which the first answer may come."""
+        world, num_rounds, late = World(), 0, []
+
+        def hold_back(stream, message):
+            nonlocal num_rounds
+            num_rounds += message.HasField("round")
+            if message.HasField("round") and num_rounds in (4, 5):
+                answer = stream.session.answer
+                stream.session.answer = lambda message: late.append((stream, answer(message)))
+
+        def tell(effect):
+            while late and isinstance(effect, Wait) and effect.timeout_s < 50:
+                stream, answer = late.pop()
+                stream.to_client.append(toys.Received(Link.TARGET, answer))
+
+        world.on_arrival, world.on_effect, world.target_may_hang = hold_back, tell, True
+        patience = Patience(round_s=100.0, retry_s=1000.0)
+        result = run(world, patience=patience, method="autoregressive")
+        assert not late
+        assert result.token_ids == TEXT_ALONE
+        assert (result.stats.num_target_retries, world.num_opened[Link.TARGET]) == (2, 3)
+
     def test_an_answer_that_nobody_asked_for_is_an_error(self):
         world = World()
 
