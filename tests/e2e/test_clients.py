@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from outrider_client import connection
 from outrider_client.conversation import BROKEN_LINK, COME_AGAIN
 
 from outrider import (
@@ -24,7 +25,6 @@ from outrider import (
     ServiceFailedError,
     ServiceUnavailableError,
     SpeculativeClient,
-    connection,
 )
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from outrider.v1 import target_pb2
