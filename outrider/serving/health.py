@@ -52,11 +52,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         turn = self._watches.try_to_enter(caller_of(context.peer()))
         try:
             while True:
-                changed, status = self._changed, self._statuses.get(request.service, Status.SERVICE_UNKNOWN)
+                changed, is_last = self._changed, self._is_ending or turn is None  # of before the status goes out
+                status = self._statuses.get(request.service, Status.SERVICE_UNKNOWN)
                 if status != reported:
                     yield Status(status=status)
                     reported = status
-                if self._is_ending or turn is None:
+                if is_last:
                     return
                 await changed.wait()
         finally:

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import signal
 import threading
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -16,6 +17,7 @@ from outrider_target import scheduler
 
 import outrider.serving.service
 from outrider.engine.models.loader import ModelRefusedError
+from outrider.serving.health import HealthServicer
 from outrider.serving.server import _unless_signalled
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import KINDS, open_proposals, open_verification, round_of, span
@@ -138,6 +140,20 @@ def test_a_watcher_is_told_whoever_else_has_left(services, models):
     for watch in watches[1:]:
         assert [response.status for response in watch] == [NOT_SERVING]
     server.stop()
+
+
+def test_a_watcher_who_reads_late_is_told_of_a_shutdown_too():
+    """What comes while a status is on its way out is told before the watch ends."""
+
+    async def run() -> list[int]:
+        health = HealthServicer()
+        watch = health.Watch(health_pb2.HealthCheckRequest(), SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:1"))
+        statuses = [(await anext(watch)).status]
+        health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        health.end_watches()
+        return [*statuses, *[response.status async for response in watch]]
+
+    assert asyncio.run(run()) == [1, 2]
 
 
 def test_a_service_that_nobody_knows_is_told_so(target):

@@ -191,5 +191,5 @@ class TestRendering:
 
     def test_needs_jinja2(self, monkeypatch):
         monkeypatch.setattr(chat_template_module, "find_spec", lambda name: None)
-        with pytest.raises(InvalidRequestError, match=r"outrider\[chat\]"):
+        with pytest.raises(InvalidRequestError, match=r"\.\[chat\]"):
             as_here(ChatTemplate("x"), USER)
