@@ -21,22 +21,14 @@ import grpc
 import numpy as np
 import torch
 from outrider_client.acceptance import Proposal, TargetRow, decide
+from outrider_client.committed import Task
 from outrider_client.controller import FixedLength
-from outrider_client.conversation import (
-    Broken,
-    Close,
-    Conversation,
-    Describe,
-    Link,
-    Open,
-    Patience,
-    Received,
-    Send,
-    Wait,
-)
-from outrider_client.generation import Generation
+from outrider_client.conversation import Conversation
+from outrider_client.effects import Broken, Close, Describe, Link, Open, Received, Send, Wait
 from outrider_client.params import SamplingParams, SpeculationParams
+from outrider_client.patience import Patience
 from outrider_client.results import Chunk, GenerationResult
+from outrider_client.rules import rule_of
 from outrider_client.text import TextStream
 
 from outrider.protocol import wire
@@ -435,22 +427,19 @@ def make_conversation(
 ) -> Conversation:
     """Return a conversation as client.connection makes it, on the world's clock; `lengths` chooses K, 5 by default.
 
-    Proposals are judged by acceptance sampling unless `coupling` says otherwise, although there is a seed.
+    Proposals are judged by rejection unless `rule` says otherwise, although there is a seed.
     """
-    params = SpeculationParams(**({"coupling": "none"} | speculation))
-    warping = SamplingParams(temperature).warping
-    generation = Generation(
-        prompt_ids, warping, seed, params, len(prompt_ids) + max_new_tokens, model_info(context_length)
+    params = SpeculationParams(**({"rule": "rejection"} | speculation))
+    rule, max_length = rule_of(params.rule, has_seed=True), len(prompt_ids) + max_new_tokens
+    task = Task(
+        prompt_ids, SamplingParams(temperature).warping, rule(seed), params, max_length, model_info(context_length)
     )
     text = TextStream(None, prompt_ids, max_new_tokens, (), eos_token_ids)
     deadline = None if timeout is None else world.now + timeout
     if lengths is None:
         lengths = FixedLength(params.num_speculative_tokens if isinstance(params.num_speculative_tokens, int) else 5)
-    return Conversation(
-        *(generation, text, params, lengths, seed, patience or Patience(), lambda: world.now, deadline),
-        jitter=lambda: jitter,
-        breaker=breaker,
-    )
+    clock = lambda: world.now  # noqa: E731
+    return Conversation(task, text, lengths, patience or Patience(), clock, deadline, lambda: jitter, breaker)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Acceptance sampling on sparse rows: which proposals are kept, and what replaces the first that is not.
 
-Pure functions. `decide` judges proposal by proposal, `decide_block` all proposals of a round together; `decide_coupled`
-compares them with the target's own choices. All leave the target's law as it is.
+Pure functions. `decide` judges proposal by proposal, `decide_block` all proposals of a round together;
+`decide_shared_noise` compares them with the target's own choices. All leave the target's distribution as it is.
 
 Notation inside formulas: p is the target, q the draft (Leviathan et al. 2023, arXiv 2211.17192). Shapes: S support, K
 proposals.
 
-The target tells its probabilities on the support of q, the mass m outside it, and one token y drawn from p outside
+The target reports its probabilities on the support of q, the mass m outside it, and one token y drawn from p outside
 it. That is enough: q is zero outside its support, so the residual norm(max(0, p − q)) has the weight max(0, p(x) −
 q(x)) on each x of the support, and m outside, where it is p itself, of which y is a draw.
 """
@@ -62,7 +62,7 @@ class TargetRow:
     probs: np.ndarray  # [S] float64: p on the support
     outside_mass: float  # m
     outside_token_id: int  # y
-    outside_token_prob: float | None = None  # p(y); None where the target did not tell it
+    outside_token_prob: float | None = None  # p(y); None where the target did not report it
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def decide_block(
     return _decision(token_ids, len(token_ids), proposals, rows)
 
 
-def decide_coupled(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> Decision:
+def decide_shared_noise(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> Decision:
     """Accept proposals while they are the target's own choices, which are the y of rows without a support.
 
     So the tokens are those that the target would have chosen alone.

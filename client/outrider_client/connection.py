@@ -18,9 +18,10 @@ from grpc_status import rpc_status
 from outrider.protocol.errors import ERROR_DOMAIN
 from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from outrider_client import arguments
-from outrider_client.breaker import Breaker
+from outrider_client.committed import Task
 from outrider_client.controller import FixedLength, LengthController, PairSpeeds
-from outrider_client.conversation import Broken, Conversation, Link, Patience
+from outrider_client.conversation import Conversation
+from outrider_client.effects import Broken, Link
 from outrider_client.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -29,9 +30,10 @@ from outrider_client.errors import (
     ServiceFailedError,
     ServiceUnavailableError,
 )
-from outrider_client.generation import Generation
 from outrider_client.params import SamplingParams, SpeculationParams
+from outrider_client.patience import Breaker, Patience
 from outrider_client.results import GenerationResult, GenerationStats
+from outrider_client.rules import Rule, rule_of
 from outrider_client.text import TargetTokenizer, TextStream, prompt_to_ids
 
 CHANNEL_OPTIONS = (
@@ -160,7 +162,8 @@ def begin_conversation(
         InvalidRequestError: an argument is wrong; the message names it.
     """
     sampling = sampling or SamplingParams()
-    params = _speculation_of(settings, speculation).resolved(has_seed=sampling.seed is not None)
+    params = _speculation_of(settings, speculation)
+    rule = rule_of(params.rule, has_seed=sampling.seed is not None)
     prompt_ids = prompt_to_ids(prompt, target.tokenizer, target.info.vocab_size)
     room = target.info.context_length - len(prompt_ids)
     if room < 1:
@@ -168,12 +171,13 @@ def begin_conversation(
             f"prompt has {len(prompt_ids)} tokens: the target's context has {target.info.context_length}"
         )
     max_new_tokens, seed = min(sampling.max_new_tokens, room), sampling.seed_or_new()
-    generation = Generation(prompt_ids, sampling.warping, seed, params, len(prompt_ids) + max_new_tokens, target.info)
+    max_length = len(prompt_ids) + max_new_tokens
+    task = Task(prompt_ids, sampling.warping, rule(seed), params, max_length, target.info)
     eos_token_ids = () if sampling.ignore_eos else target.info.eos_token_ids
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
-    lengths = lengths_for(params, sampling, speeds)
+    lengths = lengths_for(params, rule, sampling, speeds)
     patience, clock, jitter = settings.patience, time.monotonic, settings.jitter
-    return Conversation(generation, text, params, lengths, seed, patience, clock, deadline, jitter, breaker)
+    return Conversation(task, text, lengths, patience, clock, deadline, jitter, breaker)
 
 
 def deadline_after(timeout: float | None) -> float | None:
@@ -206,23 +210,21 @@ def before_the_text(sampling: SamplingParams | None) -> Iterator[None]:
 
 
 def lengths_for(
-    params: SpeculationParams, sampling: SamplingParams, speeds: PairSpeeds
+    params: SpeculationParams, rule: type[Rule], sampling: SamplingParams, speeds: PairSpeeds
 ) -> FixedLength | LengthController:
     """Return what chooses K.
 
-    A seed's text must not depend on the clock. With acceptance sampling, rounds with K = 0 draw other random numbers,
-    so they are kept for texts without a seed; greedy and coupled texts are the same in any case. And with block
-    acceptance, where K shapes the text, a seed has a fixed K.
+    A seed's text must not depend on the clock. Where it depends on the draft, a round with K = 0 would draw another
+    token, so those are kept for texts without a seed; where it depends on the rounds as well, a seed has a fixed K.
     """
     if not params.uses_draft or params.method == "draft":
         return FixedLength(0)
     if isinstance(params.num_speculative_tokens, int):
         return FixedLength(params.num_speculative_tokens)
-    is_same_for_every_length = sampling.warping.is_greedy or params.is_coupled
-    may_be_zero = sampling.seed is None or is_same_for_every_length
-    if params.acceptance == "block" and not may_be_zero:
+    may_be_zero = sampling.seed is None or sampling.warping.is_greedy or not rule.depends_on_draft
+    if rule.depends_on_rounds and not may_be_zero:
         return FixedLength(SEEDED_BLOCK_LENGTH)
-    return LengthController(speeds.at(sampling.temperature, params.is_coupled), may_be_zero)
+    return LengthController(speeds.at(sampling.temperature, rule.name), may_be_zero)
 
 
 class TokenizerParts:

@@ -524,16 +524,16 @@ class PairSpeed:
 
 
 class PairSpeeds:
-    """One PairSpeed for each temperature, to a tenth, and rule of acceptance: agreement depends on both."""
+    """One PairSpeed for each temperature, to a tenth, and rule: agreement depends on both."""
 
     def __init__(self) -> None:
-        self._speeds: dict[tuple[float, bool], PairSpeed] = {}
+        self._speeds: dict[tuple[float, str], PairSpeed] = {}
         self._sessions = OpenSessions()
         self._lock = threading.Lock()
 
-    def at(self, temperature: float, is_coupled: bool = False) -> PairSpeed:
+    def at(self, temperature: float, rule: str) -> PairSpeed:
         with self._lock:
-            key = round(min(temperature, 10.0), 1), is_coupled
+            key = round(min(temperature, 10.0), 1), rule
             return self._speeds.setdefault(key, PairSpeed(self._sessions))
 
 

@@ -1,6 +1,7 @@
-"""What the draft service has proposed to one generation, and what it has been told. Knows no sockets.
+"""The draft's buffer of one generation: what it has proposed, and what it has been sent. Knows no sockets.
 
-`t` is the first undecided position, the number of committed tokens.
+`t` is the first undecided position, the number of committed tokens. `length` is K of the next round, as far as the
+text's end and the services' limits allow it.
 """
 
 from __future__ import annotations
@@ -8,37 +9,32 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from outrider.protocol import wire
-from outrider.sampling.messages import warping_to_proto
 from outrider.v1 import common_pb2, draft_pb2
-from outrider_client.acceptance import Proposal
+from outrider_client.committed import Committed, Task
 from outrider_client.errors import ServiceFailedError
 
-if TYPE_CHECKING:
-    from outrider_client.generation import Generation
+GREEDY_ALTERNATIVES = 4  # by default, where the draft or the target takes its likeliest token
 
 
 class DraftLink:
-    """What the draft service has proposed and been told.
+    """What the draft service has proposed and been sent.
 
     Responses come in order, and each names the last commit that was applied. So the client can tell what the draft
     did: it truncates at a commit exactly if the commit contradicts what it had drafted by then, and everything it
     drafted before has arrived here before anything that it drafts afterwards.
     """
 
-    def __init__(self, generation: Generation):
-        self._generation = generation
+    def __init__(self, task: Task, committed: Committed):
+        self._task, self._committed = task, committed
         self.proposals: list[draft_pb2.Proposal] = []  # at t, t + 1, …
         self.has_stopped = False  # nothing more comes until the next commit
         self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
         self.is_on_trial = False  # after a failure, or far behind: nobody waits for it until it has spoken
         self._valid_from = 0  # proposals drafted under earlier commits are void
-        self._told = 0  # committed tokens that the draft knows
+        self._branch = 0  # under which the draft draws; OpenProposals.branch in draft.proto
+        self._num_sent = 0  # committed tokens that the draft knows
+        self.num_alternatives_used = 0  # rejections whose outcome the draft had prepared for
         self._alternatives: dict[tuple[int, int], draft_pb2.Alternative] = {}  # by position and token
         self._overruled_at = -1  # position at which a token contradicted a proposal, while alternatives to it may come
         self._commit_starts: list[int] = []  # first positions of the commits sent, from the first on, ascending
@@ -46,32 +42,31 @@ class DraftLink:
         self._end: float = math.inf  # no window of the session reached further
         self._credit = math.inf  # what may still come: each message, proposal and alternative counts
 
-    def open(self) -> draft_pb2.ProposeRequest:
+    def open(self, length: int) -> draft_pb2.ProposeRequest:
         """Return the message that opens a session with all committed tokens; what was proposed before is void."""
-        generation, speculation = self._generation, self._generation.speculation
+        task, target = self._task, self._task.target_info
         assert self.info is not None
         self.proposals, self.has_stopped = [], False
         self._alternatives, self._overruled_at = {}, -1
         self._valid_from = 0
         self._commit_starts.clear()
         self._last_applied, self._credit = 0, 0.0
-        self._told = len(generation.tokens)
-        self._end = self._window()
-        self._grant(self._told)
-        target = generation.target_info
+        self._num_sent = len(self._committed)
+        self._end = self._window(length)
+        self._grant(self._num_sent)
         return draft_pb2.ProposeRequest(
             open=draft_pb2.OpenProposals(
-                sampling=warping_to_proto(generation.warping, speculation.is_coupled),
-                seed=generation.seed,
-                committed=generation.span_from(0),
+                sampling=task.sampling,
+                seed=task.rule.seed,
+                committed=self._committed.span_from(0),
                 window=self._end,
                 vocab_size=min(self.info.vocab_size, target.vocab_size),
-                greedy=speculation.greedy_draft,
+                greedy=task.speculation.greedy_draft,
                 max_support=self._most_support(),
                 min_draft_prob=self._min_draft_prob,
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
-                batch_until=self._batch_until(),
-                branch=generation.branch,
+                batch_until=self._batch_until(length),
+                branch=self._branch,
                 max_alternatives=self._max_alternatives,
                 model_identity=self.info.identity,
             )
@@ -86,25 +81,25 @@ class DraftLink:
         """Whether the draft can go on from the committed tokens: they fit its context and its vocabulary."""
         if self.info is None:
             return False
-        tokens = self._generation.tokens
-        return len(tokens) < self.info.context_length and max(tokens[self._told :], default=0) < self.info.vocab_size
+        unsent = self._committed[self._num_sent :]
+        return len(self._committed) < self.info.context_length and max(unsent, default=0) < self.info.vocab_size
 
-    def commit(self) -> draft_pb2.ProposeRequest:
-        """Return the message that tells the draft what has been committed since the last."""
+    def commit(self, length: int) -> draft_pb2.ProposeRequest:
+        """Return the message that sends the draft what has been committed since the last."""
         self.has_stopped, self._alternatives = False, {}
-        self._commit_starts.append(self._told)
-        span = self._generation.span_from(self._told)
-        window = self._window()
+        self._commit_starts.append(self._num_sent)
+        span = self._committed.span_from(self._num_sent)
+        window = self._window(length)
         self._end = max(self._end, window)
-        self._grant(self._told)
-        self._told = len(self._generation.tokens)
+        self._grant(self._num_sent)
+        self._num_sent = len(self._committed)
         return draft_pb2.ProposeRequest(
             commit=draft_pb2.Commit(
                 commit_index=self._commit_index,
                 span=span,
                 window=window,
-                batch_until=self._batch_until(),
-                branch=self._generation.branch,
+                batch_until=self._batch_until(length),
+                branch=self._branch,
             )
         )
 
@@ -124,7 +119,12 @@ class DraftLink:
 
     def void(self) -> None:
         """Drop all proposals, and those to come from before the next commit."""
-        self._void(len(self._generation.tokens))
+        self._void(len(self._committed))
+
+    def begin_branch(self) -> None:
+        """Have the draft draw with new random numbers from here on; what it has drawn so far is void."""
+        self._branch = len(self._committed)
+        self.void()
 
     def on_response(self, response: draft_pb2.ProposeResponse) -> None:
         """Take the proposals of a response that stand on what is committed.
@@ -162,10 +162,9 @@ class DraftLink:
             self._check_proposals(alternative.proposals)
 
     def _check_proposals(self, messages: Sequence[draft_pb2.Proposal]) -> None:
-        generation = self._generation
-        info, is_coupled = generation.target_info, generation.speculation.is_coupled
+        info, rule = self._task.target_info, self._task.rule
         for message in messages:
-            check_proposal(message, info.vocab_size, info.limits.max_support or info.vocab_size, is_coupled)
+            rule.check_proposal(message, info.vocab_size, info.limits.max_support or info.vocab_size)
 
     def _grant(self, start: int) -> None:
         """Allow for all that may come of a message to the draft that lets it propose from a position on."""
@@ -174,44 +173,53 @@ class DraftLink:
 
     @property
     def _max_alternatives(self) -> int:
-        generation = self._generation
-        return generation.speculation.max_alternatives(generation.warping.is_greedy, self._overlaps)
+        """How many alternatives the draft is asked for: none without overlap, or where the rule leaves no place.
+
+        By default fewer where they are harder to guess and supports make their messages long.
+        """
+        speculation, most = self._task.speculation, self._task.rule.num_alternatives
+        if speculation.method != "speculative" or not self._overlaps or not most:
+            return 0
+        if speculation.num_alternatives is not None:
+            return speculation.num_alternatives
+        is_greedy = self._task.warping.is_greedy or speculation.greedy_draft
+        return GREEDY_ALTERNATIVES if is_greedy else most
 
     def _most_support(self) -> int:
         """Return the most tokens in a support that the caller wants and both services take; 0 where nobody says."""
         assert self.info is not None
-        limits = (it.limits.max_support for it in (self.info, self._generation.target_info))
-        return min(filter(None, (self._generation.speculation.max_support, *limits)), default=0)
+        limits = (it.limits.max_support for it in (self.info, self._task.target_info))
+        return min(filter(None, (self._task.speculation.max_support, *limits)), default=0)
 
-    @property
-    def num_wanted(self) -> int:
-        """How many proposals the next round should have: 0 where the draft cannot follow."""
+    def num_wanted(self, length: int) -> int:
+        """Return how many proposals the next round should have: 0 where the draft cannot follow."""
         if self.info is None or not self.can_follow:
             return 0
-        generation = self._generation
-        most = self.info.context_length - len(generation.tokens)
-        limit = generation.target_info.limits.max_proposals or generation.length
-        ahead = generation.speculation.num_ahead(generation.length, self._overlaps)
-        return min(generation.length, generation.num_left, most, limit, ahead)
+        limit = self._task.target_info.limits.max_proposals or length
+        ahead = self._task.speculation.num_ahead(length, self._overlaps)
+        return min(length, self._num_left, self.info.context_length - len(self._committed), limit, ahead)
+
+    @property
+    def _num_left(self) -> int:
+        """Tokens that may still come."""
+        return self._task.max_length - len(self._committed)
 
     def _take_proposals(self, response: draft_pb2.ProposeResponse) -> None:
         if not self._take_agreeing(response.start_position, response.proposals):
             return
         if response.commit_index == self._commit_index:
             self.has_stopped = response.stopped
-        if response.start_position + len(response.proposals) > len(self._generation.tokens):
-            self._generation.check_cache(response.cache, [proposal.token_id for proposal in self.proposals])
+        if response.start_position + len(response.proposals) > len(self._committed):
+            self._committed.check_cache(response.cache, [proposal.token_id for proposal in self.proposals])
 
     def _take_agreeing(self, start: int, messages: Sequence[draft_pb2.Proposal]) -> bool:
         """Take those of some proposals that are undecided; return False when another is not what was committed."""
-        tokens = self._generation.tokens
-        for position, (token_id, message) in enumerate(
-            zip(tokens[start : start + len(messages)], messages, strict=False), start
-        ):
+        decided = self._committed[start : start + len(messages)]
+        for position, (token_id, message) in enumerate(zip(decided, messages, strict=False), start):
             if message.token_id != token_id:
                 self._overrule(position)
                 return False
-        num_decided = max(0, len(tokens) - start)
+        num_decided = max(0, len(self._committed) - start)
         self._take(start + num_decided, messages[num_decided:])
         return True
 
@@ -219,20 +227,19 @@ class DraftLink:
         """Take proposals for undecided positions, the first of which is `position`."""
         if not messages:
             return
-        generation = self._generation
-        if position != len(generation.tokens) + len(self.proposals):
+        if position != len(self._committed) + len(self.proposals):
             raise ServiceFailedError(f"the draft proposed for position {position}, out of order")
         self._check_proposals(messages)
         self.proposals += messages
 
     def _take_alternative(self, alternative: draft_pb2.Alternative, commit_index: int) -> None:
         """Keep an alternative for when its case comes true, or use it at once where that has happened meanwhile."""
-        tokens, position = self._generation.tokens, alternative.position
-        if position >= len(tokens):
+        position = alternative.position
+        if position >= len(self._committed):
             if commit_index == self._commit_index >= self._valid_from:
                 self._alternatives[position, alternative.token_id] = alternative
         elif (position, commit_index) == (self._overruled_at, self._valid_from - 1) and (
-            tokens[position : position + 1] == [alternative.token_id]
+            self._committed[position : position + 1] == [alternative.token_id]
         ):
             self._use(alternative)
 
@@ -240,7 +247,7 @@ class DraftLink:
         """Go on with an alternative whose case has come true."""
         self._overruled_at = -1  # there is no other for the same token
         is_used = self._take_agreeing(alternative.position + 1, alternative.proposals)
-        self._generation.stats.num_alternatives_used += is_used
+        self.num_alternatives_used += is_used
 
     def _overrule(self, position: int) -> None:
         """Drop all proposals, since a committed token contradicts that for `position`.
@@ -254,76 +261,31 @@ class DraftLink:
     def _void(self, position: int) -> None:
         """Drop all proposals, and those to come that were drafted before the commit that decided `position`."""
         self.proposals = []
-        is_untold = position >= self._told
-        self._valid_from = len(self._commit_starts) + 1 if is_untold else bisect_right(self._commit_starts, position)
+        is_unsent = position >= self._num_sent
+        self._valid_from = len(self._commit_starts) + 1 if is_unsent else bisect_right(self._commit_starts, position)
 
     @property
     def _overlaps(self) -> bool:
         assert self.info is not None
         accelerator = self.info.accelerator
-        has_targets = accelerator != "" and accelerator == self._generation.target_info.accelerator
-        return self._generation.speculation.overlaps(has_targets)
+        has_targets = accelerator != "" and accelerator == self._task.target_info.accelerator
+        return self._task.speculation.overlaps(has_targets)
 
     @property
     def _min_draft_prob(self) -> float:
         """A draft that writes alone must not stop, since only a commit would make it go on."""
-        speculation = self._generation.speculation
+        speculation = self._task.speculation
         return 0.0 if speculation.method == "draft" else speculation.min_draft_prob
 
-    def _batch_until(self) -> int:
+    def _batch_until(self, length: int) -> int:
         """The next round waits for all its proposals, so they may come together; a draft alone shows each at once."""
-        if self._generation.speculation.method == "draft":
+        if self._task.speculation.method == "draft":
             return 0
-        return len(self._generation.tokens) + self.num_wanted
+        return len(self._committed) + self.num_wanted(length)
 
-    def _window(self) -> int:
-        generation = self._generation
+    def _window(self, length: int) -> int:
         assert self.info is not None
-        speculation = generation.speculation
-        ahead = speculation.num_ahead(generation.length, self._overlaps)
-        if speculation.method == "draft":
-            ahead = generation.num_left
-        end = min(len(generation.tokens) + ahead, generation.max_length, self.info.context_length)
-        return max(end, len(generation.tokens))
-
-
-def check_proposal(message: draft_pb2.Proposal, vocab_size: int, most_support: int, is_coupled: bool) -> None:
-    """Refuse a proposal that the target would refuse, or that cannot have been drawn from what came with it.
-
-    Args:
-        vocab_size: the target's.
-        most_support: tokens in a support that the target takes.
-        is_coupled: the token comes alone.
-
-    Raises:
-        ServiceFailedError: it is no proposal.
-    """
-    if message.token_id >= vocab_size:
-        raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
-    gaps, weights = message.support_gaps, message.support_weights
-    if is_coupled:
-        if gaps or weights:
-            raise ServiceFailedError("the draft sent a support where it shares its noise, and tokens come alone")
-        return
-    if not 0 < len(gaps) == len(weights):
-        raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens with {len(weights)} weights")
-    if len(gaps) > most_support:
-        raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens: the target takes {most_support}")
-    if sum(gaps) + len(gaps) > vocab_size:
-        raise ServiceFailedError("the draft sent a support with a token that the target does not have")
-    if not min(weights):
-        raise ServiceFailedError("the draft sent a support with a weight of 0")
-    if message.token_id + 1 not in accumulate(gap + 1 for gap in gaps):
-        raise ServiceFailedError(f"the draft sent token {message.token_id} with a support that does not hold it")
-
-
-def read_proposals(messages: Sequence[draft_pb2.Proposal], vocab_size: int, is_coupled: bool) -> list[Proposal]:
-    """Return proposals that have been checked, with the distributions that they were drawn from."""
-    if is_coupled:
-        return [Proposal.of_token(it.token_id) for it in messages]
-    return [_proposal_from_proto(it, vocab_size) for it in messages]
-
-
-def _proposal_from_proto(message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
-    support = wire.support_of(message.support_gaps[:], "support_gaps", vocab_size)
-    return Proposal.from_weights(message.token_id, support, np.array(message.support_weights[:], dtype=np.float64))
+        num_committed, speculation = len(self._committed), self._task.speculation
+        ahead = self._num_left if speculation.method == "draft" else speculation.num_ahead(length, self._overlaps)
+        end = min(num_committed + ahead, self._task.max_length, self.info.context_length)
+        return max(end, num_committed)

@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from outrider.protocol.errors import InvalidArgumentError
 from outrider.sampling.warping import MOST_TOP_K, Warping
 from outrider_client import arguments
 from outrider_client.errors import InvalidRequestError
+from outrider_client.rules import RULES, RuleName
 
 Method = Literal["speculative", "autoregressive", "draft"]
 METHODS: tuple[str, ...] = get_args(Method)
 AUTO: Literal["auto"] = "auto"  # the client picks K for each round, from what it measures
-
-Acceptance = Literal["token", "block"]
-ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
-Coupling = Literal["auto", "none", "gumbel"]
-COUPLINGS: tuple[str, ...] = get_args(Coupling)
+RULE_NAMES = (AUTO, *RULES)
 
 MOST_STOP_CHARACTERS = 1 << 16  # of all stop strings together, since every token is compared with all
 
@@ -67,24 +64,21 @@ class SamplingParams:
         return secrets.randbits(64) if self.seed is None else self.seed
 
 
-ALTERNATIVES = 4  # where the target takes its own choice
-ALTERNATIVES_TO_DRAWS = 2
-
-
 @dataclass(frozen=True)
 class SpeculationParams:
-    """How the pair works on one generation. Nothing here changes the law of the text.
+    """How the pair works on one generation. Nothing here changes the distribution of the text.
 
-    `acceptance` says how proposals are judged. `token`: one after the other; a seed gives one text for every K from 1
-    on, window and timing. `block`: the proposals of a round together, which keeps at least as many on average; the law
-    is the same, but a seed's text depends on where rounds begin and end too: on K, on a window shorter than K, on
-    `min_draft_prob`, and on rounds that find the draft late or gone.
+    `rule` says how proposals are judged:
 
-    `coupling` says which random numbers draft and target draw with. `none`: each its own. `gumbel`: the same noise, and
-    a proposal is accepted when it is what the target itself chooses. Fewer proposals may be accepted, but tokens alone
-    cross the wire, and a seed's text is the target's own: the same for every draft and K, and without a draft. `auto`:
-    `gumbel` where a seed is given, so that its text does not depend on the draft at all, and `none` where none is, or
-    with `acceptance="block"`, which is acceptance sampling.
+    - `rejection`: one after the other. A seed gives one text for every K from 1 on, window and timing.
+    - `block`: the proposals of a round together, which keeps at least as many on average. A seed's text depends on
+      where rounds begin and end too: on K, on a window shorter than K, on `min_draft_prob`, and on rounds that find the
+      draft late or gone.
+    - `shared_noise`: draft and target draw with the same noise, and a proposal is accepted when it is what the target
+      itself chooses. Fewer proposals may be accepted, but tokens alone cross the wire, and a seed's text is the
+      target's own: the same for every draft and K, and without a draft.
+    - `auto`: `shared_noise` where a seed is given, so that its text does not depend on the draft at all, and
+      `rejection` where none is.
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.
@@ -97,14 +91,12 @@ class SpeculationParams:
     max_support: int = 0  # 0: the draft service's own limit
     min_draft_prob: float = 0.0
     greedy_draft: bool = False
-    acceptance: Acceptance = "token"
-    coupling: Coupling = AUTO
-    num_alternatives: int | None = None  # other ends of a round that the draft prepares for; None: see max_alternatives
+    rule: RuleName = AUTO
+    num_alternatives: int | None = None  # other ends of a round that the draft prepares for; None: as the rule says
 
     def __post_init__(self) -> None:
         arguments.one_of("method", self.method, METHODS)
-        arguments.one_of("acceptance", self.acceptance, ACCEPTANCES)
-        arguments.one_of("coupling", self.coupling, COUPLINGS)
+        arguments.one_of("rule", self.rule, RULE_NAMES)
         if not (isinstance(self.num_speculative_tokens, str) and self.num_speculative_tokens == AUTO):
             self._take_whole_number("num_speculative_tokens", 0, f"{AUTO!r}, or 0 or more")
         if self.window is not None:
@@ -117,11 +109,6 @@ class SpeculationParams:
         _set(self, "greedy_draft", arguments.flag("greedy_draft", self.greedy_draft))
         if self.overlap is not None:
             _set(self, "overlap", arguments.flag("overlap", self.overlap, "None, True or False"))
-        if self.is_coupled and self.acceptance != "token":
-            raise InvalidRequestError(
-                f"acceptance is {self.acceptance!r} and coupling is {self.coupling!r}: a coupling leaves nothing to "
-                "judge, so leave acceptance at 'token' or coupling at 'none'"
-            )
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> SpeculationParams:
@@ -140,32 +127,9 @@ class SpeculationParams:
     def uses_draft(self) -> bool:
         return self.method == "draft" or (self.method == "speculative" and self.num_speculative_tokens != 0)
 
-    @property
-    def is_coupled(self) -> bool:
-        """Whether draft and target share their noise; `auto` says so only once it is `resolved`."""
-        return self.coupling == "gumbel"
-
-    def resolved(self, has_seed: bool) -> SpeculationParams:
-        """Return these with the coupling that `auto` means for a text with or without a seed of its own."""
-        if self.coupling != AUTO:
-            return self
-        return replace(self, coupling="gumbel" if has_seed and self.acceptance == "token" else "none")
-
     def overlaps(self, have_one_accelerator: bool) -> bool:
         """Return whether the draft goes on while the target verifies: on one accelerator they would take turns."""
         return not have_one_accelerator if self.overlap is None else self.overlap
-
-    def max_alternatives(self, is_greedy: bool, overlaps: bool) -> int:
-        """Return how many alternatives the draft is asked for.
-
-        None without overlap, and none with block acceptance, where what is drafted next depends on the whole round.
-        By default fewer where they are harder to guess and supports make their messages long.
-        """
-        if self.method != "speculative" or not overlaps or self.acceptance != "token":
-            return 0
-        if self.num_alternatives is not None:
-            return self.num_alternatives
-        return ALTERNATIVES if is_greedy or self.greedy_draft or self.is_coupled else ALTERNATIVES_TO_DRAWS
 
     def num_ahead(self, num_speculative_tokens: int, overlaps: bool) -> int:
         """Return how far beyond the committed text the draft may go when rounds have so many proposals."""

@@ -81,8 +81,7 @@ SPECULATION: dict[str, tuple] = {
     "max_support": (*NO_WHOLE_NUMBERS, None, -1, 1 << 32),
     "min_draft_prob": (*NO_NUMBERS, NAN, INF, -0.1, 1.1),
     "greedy_draft": (*NO_FLAGS, None),
-    "acceptance": ("tree", None, 0, ["token"]),
-    "coupling": ("copula", None, 0, ["gumbel"]),
+    "rule": ("tree", None, 0, ["rejection"]),
     "num_alternatives": (*NO_WHOLE_NUMBERS, -1, 1 << 32),
 }
 PATIENCE = dict.fromkeys(Patience.__dataclass_fields__, (*NO_NUMBERS, NAN, INF, -1, HUGE, 1e10))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import grpc
 import pytest
 from outrider_client import acceptance
-from outrider_client.conversation import Link
+from outrider_client.draft_link import DraftLink
+from outrider_client.effects import Link
 from outrider_client.generation import Generation
 
 from outrider.sampling.rng import uniforms
@@ -19,9 +20,9 @@ NUM_TOKENS = 24
 EVERY_K = (1, 2, 3, 5, 8)
 
 
-def run(world: World | None = None, acceptance: str = "block", **settings):
+def run(world: World | None = None, rule: str = "block", **settings):
     world = world or World()
-    return world.run(make_conversation(world, acceptance=acceptance, max_new_tokens=NUM_TOKENS, **settings))[0]
+    return world.run(make_conversation(world, rule=rule, max_new_tokens=NUM_TOKENS, **settings))[0]
 
 
 @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
@@ -54,7 +55,7 @@ def test_another_k_gives_another_text():
     assert len(texts) == 3
 
 
-def test_rounds_of_one_proposal_are_those_of_token_acceptance():
+def test_rounds_of_one_proposal_are_those_of_rejection():
     assert run(num_speculative_tokens=1).token_ids == toys.Law().text(NUM_TOKENS)
 
 
@@ -67,10 +68,10 @@ def test_greedy_text_is_that_of_the_target_alone(num_speculative_tokens):
 def test_more_proposals_are_kept():
     """Over 200 texts; one by one, 0.7 of the mass is shared."""
     kept = {
-        acceptance: sum(run(World(seed), acceptance, seed=seed).stats.num_accepted_tokens for seed in range(200))
-        for acceptance in ("token", "block")
+        rule: sum(run(World(seed), rule, seed=seed).stats.num_accepted_tokens for seed in range(200))
+        for rule in ("rejection", "block")
     }
-    assert kept["block"] > 1.02 * kept["token"]
+    assert kept["block"] > 1.02 * kept["rejection"]
 
 
 class Numbers:
@@ -87,7 +88,7 @@ class Numbers:
             return response
 
         def noted_commit_round(generation, decision, num_kept):
-            first, number = len(generation.tokens), len(generation._in_round)
+            first, number = len(generation.committed), generation.target.num_proposals
             self.decided += [(drawn[position], position) for position in range(first, first + number)]
             commit_round(generation, decision, num_kept)
 
@@ -121,7 +122,7 @@ def test_a_rejected_token_that_comes_back_keeps_no_proposal_behind_it(monkeypatc
 
 
 def test_a_draft_that_is_not_told_of_branches_is_noticed(monkeypatch):
-    monkeypatch.setattr(Generation, "branch", property(lambda self: 0, lambda self, value: None), raising=False)
+    monkeypatch.setattr(DraftLink, "_branch", property(lambda self: 0, lambda self, value: None), raising=False)
     numbers = Numbers(monkeypatch)
     run(num_speculative_tokens=5)
     assert numbers.num_repeated > 0

@@ -294,7 +294,7 @@ class TestRest:
 
 def test_what_is_known_is_of_the_sessions_that_are_open_at_whatever_temperature():
     speeds = PairSpeeds()
-    warm, cool = speeds.at(1.0), speeds.at(0.5)
+    warm, cool = speeds.at(1.0, "rejection"), speeds.at(0.5, "rejection")
     loads = [cool.load.num_sessions]
     choosers = [LengthController(speed, may_be_zero=True) for speed in [warm] * 6 + [cool]]
     for chooser in choosers:

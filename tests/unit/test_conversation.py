@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import astuple
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import grpc
 import pytest
@@ -22,17 +23,8 @@ from outrider_client.connection import (
     lengths_for,
 )
 from outrider_client.controller import PairSpeeds, RoundTimes
-from outrider_client.conversation import (
-    BROKEN_LINK,
-    COME_AGAIN,
-    Conversation,
-    Describe,
-    Link,
-    Open,
-    Patience,
-    Send,
-    Wait,
-)
+from outrider_client.conversation import Conversation
+from outrider_client.effects import BROKEN_LINK, COME_AGAIN, Describe, Link, Open, Send, Wait
 from outrider_client.errors import (
     DeadlineExceededError,
     IncompatiblePairError,
@@ -42,7 +34,9 @@ from outrider_client.errors import (
     ServiceUnavailableError,
 )
 from outrider_client.params import SamplingParams, SpeculationParams
+from outrider_client.patience import Patience
 from outrider_client.results import Chunk, GenerationResult
+from outrider_client.rules import rule_of
 
 from outrider.protocol import wire
 from outrider.v1 import draft_pb2
@@ -227,10 +221,9 @@ class TestLengthsThatChange:
         world, lengths = World(), Scripted([4], needs_draft=[1])
         lengths.least_share = least_share
         conversation = make_conversation(world, lengths=lengths)
-        generation = conversation._generation
-        generation.length, generation.draft.info, conversation._draft_is_open = 4, world.draft_info, True
-        generation.draft.proposals = [draft_pb2.Proposal(token_id=1)] * num_there
-        steps = conversation._gather_proposals()
+        link, conversation._draft.is_open = conversation._generation.draft, True
+        link.info, link.proposals = world.draft_info, [draft_pb2.Proposal(token_id=1)] * num_there
+        steps = conversation._gather_proposals(4)
         assert next(steps) == Wait(0.0)
         if waits:
             assert steps.send(None).timeout_s > 0
@@ -293,7 +286,7 @@ class TestLengthsThatChange:
         assert sum(times.num_accepted for times in lengths.learned) <= stats.num_accepted_tokens
 
     @pytest.mark.parametrize(
-        ("speculation", "are_known"), [({}, True), ({"acceptance": "block"}, False), ({"coupling": "gumbel"}, False)]
+        ("speculation", "are_known"), [({}, True), ({"rule": "block"}, False), ({"rule": "shared_noise"}, False)]
     )
     def test_how_probable_the_judged_proposals_were_is_learned_where_it_is_known(self, speculation, are_known):
         world, lengths = World(3), AnyLengths(3)
@@ -328,33 +321,32 @@ class TestLengthsThatChange:
         ("sampling", "speculation", "least"),
         [
             ({"seed": 1}, {}, 0),
-            ({"seed": 1}, {"coupling": "none"}, 1),
+            ({"seed": 1}, {"rule": "rejection"}, 1),
             ({}, {}, 0),
-            ({"seed": 1, "temperature": 0}, {"coupling": "none"}, 0),
-            ({"seed": 1}, {"coupling": "gumbel"}, 0),
-            ({}, {"acceptance": "block"}, 0),
+            ({"seed": 1, "temperature": 0}, {"rule": "rejection"}, 0),
+            ({"seed": 1}, {"rule": "shared_noise"}, 0),
+            ({}, {"rule": "block"}, 0),
         ],
-        ids=["seed", "seed_uncoupled", "no_seed", "greedy", "coupled", "block"],
+        ids=["seed", "seed_rejection", "no_seed", "greedy", "shared_noise", "block"],
     )
     def test_a_useless_draft_is_left_alone_unless_that_would_change_the_text(self, sampling, speculation, least):
-        params = SpeculationParams(**speculation).resolved(has_seed="seed" in sampling)
-        chosen = lengths_for(params, SamplingParams(**sampling), self.of_a_useless_draft())
+        chosen = self.lengths(sampling, speculation)
         assert min(chosen.next_length() for _ in range(20)) == least
 
     def test_block_acceptance_with_a_seed_has_one_length(self):
-        sampling, params = SamplingParams(seed=1), SpeculationParams(acceptance="block")
-        chosen = lengths_for(params, sampling, self.of_a_useless_draft())
+        chosen = self.lengths({"seed": 1}, {"rule": "block"})
         assert {chosen.next_length() for _ in range(20)} == {SEEDED_BLOCK_LENGTH}
 
     @staticmethod
-    def of_a_useless_draft() -> PairSpeeds:
-        speeds = PairSpeeds()
-        for temperature in (0, 1):
-            for _ in range(50):
-                for is_coupled in (False, True):
-                    speeds.at(temperature, is_coupled).add(RoundTimes(0, 0, 0.01, 0.009, 0.0))
-                    speeds.at(temperature, is_coupled).add(RoundTimes(3, 0, 0.05, 0.009, 0.01))
-        return speeds
+    def lengths(sampling: dict, speculation: dict) -> Any:
+        """Return what chooses K at a draft that is known to be useless."""
+        params, speeds = SpeculationParams(**speculation), PairSpeeds()
+        rule = rule_of(params.rule, has_seed="seed" in sampling)
+        speed = speeds.at(sampling.get("temperature", 1.0), rule.name)
+        for _ in range(50):
+            speed.add(RoundTimes(0, 0, 0.01, 0.009, 0.0))
+            speed.add(RoundTimes(3, 0, 0.05, 0.009, 0.01))
+        return lengths_for(params, rule, SamplingParams(**sampling), speeds)
 
 
 def test_rounds_without_draft_do_occur_when_the_draft_is_late():
@@ -433,7 +425,7 @@ class TestChunksAndCounts:
 
     @pytest.mark.parametrize(
         "settings",
-        [{}, {"acceptance": "block"}, {"coupling": "gumbel"}, {"method": "autoregressive"}, {"seed": 7}],
+        [{}, {"rule": "block"}, {"rule": "shared_noise"}, {"method": "autoregressive"}, {"seed": 7}],
         ids=str,
     )
     def test_chunks_tell_the_targets_probability_of_each_token(self, settings):
@@ -455,7 +447,7 @@ class TestChunksAndCounts:
 
         world = World(1)
         world.on_response = leave_out
-        assert set(run(world, coupling="gumbel").token_probs) == {None}
+        assert set(run(world, rule="shared_noise").token_probs) == {None}
         assert run(World(1), method="draft").token_probs == [None] * NUM_TOKENS
 
     def test_rounds_divide_tokens_and_waits_among_them(self):
@@ -1029,7 +1021,7 @@ class TestDraftFails:
                 silences.append(world.now)
 
         world.on_wait = trickle
-        result = run(world, coupling="gumbel", max_new_tokens=150, num_speculative_tokens=8)
+        result = run(world, rule="shared_noise", max_new_tokens=150, num_speculative_tokens=8)
         assert len(result.token_ids) == 150
         assert world.now - 1000 <= 4.0  # two waits, and a pause that does not end within this text
 
@@ -1209,7 +1201,7 @@ class TestBeginning:
     INFO.eos_token_ids.append(TEXT[6])
 
     def begin(self, prompt=toys.PROMPT_IDS, sampling: SamplingParams | None = None, draft="draft:1", **speculation):
-        settings, speculation = ConnectionSettings("target:1", draft), {"coupling": "none"} | speculation
+        settings, speculation = ConnectionSettings("target:1", draft), {"rule": "rejection"} | speculation
         return begin_conversation(settings, PairSpeeds(), Target(self.INFO, None), prompt, sampling, speculation, None)
 
     @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)

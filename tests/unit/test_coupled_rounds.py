@@ -9,8 +9,8 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outrider_client.acceptance import Decision, Proposal, TargetRow, decide_coupled
-from outrider_client.conversation import Link
+from outrider_client.acceptance import Decision, Proposal, TargetRow, decide_shared_noise
+from outrider_client.effects import Link
 
 from tests import toy_services as toys
 from tests.toy_services import Stream, World, make_conversation
@@ -21,7 +21,7 @@ EVERY_K = (1, 2, 3, 5, 8)
 
 def run(world: World | None = None, **settings):
     world = world or World()
-    return world.run(make_conversation(world, coupling="gumbel", max_new_tokens=NUM_TOKENS, **settings))[0]
+    return world.run(make_conversation(world, rule="shared_noise", max_new_tokens=NUM_TOKENS, **settings))[0]
 
 
 def own_text(temperature: float = 1.0, seed: int = 11) -> list[int]:
@@ -40,7 +40,7 @@ class TestDecision:
     @staticmethod
     def decide(proposed_ids: list[int], chosen_ids: list[int]) -> Decision:
         rows = [TargetRow(Proposal.of_token(0).draft_probs, 1.0, token_id) for token_id in chosen_ids]
-        return decide_coupled([Proposal.of_token(token_id) for token_id in proposed_ids], rows)
+        return decide_shared_noise([Proposal.of_token(token_id) for token_id in proposed_ids], rows)
 
     def test_perfect_match_keeps_all_and_adds_nothing(self):
         assert self.decide([5, 0, 7], [5, 0, 7]) == Decision([5, 0, 7], 3)
@@ -140,7 +140,7 @@ def test_tokens_alone_are_exchanged():
 def test_counts_are_those_of_any_generation(num_speculative_tokens):
     world = World(1)
     conversation = make_conversation(
-        world, coupling="gumbel", max_new_tokens=NUM_TOKENS, num_speculative_tokens=num_speculative_tokens
+        world, rule="shared_noise", max_new_tokens=NUM_TOKENS, num_speculative_tokens=num_speculative_tokens
     )
     result, chunks = world.run(conversation)
     stats, segments = result.stats, [segment for chunk in chunks for segment in chunk.segments]

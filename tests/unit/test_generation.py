@@ -7,10 +7,12 @@ wants it.
 from __future__ import annotations
 
 import pytest
+from outrider_client.committed import Task
 from outrider_client.draft_link import DraftLink
 from outrider_client.errors import CacheMismatchError, InvalidRequestError, ServiceFailedError
 from outrider_client.generation import Generation
 from outrider_client.params import SpeculationParams
+from outrider_client.rules import rule_of
 
 from outrider.protocol import wire
 from outrider.protocol.tokens import TokenLog
@@ -26,14 +28,31 @@ SEED = (1 << 63) + 5
 
 def make_generation(max_new_tokens: int = 40, target_info=INFO, draft_info=INFO, **speculation) -> Generation:
     """Return a generation whose draft has described itself and been opened."""
-    generation = Generation(
-        PROMPT_IDS, Warping(0.7, 9), SEED, SpeculationParams(**speculation), T + max_new_tokens, target_info
-    )
-    generation.length = speculation.get("num_speculative_tokens", 5)
+    params = SpeculationParams(**speculation)
+    rule = rule_of(params.rule, has_seed=False)(SEED)
+    generation = Generation(Task(PROMPT_IDS, Warping(0.7, 9), rule, params, T + max_new_tokens, target_info))
     generation.draft.info = draft_info
-    generation.draft.open()
-    generation.open_target()
+    open_draft(generation)
+    generation.target.open()
     return generation
+
+
+def length_of(generation: Generation) -> int:
+    """Return K, which is 5 where a test does not care."""
+    length = generation.task.speculation.num_speculative_tokens
+    return length if isinstance(length, int) else 5
+
+
+def open_draft(generation: Generation) -> draft_pb2.OpenProposals:
+    return generation.draft.open(length_of(generation)).open
+
+
+def begin_round(generation: Generation, num_proposals: int) -> target_pb2.VerifyRequest:
+    return generation.target.begin_round(generation.draft.proposals[:num_proposals])
+
+
+def commit_to_draft(generation: Generation) -> draft_pb2.Commit:
+    return generation.draft.commit(length_of(generation)).commit
 
 
 def response(
@@ -57,7 +76,7 @@ def response(
 def propose(generation: Generation, *token_ids: int, commit_index: int = 0) -> None:
     """Have the draft propose behind everything that is committed and proposed."""
     ahead = [proposal.token_id for proposal in generation.draft.proposals]
-    prefix_ids = [*generation.tokens[:], *ahead]
+    prefix_ids = [*generation.committed[:], *ahead]
     generation.draft.on_response(response(len(prefix_ids), list(token_ids), prefix_ids, commit_index))
 
 
@@ -76,7 +95,7 @@ def answer(
     ]
     if not proposed_ids:
         rows = [target_pb2.TargetRow(outside_mass=1.0, outside_token_id=token_id)]
-    cached = TokenLog([*generation.tokens[:], *proposed_ids[:-1]])
+    cached = TokenLog([*generation.committed[:], *proposed_ids[:-1]])
     cache = common_pb2.CacheState(num_cached_tokens=len(cached), digest=cached.digest(len(cached)))
     return target_pb2.VerifyResponse(round_index=request.round.round_index, rows=rows, cache=cache)
 
@@ -93,11 +112,11 @@ def commit(
 
     With `is_told`, the draft is told.
     """
-    request = generation.begin_round(num_proposals)
-    decision = generation.decide_round(answer(generation, request, num_accepted, token_id))
+    request = begin_round(generation, num_proposals)
+    decision = generation.target.decide_round(answer(generation, request, num_accepted, token_id))
     generation.commit_round(decision, len(decision.token_ids) if num_kept is None else num_kept)
     if is_told:
-        generation.draft.commit()
+        commit_to_draft(generation)
 
 
 def ids_of(span: common_pb2.TokenSpan) -> list[int]:
@@ -106,7 +125,7 @@ def ids_of(span: common_pb2.TokenSpan) -> list[int]:
 
 class TestTargetMessages:
     def test_a_session_opens_with_everything(self):
-        opening = make_generation().open_target().open
+        opening = make_generation().target.open().open
         assert (opening.committed.start_position, ids_of(opening.committed), opening.committed.prefix_digest) == (
             0,
             PROMPT_IDS,
@@ -118,7 +137,7 @@ class TestTargetMessages:
     def test_the_first_round_adds_nothing_to_the_opening(self):
         generation = make_generation()
         propose(generation, 5, 6)
-        work = generation.begin_round(2).round
+        work = begin_round(generation, 2).round
         assert (work.committed.start_position, ids_of(work.committed)) == (T, [])
         assert work.committed.prefix_digest == TokenLog(PROMPT_IDS).digest(T)
         assert [proposal.token_id for proposal in work.proposals] == [5, 6]
@@ -129,7 +148,7 @@ class TestTargetMessages:
         generation = make_generation()
         propose(generation, 5, 6, 7)
         commit(generation, 3, num_accepted=2, token_id=77)
-        work = generation.begin_round(0).round
+        work = begin_round(generation, 0).round
         assert work.round_index == 2
         assert (work.committed.start_position, ids_of(work.committed)) == (T, [5, 6, 77])
         assert work.committed.prefix_digest == TokenLog(PROMPT_IDS).digest(T)
@@ -137,15 +156,15 @@ class TestTargetMessages:
     def test_a_round_sent_again_is_the_same_bytes(self):
         generation = make_generation()
         propose(generation, 5, 6)
-        assert generation.begin_round(2) == generation.round_request()
+        assert begin_round(generation, 2) == generation.target.round_request()
 
     def test_a_round_sent_to_a_new_session_adds_nothing_to_its_opening(self):
         generation = make_generation()
         propose(generation, 5, 6, 7)
         commit(generation, 2, num_accepted=2)
-        before = generation.begin_round(1).round
-        assert ids_of(generation.open_target().open.committed) == [*PROMPT_IDS, 5, 6]
-        again = generation.round_request().round
+        before = begin_round(generation, 1).round
+        assert ids_of(generation.target.open().open.committed) == [*PROMPT_IDS, 5, 6]
+        again = generation.target.round_request().round
         assert (again.committed.start_position, ids_of(again.committed)) == (T + 2, [])
         assert again.committed.prefix_digest == TokenLog([*PROMPT_IDS, 5, 6]).digest(T + 2)
         assert (again.round_index, list(again.proposals)) == (before.round_index, list(before.proposals))
@@ -154,7 +173,7 @@ class TestTargetMessages:
         generation = make_generation()
         propose(generation, 5, 6, 7)
         commit(generation, 1, num_accepted=1)
-        assert generation.tokens[:] == [*PROMPT_IDS, 5]
+        assert generation.committed[:] == [*PROMPT_IDS, 5]
         assert proposed(generation.draft) == [6, 7]
 
 
@@ -177,7 +196,7 @@ class TestCommitting:
         propose(generation, 5, 6, 7)
         commit(generation, 3, num_accepted, token_id=77, num_kept=num_kept)
         stats = generation.stats
-        assert generation.tokens[T:] == tokens
+        assert generation.committed[T:] == tokens
         assert (stats.num_draft_tokens, stats.num_accepted_tokens) == (num_drafted, num_counted)
         assert (stats.num_rounds, stats.num_generated_tokens) == (1, num_kept)
         assert stats.num_draft_tokens_per_position == [1] * num_drafted
@@ -208,7 +227,7 @@ class TestCacheState:
     def check(self, num_cached_tokens: int, cached_ids: list[int], ahead: list[int]) -> None:
         log = TokenLog(cached_ids)
         cache = common_pb2.CacheState(num_cached_tokens=num_cached_tokens, digest=log.digest(len(log)))
-        make_generation().check_cache(cache, ahead)
+        make_generation().committed.check_cache(cache, ahead)
 
     @pytest.mark.parametrize("num_ahead", [0, 1, 2])
     def test_of_the_committed_tokens_and_some_ahead_is_right(self, num_ahead):
@@ -236,18 +255,18 @@ class TestCacheState:
     def test_of_other_tokens_stops_a_round_before_anything_is_committed(self):
         generation = make_generation()
         propose(generation, 5)
-        spoiled = answer(generation, generation.begin_round(1), 1, 0)
+        spoiled = answer(generation, begin_round(generation, 1), 1, 0)
         spoiled.cache.digest ^= 1
         with pytest.raises(CacheMismatchError):
-            generation.decide_round(spoiled)
-        assert generation.tokens[:] == PROMPT_IDS
+            generation.target.decide_round(spoiled)
+        assert generation.committed[:] == PROMPT_IDS
         assert proposed(generation.draft) == [5]
 
 
 class TestDraftMessages:
     def test_a_session_opens_with_everything(self):
         generation = make_generation(num_speculative_tokens=4, max_support=8, min_draft_prob=0.1, greedy_draft=True)
-        opening = generation.draft.open().open
+        opening = open_draft(generation)
         assert ids_of(opening.committed) == PROMPT_IDS
         assert (opening.seed, opening.window, opening.vocab_size) == (SEED, T + 8, 100)
         assert (opening.max_support, opening.min_draft_prob, opening.greedy) == (8, 0.1, True)
@@ -257,7 +276,7 @@ class TestDraftMessages:
     def test_the_targets_tokenizer_is_named_when_it_has_one(self):
         target_info = common_pb2.ModelInfo(vocab_size=100, context_length=50)
         target_info.tokenizer.num_pieces = 7
-        assert make_generation(target_info=target_info).draft.open().open.tokenizer.num_pieces == 7
+        assert open_draft(make_generation(target_info=target_info)).tokenizer.num_pieces == 7
 
     @pytest.mark.parametrize(("draft_size", "target_size"), [(100, 90), (90, 100)])
     def test_padded_ids_are_never_proposed(self, draft_size, target_size):
@@ -265,7 +284,7 @@ class TestDraftMessages:
             target_info=common_pb2.ModelInfo(vocab_size=target_size, context_length=50),
             draft_info=common_pb2.ModelInfo(vocab_size=draft_size, context_length=50),
         )
-        assert generation.draft.open().open.vocab_size == 90
+        assert open_draft(generation).vocab_size == 90
 
     @pytest.mark.parametrize(
         ("settings", "window"),
@@ -280,7 +299,7 @@ class TestDraftMessages:
         ids=["overlap", "no_overlap", "window", "end_of_text", "context", "draft_alone"],
     )
     def test_the_window_ends_where_proposals_are_of_no_more_use(self, settings, window):
-        assert make_generation(**settings).draft.open().open.window == window
+        assert open_draft(make_generation(**settings)).window == window
 
     @pytest.mark.parametrize(
         ("ours", "theirs", "window"),
@@ -293,16 +312,16 @@ class TestDraftMessages:
             draft_info=common_pb2.ModelInfo(vocab_size=100, context_length=50, accelerator=theirs),
             num_speculative_tokens=4,
         )
-        opening = generation.draft.open().open
+        opening = open_draft(generation)
         assert (opening.window, opening.max_alternatives > 0) == (window, window == T + 8)
 
     def test_a_commit_carries_what_is_new_and_moves_the_window(self):
         generation = make_generation(num_speculative_tokens=2)
         propose(generation, 5, 6, 7)
         commit(generation, 2, num_accepted=1, token_id=77, is_told=False)
-        first = generation.draft.commit().commit
+        first = commit_to_draft(generation)
         commit(generation, 0, 0, token_id=78, is_told=False)
-        second = generation.draft.commit().commit
+        second = commit_to_draft(generation)
         assert [(it.commit_index, it.span.start_position, ids_of(it.span), it.window) for it in (first, second)] == [
             (1, T, [5, 77], T + 2 + 4),
             (2, T + 2, [78], T + 3 + 4),
@@ -313,7 +332,7 @@ class TestDraftMessages:
         generation = make_generation(num_speculative_tokens=2)
         for token_id in (77, 78, 79):
             commit(generation, 0, 0, token_id, is_told=False)
-        message = generation.draft.commit().commit
+        message = commit_to_draft(generation)
         assert (message.commit_index, message.span.start_position) == (1, T)
         assert ids_of(message.span) == [77, 78, 79]
         assert message.batch_until == T + 3 + 2
@@ -322,11 +341,11 @@ class TestDraftMessages:
         generation = make_generation()
         propose(generation, 5, 6)
         commit(generation, 1, num_accepted=1)
-        opening = generation.draft.open().open
+        opening = open_draft(generation)
         assert ids_of(opening.committed) == [*PROMPT_IDS, 5]
         assert proposed(generation.draft) == []
         commit(generation, 0, 0, is_told=False)
-        assert generation.draft.commit().commit.commit_index == 1
+        assert commit_to_draft(generation).commit_index == 1
 
     @pytest.mark.parametrize(
         ("settings", "wanted"),
@@ -342,21 +361,14 @@ class TestDraftMessages:
     )
     def test_no_more_proposals_are_wanted_than_can_come(self, settings, wanted):
         """More would be waited for in vain."""
-        generation = Generation(
-            PROMPT_IDS,
-            Warping(),
-            SEED,
-            SpeculationParams(window=settings.get("window")),
-            T + settings.get("max_new_tokens", 40),
-            INFO,
-        )
-        generation.length, generation.draft.info = 5, settings.get("draft_info", INFO)
-        assert generation.draft.num_wanted == wanted
+        draft = Generation(make_generation(**settings).task).draft
+        draft.info = settings.get("draft_info", INFO)
+        assert draft.num_wanted(5) == wanted
 
     def test_no_more_proposals_are_wanted_than_the_target_takes(self):
         target_info = common_pb2.ModelInfo(vocab_size=100, context_length=50)
         target_info.limits.max_proposals = 2
-        assert make_generation(target_info=target_info).draft.num_wanted == 2
+        assert make_generation(target_info=target_info).draft.num_wanted(5) == 2
 
 
 class TestProposals:
@@ -450,9 +462,9 @@ class TestProposals:
         """Proposals 5 and 6 are accepted, 6 was the last of them here; 77 follows, where the draft says 7."""
         generation = make_generation()
         propose(generation, 5, 6)
-        request = generation.begin_round(2)
-        generation.commit_round(generation.decide_round(answer(generation, request, 2, 0)), 2)
-        generation.draft.commit()
+        request = begin_round(generation, 2)
+        generation.commit_round(generation.target.decide_round(answer(generation, request, 2, 0)), 2)
+        commit_to_draft(generation)
         commit(generation, 0, 0, token_id=77)
         generation.draft.on_response(response(T + 2, [7], [*PROMPT_IDS, 5, 6], commit_index=0))
         generation.draft.on_response(response(T + 3, [8], [*PROMPT_IDS, 5, 6, 7], commit_index=1))
@@ -482,7 +494,7 @@ class TestProposals:
             generation.draft.on_response(response(T, [5, 6], PROMPT_IDS))
         generation.draft.on_response(response(T + 2, [7], [*PROMPT_IDS, 5, 6]))
         assert proposed(generation.draft) == []
-        generation.draft.commit()
+        commit_to_draft(generation)
         generation.draft.on_response(response(T + 3, [8], [*PROMPT_IDS, 5, 6, 7]))
         assert proposed(generation.draft) == []
         propose(generation, 9, commit_index=1)
@@ -559,9 +571,9 @@ class TestAlternatives:
             assert proposed(generation.draft) == []
             prepare(generation, T + 1, 77, 20, 21)
         assert proposed(generation.draft) == [20, 21]
-        assert generation.stats.num_alternatives_used == 1
+        assert generation.draft.num_alternatives_used == 1
         if not is_told:
-            generation.draft.commit()
+            commit_to_draft(generation)
         propose(generation, 22, commit_index=1)
         assert proposed(generation.draft) == [20, 21, 22]
 
@@ -576,7 +588,7 @@ class TestAlternatives:
         if not is_before:
             prepare(generation, position, token_id, 20, 21)
         assert proposed(generation.draft) == []
-        assert generation.stats.num_alternatives_used == 0
+        assert generation.draft.num_alternatives_used == 0
 
     def test_to_a_round_that_was_accepted_are_void(self):
         generation = make_generation()
@@ -626,16 +638,16 @@ class TestAlternatives:
         [
             ({}, 2),
             ({"greedy_draft": True}, 4),
-            ({"coupling": "gumbel"}, 4),
+            ({"rule": "shared_noise"}, 4),
             ({"num_alternatives": 7}, 7),
             ({"num_alternatives": 0}, 0),
             ({"overlap": False}, 0),
-            ({"acceptance": "block"}, 0),
+            ({"rule": "block"}, 0),
             ({"method": "draft"}, 0),
         ],
     )
     def test_are_asked_for_where_they_are_of_use(self, settings, most):
-        assert make_generation(**settings).draft.open().open.max_alternatives == most
+        assert open_draft(make_generation(**settings)).max_alternatives == most
 
     @pytest.mark.parametrize("number", [-1, 2.5, True])
     def test_a_number_that_is_none_is_refused(self, number):

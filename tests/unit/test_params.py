@@ -39,36 +39,12 @@ def test_a_sampling_setting_out_of_range_is_refused_by_its_name(field, value):
         ("window", 0),
         ("min_draft_prob", 1.1),
         ("min_draft_prob", float("nan")),
-        ("acceptance", "tree"),
-        ("coupling", "copula"),
+        ("rule", "tree"),
     ],
 )
 def test_a_speculation_setting_out_of_range_is_refused_by_its_name(field, value):
     with pytest.raises(InvalidRequestError, match=f"^{field} "):
         SpeculationParams(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("speculation", "has_seed", "is_coupled"),
-    [
-        ({}, True, True),
-        ({}, False, False),
-        ({"coupling": "none"}, True, False),
-        ({"coupling": "gumbel"}, False, True),
-        ({"acceptance": "block"}, True, False),
-        ({"method": "autoregressive"}, True, True),
-        ({"method": "draft"}, True, True),
-    ],
-    ids=str,
-)
-def test_a_seed_has_shared_noise_unless_told_otherwise(speculation, has_seed, is_coupled):
-    """The target alone, too: else its text would be another than the pair's."""
-    assert SpeculationParams(**speculation).resolved(has_seed).is_coupled is is_coupled
-
-
-def test_a_coupling_leaves_nothing_to_judge_together():
-    with pytest.raises(InvalidRequestError, match=r"^acceptance is 'block' and coupling is 'gumbel'"):
-        SpeculationParams(acceptance="block", coupling="gumbel")
 
 
 def test_refusals_are_value_errors_too():

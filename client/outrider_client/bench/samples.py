@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outrider_client.bench.metrics import Timeline
-from outrider_client.params import AUTO, METHODS, Acceptance, Coupling, SpeculationParams
+from outrider_client.params import AUTO, METHODS
 from outrider_client.results import GenerationStats, RoundStats
+from outrider_client.rules import RuleName, rule_of
 
 BASELINE = "autoregressive"
 AUTO_METHOD = f"speculative-{AUTO}"  # the client picks K
@@ -52,23 +53,16 @@ class Settings:
     overlap: bool | None = None
     window: int | None = None
     num_alternatives: int | None = None
-    acceptance: Acceptance = "token"
-    coupling: Coupling = AUTO
+    rule: RuleName = AUTO
 
     def resolved(self) -> Settings:
         """Return these with the rule that `auto` means for texts with seeds, so that all cells are measured by one."""
-        return replace(self, coupling=SpeculationParams(**self.rules).resolved(has_seed=True).coupling)
-
-    @property
-    def rules(self) -> dict[str, Any]:
-        """How proposals are accepted, as fields of SpeculationParams."""
-        return {"acceptance": self.acceptance, "coupling": self.coupling}
+        return replace(self, rule=rule_of(self.rule, has_seed=True).name)
 
     @property
     def rule_name(self) -> str:
-        """How proposals are accepted, in words."""
-        names = {"gumbel": "shared noise", "none": "acceptance sampling", AUTO: "shared noise where seeded"}
-        return names[self.coupling] + (", block" if self.acceptance == "block" else "")
+        """How proposals are judged, in words."""
+        return "shared noise where seeded" if self.rule == AUTO else self.rule.replace("_", " ")
 
     def seed_of(self, repetition: int, index: int) -> int:
         """Return the seed of a text; all methods get the same."""

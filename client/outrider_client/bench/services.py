@@ -73,7 +73,7 @@ def speculation_of(cell: Cell, settings: Settings) -> dict[str, Any]:
         "overlap": settings.overlap,
         "window": settings.window if cell.method == "speculative" else None,
         "num_alternatives": settings.num_alternatives,
-        **settings.rules,
+        "rule": settings.rule,
     }
 
 

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from outrider_client.errors import OutriderError
-from outrider_client.params import ACCEPTANCES, AUTO, COUPLINGS, METHODS, SamplingParams
+from outrider_client.params import AUTO, METHODS, RULE_NAMES, SamplingParams
 from outrider_client.results import GenerationStats
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -55,7 +55,7 @@ sampling_options = add_options(
     click.option(
         "--seed",
         type=int,
-        help="The same seed gives the same text, whatever the draft does (but see --acceptance and --coupling); without it, a new one.",
+        help="The same seed gives the same text, whatever the draft does (but see --rule); without it, a new one.",
     ),
     click.option("--max-new-tokens", type=int, default=128),
     click.option("--stop", multiple=True, help="End before this text; may be given several times."),
@@ -79,13 +79,10 @@ class Length(click.ParamType):
 ahead_options = add_options(
     click.option("--overlap/--no-overlap", default=None, help="Let the draft go on while the target verifies; by default unless both share an accelerator, on which they would take turns."),
     click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text; 2 K with overlap, else K."),
-    click.option("--num-alternatives", type=click.IntRange(0), help="Other ends of a round that the draft prepares for meanwhile; 4, or 2 where tokens are drawn without a coupling."),
+    click.option("--num-alternatives", type=click.IntRange(0), help="Other ends of a round that the draft prepares for meanwhile; 4, or 2 where proposals are judged by rejection."),
 )  # fmt: skip
 
-rule_options = add_options(
-    click.option("--acceptance", type=click.Choice(ACCEPTANCES), default="token", help="Judge proposals one by one, or a round's together: more are kept, of the same law, but a seed's text then depends on K and on where rounds end."),
-    click.option("--coupling", type=click.Choice(COUPLINGS), default=AUTO, help="gumbel: draft and target draw with the same noise, and tokens alone cross the wire. A seed's text is then the target's own, with any draft or none. none: acceptance sampling. auto: gumbel where a seed is given."),
-)  # fmt: skip
+rule_option = click.option("--rule", type=click.Choice(RULE_NAMES), default=AUTO, help="How proposals are judged. rejection: one by one. block: a round's together; more are kept, but a seed's text then depends on K and on where rounds end. shared_noise: draft and target draw with the same noise, and tokens alone cross the wire; a seed's text is then the target's own, with any draft or none. auto: shared_noise where a seed is given, else rejection.")  # fmt: skip
 
 speculation_options = add_options(
     click.option("--method", type=click.Choice(METHODS), default="speculative", help="The pair, the target alone, or the draft alone."),
@@ -94,7 +91,7 @@ speculation_options = add_options(
     click.option("--max-support", type=click.IntRange(0), default=0, help="Most tokens in a proposal's support; 0: the service's limit."),
     click.option("--min-draft-prob", type=click.FloatRange(0, 1), default=0.0, help="Stop drafting after a less probable token."),
     click.option("--greedy-draft", is_flag=True, help="Propose the likeliest token, with a support of one."),
-    rule_options,
+    rule_option,
 )  # fmt: skip
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -109,8 +106,7 @@ SPECULATION_NAMES = (
     "min_draft_prob",
     "num_alternatives",
     "greedy_draft",
-    "acceptance",
-    "coupling",
+    "rule",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from outrider_client.cli.options import add_options, address_options, ahead_options, as_json, rule_options
+from outrider_client.cli.options import add_options, address_options, ahead_options, as_json, rule_option
 from outrider_client.params import AUTO, METHODS
 
 COMMAND_SETTINGS = {"show_default": True, "auto_envvar_prefix": "OUTRIDER_BENCH"}
@@ -75,7 +75,7 @@ text_options = add_options(
     click.option("--warm-up", type=click.IntRange(0), default=1, help="Repetitions beforehand that do not count."),
     click.option("--seed", type=int, default=0),
     ahead_options,
-    rule_options,
+    rule_option,
 )  # fmt: skip
 
 ignore_eos_option = click.option("--ignore-eos/--no-ignore-eos", default=True, help="Go on after an end of sequence, so that all texts have one length.")  # fmt: skip

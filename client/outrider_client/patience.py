@@ -1,11 +1,16 @@
-"""When a draft that has failed is asked again. Knows no sockets; its clock is an argument."""
+"""How long a generation waits for whom, and when it asks again. Knows no sockets; clocks are arguments."""
 
 from __future__ import annotations
 
 import math
 import threading
+from dataclasses import dataclass, fields
+
+from outrider_client.arguments import seconds
 
 COST_SHARE = 0.1  # of the time may be lost to asking a draft that does not answer
+ROUND_TOKEN_S = 0.02  # that the slowest target takes to read a token, of a long prompt or after its cache was dropped
+PAUSES = 12  # longest backoffs that a draft is left alone for at most
 
 
 class Breaker:
@@ -91,3 +96,46 @@ class Breaker:
         """Do not ask before a point in time, without a failure."""
         with self._lock:
             self._retry_at = max(self._retry_at, until)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a conversation waits for whom, in seconds: numbers from 0 to 1e9.
+
+    Raises:
+        InvalidRequestError: one is none; the message names the field.
+    """
+
+    draft_wait_s: float = 2.0  # for proposals, before a round goes without
+    describe_draft_s: float = 1.0  # for the draft's description, before rounds go without for a while
+    retry_s: float = 30.0  # for the target, since it first failed a round
+    first_backoff_s: float = 0.1
+    longest_backoff_s: float = 5.0
+    round_s: float = 60.0  # for the answer to a round, and ROUND_TOKEN_S more for each token of the text
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, seconds(f"patience.{field.name}", getattr(self, field.name)))
+
+    def backoff(self, num_failures: int) -> float:
+        return min(self.longest_backoff_s, self.first_backoff_s * 2.0 ** min(num_failures - 1, 16))
+
+    def bounded(self, retry_delay_s: float | None) -> float:
+        """Return the pause that a service wants, as far as it is believed; 0 where it wants none."""
+        return min(max(retry_delay_s or 0.0, 0.0), self.longest_backoff_s)
+
+    def breaker(self) -> Breaker:
+        """Return what decides when a draft that has failed is asked again."""
+        longest_s = self.longest_backoff_s
+        return Breaker(self.first_backoff_s, PAUSES * longest_s, steady_s=longest_s)
+
+    def pause(self, num_failures: int, retry_delay_s: float | None, jitter: float) -> float:
+        """Return the seconds before another try.
+
+        There are none before the first, since another replica may stand ready. Later ones double, unless the service
+        says when to come; `jitter`, from [0, 1), keeps apart those who failed together.
+        """
+        if retry_delay_s is not None:
+            least_s = 0.0 if num_failures == 1 else self.first_backoff_s
+            return min(self.longest_backoff_s, max(least_s, retry_delay_s) * (1 + jitter / 2))
+        return 0.0 if num_failures == 1 else self.backoff(num_failures - 1) * (1 - jitter / 2)

@@ -1,0 +1,76 @@
+"""What a generation is asked for, and the tokens that it has committed. Knows no sockets.
+
+The client owns the truth. Committed tokens live here alone; a service holds a cache of some prefix of them, and every
+message names absolute positions, so that reopening a stream is the same as continuing it. The last committed token is
+always pending: it is in neither cache until the round after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from outrider.protocol import wire
+from outrider.protocol.tokens import TokenLog, extend_digest
+from outrider.sampling.messages import warping_to_proto
+from outrider.sampling.warping import Warping
+from outrider.v1 import common_pb2
+from outrider_client.errors import CacheMismatchError
+from outrider_client.params import SpeculationParams
+from outrider_client.rules import Rule
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a generation is asked for, and of which target: the same from its first message to its last."""
+
+    prompt_ids: Sequence[int]
+    warping: Warping
+    rule: Rule
+    speculation: SpeculationParams
+    max_length: int  # most tokens, prompt included, that the sequence may have
+    target_info: common_pb2.ModelInfo
+
+    @property
+    def sampling(self) -> common_pb2.SamplingParams:
+        """How both services draw."""
+        return warping_to_proto(self.warping, self.rule.shares_noise)
+
+
+class Committed:
+    """The committed tokens of one sequence, to be read."""
+
+    def __init__(self, prompt_ids: Sequence[int]):
+        self._tokens = TokenLog(prompt_ids)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, positions: slice) -> list[int]:
+        return self._tokens[positions]
+
+    def span_from(self, start_position: int) -> common_pb2.TokenSpan:
+        """Return the tokens from a position on."""
+        return common_pb2.TokenSpan(
+            start_position=start_position,
+            token_ids=wire.pack_ids(self._tokens[start_position:]),
+            prefix_digest=self._tokens.digest(start_position),
+        )
+
+    def check_cache(self, cache: common_pb2.CacheState, ahead: Sequence[int]) -> None:
+        """Raise CacheMismatchError unless `cache` belongs to the committed tokens followed by some of `ahead`."""
+        num_ahead = cache.num_cached_tokens - len(self)
+        if num_ahead > len(ahead):
+            raise CacheMismatchError
+        digest = self._tokens.digest(min(cache.num_cached_tokens, len(self)))
+        for token_id in ahead[: max(0, num_ahead)]:
+            digest = extend_digest(digest, token_id)
+        if digest != cache.digest:
+            raise CacheMismatchError
+
+
+class CommittedTokens(Committed):
+    """The committed tokens in the hands of the generation, which alone adds to them."""
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        self._tokens.extend(token_ids)

@@ -1,0 +1,179 @@
+"""The draft's stream of one generation: when it is opened, fed, waited for and given up. Knows no sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from outrider.v1 import common_pb2, draft_pb2
+from outrider_client.committed import Task
+from outrider_client.draft_link import DraftLink
+from outrider_client.effects import (
+    BROKE_PROTOCOL,
+    MODEL_CHANGED,
+    MODEL_FAILED,
+    OF_ONE_REQUEST,
+    OTHER_CACHE,
+    OTHER_TOKENIZER,
+    REFUSALS,
+    SESSION_IDLE,
+    SILENT,
+    Broken,
+    Close,
+    Describe,
+    Event,
+    Link,
+    Open,
+    Send,
+    Steps,
+    counted,
+    draft_failure,
+    seconds_of,
+)
+from outrider_client.errors import CacheMismatchError, IncompatiblePairError, ModelChangedError, ServiceFailedError
+from outrider_client.pair import find_mismatch
+from outrider_client.patience import Breaker, Patience
+from outrider_client.results import GenerationStats
+
+
+class DraftSession:
+    """Opens the draft's stream and gives it up. Methods that return Steps yield effects; none of them waits."""
+
+    def __init__(
+        self,
+        task: Task,
+        link: DraftLink,
+        stats: GenerationStats,
+        patience: Patience,
+        clock: Callable[[], float],
+        breaker: Breaker | None,
+    ):
+        """`breaker` is what all generations of a client know of their draft; the method `draft` insists without it."""
+        self._task, self._link, self._stats, self._patience, self._clock = task, link, stats, patience, clock
+        self._insists = task.speculation.method == "draft"
+        self.is_open = False
+        self._has_spoken = False  # on the stream that is open
+        self._num_silences = 0  # in a row
+        self._own_breaker = patience.breaker()  # of failures that may be of this text alone
+        self._breaker = patience.breaker() if self._insists or breaker is None else breaker
+        self._num_noted = 0  # of the breaker's failures, when the draft was last asked
+
+    @property
+    def retry_at(self) -> float:
+        """When the draft may be asked again."""
+        return max(self._own_breaker.retry_at, self._breaker.retry_at)
+
+    def reopen(self, length: int) -> Steps:
+        """Open the stream for rounds of `length` proposals, when it is not open and it is time for another try."""
+        began_at = self._clock()
+        if self.is_open or not self._own_breaker.may_ask(began_at):
+            return
+        if not self._breaker.may_ask(began_at):
+            if not self._stats.draft_failures:  # this text has done without it for a reason that another one met
+                self._stats.add_draft_failure(*self._breaker.cause)
+            return
+        self._num_noted = self._breaker.num_noted
+        described = yield Describe()
+        self._link.info = None if isinstance(described, Broken) else described
+        failure = described if isinstance(described, Broken) else self._refused_pair(described)
+        if failure is not None:
+            yield from self._fail(failure, self._clock() - began_at)
+        elif self._link.can_follow:
+            self._link.is_on_trial = not (self._breaker.is_trusted and self._own_breaker.is_trusted)
+            self.is_open, self._has_spoken = True, False
+            yield from counted(Open(Link.DRAFT, self._link.open(length)), self._stats)
+        else:  # nor will it be able to later; but another may come in its place
+            self._own_breaker.rest(self._clock() + self._patience.longest_backoff_s)
+            self._breaker.on_success(self._clock())
+
+    def _refused_pair(self, info: common_pb2.ModelInfo) -> Broken | None:
+        """Return why a draft that describes itself so cannot be the target's; None when it can."""
+        if not info.vocab_size or not info.context_length:
+            return draft_failure(BROKE_PROTOCOL, "the draft describes a model without a vocabulary or a context")
+        mismatch = find_mismatch(info, self._task.target_info)
+        if mismatch and self._insists:
+            raise IncompatiblePairError(mismatch)
+        return draft_failure(OTHER_TOKENIZER, mismatch) if mismatch else None
+
+    def commit(self, length: int) -> Steps:
+        """Send what has been committed, for a next round of `length` proposals, if the draft can go on from it."""
+        if self.is_open and self._link.can_follow:
+            yield from counted(Send(Link.DRAFT, self._link.commit(length)), self._stats)
+
+    def catch_up(self) -> Steps:
+        """Have the draft process the text before it is needed; rounds go without it until it has."""
+        yield from (self.commit(1) if self.is_open else self.reopen(1))
+        self._link.is_on_trial = True
+
+    def is_worth_waiting_for(self, num_wanted: int) -> bool:
+        """Return whether more proposals may come soon."""
+        link = self._link
+        if not self.is_open or link.is_on_trial:
+            return False
+        return len(link.proposals) < num_wanted and not (link.has_stopped and link.proposals)
+
+    def on_delivered(self) -> None:
+        """Note that the draft has proposed what was wanted of it."""
+        self._num_silences = 0
+        for breaker in (self._breaker, self._own_breaker):
+            breaker.on_success(self._clock())
+
+    def on_silence(self, waited_s: float) -> Steps:
+        """Wait no more for the draft until it speaks, and the second time in a row give its stream up."""
+        failure = draft_failure(SILENT, f"it proposed too little within {self._patience.draft_wait_s:g} s")
+        self._num_silences += 1
+        if self._num_silences > 1:
+            yield from self._fail(failure, waited_s)
+        else:
+            self._link.is_on_trial = True
+            self._note_failure(failure, waited_s)
+
+    def take(self, event: Event) -> Steps:
+        """Take what the stream says."""
+        if not self.is_open:
+            return  # of a session that has been given up already
+        failure = event if isinstance(event, Broken) else self._take_response(event.message)
+        if failure is not None:
+            yield from self._fail(failure)
+
+    def _take_response(self, response: draft_pb2.ProposeResponse) -> Broken | None:
+        try:
+            self._link.on_response(response)
+        except CacheMismatchError:
+            self._stats.num_cache_mismatches += 1
+            return draft_failure(OTHER_CACHE, "the draft's cache is not that of the text")
+        except ServiceFailedError as error:
+            return draft_failure(BROKE_PROTOCOL, str(error))
+        self._has_spoken = True
+        num_drafted = len(response.proposals)
+        if num_drafted and not response.alternatives:  # which the same passes have drafted
+            self._stats.draft_forward_s.append(seconds_of(response.timing.forward_ms) / num_drafted)
+        return None
+
+    def _fail(self, failure: Broken, held_up_s: float = 0.0) -> Steps:
+        """Go on without the draft for now. What it has proposed stands, unless it is not to be believed."""
+        if self._insists:
+            _raise_if_final(failure)
+        self.is_open = False
+        if failure.reason in (BROKE_PROTOCOL, OTHER_CACHE, MODEL_CHANGED):
+            self._link.void()
+        if failure.reason != SESSION_IDLE or not self._has_spoken:
+            self._note_failure(failure, held_up_s)
+        yield Close(Link.DRAFT)
+
+    def _note_failure(self, failure: Broken, held_up_s: float) -> None:
+        """Count a failure and pause; others of the client do so too where the failure may be theirs as well."""
+        self._stats.add_draft_failure(*failure.cause)
+        now, delay_s = self._clock(), self._patience.bounded(failure.retry_delay_s)
+        self._own_breaker.on_failure(now, self._own_breaker.num_noted, failure.cause, held_up_s, delay_s)
+        if failure.code not in OF_ONE_REQUEST and failure.reason not in (MODEL_FAILED, OTHER_CACHE):
+            self._breaker.on_failure(now, self._num_noted, failure.cause, held_up_s, delay_s)
+
+
+def _raise_if_final(failure: Broken) -> None:
+    """Raise what a failure of the draft is to a text that it writes alone, unless it may be over soon."""
+    if failure.reason == BROKE_PROTOCOL:
+        raise ServiceFailedError(failure.details)
+    if failure.reason == MODEL_CHANGED:
+        raise ModelChangedError("the draft service has another model than when the text began")
+    if failure.code in REFUSALS:
+        raise ServiceFailedError(f"the draft refused the request ({failure.code.name}): {failure.details}")

@@ -1,0 +1,201 @@
+"""How the proposals of a round become tokens of the text: one class for each rule.
+
+A rule knows what the draft sends with a proposal, what the target returns, what a seed's text depends on, and how to
+decide. Nothing else asks which rule is in force. The mathematics is in `acceptance`, as pure functions.
+
+To add a rule, write a class here, put it into `RULES` and `RuleName`, and test its distribution as
+tests/unit/test_law_formulas.py does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from outrider.protocol import wire
+from outrider.sampling.rng import AddressedUniforms, Purpose
+from outrider.v1 import draft_pb2
+from outrider_client.acceptance import Decision, Proposal, TargetRow, decide, decide_block, decide_shared_noise
+from outrider_client.errors import ServiceFailedError
+
+RuleName = Literal["auto", "rejection", "block", "shared_noise"]
+MASS_SLACK = 2.0**-10  # of a row: logits become probabilities in float32
+
+
+class Rule(ABC):
+    """How proposals are judged, for one generation. Every rule leaves the target's distribution as it is."""
+
+    name: ClassVar[RuleName]
+    shares_noise: ClassVar[bool] = False  # draft and target draw with the same numbers
+    depends_on_draft: ClassVar[bool] = True  # a seed's text does, and on whether a round has proposals
+    depends_on_rounds: ClassVar[bool] = False  # and on where rounds begin and end
+    num_alternatives: ClassVar[int] = 2  # other ends of a round that the draft prepares by default; 0: it cannot
+
+    def __init__(self, seed: int):
+        """`seed` is the generation's, of 64 bits."""
+        self.seed = seed
+
+    @abstractmethod
+    def check_proposal(self, message: draft_pb2.Proposal, vocab_size: int, most_support: int) -> None:
+        """Refuse a proposal that the target would refuse, or that cannot have been drawn from what came with it.
+
+        Args:
+            vocab_size: the target's.
+            most_support: tokens in a support that the target takes.
+
+        Raises:
+            ServiceFailedError: the message breaks the protocol.
+        """
+
+    @abstractmethod
+    def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
+        """Return a proposal that has been checked, with the distribution that it was drawn from."""
+
+    @abstractmethod
+    def check_row(self, row: TargetRow, index: int, vocab_size: int) -> None:
+        """Raise ServiceFailedError for row `index` of a round if it is no distribution over the target's vocabulary."""
+
+    @abstractmethod
+    def decide(self, proposals: Sequence[Proposal], rows: Sequence[TargetRow], position: int) -> Decision:
+        """Return the tokens of a round.
+
+        Args:
+            proposals: K consecutive ones.
+            rows: the target's row for each; one alone when K is 0.
+            position: of the first token that the round decides.
+        """
+
+    def ends_branch(self, decision: Decision, num_proposals: int) -> bool:
+        """Return whether the draft must draw with new random numbers behind a round of so many proposals."""
+        return False
+
+
+class Rejection(Rule):
+    """Judge one proposal after the other, by their distributions, and replace the first that is rejected.
+
+    The draft sends each proposal's support; the target returns its probabilities there and one draw from outside.
+
+    Source: Leviathan et al. 2023 (arXiv 2211.17192).
+    """
+
+    name: ClassVar[RuleName] = "rejection"
+
+    def __init__(self, seed: int):
+        super().__init__(seed)
+        self._accept = AddressedUniforms(seed, Purpose.ACCEPT)
+        self._residual = AddressedUniforms(seed, Purpose.RESIDUAL)
+
+    def check_proposal(self, message: draft_pb2.Proposal, vocab_size: int, most_support: int) -> None:
+        _check_token(message, vocab_size)
+        gaps, weights = message.support_gaps, message.support_weights
+        if not 0 < len(gaps) == len(weights):
+            raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens with {len(weights)} weights")
+        if len(gaps) > most_support:
+            raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens: the target takes {most_support}")
+        if sum(gaps) + len(gaps) > vocab_size:
+            raise ServiceFailedError("the draft sent a support with a token that the target does not have")
+        if not min(weights):
+            raise ServiceFailedError("the draft sent a support with a weight of 0")
+        if message.token_id + 1 not in accumulate(gap + 1 for gap in gaps):
+            raise ServiceFailedError(f"the draft sent token {message.token_id} with a support that does not hold it")
+
+    def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
+        support = wire.support_of(message.support_gaps[:], "support_gaps", vocab_size)
+        return Proposal.from_weights(message.token_id, support, np.array(message.support_weights[:], dtype=np.float64))
+
+    def check_row(self, row: TargetRow, index: int, vocab_size: int) -> None:
+        _check_mass(row, index, least=1 - MASS_SLACK)
+        if row.outside_mass > 0:
+            _check_outside_token(row, index, vocab_size)
+
+    def decide(self, proposals: Sequence[Proposal], rows: Sequence[TargetRow], position: int) -> Decision:
+        positions = range(position, position + len(proposals))
+        accept_uniforms = [self._accept.at(each) for each in positions]
+        return decide(proposals, rows, accept_uniforms, [self._residual.at(each) for each in positions])
+
+
+class Block(Rejection):
+    """Judge the proposals of a round together, which keeps at least as many of them.
+
+    Since proposals behind the end of a round take part in deciding on it, what the draft draws in their places needs
+    new random numbers, and nothing can be prepared there.
+
+    Source: Sun et al. 2024 (arXiv 2403.10444).
+    """
+
+    name = "block"
+    depends_on_rounds = True
+    num_alternatives = 0
+
+    def decide(self, proposals: Sequence[Proposal], rows: Sequence[TargetRow], position: int) -> Decision:
+        residual_uniforms = [self._residual.at(each) for each in range(position, position + len(proposals))]
+        return decide_block(proposals, rows, self._accept.at(position), residual_uniforms)
+
+    def ends_branch(self, decision: Decision, num_proposals: int) -> bool:
+        return decision.num_accepted + 1 < num_proposals
+
+
+class SharedNoise(Rule):
+    """Accept proposals while they are what the target itself chooses with the noise that both draw with.
+
+    Tokens cross the wire alone, and a seed's text is the target's own.
+
+    Source: Daliri et al. 2024 (arXiv 2408.07978).
+    """
+
+    name = "shared_noise"
+    shares_noise = True
+    depends_on_draft = False
+    num_alternatives = 4  # the draft foresees what the target may choose
+
+    def check_proposal(self, message: draft_pb2.Proposal, vocab_size: int, most_support: int) -> None:
+        _check_token(message, vocab_size)
+        if message.support_gaps or message.support_weights:
+            raise ServiceFailedError("the draft sent a support where it shares its noise, and tokens come alone")
+
+    def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
+        return Proposal.of_token(message.token_id)
+
+    def check_row(self, row: TargetRow, index: int, vocab_size: int) -> None:
+        _check_mass(row, index, least=0.0)
+        _check_outside_token(row, index, vocab_size)
+
+    def decide(self, proposals: Sequence[Proposal], rows: Sequence[TargetRow], position: int) -> Decision:
+        return decide_shared_noise(proposals, rows)
+
+
+RULES: dict[RuleName, type[Rule]] = {rule.name: rule for rule in (Rejection, Block, SharedNoise)}
+
+
+def rule_of(name: RuleName, has_seed: bool) -> type[Rule]:
+    """Return the rule of a name; `auto` is shared noise for a text with a seed of its own, and else rejection.
+
+    A seed asks for one text, so it gets the one that no draft can change. Without a seed rejection accepts more.
+    """
+    if name == "auto":
+        return SharedNoise if has_seed else Rejection
+    return RULES[name]
+
+
+def _check_token(message: draft_pb2.Proposal, vocab_size: int) -> None:
+    if message.token_id >= vocab_size:
+        raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
+
+
+def _check_mass(row: TargetRow, index: int, least: float) -> None:
+    if not 0 <= row.outside_mass <= 1 + MASS_SLACK:  # NaN neither
+        raise ServiceFailedError(f"the target sent rows[{index}].outside_mass {row.outside_mass}, which is none")
+    mass = float(row.probs.sum()) + row.outside_mass
+    if not least <= mass <= 1 + MASS_SLACK:
+        raise ServiceFailedError(f"the target sent rows[{index}] with a mass of {mass:g}, where it is 1")
+
+
+def _check_outside_token(row: TargetRow, index: int, vocab_size: int) -> None:
+    if row.outside_token_id >= vocab_size:
+        raise ServiceFailedError(
+            f"the target sent token {row.outside_token_id} in rows[{index}]: its vocabulary has {vocab_size} ids"
+        )

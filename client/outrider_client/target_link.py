@@ -1,0 +1,110 @@
+"""The rounds that one generation has its target verify. Knows no sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outrider.protocol import wire
+from outrider.protocol.errors import InvalidArgumentError
+from outrider.v1 import draft_pb2, target_pb2
+from outrider_client.acceptance import Decision, Proposal, TargetRow
+from outrider_client.committed import Committed, Task
+from outrider_client.errors import ServiceFailedError
+
+
+class TargetLink:
+    """What the target service is sent, and what its answers decide."""
+
+    def __init__(self, task: Task, committed: Committed):
+        self._task, self._committed = task, committed
+        self._round_index = 0
+        self._round_start = 0  # position of the first token that the round decides
+        self._span_start = 0  # committed tokens that the target has when the round comes
+        self._in_round: Sequence[draft_pb2.Proposal] = ()
+        self._read: list[Proposal] | None = None  # those in the round, with their distributions
+
+    def open(self) -> target_pb2.VerifyRequest:
+        """Return the message that opens a session with all committed tokens."""
+        self._span_start = self._round_start = len(self._committed)
+        return target_pb2.VerifyRequest(
+            open=target_pb2.OpenVerification(
+                sampling=self._task.sampling,
+                seed=self._task.rule.seed,
+                committed=self._committed.span_from(0),
+                model_identity=self._task.target_info.identity,
+            )
+        )
+
+    def begin_round(self, proposals: Sequence[draft_pb2.Proposal]) -> target_pb2.VerifyRequest:
+        """Return the request that has proposals for the next positions verified."""
+        self._in_round, self._read = proposals, None
+        self._round_index += 1
+        self._span_start, self._round_start = self._round_start, len(self._committed)
+        return self.round_request()
+
+    @property
+    def num_proposals(self) -> int:
+        """How many proposals the present round has."""
+        return len(self._in_round)
+
+    def round_request(self) -> target_pb2.VerifyRequest:
+        """Return the present round's request; sending it again is safe, and so is sending it to a new session."""
+        return target_pb2.VerifyRequest(
+            round=target_pb2.Round(
+                round_index=self._round_index,
+                committed=self._committed.span_from(self._span_start),
+                proposals=[
+                    target_pb2.ProposedToken(token_id=proposal.token_id, support_gaps=proposal.support_gaps)
+                    for proposal in self._in_round
+                ],
+            )
+        )
+
+    def read_round(self) -> list[Proposal]:
+        """Return the proposals of the present round with their distributions, which are read once.
+
+        The request needs none of it, so that this can be done while the target is at work.
+        """
+        if self._read is None:
+            rule, vocab_size = self._task.rule, self._task.target_info.vocab_size
+            self._read = [rule.read_proposal(message, vocab_size) for message in self._in_round]
+        return self._read
+
+    def decide_round(self, response: target_pb2.VerifyResponse) -> Decision:
+        """Return what the rows of the present round decide; nothing is committed yet.
+
+        Raises:
+            CacheMismatchError: the target's cache is not that of these tokens.
+            ServiceFailedError: the response breaks the protocol.
+        """
+        proposals, rule = self.read_round(), self._task.rule
+        if response.round_index != self._round_index:
+            raise ServiceFailedError(f"the target answered round {response.round_index} instead of {self._round_index}")
+        if len(response.rows) != max(1, len(proposals)):
+            raise ServiceFailedError(
+                f"the target answered with {len(response.rows)} rows for {len(proposals)} proposals"
+            )
+        self._committed.check_cache(response.cache, [proposal.token_id for proposal in proposals])
+        rows = _rows_from_proto(response.rows, proposals)
+        for index, row in enumerate(rows):
+            rule.check_row(row, index, self._task.target_info.vocab_size)
+        return rule.decide(proposals, rows, len(self._committed))
+
+
+def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[Proposal]) -> list[TargetRow]:
+    sizes = [len(proposal.support_ids) for proposal in proposals] or [0]
+    try:
+        probs = [wire.probs_of(row.support_units[:], f"rows[{index}].support_units") for index, row in enumerate(rows)]
+    except InvalidArgumentError as error:
+        raise ServiceFailedError(f"the target sent a row that is none: {error}") from error
+    if [len(row_probs) for row_probs in probs] != sizes:
+        raise ServiceFailedError("the target sent a row of another length than the support")
+    return [
+        TargetRow(row_probs, row.outside_mass, row.outside_token_id, _known_prob(row.outside_token_prob))
+        for row_probs, row in zip(probs, rows, strict=True)
+    ]
+
+
+def _known_prob(prob: float) -> float | None:
+    """Return a probability that the target reports beside what decides; None where it reports none."""
+    return min(prob, 1.0) if prob > 0 else None  # NaN is none
