@@ -5,7 +5,7 @@
 Both services run as processes of their own on loopback, one thread each. A text of the target alone and one of
 `num_speculative_tokens="auto"` take turns, on the same prompts. Every text is made with a client that knows nothing of
 the pair yet (of many texts at once: all of them with one), so what the client pays for learning is part of each ratio;
-the second half of a text shows what is left of it then. Acceptance sampling is measured unless `--coupling` says
+the second half of a text shows what is left of it then. Rejection sampling is measured unless `--rule` says
 otherwise: without a seed K may be 0; with one it may not, unless the temperature is 0, which is measured beside, and
 nothing is promised of it.
 """
@@ -47,7 +47,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 LEAST_RATIO = 0.95  # of the target alone
-DEFAULTS = {"max_new_tokens": 256, "num_prompts": 6, "coupling": "none"}
+DEFAULTS = {"max_new_tokens": 256, "num_prompts": 6, "rule": "rejection"}
 TARGET, DRAFT = "builtin:target", "builtin:draft"
 USELESS = "random weights"  # stands for the folder that they are written to
 

@@ -53,7 +53,7 @@ COPY_BYTES = 1 << 30
 SHARE_FOR_WEIGHTS = 0.65  # of a GPU's memory; the rest is for caches and for what loading takes
 MAX_CACHED_TOKENS = 8192
 PROMPT_LENGTH = 32
-ALONE = {"method": "autoregressive", "coupling": "none"}  # passed to `generate`
+ALONE = {"method": "autoregressive", "rule": "rejection"}  # passed to `generate`
 GPU_SHAPES = ("gpt2-xl", "opt-13b", "llama3-8b")
 OVERLAPS = {"on": (True,), "off": (False,), "both": (False, True)}
 
@@ -115,7 +115,7 @@ class Way:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is passed to `generate`; the rates that were aimed at are those of acceptance sampling."""
+        """What is passed to `generate`; the rates that were aimed at are those of rejection sampling."""
         return ALONE | {"method": "speculative", "num_speculative_tokens": self.length, "overlap": self.overlap}
 
 

@@ -33,7 +33,7 @@ from tests import toy_services as toys
 from tests.e2e.conftest import FAMILY
 from tests.fake_services import INFO, TARGET_INFO, Fake, answer, at_first, fake_services, refusal, rounds, silence
 from tests.servers import PATIENCE_S, TARGET, RunningServer, Services, eventually
-from tests.unit.test_coupled_rounds import own_text
+from tests.unit.test_shared_noise import own_text
 
 PROMPT = [5, 17, 3, 88, 41, 9]
 CONTEXT_LENGTH = 512

@@ -39,8 +39,8 @@ def test_generate_as_json_holds_the_whole_result(addresses):
     assert 0 <= document["stats"]["acceptance_rate"] <= 1
 
 
-def test_generate_with_a_coupling_writes_what_the_target_writes_alone(addresses):
-    arguments = ["generate", "Hello", *addresses, "--seed=1", "--max-new-tokens=9", "--json", "--coupling=gumbel"]
+def test_generate_with_shared_noise_writes_what_the_target_writes_alone(addresses):
+    arguments = ["generate", "Hello", *addresses, "--seed=1", "--max-new-tokens=9", "--json", "--rule=shared_noise"]
     together, alone = (json.loads(run(*arguments, *more).stdout) for more in ((), ("--method=autoregressive",)))
     assert together["token_ids"] == alone["token_ids"]
     assert together["stats"]["num_draft_tokens"] > alone["stats"]["num_draft_tokens"] == 0
@@ -60,7 +60,7 @@ def test_options_come_from_the_environment_too(addresses):
         (["--top-p=2"], "top_p is 2.0"),
         (["--max-new-tokens=0"], "max_new_tokens is 0"),
         (["--token-ids"], "no list of token ids"),
-        (["--acceptance=block", "--coupling=gumbel"], "acceptance is 'block' and coupling is 'gumbel'"),
+        (["--rule=tree"], "'tree' is not one of"),
     ],
 )
 def test_a_wrong_option_is_named_and_nothing_is_printed(addresses, arguments, message):

@@ -32,7 +32,7 @@ def client() -> Iterator[SpeculativeClient]:
 
 
 def write(client: SpeculativeClient, sampling: SamplingParams, **speculation) -> str:
-    result = client.generate(PROMPT, sampling, coupling="none", **speculation)
+    result = client.generate(PROMPT, sampling, rule="rejection", **speculation)
     assert result.stats.num_rounds_without_draft == 0
     return result.text
 

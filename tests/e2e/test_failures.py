@@ -132,8 +132,8 @@ def test_a_draft_that_freezes_is_done_without_and_used_again_when_it_thaws(proce
 
 
 def test_a_target_that_is_killed_and_comes_back_changes_nothing(processes):
-    """With acceptance sampling, too: no round goes without the draft."""
-    sampling, free = SamplingParams(temperature=1, seed=5, max_new_tokens=200), {"coupling": "none"}
+    """With rejection sampling, too: no round goes without the draft."""
+    sampling, free = SamplingParams(temperature=1, seed=5, max_new_tokens=200), {"rule": "rejection"}
     with processes.client() as client, ThreadPoolExecutor(1) as threads:
         undisturbed = client.generate(PROMPT, sampling, **PAIR, **free)
         stream = client.stream(PROMPT, sampling, **PAIR, **free)

@@ -87,6 +87,6 @@ def test_one_seed_writes_one_text_with_any_number_of_proposals(case):
     def write(**speculation) -> list[int]:
         return case.client.generate(PROMPT, sampling, **speculation).token_ids
 
-    one, four = (write(num_speculative_tokens=number, coupling="none") for number in (1, 4))
+    one, four = (write(num_speculative_tokens=number, rule="rejection") for number in (1, 4))
     assert one == four
     assert write(num_speculative_tokens=4) == write(method="autoregressive")

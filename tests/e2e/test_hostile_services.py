@@ -54,8 +54,8 @@ def texts(target) -> dict[str, list[int]]:
     """The seed's text of the target alone, under each rule."""
     with SpeculativeClient(target.address) as client:
         return {
-            coupling: client.generate(PROMPT, SAMPLING, method="autoregressive", coupling=coupling).token_ids
-            for coupling in ("gumbel", "none")
+            rule: client.generate(PROMPT, SAMPLING, method="autoregressive", rule=rule).token_ids
+            for rule in ("shared_noise", "rejection")
         }
 
 
@@ -280,7 +280,7 @@ def test_a_draft_that(target, texts, what, is_async):
     answer, reason = HOSTILE[what]
     with ToyServer("draft", answer) as draft:
         result = write(target.address, draft.address, is_async)
-    assert result.token_ids == texts["gumbel"]
+    assert result.token_ids == texts["shared_noise"]
     assert result.finish_reason == "length"
     if reason is not None:
         assert reason in result.stats.draft_failures, result.stats.draft_failures
@@ -289,10 +289,10 @@ def test_a_draft_that(target, texts, what, is_async):
 
 @pytest.mark.parametrize("what", BAD_SUPPORTS)
 def test_a_draft_whose_proposals_have(target, texts, what):
-    """All rounds go without it: the text is the target's own under acceptance sampling, too."""
+    """All rounds go without it: the text is the target's own under rejection sampling, too."""
     with ToyServer("draft", sets_first(**BAD_SUPPORTS[what])) as draft:
-        result = write(target.address, draft.address, coupling="none")
-    assert result.token_ids == texts["none"]
+        result = write(target.address, draft.address, rule="rejection")
+    assert result.token_ids == texts["rejection"]
     assert result.stats.draft_failures.keys() == {"BROKE_PROTOCOL"}
     assert result.stats.num_draft_tokens == 0
 
@@ -330,7 +330,7 @@ def test_a_draft_that_describes(target, texts, what, is_async):
         if reason == "OTHER_TOKENIZER":
             with pytest.raises(IncompatiblePairError):
                 write(target.address, draft.address, is_async, method="draft")
-    assert result.token_ids == texts["gumbel"]
+    assert result.token_ids == texts["shared_noise"]
     assert reason in result.stats.draft_failures
     assert result.stats.num_draft_tokens == 0
 
@@ -382,7 +382,7 @@ def test_an_honest_draft_is_used(target, texts, is_async):
     """Else the texts above would be those of a client that never asks its draft."""
     with ToyServer("draft", honest_draft) as draft:
         result = write(target.address, draft.address, is_async)
-    assert result.token_ids == texts["gumbel"]
+    assert result.token_ids == texts["shared_noise"]
     assert result.stats.draft_failures == {}
     assert result.stats.num_accepted_tokens > 10
 
@@ -452,7 +452,7 @@ def test_a_target_that(texts, what, is_async):
         write(target.address, draft.address, is_async)
     partial = caught.value.partial
     assert partial is not None
-    assert partial.token_ids == texts["gumbel"][: len(partial.token_ids)]
+    assert partial.token_ids == texts["shared_noise"][: len(partial.token_ids)]
 
 
 @BOTH_CLIENTS
@@ -462,7 +462,7 @@ def test_a_target_that_sends_what_is_no_message(texts, after, is_async):
     with ToyServer("target", target_spoils(lambda it: [b"\xff\xff\xff"], after)) as target:
         if after:
             result = write(target.address, None, is_async, method="autoregressive")
-            assert result.token_ids == texts["gumbel"]
+            assert result.token_ids == texts["shared_noise"]
         else:
             with pytest.raises(ServiceUnavailableError, match="the target"):
                 write(target.address, None, is_async, method="autoregressive")
@@ -501,7 +501,7 @@ def test_services_that_end_idle_streams_are_opened_again_without_a_word(texts, i
 
     with ToyServer("target", idle(honest_target, 3)) as target, ToyServer("draft", idle(honest_draft, 12)) as draft:
         result = write(target.address, draft.address, is_async)
-    assert result.token_ids == texts["gumbel"]
+    assert result.token_ids == texts["shared_noise"]
     assert (result.stats.num_target_retries, result.stats.draft_failures) == (0, {})
 
 
@@ -573,7 +573,7 @@ def test_a_target_that_is_exchanged_in_mid_text_ends_the_text_and_the_next_begin
     client, become = exchange
     with pytest.raises(ModelChangedError) as caught:
         client.write("dbe", lambda: become("target", "another", pieces))
-    assert caught.value.partial.token_ids == texts["gumbel"][: len(caught.value.partial.token_ids)] != []
+    assert caught.value.partial.token_ids == texts["shared_noise"][: len(caught.value.partial.token_ids)] != []
     result = client.write("dbe")
     assert result.prompt_token_ids == [pieces.index(letter) for letter in "dbe"]
     assert result.text == "".join(pieces[token_id] for token_id in result.token_ids)
@@ -583,7 +583,7 @@ def test_a_target_that_is_exchanged_in_mid_text_ends_the_text_and_the_next_begin
 @pytest.mark.parametrize("pieces", [toy_servers.PIECES, OTHER_PIECES], ids=["model", "tokenizer"])
 def test_a_target_that_is_exchanged_between_texts_is_taken_as_it_is(exchange, texts, pieces):
     client, become = exchange
-    assert client.write("dbe").token_ids == texts["gumbel"]
+    assert client.write("dbe").token_ids == texts["shared_noise"]
     become("target", "another", pieces)
     result = client.write("dbe")
     assert result.prompt_token_ids == [pieces.index(letter) for letter in "dbe"]
@@ -594,9 +594,9 @@ def test_a_target_that_is_exchanged_between_texts_is_taken_as_it_is(exchange, te
 @BOTH_CLIENTS
 def test_a_prompt_of_ids_is_not_taken_for_one_of_another_tokenizer(exchange, texts):
     client, become = exchange
-    assert client.write(PROMPT).token_ids == texts["gumbel"]
+    assert client.write(PROMPT).token_ids == texts["shared_noise"]
     become("target", "another")
-    assert client.write(PROMPT).token_ids == texts["gumbel"]  # the same tokenizer, and here the same toy
+    assert client.write(PROMPT).token_ids == texts["shared_noise"]  # the same tokenizer, and here the same toy
     become("target", "a third", OTHER_PIECES)
     with pytest.raises(ModelChangedError):
         client.write(PROMPT)
@@ -611,12 +611,12 @@ def test_a_draft_that_is_exchanged_changes_nothing(exchange, texts, pieces, in_m
     if in_mid_text:
         result = client.write(PROMPT, lambda: become("draft", "another", pieces))
     else:
-        assert client.write(PROMPT).token_ids == texts["gumbel"]
+        assert client.write(PROMPT).token_ids == texts["shared_noise"]
         become("draft", "another", pieces)
         result = client.write(PROMPT)
-    assert result.token_ids == texts["gumbel"]
+    assert result.token_ids == texts["shared_noise"]
     failures = result.stats.draft_failures.keys()
     assert ("OTHER_TOKENIZER" in failures) == (pieces == OTHER_PIECES)
     later = client.write(PROMPT)
-    assert later.token_ids == texts["gumbel"]
+    assert later.token_ids == texts["shared_noise"]
     assert (later.stats.num_draft_tokens > 0) == (pieces == toy_servers.PIECES)

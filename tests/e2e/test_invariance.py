@@ -63,7 +63,7 @@ def pair(services, tmp_path_factory) -> Iterator[Pair]:
         server.stop()
 
 
-FREE = {"coupling": "none"}  # acceptance sampling, although there is a seed; shared noise has test_coupling
+FREE = {"rule": "rejection"}  # rejection sampling, although there is a seed; shared noise has test_shared_noise
 
 
 def write(client: SpeculativeClient, sampling: SamplingParams, prompt=PROMPT, **speculation: Any) -> list[int]:
@@ -135,9 +135,9 @@ def test_a_draft_that_stops_when_unsure(pair, texts, name):
 def test_proposals_judged_together_give_one_text_for_one_k(pair, texts, name):
     """Only then do rounds begin and end where they did; with one proposal a round, it is the text of all others."""
     with pair.client() as client:
-        assert write(client, SAMPLINGS[name], num_speculative_tokens=1, acceptance="block") == texts[name]
+        assert write(client, SAMPLINGS[name], num_speculative_tokens=1, rule="block") == texts[name]
         runs = [{"overlap": False}, {"overlap": True}, {"window": 4}, {"window": 9}]
-        written = [write(client, SAMPLINGS[name], num_speculative_tokens=4, acceptance="block", **run) for run in runs]
+        written = [write(client, SAMPLINGS[name], num_speculative_tokens=4, rule="block", **run) for run in runs]
     assert all(token_ids == written[0] for token_ids in written)
     assert (written[0] == texts[name]) == (name == "greedy")
 

@@ -55,23 +55,21 @@ class Scenario:
     with_tasks: bool = False  # the asyncio client; otherwise threads and the blocking one
 
 
-PLAIN = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "overlap": True, "coupling": "none"})
+PLAIN = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "overlap": True, "rule": "rejection"})
 TRUNCATED = Scenario(
     SamplingParams(temperature=0.7, top_k=5, top_p=0.95),
-    {"num_speculative_tokens": 2, "overlap": False, "max_support": 2, "coupling": "none"},
+    {"num_speculative_tokens": 2, "overlap": False, "max_support": 2, "rule": "rejection"},
     with_tasks=True,
 )
-ALONE = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive", "coupling": "none"})
-BLOCK = Scenario(
-    SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "max_support": 4, "acceptance": "block"}
-)
-COUPLED = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "coupling": "gumbel"})
+ALONE = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive", "rule": "rejection"})
+BLOCK = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "max_support": 4, "rule": "block"})
+SHARED_NOISE = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "rule": "shared_noise"})
 SCENARIOS = {
     "plain": PLAIN,
     "filters and a truncated support": TRUNCATED,
     "the target alone": ALONE,
     "proposals judged together": BLOCK,
-    "noise that both share": COUPLED,
+    "noise that both share": SHARED_NOISE,
 }
 
 
@@ -246,7 +244,7 @@ BROKEN_RULES = {
     "one uniform for all positions": (PLAIN, break_uniforms),
     "draft probabilities of the untruncated row": (TRUNCATED, break_draft_probs),
     "single ratios where the joint ones belong": (BLOCK, break_joint_ratios),
-    "one noise for all positions": (COUPLED, break_noise),
+    "one noise for all positions": (SHARED_NOISE, break_noise),
 }
 
 

@@ -48,7 +48,7 @@ def texts(client: SpeculativeClient, temperature: float) -> list[list[int]]:
 
     def write(index: int) -> list[int]:
         sampling = SamplingParams(temperature=temperature, seed=index, max_new_tokens=NUM_NEW, ignore_eos=True)
-        return client.generate(PROMPTS[index], sampling, num_speculative_tokens=4, coupling="none").token_ids
+        return client.generate(PROMPTS[index], sampling, num_speculative_tokens=4, rule="rejection").token_ids
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         return list(pool.map(write, range(len(PROMPTS))))

@@ -231,9 +231,9 @@ def test_all_lengths_are_timed_in_turn():
     ways = [Way(4, True), Way("auto", False)]
     speeds = measure_texts(Client(), 0.6, ways, max_new_tokens=10, repetitions=2)  # type: ignore[arg-type]
     turn = (
-        ("autoregressive", {"coupling": "none"}),
-        ("speculative", {"num_speculative_tokens": 4, "overlap": True, "coupling": "none"}),
-        ("speculative", {"num_speculative_tokens": "auto", "overlap": False, "coupling": "none"}),
+        ("autoregressive", {"rule": "rejection"}),
+        ("speculative", {"num_speculative_tokens": 4, "overlap": True, "rule": "rejection"}),
+        ("speculative", {"num_speculative_tokens": "auto", "overlap": False, "rule": "rejection"}),
     )
     assert calls == [(*call, seed) for seed in range(3) for call in turn]
     for speed, way in zip(speeds, ways, strict=True):

@@ -49,7 +49,7 @@ class Trio:
 
 @pytest.fixture(scope="module")
 def trio(services, tmp_path_factory) -> Iterator[Trio]:
-    folder = tmp_path_factory.mktemp("coupling")
+    folder = tmp_path_factory.mktemp("shared_noise")
     target = tiny_models.make_model(FAMILY, 1)
     paths = [
         tiny_models.save(target, folder / "t"),
@@ -63,7 +63,7 @@ def trio(services, tmp_path_factory) -> Iterator[Trio]:
 
 
 def write(client: SpeculativeClient, name: str, **speculation) -> GenerationResult:
-    """Return a text with the coupling that a seed has by default."""
+    """Return a text by the rule that a seed has by default."""
     return client.generate(PROMPT, SAMPLINGS[name], **speculation)
 
 
@@ -123,10 +123,10 @@ def test_a_draft_that_is_killed_in_the_middle(trio, texts, name):
     assert stream.result.stats.num_rounds_without_draft >= 1
 
 
-def test_a_coupling_that_is_named_is_the_default_of_a_seed(trio, texts):
+def test_shared_noise_is_the_default_of_a_seed(trio, texts):
     with trio.client() as client:
-        assert write(client, "plain", coupling="gumbel").token_ids == texts["plain"]
-        assert write(client, "plain", coupling="none").token_ids != texts["plain"]
+        assert write(client, "plain", rule="shared_noise").token_ids == texts["plain"]
+        assert write(client, "plain", rule="rejection").token_ids != texts["plain"]
 
 
 def test_another_seed_writes_another_text(trio, texts):
@@ -138,9 +138,9 @@ def test_another_seed_writes_another_text(trio, texts):
 def test_rounds_carry_fewer_bytes(trio):
     """Supports are the greater part of a round: ids and weights from the draft, ids to the target, and its answer."""
     with trio.client() as client:
-        coupled = write(client, "plain").stats
-        free = client.generate(PROMPT, SAMPLINGS["plain"], coupling="none").stats
-    num_bytes = [stats.num_bytes_sent + stats.num_bytes_received for stats in (coupled, free)]
+        shared = write(client, "plain").stats
+        free = client.generate(PROMPT, SAMPLINGS["plain"], rule="rejection").stats
+    num_bytes = [stats.num_bytes_sent + stats.num_bytes_received for stats in (shared, free)]
     assert num_bytes[0] < num_bytes[1] / 4
 
 
