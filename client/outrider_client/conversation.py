@@ -15,22 +15,7 @@ from outrider_client.acceptance import Decision
 from outrider_client.committed import Task
 from outrider_client.controller import FixedLength, LengthController, RoundTimes
 from outrider_client.draft_session import DraftSession
-from outrider_client.effects import (
-    MODEL_CHANGED,
-    OTHER_CACHE,
-    REFUSALS,
-    SESSION_IDLE,
-    Broken,
-    Event,
-    Link,
-    Open,
-    Received,
-    Send,
-    Steps,
-    Wait,
-    counted,
-    seconds_of,
-)
+from outrider_client.effects import Broken, Close, Event, Link, Open, Reason, Received, Send, Steps, Wait, counted, seconds_of
 from outrider_client.errors import (
     CacheMismatchError,
     DeadlineExceededError,
@@ -165,11 +150,14 @@ class Conversation:
                 except CacheMismatchError:
                     self._stats.num_cache_mismatches += 1
                     details = "its cache is not that of the text"
-                    failure = Broken(Link.TARGET, grpc.StatusCode.FAILED_PRECONDITION, details, reason=OTHER_CACHE)
+                    failure = Broken(
+                        Link.TARGET, grpc.StatusCode.FAILED_PRECONDITION, details, reason=Reason.OTHER_CACHE
+                    )
             num_failures += 1
             failed_at = failed_at if num_failures > 1 else self._clock()
             yield Close(Link.TARGET)  # what it says late is no answer to what is asked next
-            if num_failures > 1 or failure.reason != SESSION_IDLE:  # the caller took its time, which is no failure
+            was_idle = failure.reason == Reason.SESSION_IDLE  # the caller took its time, which is no failure
+            if num_failures > 1 or not was_idle:
                 yield from self._sleep(self._pause_after(failure, num_failures, failed_at))
                 self._stats.num_target_retries += 1
             yield from counted(Open(Link.TARGET, self._target.open()), self._stats)
@@ -206,15 +194,15 @@ class Conversation:
 
         `failed_at` is when the first of these failures was.
         """
-        if failure.reason == MODEL_CHANGED:
+        if failure.reason == Reason.MODEL_CHANGED:
             raise ModelChangedError("the target service has another model than when the text began")
-        if failure.code in REFUSALS:
+        if failure.is_refusal:
             raise InvalidRequestError(f"the target refused the request: {failure.explained}")
         if failure.is_final:
             raise ServiceFailedError(f"the target failed ({failure.code.name}): {failure.explained}")
         pause = self._patience.pause(num_failures, failure.retry_delay_s, self._jitter())
         if self._clock() + pause - failed_at > self._patience.retry_s:
-            if failure.reason == OTHER_CACHE:
+            if failure.reason == Reason.OTHER_CACHE:
                 raise ServiceFailedError(f"the target failed again and again: {failure.details}")
             raise ServiceUnavailableError(
                 f"the target did not answer for {self._patience.retry_s:g} s ({failure.code.name}): {failure.details}"

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import grpc
+
 from outrider.v1 import common_pb2, draft_pb2
 from outrider_client.committed import Task
 from outrider_client.draft_link import DraftLink
-from outrider_client.effects import (
-    BROKE_PROTOCOL,
-    MODEL_CHANGED,
-    MODEL_FAILED,
-    OF_ONE_REQUEST,
-    OTHER_CACHE,
-    OTHER_TOKENIZER,
-    REFUSALS,
-    SESSION_IDLE,
-    SILENT,
-    Broken,
-    Close,
-    Describe,
-    Event,
-    Link,
-    Open,
-    Send,
-    Steps,
-    counted,
-    draft_failure,
-    seconds_of,
-)
+from outrider_client.effects import Broken, Close, Describe, Event, Link, Open, Reason, Send, Steps, counted, seconds_of
 from outrider_client.errors import CacheMismatchError, IncompatiblePairError, ModelChangedError, ServiceFailedError
 from outrider_client.pair import find_mismatch
 from outrider_client.patience import Breaker, Patience
 from outrider_client.results import GenerationStats
+
+# A draft that fails so may be well for other texts.
+CODES_OF_ONE_TEXT = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 
 
 class DraftSession:
@@ -88,11 +77,13 @@ class DraftSession:
     def _refused_pair(self, info: common_pb2.ModelInfo) -> Broken | None:
         """Return why a draft that describes itself so cannot be the target's; None when it can."""
         if not info.vocab_size or not info.context_length:
-            return draft_failure(BROKE_PROTOCOL, "the draft describes a model without a vocabulary or a context")
+            return Broken.of_draft(
+                Reason.BROKE_PROTOCOL, "the draft describes a model without a vocabulary or a context"
+            )
         mismatch = find_mismatch(info, self._task.target_info)
         if mismatch and self._insists:
             raise IncompatiblePairError(mismatch)
-        return draft_failure(OTHER_TOKENIZER, mismatch) if mismatch else None
+        return Broken.of_draft(Reason.OTHER_TOKENIZER, mismatch) if mismatch else None
 
     def commit(self, length: int) -> Steps:
         """Send what has been committed, for a next round of `length` proposals, if the draft can go on from it."""
@@ -119,7 +110,7 @@ class DraftSession:
 
     def on_silence(self, waited_s: float) -> Steps:
         """Wait no more for the draft until it speaks, and the second time in a row give its stream up."""
-        failure = draft_failure(SILENT, f"it proposed too little within {self._patience.draft_wait_s:g} s")
+        failure = Broken.of_draft(Reason.SILENT, f"it proposed too little within {self._patience.draft_wait_s:g} s")
         self._num_silences += 1
         if self._num_silences > 1:
             yield from self._fail(failure, waited_s)
@@ -140,9 +131,9 @@ class DraftSession:
             self._link.on_response(response)
         except CacheMismatchError:
             self._stats.num_cache_mismatches += 1
-            return draft_failure(OTHER_CACHE, "the draft's cache is not that of the text")
+            return Broken.of_draft(Reason.OTHER_CACHE, "the draft's cache is not that of the text")
         except ServiceFailedError as error:
-            return draft_failure(BROKE_PROTOCOL, str(error))
+            return Broken.of_draft(Reason.BROKE_PROTOCOL, str(error))
         self._has_spoken = True
         num_drafted = len(response.proposals)
         if num_drafted and not response.alternatives:  # which the same passes have drafted
@@ -154,9 +145,9 @@ class DraftSession:
         if self._insists:
             _raise_if_final(failure)
         self.is_open = False
-        if failure.reason in (BROKE_PROTOCOL, OTHER_CACHE, MODEL_CHANGED):
+        if failure.reason in (Reason.BROKE_PROTOCOL, Reason.OTHER_CACHE, Reason.MODEL_CHANGED):
             self._link.void()
-        if failure.reason != SESSION_IDLE or not self._has_spoken:
+        if failure.reason != Reason.SESSION_IDLE or not self._has_spoken:
             self._note_failure(failure, held_up_s)
         yield Close(Link.DRAFT)
 
@@ -165,15 +156,15 @@ class DraftSession:
         self._stats.add_draft_failure(*failure.cause)
         now, delay_s = self._clock(), self._patience.bounded(failure.retry_delay_s)
         self._own_breaker.on_failure(now, self._own_breaker.num_noted, failure.cause, held_up_s, delay_s)
-        if failure.code not in OF_ONE_REQUEST and failure.reason not in (MODEL_FAILED, OTHER_CACHE):
+        if failure.code not in CODES_OF_ONE_TEXT and failure.reason not in (Reason.MODEL_FAILED, Reason.OTHER_CACHE):
             self._breaker.on_failure(now, self._num_noted, failure.cause, held_up_s, delay_s)
 
 
 def _raise_if_final(failure: Broken) -> None:
     """Raise what a failure of the draft is to a text that it writes alone, unless it may be over soon."""
-    if failure.reason == BROKE_PROTOCOL:
+    if failure.reason == Reason.BROKE_PROTOCOL:
         raise ServiceFailedError(failure.details)
-    if failure.reason == MODEL_CHANGED:
+    if failure.reason == Reason.MODEL_CHANGED:
         raise ModelChangedError("the draft service has another model than when the text began")
-    if failure.code in REFUSALS:
+    if failure.is_refusal:
         raise ServiceFailedError(f"the draft refused the request ({failure.code.name}): {failure.details}")

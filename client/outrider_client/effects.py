@@ -17,13 +17,6 @@ from outrider.protocol import errors
 from outrider_client.results import Chunk, GenerationStats
 
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.UNIMPLEMENTED)
-# Of a draft that may be well for other texts.
-OF_ONE_REQUEST = (
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.OUT_OF_RANGE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.FAILED_PRECONDITION,
-)
 # Whoever says so: the service is not ready, is full, or holds another text than the client.
 COME_AGAIN = (
     grpc.StatusCode.UNAVAILABLE,
@@ -47,12 +40,16 @@ MEANINGS = {
     grpc.StatusCode.UNAUTHENTICATED: ASKS_WHO,
 }
 
-# Reasons of a draft's failures beside those of its own errors and the names of status codes.
-ENDED, SILENT, BROKE_PROTOCOL, OTHER_CACHE = "ENDED", "SILENT", "BROKE_PROTOCOL", "OTHER_CACHE"
-OTHER_TOKENIZER = "OTHER_TOKENIZER"
-# Reasons of a service's errors that ask for something of their own; outrider.protocol.errors.
-MODEL_CHANGED, SESSION_IDLE = errors.ModelChangedError.reason, errors.SessionIdleError.reason
-MODEL_FAILED = errors.InternalError.reason
+
+class Reason:
+    """Why a stream broke, where more is to be done about it than to count it. Others have a service's own reason."""
+
+    # Of a service; outrider.protocol.errors.
+    MODEL_CHANGED, SESSION_IDLE = errors.ModelChangedError.reason, errors.SessionIdleError.reason
+    MODEL_FAILED = errors.InternalError.reason
+    # Of the client, about what a service did.
+    ENDED, SILENT, BROKE_PROTOCOL, OTHER_CACHE = "ENDED", "SILENT", "BROKE_PROTOCOL", "OTHER_CACHE"
+    OTHER_TOKENIZER = "OTHER_TOKENIZER"
 
 
 class Link(Enum):
@@ -115,10 +112,15 @@ class Broken:
     retry_delay_s: float | None = None
     reason: str | None = None  # of the service's own ErrorInfo; None: something between here and there ended it
 
+    @classmethod
+    def of_draft(cls, reason: str, details: str) -> Broken:
+        """Return a failure of the draft that no stream has reported."""
+        return cls(Link.DRAFT, grpc.StatusCode.ABORTED, details, reason=reason)
+
     @property
     def cause(self) -> tuple[str, str]:
         """What it is counted as, and its details."""
-        return self.reason or (ENDED if self.code is grpc.StatusCode.OK else self.code.name), self.details
+        return self.reason or (Reason.ENDED if self.code is grpc.StatusCode.OK else self.code.name), self.details
 
     @property
     def is_final(self) -> bool:
@@ -130,6 +132,11 @@ class Broken:
         if self.code in COME_AGAIN:
             return False
         return self.code not in BROKEN_LINK or self.reason is not None
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the service does not take the request."""
+        return self.code in REFUSALS
 
     @property
     def explained(self) -> str:
@@ -147,11 +154,6 @@ def counted(effect: Open | Send, stats: GenerationStats) -> Steps:
     """Yield an effect that sends a message, and count its bytes."""
     stats.num_bytes_sent += effect.message.ByteSize()
     yield effect
-
-
-def draft_failure(reason: str, details: str) -> Broken:
-    """Return a failure of the draft that no stream has reported."""
-    return Broken(Link.DRAFT, grpc.StatusCode.ABORTED, details, reason=reason)
 
 
 def seconds_of(milliseconds: float) -> float:

@@ -23,11 +23,14 @@ from outrider_client.acceptance import Decision, Proposal, TargetRow, decide, de
 from outrider_client.errors import ServiceFailedError
 
 RuleName = Literal["auto", "rejection", "block", "shared_noise"]
-MASS_SLACK = 2.0**-10  # of a row: logits become probabilities in float32
 
 
 class Rule(ABC):
-    """How proposals are judged, for one generation. Every rule leaves the target's distribution as it is."""
+    """How proposals are judged, for one generation. Every rule leaves the target's distribution as it is.
+
+    Unless a rule says otherwise, the draft sends the support that each token was drawn from, with weights, and the
+    target returns its probabilities there and one draw from outside.
+    """
 
     name: ClassVar[RuleName]
     shares_noise: ClassVar[bool] = False  # draft and target draw with the same numbers
@@ -38,26 +41,8 @@ class Rule(ABC):
     def __init__(self, seed: int):
         """`seed` is the generation's, of 64 bits."""
         self.seed = seed
-
-    @abstractmethod
-    def check_proposal(self, message: draft_pb2.Proposal, vocab_size: int, most_support: int) -> None:
-        """Refuse a proposal that the target would refuse, or that cannot have been drawn from what came with it.
-
-        Args:
-            vocab_size: the target's.
-            most_support: tokens in a support that the target takes.
-
-        Raises:
-            ServiceFailedError: the message breaks the protocol.
-        """
-
-    @abstractmethod
-    def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
-        """Return a proposal that has been checked, with the distribution that it was drawn from."""
-
-    @abstractmethod
-    def check_row(self, row: TargetRow, index: int, vocab_size: int) -> None:
-        """Raise ServiceFailedError for row `index` of a round if it is no distribution over the target's vocabulary."""
+        self._accept = AddressedUniforms(seed, Purpose.ACCEPT)
+        self._residual = AddressedUniforms(seed, Purpose.RESIDUAL)
 
     @abstractmethod
     def decide(self, proposals: Sequence[Proposal], rows: Sequence[TargetRow], position: int) -> Decision:
@@ -73,25 +58,19 @@ class Rule(ABC):
         """Return whether the draft must draw with new random numbers behind a round of so many proposals."""
         return False
 
-
-class Rejection(Rule):
-    """Judge one proposal after the other, by their distributions, and replace the first that is rejected.
-
-    The draft sends each proposal's support; the target returns its probabilities there and one draw from outside.
-
-    Source: Leviathan et al. 2023 (arXiv 2211.17192).
-    """
-
-    name: ClassVar[RuleName] = "rejection"
-
-    def __init__(self, seed: int):
-        super().__init__(seed)
-        self._accept = AddressedUniforms(seed, Purpose.ACCEPT)
-        self._residual = AddressedUniforms(seed, Purpose.RESIDUAL)
-
     def check_proposal(self, message: draft_pb2.Proposal, vocab_size: int, most_support: int) -> None:
-        _check_token(message, vocab_size)
+        """Refuse a proposal that the target would refuse, or that cannot have been drawn from what came with it.
+
+        Args:
+            vocab_size: the target's.
+            most_support: tokens in a support that the target takes.
+
+        Raises:
+            ServiceFailedError: the message breaks the protocol.
+        """
         gaps, weights = message.support_gaps, message.support_weights
+        if message.token_id >= vocab_size:
+            raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
         if not 0 < len(gaps) == len(weights):
             raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens with {len(weights)} weights")
         if len(gaps) > most_support:
@@ -104,13 +83,18 @@ class Rejection(Rule):
             raise ServiceFailedError(f"the draft sent token {message.token_id} with a support that does not hold it")
 
     def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
+        """Return a proposal that has been checked, with the distribution that it was drawn from."""
         support = wire.support_of(message.support_gaps[:], "support_gaps", vocab_size)
         return Proposal.from_weights(message.token_id, support, np.array(message.support_weights[:], dtype=np.float64))
 
-    def check_row(self, row: TargetRow, index: int, vocab_size: int) -> None:
-        _check_mass(row, index, least=1 - MASS_SLACK)
-        if row.outside_mass > 0:
-            _check_outside_token(row, index, vocab_size)
+
+class Rejection(Rule):
+    """Judge one proposal after the other by their distributions, and replace the first that is rejected.
+
+    Source: Leviathan et al. 2023 (arXiv 2211.17192).
+    """
+
+    name: ClassVar[RuleName] = "rejection"
 
     def decide(self, proposals: Sequence[Proposal], rows: Sequence[TargetRow], position: int) -> Decision:
         positions = range(position, position + len(proposals))
@@ -118,11 +102,11 @@ class Rejection(Rule):
         return decide(proposals, rows, accept_uniforms, [self._residual.at(each) for each in positions])
 
 
-class Block(Rejection):
+class Block(Rule):
     """Judge the proposals of a round together, which keeps at least as many of them.
 
-    Since proposals behind the end of a round take part in deciding on it, what the draft draws in their places needs
-    new random numbers, and nothing can be prepared there.
+    Proposals behind the end of a round take part in deciding on it. So what the draft draws in their places needs new
+    random numbers, and nothing can be prepared there.
 
     Source: Sun et al. 2024 (arXiv 2403.10444).
     """
@@ -152,20 +136,17 @@ class SharedNoise(Rule):
     depends_on_draft = False
     num_alternatives = 4  # the draft foresees what the target may choose
 
+    def decide(self, proposals: Sequence[Proposal], rows: Sequence[TargetRow], position: int) -> Decision:
+        return decide_shared_noise(proposals, rows)
+
     def check_proposal(self, message: draft_pb2.Proposal, vocab_size: int, most_support: int) -> None:
-        _check_token(message, vocab_size)
+        if message.token_id >= vocab_size:
+            raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
         if message.support_gaps or message.support_weights:
             raise ServiceFailedError("the draft sent a support where it shares its noise, and tokens come alone")
 
     def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
         return Proposal.of_token(message.token_id)
-
-    def check_row(self, row: TargetRow, index: int, vocab_size: int) -> None:
-        _check_mass(row, index, least=0.0)
-        _check_outside_token(row, index, vocab_size)
-
-    def decide(self, proposals: Sequence[Proposal], rows: Sequence[TargetRow], position: int) -> Decision:
-        return decide_shared_noise(proposals, rows)
 
 
 RULES: dict[RuleName, type[Rule]] = {rule.name: rule for rule in (Rejection, Block, SharedNoise)}
@@ -179,23 +160,3 @@ def rule_of(name: RuleName, has_seed: bool) -> type[Rule]:
     if name == "auto":
         return SharedNoise if has_seed else Rejection
     return RULES[name]
-
-
-def _check_token(message: draft_pb2.Proposal, vocab_size: int) -> None:
-    if message.token_id >= vocab_size:
-        raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
-
-
-def _check_mass(row: TargetRow, index: int, least: float) -> None:
-    if not 0 <= row.outside_mass <= 1 + MASS_SLACK:  # NaN neither
-        raise ServiceFailedError(f"the target sent rows[{index}].outside_mass {row.outside_mass}, which is none")
-    mass = float(row.probs.sum()) + row.outside_mass
-    if not least <= mass <= 1 + MASS_SLACK:
-        raise ServiceFailedError(f"the target sent rows[{index}] with a mass of {mass:g}, where it is 1")
-
-
-def _check_outside_token(row: TargetRow, index: int, vocab_size: int) -> None:
-    if row.outside_token_id >= vocab_size:
-        raise ServiceFailedError(
-            f"the target sent token {row.outside_token_id} in rows[{index}]: its vocabulary has {vocab_size} ids"
-        )

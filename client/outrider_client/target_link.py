@@ -11,6 +11,8 @@ from outrider_client.acceptance import Decision, Proposal, TargetRow
 from outrider_client.committed import Committed, Task
 from outrider_client.errors import ServiceFailedError
 
+MASS_SLACK = 2.0**-10  # of a row: logits become probabilities in float32
+
 
 class TargetLink:
     """What the target service is sent, and what its answers decide."""
@@ -87,7 +89,7 @@ class TargetLink:
         self._committed.check_cache(response.cache, [proposal.token_id for proposal in proposals])
         rows = _rows_from_proto(response.rows, proposals)
         for index, row in enumerate(rows):
-            rule.check_row(row, index, self._task.target_info.vocab_size)
+            _check_row(row, index, self._task.target_info.vocab_size)
         return rule.decide(proposals, rows, len(self._committed))
 
 
@@ -103,6 +105,19 @@ def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[P
         TargetRow(row_probs, row.outside_mass, row.outside_token_id, _known_prob(row.outside_token_prob))
         for row_probs, row in zip(probs, rows, strict=True)
     ]
+
+
+def _check_row(row: TargetRow, index: int, vocab_size: int) -> None:
+    """Raise ServiceFailedError for a row that is no distribution over the target's own vocabulary."""
+    if not 0 <= row.outside_mass <= 1 + MASS_SLACK:  # neither is NaN
+        raise ServiceFailedError(f"the target sent rows[{index}].outside_mass {row.outside_mass}, which is none")
+    mass = float(row.probs.sum()) + row.outside_mass
+    if abs(mass - 1) > MASS_SLACK:
+        raise ServiceFailedError(f"the target sent rows[{index}] with a mass of {mass:g}, where it is 1")
+    if row.outside_mass > 0 and row.outside_token_id >= vocab_size:
+        raise ServiceFailedError(
+            f"the target sent token {row.outside_token_id} in rows[{index}]: its vocabulary has {vocab_size} ids"
+        )
 
 
 def _known_prob(prob: float) -> float | None:
