@@ -90,8 +90,9 @@ def draw(weights: np.ndarray, number: float | Noise) -> int:
 
 def numbers_of(opening: Any, purpose: Purpose, branch: int = 0) -> AddressedUniforms | SharedNoise:
     """Return what a session draws with, after the message that opened it."""
-    is_coupled = opening.sampling.coupling == common_pb2.COUPLING_GUMBEL
-    return SharedNoise(opening.seed) if is_coupled else AddressedUniforms(opening.seed, purpose, branch)
+    return (
+        SharedNoise(opening.seed) if opening.sampling.shared_noise else AddressedUniforms(opening.seed, purpose, branch)
+    )
 
 
 def draft_law(model: ToyModel, tokens: TokenLog, max_support: int) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +172,7 @@ class ToyDraft:
         self._model = ToyModel(DRAFT_LOGITS, 0.0 if opening.greedy else opening.sampling.temperature)
         self._opening, self.branch = opening, opening.branch
         self._numbers = numbers_of(opening, Purpose.DRAFT, opening.branch)
-        self._is_coupled = opening.sampling.coupling == common_pb2.COUPLING_GUMBEL
+        self._shares_noise = opening.sampling.shared_noise
         self._max_support, self._min_draft_prob = opening.max_support, opening.min_draft_prob
         self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE))
         self._window, self._batch_until = opening.window, opening.batch_until
@@ -235,7 +236,7 @@ class ToyDraft:
         position = len(tokens)
         proposal = draft_proposal(self._model, tokens, self._numbers.at(position), self._max_support)
         ids, probs = draft_law(self._model, tokens, self._max_support)
-        weights = probs if self._is_coupled else whole_weights(probs)
+        weights = probs if self._shares_noise else whole_weights(probs)
         tokens.extend([proposal.token_id])
         prob = weights[ids == proposal.token_id].sum() / weights.sum()
         self._is_stopped = bool(prob < self._min_draft_prob)

@@ -29,8 +29,8 @@ def likely_alternatives(drafts: Sequence[Draft], accept_uniforms: Sequence[float
     Args:
         drafts: the round's, with their likeliest others.
         accept_uniforms: the numbers by which proposals will be judged, which the seed tells: x is rejected when its
-            number is p(x) / q(x) or more. None where the target takes its own choice, as at temperature 0 and with a
-            coupling; there the others' shares are the chances that it chooses them.
+            number is p(x) / q(x) or more. None where the target takes its own choice, as at temperature 0 and with
+            shared noise; there the others' shares are the chances that it chooses them.
     """
     chances: dict[Alternative, float] = {}
     reached = 1.0

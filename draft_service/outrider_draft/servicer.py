@@ -10,7 +10,7 @@ from outrider.common.callers import Caller
 from outrider.common.mailbox import Mailbox
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError, ServiceError
-from outrider.sampling.messages import is_coupled_from_proto, warping_from_proto
+from outrider.sampling.messages import warping_from_proto
 from outrider.sampling.probs import Draft
 from outrider.serving.calls import Call
 from outrider.serving.options import ServiceOptions
@@ -126,7 +126,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             max_support=message.max_support or limit,
             min_draft_prob=message.min_draft_prob,
             branch=message.branch,
-            is_coupled=is_coupled_from_proto(message.sampling),
+            shares_noise=message.sampling.shared_noise,
             max_alternatives=0 if message.min_draft_prob else message.max_alternatives,
         )
 

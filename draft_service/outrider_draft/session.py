@@ -38,7 +38,7 @@ class DraftOptions:
     max_support: int
     min_draft_prob: float
     branch: int = 0  # that drafting begins with; OpenProposals.branch in draft.proto
-    is_coupled: bool = False  # draws with the target's noise; COUPLING_GUMBEL in common.proto
+    shares_noise: bool = False  # draws with the target's; SamplingParams in common.proto
     max_alternatives: int = 0
 
     @property
@@ -195,7 +195,7 @@ class Session:
     def _numbers(self) -> AddressedUniforms | SharedNoise:
         """Return the random numbers of the branch; noise that is shared has none."""
         seed = self.options.seed
-        return SharedNoise(seed) if self.options.is_coupled else AddressedUniforms(seed, Purpose.DRAFT, self.branch)
+        return SharedNoise(seed) if self.options.shares_noise else AddressedUniforms(seed, Purpose.DRAFT, self.branch)
 
     @property
     def num_committed(self) -> int:
@@ -347,7 +347,7 @@ class Session:
         self._has_forked = True
         base = self.num_committed
         in_round = self.main.drafts[: self.batch_until - base]
-        is_judged = not (self.options.warping.is_greedy or self.options.is_coupled)
+        is_judged = not (self.options.warping.is_greedy or self.options.shares_noise)
         uniforms = [self._accept.at(base + index) for index in range(len(in_round))] if is_judged else None
         has_room = [it for it in likely_alternatives(in_round, uniforms) if base + it.index + 1 < self.main.end]
         return has_room[: min(most, self.options.max_alternatives)]

@@ -126,11 +126,11 @@ class Scheduler:
         raise_errors_in(answers)
 
     def open(
-        self, warping: Warping, seed: int, committed: Span, is_coupled: bool = False, caller: Caller = ()
+        self, warping: Warping, seed: int, committed: Span, shares_noise: bool = False, caller: Caller = ()
     ) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.
 
-        Where it is coupled (COUPLING_GUMBEL in common.proto), its tokens are drawn with the noise that drafts share.
+        With `shares_noise`, its tokens are drawn with the noise that drafts share; SamplingParams in common.proto.
         Passes are shared fairly among callers.
 
         Raises:
@@ -140,7 +140,7 @@ class Scheduler:
             raise InvalidArgumentError(
                 f"committed.token_ids holds {len(committed.token_ids)} tokens: give 1 to {self._context_length}"
             )
-        needs_noise = is_coupled and not warping.is_greedy  # a greedy draw is the same with any number
+        needs_noise = shares_noise and not warping.is_greedy  # a greedy draw is the same with any number
         numbers = SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE)
         session = Session(warping, numbers, EngineSequence(caller=caller))
         session.sequence.tokens.extend(committed.token_ids)

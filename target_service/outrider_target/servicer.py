@@ -10,7 +10,7 @@ import numpy as np
 from outrider.common.mailbox import Mailbox
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError, NotFoundError, ServiceError
-from outrider.sampling.messages import is_coupled_from_proto, warping_from_proto
+from outrider.sampling.messages import warping_from_proto
 from outrider.serving.options import ServiceOptions
 from outrider.serving.service import ModelHost
 from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
@@ -68,12 +68,12 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             opening = call.opening
             if opening is None:
                 return
-            is_coupled = is_coupled_from_proto(opening.open.sampling)
+            shares_noise = opening.open.sampling.shared_noise
             session = scheduler.open(
                 warping_from_proto(opening.open.sampling),
                 opening.open.seed,
                 self._span(opening.open.committed, "open.committed"),
-                is_coupled,
+                shares_noise,
                 call.caller,
             )
             call.is_busy = lambda: scheduler.is_busy(session)
@@ -84,7 +84,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                         raise InvalidArgumentError(
                             "kind is not `round`: only the first message of a stream opens a session"
                         )
-                    scheduler.submit(session, self._round(request.round, is_coupled), answers.put)
+                    scheduler.submit(session, self._round(request.round, shares_noise), answers.put)
                     answer = await call.wait(answers.get())
                     call.note_answer()
                     if isinstance(answer, ServiceError):
@@ -101,7 +101,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             )
         return Span(span.start_position, token_ids, span.prefix_digest)
 
-    def _round(self, message: target_pb2.Round, is_coupled: bool) -> Round:
+    def _round(self, message: target_pb2.Round, shares_noise: bool) -> Round:
         limit = self._options.max_proposals
         if len(message.proposals) > limit:
             raise InvalidArgumentError(
@@ -111,19 +111,19 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
         supports = []
         for index, proposal in enumerate(message.proposals):
             wire.check_token_id(proposal.token_id, f"proposals[{index}].token_id", vocab_size)
-            supports.append(self._support(proposal.support_gaps[:], f"proposals[{index}].support_gaps", is_coupled))
+            supports.append(self._support(proposal.support_gaps[:], f"proposals[{index}].support_gaps", shares_noise))
         return Round(
             self._span(message.committed, "round.committed"),
             [proposal.token_id for proposal in message.proposals],
             supports,
         )
 
-    def _support(self, gaps: list[int], field: str, is_coupled: bool) -> np.ndarray:
+    def _support(self, gaps: list[int], field: str, shares_noise: bool) -> np.ndarray:
         limit = self._options.max_support
-        if not gaps and not is_coupled:
+        if not gaps and not shares_noise:
             raise InvalidArgumentError(f"{field} is empty: send the ids that the proposal was drawn from")
-        if gaps and is_coupled:
-            raise InvalidArgumentError(f"{field} is not empty: with coupling gumbel, send the token alone")
+        if gaps and shares_noise:
+            raise InvalidArgumentError(f"{field} is not empty: with shared_noise, send the token alone")
         if len(gaps) > limit:
             raise InvalidArgumentError(f"{field} has {len(gaps)} ids: this service takes at most {limit}")
         return wire.support_of(gaps, field, self._host.vocab_size)

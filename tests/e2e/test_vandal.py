@@ -66,7 +66,7 @@ class Vandal:
             top_k=self.odd(0, COUNTS),
             top_p=self.odd(1.0, NUMBERS),
             min_p=self.odd(0.0, NUMBERS),
-            coupling=self.odd(0, [1, 1, 7]),
+            shared_noise=self.odd(False, [True]),
         )
 
     def ids(self, most: int) -> list[int]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from outrider.sampling.rng import key_of, philox4x32
-from outrider.v1 import common_pb2
 from tests.servers import RawStream
 from tests.service.conftest import (
     PROMPT,
@@ -25,7 +24,6 @@ from tests.service.conftest import (
 )
 
 AHEAD = 6
-GUMBEL = common_pb2.COUPLING_GUMBEL
 SAMPLINGS = {
     "plain": {"temperature": 1.0},
     "hot": {"temperature": 1.7},
@@ -48,7 +46,7 @@ def choice(probs: np.ndarray, position: int) -> int:
 @pytest.mark.parametrize("proposed_ids", [[], [30], [30, 4, 60, 8]], ids=len)
 def test_rows_are_the_targets_own_choices(target, models, sampling, proposed_ids):
     request = round_of(span(PROMPT), [(token_id, []) for token_id in proposed_ids])
-    with RawStream(target.stub.Verify, open_verification(coupling=GUMBEL, **sampling), request) as stream:
+    with RawStream(target.stub.Verify, open_verification(shared_noise=True, **sampling), request) as stream:
         rows = stream.receive().rows
     law = exact_probs(models.target, [*PROMPT, *proposed_ids[:-1]], **sampling)[len(PROMPT) - 1 :]
     assert [row.outside_token_id for row in rows] == [
@@ -62,7 +60,7 @@ def test_rows_are_the_targets_own_choices(target, models, sampling, proposed_ids
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("max_support", [0, 3])
 def test_proposals_are_the_drafts_own_choices(draft, models, sampling, max_support):
-    request = open_proposals(ahead=AHEAD, max_support=max_support, coupling=GUMBEL, **sampling)
+    request = open_proposals(ahead=AHEAD, max_support=max_support, shared_noise=True, **sampling)
     with RawStream(draft.stub.Propose, request) as stream:
         proposals, _ = receive_proposals(stream, AHEAD)
     drafted = [proposal.token_id for proposal in proposals]

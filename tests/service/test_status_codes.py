@@ -45,7 +45,6 @@ SAMPLINGS = [
     ("temperature", math.nan), ("temperature", -0.5), ("temperature", math.inf), ("temperature", 1e-30),
     ("temperature", 1001.0), ("top_k", 2**31), ("top_p", 0.0),
     ("top_p", 1.5), ("top_p", -0.1), ("top_p", math.nan), ("min_p", 1.5), ("min_p", -0.1), ("min_p", math.nan),
-    ("coupling", 7),
 ]  # fmt: skip
 
 
@@ -81,8 +80,8 @@ VERIFY = {
     "support of more ids than there are": (rounds(3, [0] * (VOCAB_SIZE + 1)), INVALID, "proposals[0].support_gaps"),
     "support of as many gaps as a message holds": (rounds(3, [0] * 2_000_000), INVALID, "proposals[0].support_gaps"),
     "support empty": (rounds(3, []), INVALID, "proposals[0].support_gaps"),
-    "support with a coupling": (
-        [open_verification(coupling=common_pb2.COUPLING_GUMBEL), round_of(span(PROMPT), [(3, [3, 4])])],
+    "support with shared noise": (
+        [open_verification(shared_noise=True), round_of(span(PROMPT), [(3, [3, 4])])],
         INVALID,
         "proposals[0].support_gaps",
     ),

@@ -88,7 +88,7 @@ class Bench:
 def expected(prefix: Sequence[int], number: int, options: DraftOptions = OPTIONS) -> list[int]:
     """Return what a session drafts behind a prefix, by the toys' own reckoning."""
     opening = toys.draft_pb2.OpenProposals(
-        sampling=warping_to_proto(options.warping, options.is_coupled),
+        sampling=warping_to_proto(options.warping, options.shares_noise),
         seed=SEED,
         committed=common_pb2.TokenSpan(token_ids=wire.pack_ids(prefix)),
         window=len(prefix) + number,
@@ -113,12 +113,12 @@ def alternatives_of(sent: Sequence[Drafted]) -> list[Prepared]:
 WAYS = {
     "drawn": OPTIONS,
     "greedy": replace(OPTIONS, warping=Warping(0.0)),
-    "coupled": replace(OPTIONS, is_coupled=True),
+    "shared noise": replace(OPTIONS, shares_noise=True),
     "filtered": replace(OPTIONS, warping=Warping(1.0, top_k=4)),
 }
 
 
-@pytest.mark.parametrize("way", ["drawn", "coupled"])
+@pytest.mark.parametrize("way", ["drawn", "shared noise"])
 def test_alternatives_are_what_would_be_drafted_behind_such_a_commit(way):
     options = WAYS[way]
     bench = Bench(options)
@@ -171,7 +171,7 @@ def test_any_other_commit_makes_alternatives_void(ending):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("way", ["drawn", "coupled"])
+@pytest.mark.parametrize("way", ["drawn", "shared noise"])
 def test_whatever_is_committed_and_whenever_what_is_sent_is_what_would_be_drafted(seed, way):
     """Commits of every kind come after any number of steps, so that forks are cut off in the middle, too."""
     random, bench = Random(seed), Bench(WAYS[way])

@@ -79,8 +79,8 @@ def until_quiet(toy: toys.ToyDraft) -> Iterator[draft_pb2.ProposeResponse]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("min_draft_prob", [0.0, 0.4])
-@pytest.mark.parametrize("is_coupled", [False, True])
-def test_the_toy_draft_is_the_drafter(seed, min_draft_prob, is_coupled):
+@pytest.mark.parametrize("shares_noise", [False, True])
+def test_the_toy_draft_is_the_drafter(seed, min_draft_prob, shares_noise):
     """Commits agree with the drafts, contradict them, fall short of them and go beyond them, in a random order.
 
     Some begin another branch.
@@ -88,11 +88,11 @@ def test_the_toy_draft_is_the_drafter(seed, min_draft_prob, is_coupled):
     random, emitted = Random(seed), []
     committed = TokenLog(toys.PROMPT_IDS)
     branch = seed
-    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, min_draft_prob, branch, is_coupled)
+    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, min_draft_prob, branch, shares_noise)
     toy = toys.ToyDraft(
         draft_pb2.ProposeRequest(
             open=draft_pb2.OpenProposals(
-                sampling=warping_to_proto(Warping(), is_coupled),
+                sampling=warping_to_proto(Warping(), shares_noise),
                 seed=SEED,
                 committed=span_of(committed, 0),
                 window=8,
@@ -227,23 +227,23 @@ def test_a_row_that_is_none_ends_its_own_session_and_the_drafter_goes_on():
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("is_coupled", [False, True])
-def test_the_toy_target_is_the_scheduler(seed, is_coupled):
+@pytest.mark.parametrize("shares_noise", [False, True])
+def test_the_toy_target_is_the_scheduler(seed, shares_noise):
     """Rounds of 0 to 5 proposals, of which any number is then committed."""
     random, tokens = Random(seed), TokenLog(toys.PROMPT_IDS)
     toy = toys.ToyTarget(
         target_pb2.VerifyRequest(
             open=target_pb2.OpenVerification(
-                sampling=warping_to_proto(Warping(), is_coupled), seed=SEED, committed=span_of(tokens, 0)
+                sampling=warping_to_proto(Warping(), shares_noise), seed=SEED, committed=span_of(tokens, 0)
             )
         )
     )
     with running(Scheduler, toys.TARGET_LOGITS) as scheduler:
-        session = scheduler.open(Warping(), SEED, Span(0, tokens[:], 0), is_coupled)
+        session = scheduler.open(Warping(), SEED, Span(0, tokens[:], 0), shares_noise)
         told = len(tokens)
         for index in range(NUM_STEPS):
             proposed_ids = random.choices(range(toys.VOCAB_SIZE), k=random.randint(0, 5))
-            num_support = 0 if is_coupled else 4
+            num_support = 0 if shares_noise else 4
             supports = [sorted(random.sample(range(toys.VOCAB_SIZE), num_support)) for _ in proposed_ids]
             work = Round(
                 Span(told, tokens[told:], tokens.digest(told)),

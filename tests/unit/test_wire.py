@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError
 from outrider.protocol.scales import PROB_UNIT
-from outrider.sampling.messages import is_coupled_from_proto, warping_from_proto, warping_to_proto
+from outrider.sampling.messages import warping_from_proto, warping_to_proto
 from outrider.sampling.warping import Warping
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
@@ -121,17 +121,12 @@ def test_token_ids_up_to_the_vocabulary_pass():
         wire.check_token_id(100, "token_id", VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("is_coupled", [False, True])
-def test_a_warping_and_a_coupling_come_back_as_they_went(is_coupled):
+@pytest.mark.parametrize("shares_noise", [False, True])
+def test_a_warping_and_shared_noise_come_back_as_they_went(shares_noise):
     warping = Warping(0.7, 40, 0.9, 0.05)
-    message = warping_to_proto(warping, is_coupled)
+    message = warping_to_proto(warping, shares_noise)
     assert warping_from_proto(message) == warping
-    assert is_coupled_from_proto(message) is is_coupled
-
-
-def test_a_coupling_that_is_not_known_is_refused_by_its_name():
-    with pytest.raises(InvalidArgumentError, match=r"^coupling is 7"):
-        is_coupled_from_proto(common_pb2.SamplingParams(coupling=7))
+    assert message.shared_noise is shares_noise
 
 
 @pytest.mark.parametrize(
@@ -162,4 +157,4 @@ def test_an_empty_message_is_greedy_without_filters():
     """Values that are not set mean what common.proto says: temperature 0 is greedy, and all filters keep all."""
     assert warping_from_proto(common_pb2.SamplingParams()) == Warping(0.0, 0, 1.0, 0.0)
     assert not warping_from_proto(common_pb2.SamplingParams(temperature=1.0)).has_filters
-    assert not is_coupled_from_proto(common_pb2.SamplingParams())
+    assert not common_pb2.SamplingParams().shared_noise
