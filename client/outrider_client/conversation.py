@@ -107,19 +107,20 @@ class Conversation:
             before, num_failures = self._stats.waits_s(), self._num_failures
             num_proposals = yield from self._gather_proposals(length)
             decision = yield from self._verify(num_proposals, length)
-            taken = self._text.take(decision.token_ids)
-            self._generation.commit_round(decision, taken.num_taken)
+            texts = self._text.take(decision.token_ids)
+            num_kept = len(texts)
+            self._generation.commit_round(decision, num_kept)
             spent = (after - earlier for after, earlier in zip(self._stats.waits_s(), before, strict=True))
-            self._stats.rounds.append(RoundStats(num_proposals, taken.num_taken, *spent))
+            self._stats.rounds.append(RoundStats(num_proposals, num_kept, *spent))
             began_at, learned_at = learned_at, self._worked_s
             if num_failures == self._num_failures and bool(num_proposals) == bool(length):
                 self._learn(decision, learned_at - began_at)
             length = self._lengths.next_length()
-            if taken.finish_reason is None and length:
+            if self._text.finish_reason is None and length:
                 yield from self._draft.commit(length)
-            segments = [Segment(text, index < decision.num_accepted) for index, text in enumerate(taken.texts)]
-            token_probs = list(decision.token_probs[: taken.num_taken])
-            yield from self._hand_over(Chunk(decision.token_ids[: taken.num_taken], segments, token_probs))
+            segments = [Segment(text, index < decision.num_accepted) for index, text in enumerate(texts)]
+            token_probs = list(decision.token_probs[:num_kept])
+            yield from self._hand_over(Chunk(decision.token_ids[:num_kept], segments, token_probs))
 
     @property
     def _num_failures(self) -> int:
@@ -287,11 +288,10 @@ class Conversation:
                 continue
             first_failure_at = None
             token_ids = [proposal.token_id for proposal in link.proposals]
-            taken = self._text.take(token_ids)
-            self._generation.commit_drafts(taken.num_taken)
-            segments = [Segment(text, True) for text in taken.texts]
-            unknown: list[float | None] = [None] * taken.num_taken  # the target has not been asked
-            yield from self._hand_over(Chunk(token_ids[: taken.num_taken], segments, unknown))
+            segments = [Segment(text, True) for text in self._text.take(token_ids)]
+            self._generation.commit_drafts(len(segments))
+            unknown: list[float | None] = [None] * len(segments)  # the target has not been asked
+            yield from self._hand_over(Chunk(token_ids[: len(segments)], segments, unknown))
 
     # Chunks and events.
 

@@ -107,15 +107,6 @@ class TargetTokenizer:
         return self._encode("messages", text, add_special_tokens=False).ids
 
 
-@dataclass(frozen=True)
-class Taken:
-    """What a text took of the tokens it was given."""
-
-    num_taken: int
-    texts: list[str]  # one for each token taken: what it released
-    finish_reason: FinishReason | None
-
-
 class TextStream:
     """Grows a text token by token and finds its end: end-of-sequence ids, stop strings, and the longest length.
 
@@ -137,7 +128,7 @@ class TextStream:
         self._stop, self._eos_token_ids = tuple(stop), frozenset(eos_token_ids)
         self._released: list[str] = []
         self._held = ""
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []  # taken so far
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -145,26 +136,21 @@ class TextStream:
         """All text released so far."""
         return "".join(self._released)
 
-    @property
-    def token_ids(self) -> list[int]:
-        """All tokens taken so far."""
-        return self._token_ids
-
-    def take(self, token_ids: Sequence[int]) -> Taken:
-        """Take tokens up to the end of the text."""
+    def take(self, token_ids: Sequence[int]) -> list[str]:
+        """Take tokens up to the end of the text, and return what each of those taken released."""
         texts: list[str] = []
         for token_id in token_ids:
             if self.finish_reason is not None:
                 break
             texts.append(self._take_one(token_id))
-        return Taken(len(texts), texts, self.finish_reason)
+        return texts
 
     def end_at_limit(self) -> str:
         """End the text because nothing more fits, although it is shorter than asked for; return what was held back."""
         return self._finish("length")
 
     def _take_one(self, token_id: int) -> str:
-        self._token_ids.append(token_id)
+        self.token_ids.append(token_id)
         self._num_left -= 1
         if token_id in self._eos_token_ids:
             return self._finish("stop")

@@ -7,13 +7,14 @@ The tokenizer has one piece for each byte, so that every character beyond ASCII 
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from outrider_client.connection import TokenizerParts
 from outrider_client.errors import InvalidRequestError, ServiceFailedError
-from outrider_client.text import Taken, TargetTokenizer, TextStream, prompt_to_ids
+from outrider_client.text import TargetTokenizer, TextStream, prompt_to_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tests.tiny_models import byte_tokenizer
@@ -36,11 +37,22 @@ def piece_tokenizer(*pieces: str) -> TargetTokenizer:
     return TargetTokenizer(tokenizer, "", {})
 
 
+class Taken(NamedTuple):
+    num_taken: int
+    texts: list[str]
+    finish_reason: str | None
+
+
+def take(text: TextStream, token_ids: list[int]) -> Taken:
+    texts = text.take(token_ids)
+    return Taken(len(texts), texts, text.finish_reason)
+
+
 def stream(text_or_ids: str | list[int], max_new_tokens: int = 100, **ends) -> tuple[TextStream, Taken]:
     """Return a stream that was given all tokens at once, as a round gives them."""
     token_ids = BYTES.encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
     text = TextStream(BYTES, PROMPT_IDS, max_new_tokens, **ends)
-    return text, text.take(token_ids)
+    return text, take(text, token_ids)
 
 
 def test_a_text_without_an_end_goes_on():
@@ -93,15 +105,15 @@ class TestStopString:
 
     def test_across_rounds_it_is_found_and_never_shown(self):
         text = TextStream(BYTES, PROMPT_IDS, 100, stop=["<end>"])
-        assert text.take(BYTES.encode("one<e")) == Taken(5, ["o", "n", "e", "", ""], None)
+        assert take(text, BYTES.encode("one<e")) == Taken(5, ["o", "n", "e", "", ""], None)
         assert text.text == "one"
-        assert text.take(BYTES.encode("nd>two")) == Taken(3, ["", "", ""], "stop")
+        assert take(text, BYTES.encode("nd>two")) == Taken(3, ["", "", ""], "stop")
         assert text.text == "one"
 
     def test_inside_one_token_the_text_before_it_is_shown(self):
         tokenizer = piece_tokenizer("?", "▁the", "▁end.And")
         text = TextStream(tokenizer, [1], 100, stop=["."])
-        assert text.take([1, 2]) == Taken(2, [" the", " end"], "stop")
+        assert take(text, [1, 2]) == Taken(2, [" the", " end"], "stop")
 
     def test_a_beginning_that_turns_out_to_be_none_is_shown_late(self):
         text, taken = stream("a<en!b", stop=["<end>"])
@@ -117,13 +129,13 @@ class TestStopString:
     def test_the_earliest_of_several_wins(self):
         tokenizer = piece_tokenizer("?", "▁one;two.three")
         text = TextStream(tokenizer, [], 100, stop=[".", ";", "three"])
-        text.take([1])
+        take(text, [1])
         assert text.text == "one"
 
     def test_the_longest_beginning_of_several_is_held(self):
         text, taken = stream("x12", stop=["12345", "2z"])
         assert taken.texts == ["x", "", ""]
-        assert text.take(BYTES.encode("z")).finish_reason == "stop"
+        assert take(text, BYTES.encode("z")).finish_reason == "stop"
         assert text.text == "x1"
 
     def test_of_characters_with_several_tokens(self):
@@ -134,7 +146,7 @@ class TestStopString:
     def test_in_the_prompt_it_is_no_end(self):
         """The prompt ends in "<en": only what is generated counts."""
         text = TextStream(BYTES, BYTES.encode("<en"), 100, stop=["<end>"])
-        assert text.take(BYTES.encode("d>")) == Taken(2, ["d", ">"], None)
+        assert take(text, BYTES.encode("d>")) == Taken(2, ["d", ">"], None)
 
     def test_held_back_at_the_greatest_length_it_is_shown(self):
         text, taken = stream("ab<end>", max_new_tokens=4, stop=["<end>"])
@@ -165,13 +177,13 @@ class TestLength:
 
     def test_after_the_end_nothing_is_taken(self):
         text, _ = stream("abcd", max_new_tokens=2)
-        assert text.take(BYTES.encode("ef")) == Taken(0, [], "length")
+        assert take(text, BYTES.encode("ef")) == Taken(0, [], "length")
         assert text.text == "ab"
 
     def test_without_a_tokenizer_tokens_are_counted_and_there_is_no_text(self):
         text = TextStream(None, [5], 3, eos_token_ids=[7])
-        assert text.take([1, 2, 3, 4]) == Taken(3, ["", "", ""], "length")
-        assert TextStream(None, [5], 3, eos_token_ids=[2]).take([1, 2, 3]) == Taken(2, ["", ""], "stop")
+        assert take(text, [1, 2, 3, 4]) == Taken(3, ["", "", ""], "length")
+        assert take(TextStream(None, [5], 3, eos_token_ids=[2]), [1, 2, 3]) == Taken(2, ["", ""], "stop")
 
 
 class TestCharacters:
@@ -180,8 +192,8 @@ class TestCharacters:
 
     def test_across_rounds_are_shown_with_their_last_token(self):
         text = TextStream(BYTES, PROMPT_IDS, 100)
-        assert text.take(EURO[:2]).texts == ["", ""]
-        assert text.take(EURO[2:]).texts == ["€"]
+        assert take(text, EURO[:2]).texts == ["", ""]
+        assert take(text, EURO[2:]).texts == ["€"]
 
     @pytest.mark.parametrize("num_left", [1, 2], ids=["one_missing", "two_missing"])
     def test_unfinished_at_the_greatest_length_show_a_replacement(self, num_left):
@@ -201,7 +213,7 @@ class TestCharacters:
 
     def test_that_the_prompt_left_unfinished_do_not_bring_the_prompt_into_the_text(self):
         text = TextStream(BYTES, [*BYTES.encode("Once"), E_ACUTE[0]], 3)
-        text.take([E_ACUTE[1], *BYTES.encode("ab")])
+        take(text, [E_ACUTE[1], *BYTES.encode("ab")])
         assert text.text == "�ab"
 
 
@@ -212,11 +224,11 @@ class TestSpaces:
 
     def test_after_a_prompt_the_first_word_has_its_space(self):
         text = TextStream(self.TOKENIZER, [1], 2)
-        assert text.take([2, 3]).texts == [" upon", " time"]
+        assert take(text, [2, 3]).texts == [" upon", " time"]
 
     def test_without_a_prompt_it_has_none(self):
         text = TextStream(self.TOKENIZER, [], 2)
-        assert text.take([1, 2]).texts == ["once", " upon"]
+        assert take(text, [1, 2]).texts == ["once", " upon"]
 
 
 @given(token_ids=IDS, prompt_ids=IDS, cuts=st.lists(st.integers(1, 5), min_size=24, max_size=24))
@@ -227,7 +239,7 @@ def test_text_is_what_the_tokenizer_makes_of_the_tokens(token_ids, prompt_ids, c
     text = TextStream(BYTES, prompt_ids, max(1, len(token_ids)))
     shown, start = "", 0
     for length in cuts:
-        shown += "".join(text.take(token_ids[start : start + length]).texts)
+        shown += "".join(take(text, token_ids[start : start + length]).texts)
         start += length
     assert shown == text.text == BYTES.decode(token_ids)
     assert text.token_ids == token_ids
@@ -258,7 +270,7 @@ def test_every_way_to_split_a_run_gives_the_same_text():
     for first, second in itertools.combinations(range(len(token_ids) + 1), 2):
         text = TextStream(BYTES, PROMPT_IDS, 100, stop=["<end>"])
         for run in (token_ids[:first], token_ids[first:second], token_ids[second:]):
-            text.take(run)
+            take(text, run)
         assert (text.text, text.finish_reason) == ("a€<e", "stop")
 
 
