@@ -42,6 +42,8 @@ class DraftLink:
         self._end: float = math.inf  # no window of the session reached further
         self._credit = math.inf  # what may still come: each message, proposal and alternative counts
 
+    # Messages to the draft.
+
     def open(self, length: int) -> draft_pb2.ProposeRequest:
         """Return the message that opens a session with all committed tokens; what was proposed before is void."""
         task, target = self._task, self._task.target_info
@@ -72,18 +74,6 @@ class DraftLink:
             )
         )
 
-    @property
-    def _commit_index(self) -> int:
-        return len(self._commit_starts)
-
-    @property
-    def can_follow(self) -> bool:
-        """Whether the draft can go on from the committed tokens: they fit its context and its vocabulary."""
-        if self.info is None:
-            return False
-        unsent = self._committed[self._num_sent :]
-        return len(self._committed) < self.info.context_length and max(unsent, default=0) < self.info.vocab_size
-
     def commit(self, length: int) -> draft_pb2.ProposeRequest:
         """Return the message that sends the draft what has been committed since the last."""
         self.has_stopped, self._alternatives = False, {}
@@ -102,6 +92,83 @@ class DraftLink:
                 branch=self._branch,
             )
         )
+
+    @property
+    def can_follow(self) -> bool:
+        """Whether the draft can go on from the committed tokens: they fit its context and its vocabulary."""
+        if self.info is None:
+            return False
+        unsent = self._committed[self._num_sent :]
+        return len(self._committed) < self.info.context_length and max(unsent, default=0) < self.info.vocab_size
+
+    def num_wanted(self, length: int) -> int:
+        """Return how many proposals the next round should have: 0 where the draft cannot follow."""
+        if self.info is None or not self.can_follow:
+            return 0
+        limit = self._task.target_info.limits.max_proposals or length
+        ahead = self._task.speculation.num_ahead(length, self._overlaps)
+        return min(length, self._num_left, self.info.context_length - len(self._committed), limit, ahead)
+
+    @property
+    def _commit_index(self) -> int:
+        return len(self._commit_starts)
+
+    def _window(self, length: int) -> int:
+        assert self.info is not None
+        speculation = self._task.speculation
+        ahead = self._num_left if speculation.method == "draft" else speculation.num_ahead(length, self._overlaps)
+        return min(len(self._committed) + ahead, self._task.max_length, self.info.context_length)
+
+    def _batch_until(self, length: int) -> int:
+        """The next round waits for all its proposals, so they may come together; a draft alone shows each at once."""
+        if self._task.speculation.method == "draft":
+            return 0
+        return len(self._committed) + self.num_wanted(length)
+
+    def _most_support(self) -> int:
+        """Return the most tokens in a support that the caller wants and both services take; 0 where nobody says."""
+        assert self.info is not None
+        limits = (it.limits.max_support for it in (self.info, self._task.target_info))
+        return min(filter(None, (self._task.speculation.max_support, *limits)), default=0)
+
+    @property
+    def _min_draft_prob(self) -> float:
+        """A draft that writes alone must not stop, since only a commit would make it go on."""
+        speculation = self._task.speculation
+        return 0.0 if speculation.method == "draft" else speculation.min_draft_prob
+
+    @property
+    def _max_alternatives(self) -> int:
+        """How many alternatives the draft is asked for: none without overlap, or where the rule leaves no place.
+
+        By default fewer where they are harder to guess and supports make their messages long.
+        """
+        speculation, most = self._task.speculation, self._task.rule.num_alternatives
+        if speculation.method != "speculative" or not self._overlaps or not most:
+            return 0
+        if speculation.num_alternatives is not None:
+            return speculation.num_alternatives
+        is_greedy = self._task.warping.is_greedy or speculation.greedy_draft
+        return GREEDY_ALTERNATIVES if is_greedy else most
+
+    @property
+    def _overlaps(self) -> bool:
+        assert self.info is not None
+        accelerator = self.info.accelerator
+        has_targets = accelerator != "" and accelerator == self._task.target_info.accelerator
+        return self._task.speculation.overlaps(has_targets)
+
+    @property
+    def _num_left(self) -> int:
+        """Tokens that may still come."""
+        return self._task.max_length - len(self._committed)
+
+    def _grant(self, start: int) -> None:
+        """Allow for all that may come of a message to the draft that lets it propose from a position on."""
+        num_tokens = self._end - start
+        self._credit += 2 + 2 * num_tokens + self._max_alternatives * (2 + num_tokens)
+
+    # Commits and responses.
 
     def on_committed(self, start: int, token_ids: Sequence[int]) -> None:
         """Drop the proposals that a commit decides, and all of them when it contradicts one.
@@ -139,70 +206,6 @@ class DraftLink:
             self._take_proposals(response)
         for alternative in response.alternatives:
             self._take_alternative(alternative, response.commit_index)
-
-    def _check(self, response: draft_pb2.ProposeResponse) -> None:
-        """Raise ServiceFailedError for what cannot come from a draft that keeps the protocol, void or not.
-
-        What is not refused here is used only if it agrees with what is committed. So memory and time that a draft can
-        take are bounded by what it was asked for.
-        """
-        if not self._last_applied <= response.commit_index <= self._commit_index:
-            raise ServiceFailedError(f"the draft named commit {response.commit_index}, which it cannot have applied")
-        self._last_applied = response.commit_index
-        lengths = [1 + len(alternative.proposals) for alternative in response.alternatives]
-        self._credit -= 1 + len(response.proposals) + sum(lengths)
-        if self._credit < 0:
-            raise ServiceFailedError("the draft sent more than it was asked for")
-        ends = [it.position + length for it, length in zip(response.alternatives, lengths, strict=True)]
-        if response.proposals:
-            ends.append(response.start_position + len(response.proposals))
-        if max(ends, default=0) > self._end:
-            raise ServiceFailedError(f"the draft proposed for position {max(ends) - 1}, beyond its window")
-        for alternative in response.alternatives:
-            self._check_proposals(alternative.proposals)
-
-    def _check_proposals(self, messages: Sequence[draft_pb2.Proposal]) -> None:
-        info, rule = self._task.target_info, self._task.rule
-        for message in messages:
-            rule.check_proposal(message, info.vocab_size, info.limits.max_support or info.vocab_size)
-
-    def _grant(self, start: int) -> None:
-        """Allow for all that may come of a message to the draft that lets it propose from a position on."""
-        num_tokens = self._end - start
-        self._credit += 2 + 2 * num_tokens + self._max_alternatives * (2 + num_tokens)
-
-    @property
-    def _max_alternatives(self) -> int:
-        """How many alternatives the draft is asked for: none without overlap, or where the rule leaves no place.
-
-        By default fewer where they are harder to guess and supports make their messages long.
-        """
-        speculation, most = self._task.speculation, self._task.rule.num_alternatives
-        if speculation.method != "speculative" or not self._overlaps or not most:
-            return 0
-        if speculation.num_alternatives is not None:
-            return speculation.num_alternatives
-        is_greedy = self._task.warping.is_greedy or speculation.greedy_draft
-        return GREEDY_ALTERNATIVES if is_greedy else most
-
-    def _most_support(self) -> int:
-        """Return the most tokens in a support that the caller wants and both services take; 0 where nobody says."""
-        assert self.info is not None
-        limits = (it.limits.max_support for it in (self.info, self._task.target_info))
-        return min(filter(None, (self._task.speculation.max_support, *limits)), default=0)
-
-    def num_wanted(self, length: int) -> int:
-        """Return how many proposals the next round should have: 0 where the draft cannot follow."""
-        if self.info is None or not self.can_follow:
-            return 0
-        limit = self._task.target_info.limits.max_proposals or length
-        ahead = self._task.speculation.num_ahead(length, self._overlaps)
-        return min(length, self._num_left, self.info.context_length - len(self._committed), limit, ahead)
-
-    @property
-    def _num_left(self) -> int:
-        """Tokens that may still come."""
-        return self._task.max_length - len(self._committed)
 
     def _take_proposals(self, response: draft_pb2.ProposeResponse) -> None:
         if not self._take_agreeing(response.start_position, response.proposals):
@@ -246,8 +249,7 @@ class DraftLink:
     def _use(self, alternative: draft_pb2.Alternative) -> None:
         """Go on with an alternative whose case has come true."""
         self._overruled_at = -1  # there is no other for the same token
-        is_used = self._take_agreeing(alternative.position + 1, alternative.proposals)
-        self.num_alternatives_used += is_used
+        self.num_alternatives_used += self._take_agreeing(alternative.position + 1, alternative.proposals)
 
     def _overrule(self, position: int) -> None:
         """Drop all proposals, since a committed token contradicts that for `position`.
@@ -264,28 +266,30 @@ class DraftLink:
         is_unsent = position >= self._num_sent
         self._valid_from = len(self._commit_starts) + 1 if is_unsent else bisect_right(self._commit_starts, position)
 
-    @property
-    def _overlaps(self) -> bool:
-        assert self.info is not None
-        accelerator = self.info.accelerator
-        has_targets = accelerator != "" and accelerator == self._task.target_info.accelerator
-        return self._task.speculation.overlaps(has_targets)
+    # What a draft that keeps the protocol cannot send.
 
-    @property
-    def _min_draft_prob(self) -> float:
-        """A draft that writes alone must not stop, since only a commit would make it go on."""
-        speculation = self._task.speculation
-        return 0.0 if speculation.method == "draft" else speculation.min_draft_prob
+    def _check(self, response: draft_pb2.ProposeResponse) -> None:
+        """Raise ServiceFailedError for what cannot come from a draft that keeps the protocol, void or not.
 
-    def _batch_until(self, length: int) -> int:
-        """The next round waits for all its proposals, so they may come together; a draft alone shows each at once."""
-        if self._task.speculation.method == "draft":
-            return 0
-        return len(self._committed) + self.num_wanted(length)
+        What is not refused here is used only if it agrees with what is committed. So memory and time that a draft can
+        take are bounded by what it was asked for.
+        """
+        if not self._last_applied <= response.commit_index <= self._commit_index:
+            raise ServiceFailedError(f"the draft named commit {response.commit_index}, which it cannot have applied")
+        self._last_applied = response.commit_index
+        lengths = [1 + len(alternative.proposals) for alternative in response.alternatives]
+        self._credit -= 1 + len(response.proposals) + sum(lengths)
+        if self._credit < 0:
+            raise ServiceFailedError("the draft sent more than it was asked for")
+        ends = [it.position + length for it, length in zip(response.alternatives, lengths, strict=True)]
+        if response.proposals:
+            ends.append(response.start_position + len(response.proposals))
+        if max(ends, default=0) > self._end:
+            raise ServiceFailedError(f"the draft proposed for position {max(ends) - 1}, beyond its window")
+        for alternative in response.alternatives:
+            self._check_proposals(alternative.proposals)
 
-    def _window(self, length: int) -> int:
-        assert self.info is not None
-        num_committed, speculation = len(self._committed), self._task.speculation
-        ahead = self._num_left if speculation.method == "draft" else speculation.num_ahead(length, self._overlaps)
-        end = min(num_committed + ahead, self._task.max_length, self.info.context_length)
-        return max(end, num_committed)
+    def _check_proposals(self, messages: Sequence[draft_pb2.Proposal]) -> None:
+        info, rule = self._task.target_info, self._task.rule
+        for message in messages:
+            rule.check_proposal(message, info.vocab_size, info.limits.max_support or info.vocab_size)
