@@ -489,3 +489,45 @@ class Law:
         model = ToyModel(TARGET_LOGITS, self.temperature)
         row = target_row(model, tokens, len(tokens), support, self._uniform(Purpose.OUTSIDE, tokens))
         return TargetRow(wire.probs_of(row.support_units, "units"), row.outside_mass, row.outside_token_id)
+
+
+NUM_TOKENS = 24
+EVERY_K = (1, 2, 3, 5, 8)
+TEXT = Law().text(NUM_TOKENS)
+TEXT_ALONE = Law().text(NUM_TOKENS, alone=True)
+
+
+def run(world: World | None = None, **settings) -> GenerationResult:
+    world = world or World()
+    return world.run(make_conversation(world, **settings))[0]
+
+
+def fail_requests(
+    world: World, link: Link, failures: dict[int, grpc.StatusCode], after_answer: bool = False, **how
+) -> None:
+    """Break the link's stream at its n-th request, counted from 1 over all streams and without the opening messages.
+
+    Args:
+        failures: by number, the code that the stream ends with.
+        after_answer: the service does its work first, and the answer is lost.
+        how: `retry_delay_s` and `reason`.
+    """
+    num_requests = 0
+
+    def break_stream(stream: Stream, message) -> None:
+        nonlocal num_requests
+        if stream.link is not link or (not after_answer and message.HasField("open")):
+            return
+        num_requests += 1
+        if num_requests in failures:
+            stream.end(failures[num_requests], **how)
+
+    if after_answer:
+        world.on_response = break_stream
+    else:
+        world.on_arrival = break_stream
+
+
+def pause_each_round(world: World, seconds: float) -> None:
+    """Let time pass whenever the conversation waits, so that backoffs end within the text."""
+    world.on_wait = lambda: setattr(world, "now", world.now + seconds)

@@ -14,10 +14,7 @@ from outrider_client.generation import Generation
 
 from outrider.sampling.rng import uniforms
 from tests import toy_services as toys
-from tests.toy_services import Stream, World, make_conversation
-
-NUM_TOKENS = 24
-EVERY_K = (1, 2, 3, 5, 8)
+from tests.toy_services import EVERY_K, NUM_TOKENS, Stream, World, make_conversation
 
 
 def run(world: World | None = None, rule: str = "block", **settings):

@@ -14,9 +14,7 @@ from outrider_client.params import SpeculationParams
 from outrider_client.rules import RULES, Rejection, RuleName, rule_of
 
 from tests import toy_services as toys
-from tests.toy_services import Law, World, make_conversation
-
-NUM_TOKENS = 24
+from tests.toy_services import NUM_TOKENS, Law, World, make_conversation
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,7 @@ from outrider_client.acceptance import Decision, Proposal, TargetRow, decide_sha
 from outrider_client.effects import Link
 
 from tests import toy_services as toys
-from tests.toy_services import Stream, World, make_conversation
-
-NUM_TOKENS = 24
-EVERY_K = (1, 2, 3, 5, 8)
+from tests.toy_services import EVERY_K, NUM_TOKENS, Stream, World, make_conversation
 
 
 def run(world: World | None = None, **settings):
