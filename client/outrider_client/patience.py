@@ -117,9 +117,6 @@ class Patience:
         for field in fields(self):
             object.__setattr__(self, field.name, seconds(f"patience.{field.name}", getattr(self, field.name)))
 
-    def backoff(self, num_failures: int) -> float:
-        return min(self.longest_backoff_s, self.first_backoff_s * 2.0 ** min(num_failures - 1, 16))
-
     def bounded(self, retry_delay_s: float | None) -> float:
         """Return the pause that a service wants, as far as it is believed; 0 where it wants none."""
         return min(max(retry_delay_s or 0.0, 0.0), self.longest_backoff_s)
@@ -135,7 +132,9 @@ class Patience:
         There are none before the first, since another replica may stand ready. Later ones double, unless the service
         says when to come; `jitter`, from [0, 1), keeps apart those who failed together.
         """
+        is_first, longest_s = num_failures == 1, self.longest_backoff_s
         if retry_delay_s is not None:
-            least_s = 0.0 if num_failures == 1 else self.first_backoff_s
-            return min(self.longest_backoff_s, max(least_s, retry_delay_s) * (1 + jitter / 2))
-        return 0.0 if num_failures == 1 else self.backoff(num_failures - 1) * (1 - jitter / 2)
+            least_s = 0.0 if is_first else self.first_backoff_s
+            return min(longest_s, max(least_s, retry_delay_s) * (1 + jitter / 2))
+        doubled = self.first_backoff_s * 2.0 ** min(num_failures - 2, 16)
+        return 0.0 if is_first else min(longest_s, doubled) * (1 - jitter / 2)
