@@ -15,7 +15,20 @@ from outrider_client.acceptance import Decision
 from outrider_client.committed import Task
 from outrider_client.controller import FixedLength, LengthController, RoundTimes
 from outrider_client.draft_session import DraftSession
-from outrider_client.effects import Broken, Close, Event, Link, Open, Reason, Received, Send, Steps, Wait, counted, seconds_of
+from outrider_client.effects import (
+    Broken,
+    Close,
+    Event,
+    Link,
+    Open,
+    Reason,
+    Received,
+    Send,
+    Steps,
+    Wait,
+    counted,
+    seconds_of,
+)
 from outrider_client.errors import (
     CacheMismatchError,
     DeadlineExceededError,
