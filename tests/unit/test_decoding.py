@@ -172,7 +172,7 @@ def shown_text(tokenizer: TargetTokenizer, prompt_ids: list[int], token_ids: lis
     shown, start = "", 0
     while start < len(token_ids):
         end = start + chance.randint(1, 6)
-        shown += "".join(stream.take(token_ids[start:end]).texts)
+        shown += "".join(stream.take(token_ids[start:end]))
         start = end
     assert shown == stream.text
     return shown
