@@ -95,8 +95,8 @@ def numbers_of(opening: Any, purpose: Purpose, branch: int = 0) -> AddressedUnif
     )
 
 
-def draft_law(model: ToyModel, tokens: TokenLog, max_support: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the support `[S]` of the draft's law behind `tokens`, and its probabilities `[S]`."""
+def draft_distribution(model: ToyModel, tokens: TokenLog, max_support: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the support `[S]` of the draft's distribution behind `tokens`, and its probabilities `[S]`."""
     probs = model.probs(tokens, len(tokens))
     likeliest = np.argsort(-probs, kind="stable")[: max_support or VOCAB_SIZE]
     ids = np.sort(likeliest[probs[likeliest] >= MIN_SUPPORT_PROB])
@@ -105,7 +105,7 @@ def draft_law(model: ToyModel, tokens: TokenLog, max_support: int) -> tuple[np.n
 
 def draft_proposal(model: ToyModel, tokens: TokenLog, number: float | Noise, max_support: int) -> draft_pb2.Proposal:
     """Return the proposal for the position behind `tokens`."""
-    ids, probs = draft_law(model, tokens, max_support)
+    ids, probs = draft_distribution(model, tokens, max_support)
     if isinstance(number, Noise):
         return draft_pb2.Proposal(token_id=ids[rates_among(ids, probs, number).argmax()])
     weights = whole_weights(probs)
@@ -235,7 +235,7 @@ class ToyDraft:
         tokens = self._tokens
         position = len(tokens)
         proposal = draft_proposal(self._model, tokens, self._numbers.at(position), self._max_support)
-        ids, probs = draft_law(self._model, tokens, self._max_support)
+        ids, probs = draft_distribution(self._model, tokens, self._max_support)
         weights = probs if self._shares_noise else whole_weights(probs)
         tokens.extend([proposal.token_id])
         prob = weights[ids == proposal.token_id].sum() / weights.sum()
@@ -444,7 +444,7 @@ def make_conversation(
 
 
 @dataclass(frozen=True)
-class Law:
+class SeedText:
     """What a seed says, token by token, computed without rounds, windows or services."""
 
     seed: int = 11
@@ -475,7 +475,7 @@ class Law:
         return token_ids[len(prompt_ids) :]
 
     def check(self, result: GenerationResult, world: World) -> None:
-        """Assert that every token is what this law says, given whether its round had proposals."""
+        """Assert that every token is what the seed says, given whether its round had proposals."""
         token_ids = [*result.prompt_token_ids, *result.token_ids]
         for position in range(len(result.prompt_token_ids), len(token_ids)):
             alone = world.num_proposals_at.get(position) == 0
@@ -493,8 +493,8 @@ class Law:
 
 NUM_TOKENS = 24
 EVERY_K = (1, 2, 3, 5, 8)
-TEXT = Law().text(NUM_TOKENS)
-TEXT_ALONE = Law().text(NUM_TOKENS, alone=True)
+TEXT = SeedText().text(NUM_TOKENS)
+TEXT_ALONE = SeedText().text(NUM_TOKENS, alone=True)
 
 
 def run(world: World | None = None, **settings) -> GenerationResult:

@@ -27,7 +27,7 @@ class InvalidProposalError(Exception):
 
 @dataclass(frozen=True)
 class Proposal:
-    """One drafted token and the distribution it was drawn from, which is empty where nobody needs it."""
+    """One drafted token and the distribution that it was drawn from, which is empty under shared noise."""
 
     token_id: int
     support_ids: np.ndarray  # [S] int64, ascending
@@ -71,9 +71,9 @@ class Decision:
 
     token_ids: list[int]
     num_accepted: int
-    # Of each proposal up to the first rejection, as overlap() says; empty where nobody knows.
+    # Of each proposal up to the first rejection, as overlap() says; empty under other rules than rejection.
     overlaps: tuple[float, ...] = field(default=(), compare=False)
-    # The target's probability of each token, rounded down where it was proposed; None where nobody knows.
+    # The target's probability of each token, rounded down where it was proposed; None where it was not reported.
     token_probs: tuple[float | None, ...] = field(default=(), compare=False)
 
 
@@ -151,7 +151,7 @@ def decide(
 
     Args:
         proposals: K consecutive ones.
-        rows: the target's row for each; one alone when K is 0.
+        rows: the target's row for each; a single one when K is 0.
         accept_uniforms, residual_uniforms: K each, addressed by position.
     """
     if not proposals:
@@ -214,7 +214,7 @@ def decide_block(
     """Accept the longest prefix of the proposals that passes as a whole, and replace the proposal behind it.
 
     It keeps at least as many proposals on average as `decide` does. But what it keeps depends on all proposals of the
-    round, those behind the end too: whoever draws again at their positions needs other random numbers.
+    round, those behind the end too: drawing again at their positions needs other random numbers.
 
     Args:
         proposals, rows, residual_uniforms: as for `decide`.
@@ -234,7 +234,7 @@ def decide_block(
 def decide_shared_noise(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> Decision:
     """Accept proposals while they are the target's own choices, which are the y of rows without a support.
 
-    So the tokens are those that the target would have chosen alone.
+    So the tokens are those that the target would have chosen without a draft.
 
     Source: Daliri et al. 2024 (arXiv 2408.07978).
     """

@@ -1,6 +1,6 @@
 """What a generation is asked for, and the tokens that it has committed. Knows no sockets.
 
-The client owns the truth. Committed tokens live here alone; a service holds a cache of some prefix of them, and every
+The client owns the truth: only it holds the committed tokens. A service holds a cache of some prefix of them, and every
 message names absolute positions, so that reopening a stream is the same as continuing it. The last committed token is
 always pending: it is in neither cache until the round after it.
 """
@@ -70,7 +70,7 @@ class Committed:
 
 
 class CommittedTokens(Committed):
-    """The committed tokens in the hands of the generation, which alone adds to them."""
+    """The committed tokens as their generation holds them: only it adds to them."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
         self._tokens.extend(token_ids)

@@ -204,7 +204,7 @@ class Conversation:
         return failure
 
     def _pause_after(self, failure: Broken, num_failures: int, failed_at: float) -> float:
-        """Return how long to pause before the next try, or raise when there is to be none.
+        """Return how long to pause before the next try, or raise when there is no next try.
 
         `failed_at` is when the first of these failures was.
         """

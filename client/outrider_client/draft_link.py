@@ -20,7 +20,7 @@ GREEDY_ALTERNATIVES = 4  # by default, where the draft or the target takes its l
 class DraftLink:
     """What the draft service has proposed and been sent.
 
-    Responses come in order, and each names the last commit that was applied. So the client can tell what the draft
+    Responses come in order, and each names the last commit that was applied. So the client knows what the draft
     did: it truncates at a commit exactly if the commit contradicts what it had drafted by then, and everything it
     drafted before has arrived here before anything that it drafts afterwards.
     """
@@ -30,7 +30,9 @@ class DraftLink:
         self.proposals: list[draft_pb2.Proposal] = []  # at t, t + 1, …
         self.has_stopped = False  # nothing more comes until the next commit
         self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
-        self.is_on_trial = False  # after a failure, or far behind: nobody waits for it until it has spoken
+        self.is_on_trial = (
+            False  # after a failure, or far behind: rounds do not wait for it until it has sent something
+        )
         self._valid_from = 0  # proposals drafted under earlier commits are void
         self._branch = 0  # under which the draft draws; OpenProposals.branch in draft.proto
         self._num_sent = 0  # committed tokens that the draft knows
@@ -120,26 +122,26 @@ class DraftLink:
         return min(len(self._committed) + ahead, self._task.max_length, self.info.context_length)
 
     def _batch_until(self, length: int) -> int:
-        """The next round waits for all its proposals, so they may come together; a draft alone shows each at once."""
+        """The next round waits for all its proposals, so they come together. Without a target each is shown at once."""
         if self._task.speculation.method == "draft":
             return 0
         return len(self._committed) + self.num_wanted(length)
 
     def _most_support(self) -> int:
-        """Return the most tokens in a support that the caller wants and both services take; 0 where nobody says."""
+        """Return the most tokens in a support that the caller wants and both services take; 0 if nothing limits them."""
         assert self.info is not None
         limits = (it.limits.max_support for it in (self.info, self._task.target_info))
         return min(filter(None, (self._task.speculation.max_support, *limits)), default=0)
 
     @property
     def _min_draft_prob(self) -> float:
-        """A draft that writes alone must not stop, since only a commit would make it go on."""
+        """Without a target the draft must not stop, since only a commit would make it go on."""
         speculation = self._task.speculation
         return 0.0 if speculation.method == "draft" else speculation.min_draft_prob
 
     @property
     def _max_alternatives(self) -> int:
-        """How many alternatives the draft is asked for: none without overlap, or where the rule leaves no place.
+        """How many alternatives the draft is asked for: none without overlap, or under a rule that allows none.
 
         By default fewer where they are harder to guess and supports make their messages long.
         """
@@ -173,7 +175,7 @@ class DraftLink:
     def on_committed(self, start: int, token_ids: Sequence[int]) -> None:
         """Drop the proposals that a commit decides, and all of them when it contradicts one.
 
-        When it ends with the token of an alternative, that takes their place.
+        When it ends with the token of an alternative, the alternative's proposals replace them.
         """
         for position, (token_id, proposal) in enumerate(zip(token_ids, self.proposals, strict=False), start):
             if proposal.token_id != token_id:

@@ -25,7 +25,7 @@ CODES_OF_ONE_TEXT = (
 
 
 class DraftSession:
-    """Opens the draft's stream and gives it up. Methods that return Steps yield effects; none of them waits."""
+    """Opens the draft's stream and gives it up. Methods that return Steps yield effects, but never a Wait."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class DraftSession:
         self.is_open = False
         self._has_spoken = False  # on the stream that is open
         self._num_silences = 0  # in a row
-        self._own_breaker = patience.breaker()  # of failures that may be of this text alone
+        self._own_breaker = patience.breaker()  # of failures that may be due to this text
         self._breaker = patience.breaker() if self._insists or breaker is None else breaker
         self._num_noted = 0  # of the breaker's failures, when the draft was last asked
 
@@ -57,7 +57,7 @@ class DraftSession:
         if self.is_open or not self._own_breaker.may_ask(began_at):
             return
         if not self._breaker.may_ask(began_at):
-            if not self._stats.draft_failures:  # this text has done without it for a reason that another one met
+            if not self._stats.draft_failures:  # this text goes without the draft for a reason that another text met
                 self._stats.add_draft_failure(*self._breaker.cause)
             return
         self._num_noted = self._breaker.num_noted
@@ -70,7 +70,7 @@ class DraftSession:
             self._link.is_on_trial = not (self._breaker.is_trusted and self._own_breaker.is_trusted)
             self.is_open, self._has_spoken = True, False
             yield from counted(Open(Link.DRAFT, self._link.open(length)), self._stats)
-        else:  # nor will it be able to later; but another may come in its place
+        else:  # this model never will be able to; but another may replace it
             self._own_breaker.rest(self._clock() + self._patience.longest_backoff_s)
             self._breaker.on_success(self._clock())
 
@@ -152,7 +152,7 @@ class DraftSession:
         yield Close(Link.DRAFT)
 
     def _note_failure(self, failure: Broken, held_up_s: float) -> None:
-        """Count a failure and pause; others of the client do so too where the failure may be theirs as well."""
+        """Count a failure and pause. If other texts may meet it too, they pause as well."""
         self._stats.add_draft_failure(*failure.cause)
         now, delay_s = self._clock(), self._patience.bounded(failure.retry_delay_s)
         self._own_breaker.on_failure(now, self._own_breaker.num_noted, failure.cause, held_up_s, delay_s)
@@ -161,7 +161,7 @@ class DraftSession:
 
 
 def _raise_if_final(failure: Broken) -> None:
-    """Raise what a failure of the draft is to a text that it writes alone, unless it may be over soon."""
+    """Raise an error for a failure of the draft where there is no target, unless the failure may pass."""
     if failure.reason == Reason.BROKE_PROTOCOL:
         raise ServiceFailedError(failure.details)
     if failure.reason == Reason.MODEL_CHANGED:

@@ -75,10 +75,10 @@ class SpeculationParams:
       where rounds begin and end too: on K, on a window shorter than K, on `min_draft_prob`, and on rounds that find the
       draft late or gone.
     - `shared_noise`: draft and target draw with the same noise, and a proposal is accepted when it is what the target
-      itself chooses. Fewer proposals may be accepted, but tokens alone cross the wire, and a seed's text is the
+      itself chooses. Fewer proposals may be accepted, but no supports cross the wire, and a seed's text is the
       target's own: the same for every draft and K, and without a draft.
     - `auto`: `shared_noise` where a seed is given, so that its text does not depend on the draft at all, and
-      `rejection` where none is.
+      `rejection` otherwise.
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.

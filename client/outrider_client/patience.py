@@ -10,7 +10,7 @@ from outrider_client.arguments import seconds
 
 COST_SHARE = 0.1  # of the time may be lost to asking a draft that does not answer
 ROUND_TOKEN_S = 0.02  # that the slowest target takes to read a token, of a long prompt or after its cache was dropped
-PAUSES = 12  # longest backoffs that a draft is left alone for at most
+PAUSES = 12  # times the longest backoff: the longest time that a draft is left alone
 
 
 class Breaker:
@@ -103,7 +103,7 @@ class Patience:
     """How long a conversation waits for whom, in seconds: numbers from 0 to 1e9.
 
     Raises:
-        InvalidRequestError: one is none; the message names the field.
+        InvalidRequestError: a value is not such a number; the message names the field.
     """
 
     draft_wait_s: float = 2.0  # for proposals, before a round goes without
@@ -118,7 +118,7 @@ class Patience:
             object.__setattr__(self, field.name, seconds(f"patience.{field.name}", getattr(self, field.name)))
 
     def bounded(self, retry_delay_s: float | None) -> float:
-        """Return the pause that a service wants, as far as it is believed; 0 where it wants none."""
+        """Return the pause that a service wants, cut to the longest backoff; 0 if it names none."""
         return min(max(retry_delay_s or 0.0, 0.0), self.longest_backoff_s)
 
     def breaker(self) -> Breaker:
@@ -129,7 +129,7 @@ class Patience:
     def pause(self, num_failures: int, retry_delay_s: float | None, jitter: float) -> float:
         """Return the seconds before another try.
 
-        There are none before the first, since another replica may stand ready. Later ones double, unless the service
+        The first try is made at once, since another replica may be ready. Later ones double, unless the service
         says when to come; `jitter`, from [0, 1), keeps apart those who failed together.
         """
         is_first, longest_s = num_failures == 1, self.longest_backoff_s

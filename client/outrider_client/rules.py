@@ -33,7 +33,7 @@ class Rule(ABC):
     """
 
     name: ClassVar[RuleName]
-    shares_noise: ClassVar[bool] = False  # draft and target draw with the same numbers
+    shares_noise: ClassVar[bool] = False  # draft and target draw with the same numbers, and no supports are sent
     depends_on_draft: ClassVar[bool] = True  # a seed's text does, and on whether a round has proposals
     depends_on_rounds: ClassVar[bool] = False  # and on where rounds begin and end
     num_alternatives: ClassVar[int] = 2  # other ends of a round that the draft prepares by default; 0: it cannot
@@ -50,7 +50,7 @@ class Rule(ABC):
 
         Args:
             proposals: K consecutive ones.
-            rows: the target's row for each; one alone when K is 0.
+            rows: the target's row for each; a single one when K is 0.
             position: of the first token that the round decides.
         """
 
@@ -126,7 +126,7 @@ class Block(Rule):
 class SharedNoise(Rule):
     """Accept proposals while they are what the target itself chooses with the noise that both draw with.
 
-    Tokens cross the wire alone, and a seed's text is the target's own.
+    Proposals and rows cross the wire without supports, and a seed's text is the target's own.
 
     Source: Daliri et al. 2024 (arXiv 2408.07978).
     """
@@ -143,7 +143,7 @@ class SharedNoise(Rule):
         if message.token_id >= vocab_size:
             raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
         if message.support_gaps or message.support_weights:
-            raise ServiceFailedError("the draft sent a support where it shares its noise, and tokens come alone")
+            raise ServiceFailedError("the draft sent a support although it shares its noise with the target")
 
     def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
         return Proposal.of_token(message.token_id)

@@ -65,7 +65,7 @@ class TargetLink:
     def read_round(self) -> list[Proposal]:
         """Return the proposals of the present round with their distributions, which are read once.
 
-        The request needs none of it, so that this can be done while the target is at work.
+        The request does not need them, so they can be read while the target is at work.
         """
         if self._read is None:
             rule, vocab_size = self._task.rule, self._task.target_info.vocab_size
@@ -98,7 +98,7 @@ def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[P
     try:
         probs = [wire.probs_of(row.support_units[:], f"rows[{index}].support_units") for index, row in enumerate(rows)]
     except InvalidArgumentError as error:
-        raise ServiceFailedError(f"the target sent a row that is none: {error}") from error
+        raise ServiceFailedError(f"the target sent a row that breaks the protocol: {error}") from error
     if [len(row_probs) for row_probs in probs] != sizes:
         raise ServiceFailedError("the target sent a row of another length than the support")
     return [
@@ -109,8 +109,10 @@ def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[P
 
 def _check_row(row: TargetRow, index: int, vocab_size: int) -> None:
     """Raise ServiceFailedError for a row that is no distribution over the target's own vocabulary."""
-    if not 0 <= row.outside_mass <= 1 + MASS_SLACK:  # neither is NaN
-        raise ServiceFailedError(f"the target sent rows[{index}].outside_mass {row.outside_mass}, which is none")
+    if not 0 <= row.outside_mass <= 1 + MASS_SLACK:  # false for NaN
+        raise ServiceFailedError(
+            f"the target sent rows[{index}].outside_mass {row.outside_mass}, which is no probability"
+        )
     mass = float(row.probs.sum()) + row.outside_mass
     if abs(mass - 1) > MASS_SLACK:
         raise ServiceFailedError(f"the target sent rows[{index}] with a mass of {mass:g}, where it is 1")
@@ -121,5 +123,5 @@ def _check_row(row: TargetRow, index: int, vocab_size: int) -> None:
 
 
 def _known_prob(prob: float) -> float | None:
-    """Return a probability that the target reports beside what decides; None where it reports none."""
-    return min(prob, 1.0) if prob > 0 else None  # NaN is none
+    """Return a probability that the target reports beside what decides; None where it does not."""
+    return min(prob, 1.0) if prob > 0 else None  # NaN is not positive

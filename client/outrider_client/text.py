@@ -110,7 +110,7 @@ class TargetTokenizer:
 class TextStream:
     """Grows a text token by token and finds its end: end-of-sequence ids, stop strings, and the longest length.
 
-    Text that may be the beginning of a stop string is held back until it is clear that it is none.
+    Text that may be the beginning of a stop string is held back until it is clear whether it is one.
     """
 
     def __init__(

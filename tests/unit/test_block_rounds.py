@@ -1,6 +1,6 @@
 """Rounds whose proposals are judged together: what a seed still fixes, and that no random number decides twice.
 
-Against the toy services, as in test_conversation; that the law holds is shown in test_law_block.
+Against the toy services, as in test_conversation; that the distribution stays the target's is shown in test_law_block.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def test_another_k_gives_another_text():
 
 
 def test_rounds_of_one_proposal_are_those_of_rejection():
-    assert run(num_speculative_tokens=1).token_ids == toys.Law().text(NUM_TOKENS)
+    assert run(num_speculative_tokens=1).token_ids == toys.SeedText().text(NUM_TOKENS)
 
 
 @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
 def test_greedy_text_is_that_of_the_target_alone(num_speculative_tokens):
-    expected = toys.Law(temperature=0.0).text(NUM_TOKENS, alone=True)
+    expected = toys.SeedText(temperature=0.0).text(NUM_TOKENS, alone=True)
     assert run(temperature=0.0, num_speculative_tokens=num_speculative_tokens).token_ids == expected
 
 
@@ -109,7 +109,7 @@ def test_no_random_number_of_a_proposal_decides_twice(monkeypatch, num_speculati
 
 
 def test_a_rejected_token_that_comes_back_keeps_no_proposal_behind_it(monkeypatch):
-    """What is left of the target's law may hold the proposal itself, so that a commit agrees with what it rejects."""
+    """The residual may hold the proposal itself, so that a commit agrees with what it rejects."""
     monkeypatch.setattr(acceptance, "draw_recovered", lambda proposal, *rest: proposal.token_id)
     for order in range(20):
         numbers = Numbers(monkeypatch)

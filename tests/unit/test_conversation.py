@@ -1,6 +1,6 @@
 """The order of things, failures and waits of one generation, against toy services in this process.
 
-The tokens that a seed means are computed by `Law`, token by token, without rounds. So every test can say to the
+The tokens that a seed means are computed by `SeedText`, token by token, without rounds. So every test can say to the
 letter what must come out, whatever went wrong on the way.
 """
 
@@ -42,7 +42,7 @@ from tests.toy_services import (
     NUM_TOKENS,
     TEXT,
     TEXT_ALONE,
-    Law,
+    SeedText,
     World,
     fail_requests,
     make_conversation,
@@ -82,17 +82,17 @@ class TestSeedInvariance:
         "draft", [{}, {"greedy_draft": True}, {"max_support": 3}], ids=["plain", "greedy", "support"]
     )
     def test_for_every_way_to_draw(self, temperature, draft):
-        expected = Law(temperature=temperature, **draft).text(NUM_TOKENS)
+        expected = SeedText(temperature=temperature, **draft).text(NUM_TOKENS)
         for num_speculative_tokens in EVERY_K:
             world = World(num_speculative_tokens)
             settings = {"temperature": temperature, "num_speculative_tokens": num_speculative_tokens}
             assert run(world, **settings, **draft).token_ids == expected
 
     def test_another_seed_gives_another_text(self):
-        assert run(seed=12).token_ids == Law(seed=12).text(NUM_TOKENS) != TEXT
+        assert run(seed=12).token_ids == SeedText(seed=12).text(NUM_TOKENS) != TEXT
 
     def test_greedy_text_is_that_of_the_target_alone(self):
-        assert run(temperature=0.0).token_ids == Law(temperature=0.0).text(NUM_TOKENS, alone=True)
+        assert run(temperature=0.0).token_ids == SeedText(temperature=0.0).text(NUM_TOKENS, alone=True)
 
     @settings(max_examples=25)
     @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
@@ -108,7 +108,7 @@ class TestSeedInvariance:
         """A round that the draft misses draws its token alone; proposals in flight then agree with it or do not."""
         world = World(order, draft_speed, impatience=impatience)
         result = run(world, num_speculative_tokens=num_speculative_tokens, min_draft_prob=min_draft_prob)
-        Law().check(result, world)
+        SeedText().check(result, world)
         assert len(result.token_ids) == NUM_TOKENS
         assert result.stats.num_rounds_without_draft == list(world.num_proposals_at.values()).count(0)
 
@@ -181,7 +181,7 @@ class TestLengthsThatChange:
     def test_each_token_is_what_its_round_makes_it(self, order, draft_speed, impatience, **speculation):
         world = World(order, draft_speed, impatience=impatience)
         result, _ = world.run(make_conversation(world, lengths=AnyLengths(order), **speculation))
-        Law().check(result, world)
+        SeedText().check(result, world)
         assert len(result.token_ids) == NUM_TOKENS
         assert result.stats.num_cache_mismatches == result.stats.num_draft_failures - world.num_timeouts == 0
         assert world.num_opened[Link.TARGET] == 1

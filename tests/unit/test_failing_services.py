@@ -26,7 +26,7 @@ from tests.toy_services import (
     NUM_TOKENS,
     TEXT,
     TEXT_ALONE,
-    Law,
+    SeedText,
     World,
     fail_requests,
     make_conversation,
@@ -135,7 +135,7 @@ class TestTargetFails:
         assert result.token_ids == TEXT
         assert result.stats.num_rounds_without_draft == 0
         assert world.num_opened[Link.TARGET] == 4
-        Law().check(result, world)
+        SeedText().check(result, world)
 
     def test_beyond_the_retry_time_it_is_unavailable_and_the_partial_text_is_kept(self):
         world = World()
@@ -375,7 +375,7 @@ class TestDraftFails:
         world = World(2)
         fail_requests(world, Link.DRAFT, {2: code}, after_answer)
         result = run(world, max_new_tokens=60)
-        assert result.token_ids == Law().text(60)
+        assert result.token_ids == SeedText().text(60)
         assert world.num_opened[Link.DRAFT] == 2
         assert sum(result.stats.draft_failures.values()) == result.stats.num_draft_failures == 1
         assert result.stats.num_rounds_without_draft == 0  # it is asked again at once, and waited for
@@ -385,7 +385,7 @@ class TestDraftFails:
         fail_requests(world, Link.DRAFT, {2: grpc.StatusCode.UNAVAILABLE, 3: grpc.StatusCode.UNAVAILABLE})
         pause_each_round(world, 0.02)
         result = run(world, max_new_tokens=60)
-        Law().check(result, world)
+        SeedText().check(result, world)
         stats = result.stats
         assert stats.draft_failures == {"UNAVAILABLE": 2}
         assert 0 < stats.num_rounds_without_draft < stats.num_rounds
@@ -405,7 +405,7 @@ class TestDraftFails:
 
         world.on_response = break_draft
         result = run(world)
-        Law().check(result, world)
+        SeedText().check(result, world)
         assert num_drafted > 10
         assert world.num_opened[Link.DRAFT] == 2  # once they are used
         assert next(iter(world.num_proposals_at.values())) == 5
@@ -432,7 +432,7 @@ class TestDraftFails:
 
         world.on_wait = appear
         result = run(world, max_new_tokens=60)
-        Law().check(result, world)
+        SeedText().check(result, world)
         assert list(world.num_proposals_at.values())[:8] == [0] * 8
         assert list(world.num_proposals_at.values())[-1] > 0
 
@@ -455,7 +455,7 @@ class TestDraftFails:
 
         world.on_wait = thaw
         result = run(world, max_new_tokens=60)
-        Law().check(result, world)
+        SeedText().check(result, world)
         assert 10 <= result.stats.num_rounds_without_draft < result.stats.num_rounds
         assert world.num_opened[Link.DRAFT] == 1
 
@@ -478,7 +478,7 @@ class TestDraftFails:
         held_back: list = []
         world.on_wait = freeze
         result = run(world, max_new_tokens=num_rounds + 100, context_length=2000)
-        Law().check(result, world)
+        SeedText().check(result, world)
         assert list(world.num_proposals_at.values())[-1] > 0
         assert result.stats.num_cache_mismatches == 0
 
@@ -496,7 +496,7 @@ class TestDraftFails:
         world.on_response = corrupt
         pause_each_round(world, 0.05)
         result = run(world)
-        Law().check(result, world)
+        SeedText().check(result, world)
         assert result.stats.num_cache_mismatches == 1
         assert world.num_opened[Link.DRAFT] == 2
 
@@ -528,7 +528,7 @@ class TestDraftFails:
         fail_requests(world, Link.DRAFT, {1: grpc.StatusCode.RESOURCE_EXHAUSTED}, retry_delay_s=retry_delay_s)
         pause_each_round(world, 0.05)
         result = run(world, max_new_tokens=180)
-        Law().check(result, world)
+        SeedText().check(result, world)
         assert list(world.num_proposals_at.values())[-1] > 0
 
     def test_a_draft_that_trickles_is_left_alone_for_ten_times_what_it_cost(self):
@@ -592,7 +592,7 @@ class TestDraftFails:
         world = World()
         world.draft_info = model_info(context_length=15)
         result = run(world, num_speculative_tokens=num_speculative_tokens)
-        Law().check(result, world)
+        SeedText().check(result, world)
         assert result.token_ids[:12] == TEXT[:12]
         assert all((count == 0) == (position >= 15) for position, count in world.num_proposals_at.items())
         assert world.num_timeouts == 0

@@ -14,7 +14,7 @@ from outrider_client.params import SpeculationParams
 from outrider_client.rules import RULES, Rejection, RuleName, rule_of
 
 from tests import toy_services as toys
-from tests.toy_services import NUM_TOKENS, Law, World, make_conversation
+from tests.toy_services import NUM_TOKENS, SeedText, World, make_conversation
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_another_rule_is_one_class_and_one_entry(monkeypatch):
     assert SpeculationParams(rule="first_only").rule == "first_only"
     world = World(4)
     result, chunks = world.run(make_conversation(world, rule="first_only", num_speculative_tokens=3))
-    assert result.token_ids == Law().text(NUM_TOKENS)
+    assert result.token_ids == SeedText().text(NUM_TOKENS)
     assert len(chunks) == NUM_TOKENS
 
 
