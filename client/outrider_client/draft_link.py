@@ -128,7 +128,7 @@ class DraftLink:
         return len(self._committed) + self.num_wanted(length)
 
     def _most_support(self) -> int:
-        """Return the most tokens in a support that the caller wants and both services take; 0 if nothing limits them."""
+        """Return the most tokens in a support that the caller wants and both services take; 0: no limit."""
         assert self.info is not None
         limits = (it.limits.max_support for it in (self.info, self._task.target_info))
         return min(filter(None, (self._task.speculation.max_support, *limits)), default=0)
