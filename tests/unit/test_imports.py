@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,11 @@ def heavy_imports(start: str, imports: dict[str, set[str]]) -> set[tuple[str, st
     }
 
 
+def check_circles(imports: dict[str, set[str]]) -> None:
+    """Raise CycleError where modules import each other, be it for type checkers alone."""
+    TopologicalSorter({module: names & imports.keys() - {module} for module, names in imports.items()}).prepare()
+
+
 def make_tree(root: Path, **sources: str) -> dict[str, set[str]]:
     """Write modules, `__` in a name standing for a dot, and return their imports."""
     for name, source in sources.items():
@@ -124,6 +130,18 @@ def test_every_arrow_between_rooms_is_one_of_the_plan():
     imports = imports_of()
     assert {room_of(module) for module in imports} == set(ARROWS) - {"outrider.v1"}
     assert forbidden_imports(imports) == set()
+
+
+def test_no_modules_import_each_other():
+    check_circles(imports_of())
+
+
+def test_a_circle_is_found_even_where_it_is_for_type_checkers(tmp_path):
+    late = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from outrider_client.rounds import Rounds"
+    with pytest.raises(CycleError):
+        check_circles(
+            make_tree(tmp_path, outrider_client__rounds="import outrider_client.link", outrider_client__link=late)
+        )
 
 
 def test_every_room_says_what_it_knows_and_where_to_begin():
