@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from outrider_client.aio import AsyncGenerationStream, AsyncSpeculativeClient
+    from outrider_client.conversation.patience import Patience
     from outrider_client.errors import (
         ClientClosedError,
         DeadlineExceededError,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     )
     from outrider_client.pair import PairInfo
     from outrider_client.params import SamplingParams, SpeculationParams
-    from outrider_client.patience import Patience
     from outrider_client.results import Chunk, GenerationResult, GenerationStats, Segment
     from outrider_client.sync import GenerationStream, SpeculativeClient
 
@@ -60,7 +60,7 @@ _MODULES = {
     "GenerationStats": "results",
     "GenerationStream": "sync",
     "PairInfo": "pair",
-    "Patience": "patience",
+    "Patience": "conversation.patience",
     "SamplingParams": "params",
     "Segment": "results",
     "SpeculationParams": "params",

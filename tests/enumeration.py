@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from outrider_client.acceptance import Decision, Proposal, TargetRow
+from outrider_client.rules.acceptance import Decision, Proposal, TargetRow
 
 from outrider.protocol.scales import round_down
 from outrider.sampling.probs import draft_tokens, probability_rows, read_logits

@@ -20,16 +20,16 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
-from outrider_client.acceptance import Proposal, TargetRow, decide
-from outrider_client.committed import Task
 from outrider_client.controller import FixedLength
-from outrider_client.conversation import Conversation
-from outrider_client.effects import Broken, Close, Describe, Link, Open, Received, Send, Wait
+from outrider_client.conversation.committed import Task
+from outrider_client.conversation.conversation import Conversation
+from outrider_client.conversation.effects import Broken, Close, Describe, Link, Open, Received, Send, Wait
+from outrider_client.conversation.patience import Patience
 from outrider_client.params import SamplingParams, SpeculationParams
-from outrider_client.patience import Patience
 from outrider_client.results import Chunk, GenerationResult
-from outrider_client.rules import rule_of
-from outrider_client.text import TextStream
+from outrider_client.rules.acceptance import Proposal, TargetRow, decide
+from outrider_client.rules.rules import rule_of
+from outrider_client.text.text import TextStream
 
 from outrider.protocol import wire
 from outrider.protocol.errors import FailedPreconditionError

@@ -35,8 +35,9 @@ from outrider_client.connection import (
     time_for_draft,
 )
 from outrider_client.controller import PairSpeeds
-from outrider_client.conversation import Conversation
-from outrider_client.effects import Broken, Close, Describe, Event, Link, Open, Received, Send, Wait
+from outrider_client.conversation.conversation import Conversation
+from outrider_client.conversation.effects import Broken, Close, Describe, Event, Link, Open, Received, Send, Wait
+from outrider_client.conversation.patience import Patience
 from outrider_client.errors import (
     ClientClosedError,
     DeadlineExceededError,
@@ -46,9 +47,8 @@ from outrider_client.errors import (
 )
 from outrider_client.pair import PairInfo, check_model
 from outrider_client.params import SamplingParams
-from outrider_client.patience import Patience
 from outrider_client.results import Chunk, GenerationResult
-from outrider_client.text import TargetTokenizer
+from outrider_client.text.text import TargetTokenizer
 
 
 class AsyncSpeculativeClient:

@@ -18,10 +18,11 @@ from grpc_status import rpc_status
 from outrider.protocol.errors import ERROR_DOMAIN
 from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from outrider_client import arguments
-from outrider_client.committed import Task
 from outrider_client.controller import FixedLength, LengthController, PairSpeeds
-from outrider_client.conversation import Conversation
-from outrider_client.effects import Broken, Link
+from outrider_client.conversation.committed import Task
+from outrider_client.conversation.conversation import Conversation
+from outrider_client.conversation.effects import Broken, Link
+from outrider_client.conversation.patience import Breaker, Patience
 from outrider_client.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -31,10 +32,9 @@ from outrider_client.errors import (
     ServiceUnavailableError,
 )
 from outrider_client.params import SamplingParams, SpeculationParams
-from outrider_client.patience import Breaker, Patience
 from outrider_client.results import GenerationResult, GenerationStats
-from outrider_client.rules import Rule, rule_of
-from outrider_client.text import TargetTokenizer, TextStream, prompt_to_ids
+from outrider_client.rules.rules import Rule, rule_of
+from outrider_client.text.text import TargetTokenizer, TextStream, prompt_to_ids
 
 CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # the services stand beside the client, not behind its proxy to the web

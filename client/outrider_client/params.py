@@ -12,7 +12,7 @@ from outrider.protocol.errors import InvalidArgumentError
 from outrider.sampling.warping import MOST_TOP_K, Warping
 from outrider_client import arguments
 from outrider_client.errors import InvalidRequestError
-from outrider_client.rules import RULES, RuleName
+from outrider_client.rules.rules import RULES, RuleName
 
 Method = Literal["speculative", "autoregressive", "draft"]
 METHODS: tuple[str, ...] = get_args(Method)

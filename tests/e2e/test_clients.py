@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 from outrider_client import connection
-from outrider_client.effects import BROKEN_LINK, COME_AGAIN
+from outrider_client.conversation.effects import BROKEN_LINK, COME_AGAIN
 
 from outrider import (
     AsyncSpeculativeClient,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import outrider_client.acceptance
+import outrider_client.rules.acceptance
 import outrider_draft.drafter
 import pytest
 import torch
@@ -204,7 +204,7 @@ def break_residual(monkeypatch) -> None:
     def whole_target(proposal, row, scale) -> np.ndarray:
         return np.append(row.probs, row.outside_mass)
 
-    monkeypatch.setattr(outrider_client.acceptance, "residual_weights", whole_target)
+    monkeypatch.setattr(outrider_client.rules.acceptance, "residual_weights", whole_target)
 
 
 def break_uniforms(monkeypatch) -> None:
@@ -229,9 +229,9 @@ def break_joint_ratios(monkeypatch) -> None:
     """Judge a round's proposals together by the ratio of each alone."""
 
     def single_ratios(proposals, rows) -> list[float]:
-        return [1.0, *map(outrider_client.acceptance.acceptance_prob, proposals, rows)]
+        return [1.0, *map(outrider_client.rules.acceptance.acceptance_prob, proposals, rows)]
 
-    monkeypatch.setattr(outrider_client.acceptance, "joint_ratios", single_ratios)
+    monkeypatch.setattr(outrider_client.rules.acceptance, "joint_ratios", single_ratios)
 
 
 def break_noise(monkeypatch) -> None:

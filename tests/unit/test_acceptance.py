@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from outrider_client.acceptance import (
+from outrider_client.rules.acceptance import (
     Decision,
     InvalidProposalError,
     Proposal,

@@ -18,7 +18,7 @@ from outrider_client.connection import ConnectionSettings, Target, begin_convers
 from outrider_client.controller import PairSpeeds
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import MOST_STOP_CHARACTERS
-from outrider_client.text import TargetTokenizer
+from outrider_client.text.text import TargetTokenizer
 
 from outrider import AsyncSpeculativeClient, Patience, SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.v1 import common_pb2

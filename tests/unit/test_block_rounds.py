@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from outrider_client import acceptance
-from outrider_client.draft_link import DraftLink
-from outrider_client.effects import Link
-from outrider_client.generation import Generation
+from outrider_client.conversation.draft_link import DraftLink
+from outrider_client.conversation.effects import Link
+from outrider_client.conversation.generation import Generation
+from outrider_client.rules import acceptance
 
 from outrider.sampling.rng import uniforms
 from tests import toy_services as toys

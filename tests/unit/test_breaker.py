@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from outrider_client.patience import COST_SHARE, Breaker
+from outrider_client.conversation.patience import COST_SHARE, Breaker
 
 CAUSE = ("UNAVAILABLE", "nobody is there")
 LONGEST_S = 60.0

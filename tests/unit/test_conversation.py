@@ -23,17 +23,17 @@ from outrider_client.connection import (
     lengths_for,
 )
 from outrider_client.controller import PairSpeeds, RoundTimes
-from outrider_client.conversation import Conversation
-from outrider_client.effects import Describe, Link, Open, Send, Wait
+from outrider_client.conversation.conversation import Conversation
+from outrider_client.conversation.effects import Describe, Link, Open, Send, Wait
+from outrider_client.conversation.patience import Patience
 from outrider_client.errors import (
     DeadlineExceededError,
     InvalidRequestError,
     ServiceUnavailableError,
 )
 from outrider_client.params import SamplingParams, SpeculationParams
-from outrider_client.patience import Patience
 from outrider_client.results import Chunk, GenerationResult
-from outrider_client.rules import rule_of
+from outrider_client.rules.rules import rule_of
 
 from outrider.v1 import draft_pb2
 from tests import toy_services as toys

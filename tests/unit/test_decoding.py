@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-from outrider_client.decoding import UNFINISHED, Piece, Pieces, TextDecoder
 from outrider_client.errors import ServiceFailedError
-from outrider_client.text import TargetTokenizer, TextStream
+from outrider_client.text.decoding import UNFINISHED, Piece, Pieces, TextDecoder
+from outrider_client.text.text import TargetTokenizer, TextStream
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [

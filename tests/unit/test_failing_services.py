@@ -9,7 +9,8 @@ from itertools import pairwise
 
 import grpc
 import pytest
-from outrider_client.effects import BROKEN_LINK, COME_AGAIN, Describe, Link, Wait
+from outrider_client.conversation.effects import BROKEN_LINK, COME_AGAIN, Describe, Link, Wait
+from outrider_client.conversation.patience import Patience
 from outrider_client.errors import (
     IncompatiblePairError,
     InvalidRequestError,
@@ -17,7 +18,6 @@ from outrider_client.errors import (
     ServiceFailedError,
     ServiceUnavailableError,
 )
-from outrider_client.patience import Patience
 
 from outrider.protocol import wire
 from tests import toy_services as toys

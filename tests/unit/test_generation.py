@@ -7,12 +7,12 @@ wants it.
 from __future__ import annotations
 
 import pytest
-from outrider_client.committed import Task
-from outrider_client.draft_link import DraftLink
+from outrider_client.conversation.committed import Task
+from outrider_client.conversation.draft_link import DraftLink
+from outrider_client.conversation.generation import Generation
 from outrider_client.errors import CacheMismatchError, InvalidRequestError, ServiceFailedError
-from outrider_client.generation import Generation
 from outrider_client.params import SpeculationParams
-from outrider_client.rules import rule_of
+from outrider_client.rules.rules import rule_of
 
 from outrider.protocol import wire
 from outrider.protocol.tokens import TokenLog

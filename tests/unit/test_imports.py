@@ -27,6 +27,7 @@ COMPARING = "outrider_client.bench.transformers_peer"  # of the client, it alone
 # Every room, and those that it may import from. The first room whose name a module begins with is the module's.
 SHARED = {"outrider.common", "outrider.v1", "outrider.protocol", "outrider.sampling"}
 SERVICE = SHARED | {"outrider", "outrider.engine", "outrider.serving"}
+CLIENT_ROOMS = {"outrider_client.conversation", "outrider_client.rules", "outrider_client.text"}
 ARROWS = {
     "outrider.common": set(),
     "outrider.v1": set(),
@@ -34,10 +35,13 @@ ARROWS = {
     "outrider.sampling": {"outrider.common", "outrider.v1", "outrider.protocol"},
     "outrider.engine": SHARED - {"outrider.v1"},
     "outrider.serving": SHARED | {"outrider", "outrider.engine"},
-    "outrider": {"outrider_client"},  # the public names
+    "outrider": CLIENT_ROOMS | {"outrider_client"},  # the public names
     "outrider_draft": SERVICE,
     "outrider_target": SERVICE,
-    "outrider_client": SHARED | {"outrider", COMPARING},
+    "outrider_client.rules": SHARED | {"outrider_client"},
+    "outrider_client.text": SHARED | {"outrider_client"},
+    "outrider_client.conversation": SHARED | {"outrider_client", "outrider_client.rules", "outrider_client.text"},
+    "outrider_client": SHARED | CLIENT_ROOMS | {"outrider", COMPARING},
     COMPARING: {"outrider.engine", "outrider_client"},
 }
 
@@ -156,12 +160,17 @@ def test_every_room_says_what_it_knows_and_where_to_begin():
 @pytest.mark.parametrize(
     ("module", "source", "room"),
     [
-        ("outrider__protocol__wire", "import outrider_client.text", "outrider_client"),
+        ("outrider__protocol__wire", "import outrider_client.pair", "outrider_client"),
         ("outrider__sampling__probs", "from outrider.engine import engine", "outrider.engine"),
         ("outrider__engine__engine", "def late():\n    from outrider.serving import server", "outrider.serving"),
         ("outrider_draft__drafter", "def late():\n    from outrider_target import scheduler", "outrider_target"),
         ("outrider_client__sync", "from outrider.engine.models import loader", "outrider.engine"),
         ("outrider__serving__calls", "from outrider_draft import session", "outrider_draft"),
+        (
+            "outrider_client__text__decoding",
+            "import outrider_client.conversation.effects",
+            "outrider_client.conversation",
+        ),
     ],
 )
 def test_another_arrow_is_found_even_inside_a_function(tmp_path, module, source, room):

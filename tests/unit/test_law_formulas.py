@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from outrider_client import acceptance
-from outrider_client.acceptance import Decision, Proposal, TargetRow, decide
+from outrider_client.rules import acceptance
+from outrider_client.rules.acceptance import Decision, Proposal, TargetRow, decide
 
 from outrider.protocol.scales import round_down
 from outrider.sampling import probs as probs_module

@@ -5,13 +5,14 @@ How a round is decided is shown in test_acceptance, and that distributions stay 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
+import outrider_client
 import pytest
-from outrider_client import rules
-from outrider_client.acceptance import decide
 from outrider_client.params import SpeculationParams
-from outrider_client.rules import RULES, Rejection, RuleName, rule_of
+from outrider_client.rules.acceptance import decide
+from outrider_client.rules.rules import RULES, Rejection, RuleName, rule_of
 
 from tests import toy_services as toys
 from tests.toy_services import NUM_TOKENS, SeedText, World, make_conversation
@@ -79,7 +80,7 @@ def test_another_rule_is_one_class_and_one_entry(monkeypatch):
 
 def test_no_other_module_asks_for_a_rule_by_its_name():
     """A name is read by `rule_of` alone; everything else asks the rule what it knows."""
-    folder = __import__("pathlib").Path(rules.__file__).parent
+    folder = Path(outrider_client.__file__).parent
     asking = {
         path.name
         for path in folder.rglob("*.py")

@@ -9,7 +9,7 @@ from typing import Any
 from outrider_client.bench.metrics import Timeline
 from outrider_client.params import AUTO, METHODS
 from outrider_client.results import GenerationStats, RoundStats
-from outrider_client.rules import RuleName, rule_of
+from outrider_client.rules.rules import RuleName, rule_of
 
 BASELINE = "autoregressive"
 AUTO_METHOD = f"speculative-{AUTO}"  # the client picks K

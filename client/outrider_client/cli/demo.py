@@ -26,7 +26,7 @@ from outrider_client.cli.options import (
 from outrider_client.params import SamplingParams
 from outrider_client.results import GenerationResult
 from outrider_client.sync import SpeculativeClient
-from outrider_client.text import prompt_to_ids
+from outrider_client.text.text import prompt_to_ids
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to"
 

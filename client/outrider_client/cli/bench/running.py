@@ -24,7 +24,7 @@ from outrider_client.cli.local_pair import PairAddresses, local_pair
 from outrider_client.cli.options import DraftNotice, err, print_json
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.sync import SpeculativeClient
-from outrider_client.text import prompt_to_ids
+from outrider_client.text.text import prompt_to_ids
 
 
 @dataclass(frozen=True)

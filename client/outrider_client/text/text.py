@@ -12,10 +12,10 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
 
 from outrider_client import arguments
-from outrider_client.chat_template import ChatTemplate
-from outrider_client.decoding import Pieces, TextDecoder, raise_if_failed
 from outrider_client.errors import InvalidRequestError, ServiceFailedError
 from outrider_client.results import FinishReason
+from outrider_client.text.chat_template import ChatTemplate
+from outrider_client.text.decoding import Pieces, TextDecoder, raise_if_failed
 
 
 @dataclass(frozen=True)

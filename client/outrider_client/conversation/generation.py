@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outrider_client.acceptance import Decision
-from outrider_client.committed import CommittedTokens, Task
-from outrider_client.draft_link import DraftLink
+from outrider_client.conversation.committed import CommittedTokens, Task
+from outrider_client.conversation.draft_link import DraftLink
+from outrider_client.conversation.target_link import TargetLink
 from outrider_client.results import GenerationStats
-from outrider_client.target_link import TargetLink
+from outrider_client.rules.acceptance import Decision
 
 
 class Generation:

@@ -1,4 +1,4 @@
-"""Renders chat templates in a process of its own, as transformers runs them; `outrider_client.chat_template` starts it.
+"""Renders chat templates in a process of its own, as transformers runs them; `chat_template` starts it.
 
 A template comes from the target, and no sandbox bounds what it may compute: `10 ** 10 ** 10` is one instruction. So it
 runs where it can be ended, and in memory that is limited.

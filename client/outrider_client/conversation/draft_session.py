@@ -7,12 +7,24 @@ from collections.abc import Callable
 import grpc
 
 from outrider.v1 import common_pb2, draft_pb2
-from outrider_client.committed import Task
-from outrider_client.draft_link import DraftLink
-from outrider_client.effects import Broken, Close, Describe, Event, Link, Open, Reason, Send, Steps, counted, seconds_of
+from outrider_client.conversation.committed import Task
+from outrider_client.conversation.draft_link import DraftLink
+from outrider_client.conversation.effects import (
+    Broken,
+    Close,
+    Describe,
+    Event,
+    Link,
+    Open,
+    Reason,
+    Send,
+    Steps,
+    counted,
+    seconds_of,
+)
+from outrider_client.conversation.patience import Breaker, Patience
 from outrider_client.errors import CacheMismatchError, IncompatiblePairError, ModelChangedError, ServiceFailedError
 from outrider_client.pair import find_mismatch
-from outrider_client.patience import Breaker, Patience
 from outrider_client.results import GenerationStats
 
 # A draft that fails so may be well for other texts.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError
 from outrider.v1 import draft_pb2, target_pb2
-from outrider_client.acceptance import Decision, Proposal, TargetRow
-from outrider_client.committed import Committed, Task
+from outrider_client.conversation.committed import Committed, Task
 from outrider_client.errors import ServiceFailedError
+from outrider_client.rules.acceptance import Decision, Proposal, TargetRow
 
 MASS_SLACK = 2.0**-10  # of a row: logits become probabilities in float32
 

@@ -19,8 +19,8 @@ import numpy as np
 from outrider.protocol import wire
 from outrider.sampling.rng import AddressedUniforms, Purpose
 from outrider.v1 import draft_pb2
-from outrider_client.acceptance import Decision, Proposal, TargetRow, decide, decide_block, decide_shared_noise
 from outrider_client.errors import ServiceFailedError
+from outrider_client.rules.acceptance import Decision, Proposal, TargetRow, decide, decide_block, decide_shared_noise
 
 RuleName = Literal["auto", "rejection", "block", "shared_noise"]
 

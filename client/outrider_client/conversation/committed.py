@@ -17,7 +17,7 @@ from outrider.sampling.warping import Warping
 from outrider.v1 import common_pb2
 from outrider_client.errors import CacheMismatchError
 from outrider_client.params import SpeculationParams
-from outrider_client.rules import Rule
+from outrider_client.rules.rules import Rule
 
 
 @dataclass(frozen=True)

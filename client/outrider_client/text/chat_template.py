@@ -24,7 +24,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _BOOTSTRAP = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from outrider_client.chat_worker import main
+from outrider_client.text.chat_worker import main
 print("{}", flush=True)
 main(int(sys.argv[2]))
 """

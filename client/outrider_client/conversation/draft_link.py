@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from outrider.v1 import common_pb2, draft_pb2
-from outrider_client.committed import Committed, Task
+from outrider_client.conversation.committed import Committed, Task
 from outrider_client.errors import ServiceFailedError
 
 GREEDY_ALTERNATIVES = 4  # by default, where the draft or the target takes its likeliest token

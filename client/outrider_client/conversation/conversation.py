@@ -11,11 +11,10 @@ from typing import Any
 
 import grpc
 
-from outrider_client.acceptance import Decision
-from outrider_client.committed import Task
 from outrider_client.controller import FixedLength, LengthController, RoundTimes
-from outrider_client.draft_session import DraftSession
-from outrider_client.effects import (
+from outrider_client.conversation.committed import Task
+from outrider_client.conversation.draft_session import DraftSession
+from outrider_client.conversation.effects import (
     Broken,
     Close,
     Event,
@@ -29,6 +28,8 @@ from outrider_client.effects import (
     counted,
     seconds_of,
 )
+from outrider_client.conversation.generation import Generation
+from outrider_client.conversation.patience import ROUND_TOKEN_S, Breaker, Patience
 from outrider_client.errors import (
     CacheMismatchError,
     DeadlineExceededError,
@@ -38,10 +39,9 @@ from outrider_client.errors import (
     ServiceFailedError,
     ServiceUnavailableError,
 )
-from outrider_client.generation import Generation
-from outrider_client.patience import ROUND_TOKEN_S, Breaker, Patience
 from outrider_client.results import Chunk, GenerationResult, RoundStats, Segment
-from outrider_client.text import TextStream
+from outrider_client.rules.acceptance import Decision
+from outrider_client.text.text import TextStream
 
 
 class Conversation:
