@@ -68,17 +68,12 @@ class SamplingParams:
 class SpeculationParams:
     """How the pair works on one generation. Nothing here changes the distribution of the text.
 
-    `rule` says how proposals are judged:
-
-    - `rejection`: one after the other. A seed gives one text for every K from 1 on, window and timing.
-    - `block`: the proposals of a round together, which keeps at least as many on average. A seed's text depends on
-      where rounds begin and end too: on K, on a window shorter than K, on `min_draft_prob`, and on rounds that find the
-      draft late or gone.
-    - `shared_noise`: draft and target draw with the same noise, and a proposal is accepted when it is what the target
-      itself chooses. Fewer proposals may be accepted, but no supports cross the wire, and a seed's text is the
-      target's own: the same for every draft and K, and without a draft.
-    - `auto`: `shared_noise` where a seed is given, so that its text does not depend on the draft at all, and
-      `rejection` otherwise.
+    `rule` says how proposals are judged, and so what a seed's text depends on (`outrider_client.rules`). `rejection`
+    judges one after the other: the text depends on the draft, but on no K from 1 on, window or timing. `block` judges
+    those of a round together and keeps at least as many: the text depends on where rounds begin and end too, so on K, the
+    window, `min_draft_prob`, and on rounds that find the draft late. `shared_noise` may keep fewer, but no supports
+    cross the wire, and the text is the target's own, with any draft or none. `auto` is `shared_noise` where a seed is
+    given, and `rejection` otherwise.
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.

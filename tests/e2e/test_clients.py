@@ -506,7 +506,7 @@ import signal
 import threading
 import time
 
-from client import Patience
+from outrider import Patience
 
 def interrupt_later():
     time.sleep(0.3)

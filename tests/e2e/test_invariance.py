@@ -68,7 +68,7 @@ FREE = {"rule": "rejection"}  # rejection sampling, although there is a seed; sh
 
 def write(client: SpeculativeClient, sampling: SamplingParams, prompt=PROMPT, **speculation: Any) -> list[int]:
     """Return the tokens of a text of which no round went without proposals."""
-    result = client.generate(prompt, sampling, **FREE, **speculation)
+    result = client.generate(prompt, sampling, **(FREE | speculation))
     assert result.stats.num_rounds_without_draft == 0
     return result.token_ids
 
