@@ -70,7 +70,7 @@ class SpeculationParams:
 
     `rule` says how proposals are judged, and so what a seed's text depends on (`outrider_client.rules`). `rejection`
     judges one after the other: the text depends on the draft, but on no K from 1 on, window or timing. `block` judges
-    those of a round together and keeps at least as many: the text depends on where rounds begin and end too, so on K, the
+    those of a round together and keeps at least as many: the text depends on where rounds begin and end too: on K, the
     window, `min_draft_prob`, and on rounds that find the draft late. `shared_noise` may keep fewer, but no supports
     cross the wire, and the text is the target's own, with any draft or none. `auto` is `shared_noise` where a seed is
     given, and `rejection` otherwise.
