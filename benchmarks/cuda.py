@@ -41,7 +41,7 @@ from benchmarks import made_models
 from benchmarks.made_models import Recipe
 from benchmarks.pairs import SHAPES, Shape, bytes_per_pass, calibrate, make_draft, make_target
 from outrider import AsyncSpeculativeClient, SamplingParams, SpeculativeClient
-from outrider.engine.backends.paged.choice import CacheOptions
+from outrider.engine.backends.choice import CacheOptions
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.models.loader import DTYPES, ModelOptions, load
 from outrider.protocol.tokens import TokenLog
@@ -179,7 +179,7 @@ def measure_passes(name: str, path: str, num_bytes: int, dtype: str, device: str
     """Time passes of one sequence through the engine, as a service runs them."""
     made_models.register()
     caches = CacheOptions(MAX_CACHED_TOKENS, cuda_graphs)
-    runner = load(ModelOptions(path, dtype=dtype, device=device, caches=caches)).runner
+    runner = load(ModelOptions(path, dtype=dtype, device=device, caches=caches)).choice.runner
     engine = Engine(runner, MAX_CACHED_TOKENS, max_batch_tokens=512)
     sequence = Sequence(TokenLog([1] * NUM_CACHED))
     engine.add(sequence)

@@ -8,11 +8,27 @@ Shapes: H key-value heads, D head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 _GROWTH = 256  # positions; memory comes in steps of this many
+
+
+@dataclass(frozen=True)
+class EntryShape:
+    """What one position of a model's cache holds."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one position, keys and values of all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 class Cache(Protocol):
@@ -80,10 +96,11 @@ class SequenceCache(TokenCountedCache):
         return len(self._layers)
 
     @property
-    def entry_kinds(self) -> set[tuple[int, int, torch.dtype]]:
-        """H, D and type of the layers' keys and values: one of each where all are alike."""
+    def entry_shape(self) -> EntryShape | None:
+        """What the layers have written at each position; None where they differ."""
         entries = [entry for layer in self._layers.values() for entry in layer]
-        return {(entry.shape[0], entry.shape[2], entry.dtype) for entry in entries}
+        kinds = {(entry.shape[0], entry.shape[2], entry.dtype) for entry in entries}
+        return EntryShape(self.num_layers, *kinds.pop()) if len(kinds) == 1 else None
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""

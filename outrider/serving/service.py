@@ -16,7 +16,7 @@ import transformers
 
 from outrider import __version__
 from outrider.common.callers import caller_of
-from outrider.engine.backends.paged.choice import CacheOptions
+from outrider.engine.backends.choice import CacheOptions
 from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.models.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.thread import ModelThread
@@ -89,11 +89,11 @@ class ModelHost(Generic[WorkerT]):
                 caches=CacheOptions(options.max_cached_tokens, options.cuda_graphs, options.paged),
             )
         )
-        self._max_cached_tokens = model.max_cached_tokens
+        self._max_cached_tokens = model.choice.max_cached_tokens
         self._context_length = min(model.context_length, self._max_cached_tokens, self._longest_context)
         if self._context_length == self._longest_context < model.context_length:
             log.info("the context ends at %d tokens: --max-cached-tokens makes it longer", self._context_length)
-        self._engine = Engine(model.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
+        self._engine = Engine(model.choice.runner, self._max_cached_tokens, options.max_batch_tokens, options.kv_cache)
         worker = self._make_worker(self._engine, self._context_length)
         try:
             worker.warm_up(model.vocab_size)
@@ -277,6 +277,8 @@ class ModelHost(Generic[WorkerT]):
             ),
             service_version=__version__,
             identity=model.identity,
+            backend=model.choice.backend,
+            backend_notes=model.choice.notes,
         )
 
     async def stats(self) -> common_pb2.ServiceStats:

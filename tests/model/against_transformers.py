@@ -11,7 +11,11 @@ from random import Random
 import torch
 from transformers import PreTrainedModel
 
-from outrider.engine.backends.runner import Feed, Runner
+from outrider.engine.backends import attention
+from outrider.engine.backends.choice import CacheOptions, Choice, Machine, choose
+from outrider.engine.backends.runner import Feed, ForwardPass, ModelRunner, Runner
+from outrider.engine.models.loader import read_checked
+from outrider.engine.models.spec import DecoderSpec
 from tests.tiny_models import VOCAB_SIZE
 
 LENGTHS = (3, 19, 34, 47)  # shorter and longer than the sliding windows of 8
@@ -77,3 +81,23 @@ def make_uneven(model: PreTrainedModel) -> None:
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def spec_of(model: PreTrainedModel) -> DecoderSpec:
+    """Return what the model consists of; it has packed attention from then on."""
+    attention.register()
+    model.set_attn_implementation(attention.ATTENTION_NAME)
+    return DecoderSpec.read(model)
+
+
+def chosen(model: PreTrainedModel, caches: CacheOptions | None = None) -> Choice:
+    """Return what a service would run the model by."""
+    spec, probe = read_checked(model)
+    return choose(spec, Machine(torch.get_num_threads(), caches or CacheOptions()), probe)
+
+
+def fastest_pass(model: PreTrainedModel) -> ForwardPass:
+    """Return the forward pass that a service would run the model by, which must not be compiled code."""
+    runner = chosen(model).runner
+    assert isinstance(runner, ModelRunner)
+    return runner._forward_pass

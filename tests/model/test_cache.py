@@ -20,8 +20,8 @@ from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 from outrider.engine.backends.runner import Feed, ModelRunner, Runner
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.models.loader import choose_forward_pass
 from outrider.protocol.tokens import TokenLog
+from tests.model.against_transformers import fastest_pass, spec_of
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 TOLERANCE = 1e-11
@@ -46,8 +46,8 @@ OPERATIONS = st.lists(
 @functools.cache
 def runner_of(name: str) -> Runner:
     if name == "compiled":
-        return CompiledLlamaRunner(make_model("qwen2", 0, head_dim=16).float())
-    return ModelRunner(choose_forward_pass(make_model(name, 0)))
+        return CompiledLlamaRunner(spec_of(make_model("qwen2", 0, head_dim=16).float()))
+    return ModelRunner(fastest_pass(make_model(name, 0)))
 
 
 def assert_fresh(runner: Runner, token_ids: list[int], logits: torch.Tensor) -> None:
@@ -223,7 +223,7 @@ class TestGrowth:
 
 def test_a_model_crosses_the_blocks_exactly():
     """300 tokens fed in steps of 60 with a rollback over the border of 256, against the same text fed at once."""
-    runner = ModelRunner(choose_forward_pass(make_model("llama", 0, max_position_embeddings=512)))
+    runner = ModelRunner(fastest_pass(make_model("llama", 0, max_position_embeddings=512)))
     text = Text(runner, 3)
     for _ in range(5):
         runner.forward([text.append(60)])

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.engine.models.loader import ModelOptions, ModelRefusedError, choose_forward_pass, load
+from outrider.engine.models.loader import ModelOptions, ModelRefusedError, load
+from tests.model.against_transformers import fastest_pass
 from tests.tiny_models import byte_tokenizer, make_model, save
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 16533\n"
@@ -331,7 +332,7 @@ class TestFacts:
         model = make_model("llama", 0)
         model.model.embed_tokens = torch.nn.Embedding(90, 32, dtype=torch.float64)
         with pytest.raises(ModelRefusedError, match="has 90 rows and its head 97: they must agree"):
-            choose_forward_pass(model)
+            fastest_pass(model)
 
     def test_a_generation_configuration_that_is_none(self, folder):
         (folder / "generation_config.json").write_text("[1, 2]")

@@ -26,15 +26,21 @@ import torch
 from transformers import PreTrainedModel
 
 import outrider
-from outrider.engine.backends.compiled import kernels, tiles
+from outrider.engine.backends.choice import CacheOptions
+from outrider.engine.backends.compiled import kernels, panels, tiles
 from outrider.engine.backends.compiled.cache import PanelCache
-from outrider.engine.backends.compiled.choice import choose_compiled
-from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
-from outrider.engine.backends.llama import LlamaForward
-from outrider.engine.backends.paged.choice import CacheOptions
-from outrider.engine.backends.runner import Feed, ModelRunner
+from outrider.engine.backends.compiled.runner import CompiledLlamaRunner, why_not
+from outrider.engine.backends.runner import Feed
 from outrider.engine.models.loader import ModelOptions, load, load_plain
-from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, own_logits, texts
+from tests.model.against_transformers import (
+    LLAMA_VARIANTS,
+    chosen,
+    interleaved_logits,
+    make_uneven,
+    own_logits,
+    spec_of,
+    texts,
+)
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 TOLERANCE = 2.5e-4
@@ -54,9 +60,9 @@ def distance(model: PreTrainedModel, token_ids: list[int], logits: torch.Tensor)
 
 
 def assert_same(model: PreTrainedModel) -> None:
-    assert CompiledLlamaRunner.can_run(model)
+    assert why_not(spec_of(model)) is None
     all_ids = texts(0)
-    for ids, logits in zip(all_ids, interleaved_logits(CompiledLlamaRunner(model), all_ids, 0), strict=True):
+    for ids, logits in zip(all_ids, interleaved_logits(CompiledLlamaRunner(spec_of(model)), all_ids, 0), strict=True):
         assert distance(model, ids, logits) < TOLERANCE
 
 
@@ -103,7 +109,7 @@ class TestTransformersGivesTheSame:
     def test_but_not_where_one_cached_token_is_another(self):
         """Position 5 is far behind; what the later rows know of it is in its cache entries alone."""
         model, ids = make_float32("llama"), random_ids(47)
-        logits = at_once(CompiledLlamaRunner(model), [*ids[:5], (ids[5] + 1) % VOCAB_SIZE, *ids[6:]])
+        logits = at_once(CompiledLlamaRunner(spec_of(model)), [*ids[:5], (ids[5] + 1) % VOCAB_SIZE, *ids[6:]])
         moved = (logits - own_logits(copy.deepcopy(model).double(), ids)).abs().amax(-1)
         assert moved[:5].max() < TOLERANCE
         assert moved[6:].min() > TOLERANCE
@@ -113,7 +119,7 @@ class TestTransformersGivesTheSame:
         ("right", "wrong"), [(1, 2), (2, 1), (8, 7), (8, 9), (16, 15), (16, 17), (33, 32), (33, 34)]
     )
     def test_but_not_where_a_window_is_off_by_one(self, right, wrong):
-        ids, runner = random_ids(47), CompiledLlamaRunner(make_float32("mistral", sliding_window=wrong))
+        ids, runner = random_ids(47), CompiledLlamaRunner(spec_of(make_float32("mistral", sliding_window=wrong)))
         assert distance(make_float32("mistral", sliding_window=right), ids, at_once(runner, ids)) > SABOTAGED
 
 
@@ -157,14 +163,16 @@ class Storage:
     is_tiles: bool = False
 
     def runner(self, model: PreTrainedModel) -> CompiledLlamaRunner:
-        return CompiledLlamaRunner(model, tiles_from=0 if self.is_tiles else sys.maxsize)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiles, "LEAST_NUMBERS", 0 if self.is_tiles else sys.maxsize)
+            return CompiledLlamaRunner(spec_of(model))
 
 
 STORAGES = {
-    "float16": Storage(torch.float16, kernels.FLOAT16),
-    "bfloat16": Storage(torch.bfloat16, kernels.BFLOAT16),
-    "float32": Storage(torch.float32, kernels.FLOAT32),
-    "tiles": Storage(torch.bfloat16, kernels.BFLOAT16, is_tiles=True),
+    "float16": Storage(torch.float16, panels.FLOAT16),
+    "bfloat16": Storage(torch.bfloat16, panels.BFLOAT16),
+    "float32": Storage(torch.float32, panels.FLOAT32),
+    "tiles": Storage(torch.bfloat16, panels.BFLOAT16, is_tiles=True),
 }
 
 
@@ -207,7 +215,7 @@ class TestStorages:
         model = exact_in(dtype)
         with torch.no_grad():
             model.model.layers[2].mlp.down_proj.weight[1, 2] = 1 + 2.0**-20
-        assert CompiledLlamaRunner(model)._weights.query_key_value.dtype == kernels.FLOAT32
+        assert CompiledLlamaRunner(spec_of(model))._weights.query_key_value.dtype == panels.FLOAT32
 
     def test_the_model_is_copied(self, stored):
         copied = copy.deepcopy(stored.model)
@@ -295,7 +303,7 @@ class TestNumbersThatAreNone:
         model = make_float32("llama")
         with torch.no_grad():
             model.model.embed_tokens.weight[7, 3] = number
-        runner = CompiledLlamaRunner(model)
+        runner = CompiledLlamaRunner(spec_of(model))
         cache, other = runner.new_cache(), runner.new_cache()
         assert runner.forward([Feed(cache, [1, 2, 3], 3)]).isfinite().all()
         spoiled, sound = runner.forward([Feed(cache, [7, 1], 2), Feed(other, [1, 2], 2)]).split(2)
@@ -308,7 +316,7 @@ class TestNumbersThatAreNone:
         model = make_float32("llama")
         with torch.no_grad():
             model.lm_head.weight[90, 3] = math.nan
-        is_nan = at_once(CompiledLlamaRunner(model), random_ids(20)).isnan()
+        is_nan = at_once(CompiledLlamaRunner(spec_of(model)), random_ids(20)).isnan()
         assert is_nan[:, 90].all()
         assert is_nan.sum() == 20
 
@@ -354,7 +362,7 @@ class TestPanelCache:
 
     def test_entries_survive_a_growth_after_a_truncation(self):
         """270 tokens, back to 250, then 300 more, for which what is left moves."""
-        runner, ids = CompiledLlamaRunner(make_float32("llama", head_dim=48)), random_ids(550)
+        runner, ids = CompiledLlamaRunner(spec_of(make_float32("llama", head_dim=48))), random_ids(550)
         cache = runner.new_cache()
         runner.forward([Feed(cache, [*ids[:250], *random_ids(20)], 1)])
         cache.truncate(250)
@@ -375,14 +383,14 @@ class TestPanelCache:
         assert (cache.length, cache.capacity, cache.address) == (0, 0, 0)
 
     def test_a_cleared_one_is_as_good_as_new(self):
-        runner, ids = CompiledLlamaRunner(make_float32("llama")), random_ids(30)
+        runner, ids = CompiledLlamaRunner(spec_of(make_float32("llama"))), random_ids(30)
         cache = runner.new_cache()
         runner.forward([Feed(cache, random_ids(300), 1)])
         cache.clear()
         assert torch.equal(runner.forward([Feed(cache, ids, 30)]), at_once(runner, ids))
 
     def test_a_pass_that_fails_leaves_the_length(self, monkeypatch):
-        runner, ids = CompiledLlamaRunner(make_float32("llama")), random_ids(300)
+        runner, ids = CompiledLlamaRunner(spec_of(make_float32("llama"))), random_ids(300)
         cache = runner.new_cache()
         runner.forward([Feed(cache, ids[:200], 1)])
 
@@ -399,7 +407,9 @@ class TestPanelCache:
 
 class TestChoice:
     def choose(self, model: PreTrainedModel) -> object:
-        return choose_compiled(model, ModelRunner(LlamaForward(model)), VOCAB_SIZE)
+        """Return the compiled runner; None where another backend is chosen."""
+        runner = chosen(model).runner
+        return runner if isinstance(runner, CompiledLlamaRunner) else None
 
     def test_falls_on_compiled_code_for_float32_and_one_thread(self, caplog):
         with caplog.at_level(logging.WARNING):
@@ -422,8 +432,8 @@ class TestChoice:
 
     def test_leaves_other_types_and_families(self):
         assert self.choose(make_float32("llama").double()) is None
-        assert not CompiledLlamaRunner.can_run(make_float32("llama").bfloat16())
-        assert not CompiledLlamaRunner.can_run(make_float32("qwen3"))
+        assert why_not(spec_of(make_float32("llama").bfloat16()))
+        assert why_not(spec_of(make_float32("qwen3")))
 
     def test_says_why_where_numba_cannot_be_imported(self, monkeypatch, caplog):
         for name in ("numba", "outrider.engine.backends.compiled.runner", "outrider.engine.backends.compiled.kernels"):
@@ -442,7 +452,7 @@ class TestChoice:
         monkeypatch.setattr(kernels, "forward", fail)
         with caplog.at_level(logging.WARNING):
             assert self.choose(make_float32("llama")) is None
-        assert "the model runs uncompiled: no space left on device" in caplog.text
+        assert "the model does not run by compiled: OSError: no space left on device" in caplog.text
 
     @pytest.mark.parametrize("wrong", [0.1, math.nan], ids=str)
     def test_falls_on_the_reference_where_results_differ(self, monkeypatch, caplog, wrong):
@@ -456,7 +466,7 @@ class TestChoice:
         monkeypatch.setattr(CompiledLlamaRunner, "forward", forward_wrongly)
         with caplog.at_level(logging.WARNING):
             assert self.choose(make_float32("llama")) is None
-        assert "the model runs uncompiled" in caplog.text
+        assert "the model does not run by compiled: rows differ" in caplog.text
 
     @pytest.mark.parametrize("index", range(6))
     @pytest.mark.parametrize(
@@ -478,19 +488,19 @@ class TestChoice:
         monkeypatch.setattr(CompiledLlamaRunner, "draft", draft_wrongly)
         with caplog.at_level(logging.WARNING):
             assert self.choose(make_float32("llama")) is None
-        assert "the model runs uncompiled: what it drafts in one go is not" in caplog.text
+        assert "the model does not run by compiled: what it drafts in one go is not" in caplog.text
 
     @pytest.mark.parametrize("name", ["draft", "target"])
     def test_the_embedded_models_run_as_compiled_code(self, name):
         options = ModelOptions(f"builtin:{name}", dtype="float32", device="cpu")
-        runner, ids = load(options).runner, random_ids(30)
+        runner, ids = load(options).choice.runner, random_ids(30)
         assert isinstance(runner, CompiledLlamaRunner)
         assert distance(load_plain(options), ids, at_once(runner, ids)) < TOLERANCE
 
     @pytest.mark.parametrize("options", [{"dtype": "float64"}, {"caches": CacheOptions(paged=True)}], ids=str)
     def test_the_loader_leaves_other_types_and_paged_caches_alone(self, options):
         loaded = load(ModelOptions(**({"model": "builtin:draft", "dtype": "float32", "device": "cpu"} | options)))
-        assert not isinstance(loaded.runner, CompiledLlamaRunner)
+        assert not isinstance(loaded.choice.runner, CompiledLlamaRunner)
 
 
 NOWHERE = """
@@ -498,9 +508,9 @@ import llvmlite.binding
 llvmlite.binding.get_host_cpu_features = llvmlite.binding.FeatureMap
 import torch
 torch.set_num_threads(1)
-from outrider.engine.backends.compiled import kernels, tiles
+from outrider.engine.backends.compiled import kernels, panels
 from tests.model import test_compiled
-print(kernels.__file__, kernels.PANEL, type(kernels.forward._cache).__name__)
+print(kernels.__file__, panels.PANEL, type(kernels.forward._cache).__name__)
 test_compiled.assert_same(test_compiled.make_float32("qwen2", head_dim=48))
 """
 

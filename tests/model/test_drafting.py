@@ -16,7 +16,8 @@ from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 from outrider.engine.engine import Engine
 from outrider.protocol.tokens import TokenLog
 from outrider.sampling.warping import Warping
-from tests.model.test_compiled import exact_in, with_tiles
+from tests.model.against_transformers import spec_of
+from tests.model.test_compiled import STORAGES, exact_in, with_tiles
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 PROMPTS = [[5, 80, 25, 7], [9], [3, 3, 3, 61, 8, 2, 90]]
@@ -25,7 +26,7 @@ AHEAD = 9
 
 @pytest.fixture(scope="module")
 def runner() -> CompiledLlamaRunner:
-    return CompiledLlamaRunner(make_model("llama", 1, head_dim=16).float())
+    return CompiledLlamaRunner(spec_of(make_model("llama", 1, head_dim=16).float()))
 
 
 def drafted(
@@ -73,7 +74,7 @@ def test_tokens_are_those_of_drafting_one_by_one_by_tiles_too(num_sessions, monk
     random = Random(num_sessions)
     prompts = [random.choices(range(VOCAB_SIZE), k=random.randint(1, 9)) for _ in range(num_sessions)]
     options = {"batch": 4, "vocab_sizes": [VOCAB_SIZE] * num_sessions, "prompts": prompts}
-    runner = CompiledLlamaRunner(exact_in(torch.bfloat16), tiles_from=0)
+    runner = STORAGES["tiles"].runner(exact_in(torch.bfloat16))
     together, _ = drafted(runner, 1.0, **options)
     monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
     one_by_one, _ = drafted(runner, 1.0, **options)

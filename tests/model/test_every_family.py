@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from outrider.engine.backends import attention
 from outrider.engine.backends.llama import LlamaForward
 from outrider.engine.backends.runner import ForwardPass, ModelRunner, TransformersForward
-from outrider.engine.models.loader import ModelRefusedError, choose_forward_pass
+from outrider.engine.models.loader import ModelRefusedError
 from outrider.engine.models.visibility import Visible
 from tests.every_family import FAMILIES, FLOAT32_ONLY, USUAL, make_tiny
-from tests.model.against_transformers import interleaved_logits
+from tests.model.against_transformers import fastest_pass, interleaved_logits
 from tests.tiny_models import VOCAB_SIZE
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -78,7 +78,7 @@ def outcome_of(family: str) -> Outcome:
     assert (own[0] - own[1]).abs().max() > 0.1, "the texts must differ, else nothing is shown"
     try:
         with float64_softmax():
-            forward_pass = choose_forward_pass(model)
+            forward_pass = fastest_pass(model)
     except ModelRefusedError as refusal:
         return Outcome("refused", in_short(refusal))
     assert_same(family, forward_pass, texts, own)

@@ -20,12 +20,19 @@ import torch
 from transformers import PreTrainedModel
 
 from outrider.engine.backends import attention
-from outrider.engine.backends.llama import LlamaForward
+from outrider.engine.backends.llama import LlamaForward, why_not
 from outrider.engine.backends.products import PREPACKED_FROM, make_product
 from outrider.engine.backends.runner import Feed, ForwardPass, ModelRunner, TransformersForward
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.models.loader import choose_forward_pass
-from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, own_logits, texts
+from tests.model.against_transformers import (
+    LLAMA_VARIANTS,
+    fastest_pass,
+    interleaved_logits,
+    make_uneven,
+    own_logits,
+    spec_of,
+    texts,
+)
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_model
 
 TOLERANCE = 1e-11
@@ -67,7 +74,7 @@ def test_packed_attention_is_the_familys_own(family, seed):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loader_takes_the_family(family):
     """It chooses the faster forward pass where there is one, and that writes every layer's cache too."""
-    forward_pass = choose_forward_pass(make_model(family, 0))
+    forward_pass = fastest_pass(make_model(family, 0))
     assert isinstance(forward_pass, LlamaForward if family in FAST_FAMILIES else TransformersForward)
 
 
@@ -135,13 +142,13 @@ class TestLlamaForward:
     def test_gives_what_transformers_gives(self, variant):
         family, changes = LLAMA_VARIANTS[variant]
         model = self.model(family, **changes)
-        assert LlamaForward.can_run(model)
-        assert_same(LlamaForward(model), model)
+        assert why_not(spec_of(model)) is None
+        assert_same(LlamaForward(spec_of(model)), model)
 
     def test_goes_on_beyond_its_first_table_of_angles(self):
         model = self.model("llama", max_position_embeddings=2048)
         ids = Random(0).choices(range(VOCAB_SIZE), k=1100)
-        runner, cache = ModelRunner(LlamaForward(model)), SequenceCache()
+        runner, cache = ModelRunner(LlamaForward(spec_of(model))), SequenceCache()
         logits = torch.cat([runner.forward([Feed(cache, ids[start : start + 550], 550)]) for start in (0, 550)])
         assert (logits - own_logits(model, ids)).abs().max() < TOLERANCE
 
@@ -159,12 +166,12 @@ class TestLlamaForward:
     )
     def test_leaves_the_others_to_transformers(self, family, changes):
         model = make_model(family, 5, **changes)
-        assert not LlamaForward.can_run(model)
-        assert isinstance(choose_forward_pass(model), TransformersForward)
+        assert why_not(spec_of(copy.deepcopy(model)))
+        assert isinstance(fastest_pass(model), TransformersForward)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_leaves_half_precision_to_transformers(self, dtype):
-        assert not LlamaForward.can_run(make_model("llama", 5).to(dtype))
+        assert why_not(spec_of(make_model("llama", 5).to(dtype)))
 
 
 @pytest.mark.parametrize("num_outputs", [64, PREPACKED_FROM // 256 + 1], ids=["plain", "prepacked"])

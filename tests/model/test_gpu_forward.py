@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from outrider.engine.backends import attention
-from outrider.engine.backends.paged.cache import EntryShape, PagePool
+from outrider.engine.backends.paged.cache import PagePool
 from outrider.engine.backends.paged.graphs import EagerRunner
 from outrider.engine.backends.paged.runner import PagedRunner
 from outrider.engine.backends.runner import Feed, ModelRunner, TransformersForward
-from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, texts
+from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, spec_of, texts
 from tests.tiny_models import CONTEXT_LENGTH, make_model
 
 pytest.importorskip("triton")
 from outrider.engine.backends.gpu.attention import KERNELS
-from outrider.engine.backends.gpu.forward import GpuForward
+from outrider.engine.backends.gpu.forward import GpuForward, why_not
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: masked places hold anything
 TOLERANCE = 1e-3
@@ -60,17 +60,17 @@ def paged(model) -> PagedRunner:
     runner = plain(model)
     cache = runner.new_cache()
     runner.forward([Feed(cache, [1], 1)])
-    pool = PagePool(4 * CONTEXT_LENGTH, PAGE_SIZE, EntryShape(cache.num_layers, *next(iter(cache.entry_kinds))))
+    pool = PagePool(4 * CONTEXT_LENGTH, PAGE_SIZE, cache.entry_shape)
     for entries in (part for layer in pool.layers for part in layer):
         entries.fill_(torch.nan)  # memory that nobody has written is to harm nobody
-    return PagedRunner(GpuForward(model), pool, CONTEXT_LENGTH, KERNELS.varlen_attn, EagerRunner())
+    return PagedRunner(GpuForward(spec_of(model)), pool, CONTEXT_LENGTH, KERNELS.varlen_attn, EagerRunner())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_are_those_of_transformers(variant):
     model = uneven_model(variant)
     expected = rows_of(plain(model), 0)
-    assert GpuForward.can_run(model)
+    assert why_not(spec_of(model)) is None
     assert (rows_of(paged(model), 0) - expected).abs().nan_to_num(torch.inf).max() < TOLERANCE
 
 
@@ -78,7 +78,7 @@ def test_rows_are_those_of_transformers(variant):
 def test_the_model_goes_on_with_the_same_memory(variant):
     model = uneven_model(variant)
     expected, num_bytes = rows_of(plain(model), 1), distinct_bytes(model)
-    forward_pass = GpuForward(model)
+    forward_pass = GpuForward(spec_of(model))
     assert (rows_of(plain(model), 1) - expected).abs().max() < 1e-5
     assert distinct_bytes(model) == num_bytes
     assert forward_pass.device == model.device
@@ -118,7 +118,7 @@ def test_in_half_precision_it_is_as_close_to_float64_as_transformers_is(variant)
     ],
 )
 def test_what_it_does_not_know_is_left_to_transformers(family, changes):
-    assert not GpuForward.can_run(make_model(family, 0, **changes).float())
+    assert why_not(spec_of(make_model(family, 0, **changes).float()))
 
 
 @pytest.mark.parametrize("fault", ["no_angles", "no_window", "no_scaling"])

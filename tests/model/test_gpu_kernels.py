@@ -28,6 +28,7 @@ from outrider.engine.backends.gpu.products import (
     Tiles,
 )
 from outrider.engine.backends.paged.attention import reference_varlen_attn
+from outrider.engine.models.spec import Norm
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: masked places hold anything
 TOLERANCE = 1e-4
@@ -163,7 +164,7 @@ class TestProducts:
             expected = F.layer_norm(inputs, (size,), weight, bias, 1e-5)
         else:
             expected = F.rms_norm(inputs, (size,), weight, 1e-5)
-        norm = GpuNorm(weight, 1e-5, bias if is_centred else None)
+        norm = GpuNorm(Norm(weight, 1e-5, bias if is_centred else None))
         assert (norm(inputs) - expected).abs().max() < TOLERANCE
         parts = torch.randn(3, 5, size)
         sums, actual = norm.of_sum(inputs - parts.sum(0), parts)
@@ -173,7 +174,7 @@ class TestProducts:
     def test_a_norm_is_of_the_sum_as_it_is_kept(self):
         """In half precision: the next layer must see the numbers that were normed."""
         inputs, parts = torch.randn(4, 64).half(), torch.randn(2, 4, 64)
-        norm = GpuNorm(torch.ones(64).half(), 1e-5)
+        norm = GpuNorm(Norm(torch.ones(64).half(), 1e-5))
         sums, actual = norm.of_sum(inputs, parts)
         assert torch.equal(sums, (inputs.float() + parts[0] + parts[1]).half())
         assert torch.equal(actual, norm(sums))

@@ -20,9 +20,9 @@ from outrider.engine.models.loader import (
     ModelOptions,
     ModelRefusedError,
     TokenizerFiles,
-    choose_forward_pass,
     load,
 )
+from tests.model.against_transformers import fastest_pass
 from tests.tiny_models import CONTEXT_LENGTH, FAMILIES, REFUSED_FAMILIES, VOCAB_SIZE, byte_tokenizer, make_model, save
 
 
@@ -47,7 +47,7 @@ class TestLoaded:
 
     def test_rows_are_those_of_the_saved_weights(self, llama):
         ids = [5, 80, 255, 7]
-        runner = load_from(llama).runner
+        runner = load_from(llama).choice.runner
         rows = runner.forward([Feed(runner.new_cache(), ids, 4)])
         own = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
         with torch.inference_mode():
@@ -56,7 +56,7 @@ class TestLoaded:
 
     def test_accelerate_places_the_same_model(self, llama):
         ids = [5, 80, 255, 7]
-        placed, plain = load_from(llama, device_map="auto").runner, load_from(llama).runner
+        placed, plain = load_from(llama, device_map="auto").choice.runner, load_from(llama).choice.runner
         rows = [runner.forward([Feed(runner.new_cache(), ids, 4)]) for runner in (placed, plain)]
         assert torch.equal(*rows)
 
@@ -65,7 +65,7 @@ class TestLoaded:
         """On a CPU, auto is float32 whatever the checkpoint has: half precision is slow there."""
         model = load_from(llama, dtype=dtype)
         assert model.dtype == ("float32" if dtype == "auto" else dtype)
-        rows = model.runner.forward([Feed(model.runner.new_cache(), [5, 80, 255], 1)])
+        rows = model.choice.runner.forward([Feed(model.choice.runner.new_cache(), [5, 80, 255], 1)])
         assert rows.isfinite().all()
 
     def test_the_vocabulary_is_that_of_the_head_and_the_pieces_those_of_the_tokenizer(self, llama):
@@ -150,7 +150,7 @@ class TestGguf:
         assert loaded.eos_token_ids == (1,)
         with torch.inference_mode():
             expected = model(input_ids=torch.tensor([ids])).logits[0]
-        rows = loaded.runner.forward([Feed(loaded.runner.new_cache(), ids, 4)])
+        rows = loaded.choice.runner.forward([Feed(loaded.choice.runner.new_cache(), ids, 4)])
         assert (rows - expected).abs().max() < 1e-4
         assert loaded.tokenizer is not None
         tokenizer = Tokenizer.from_str(loaded.tokenizer.tokenizer_json.decode())
@@ -238,7 +238,7 @@ class TestTokenizer:
             load_from(folder)
 
     def test_that_is_missing_is_said_once_and_served_without(self, tmp_path, caplog):
-        with caplog.at_level(logging.WARNING, "outrider.engine.models.loader"):
+        with caplog.at_level(logging.WARNING, "outrider.engine.backends.choice"):
             assert load_from(save(make_model("llama", 0), tmp_path)).tokenizer is None
         assert [record.message for record in caplog.records if "clients must send token ids" in record.message] != []
 
@@ -300,7 +300,7 @@ class TestRefused:
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config).float().eval()
         with pytest.raises(ModelRefusedError, match=r"GptOssForCausalLM .*attention sinks"):
-            choose_forward_pass(model)
+            fastest_pass(model)
 
     def test_a_model_with_a_layer_of_another_kind(self):
         """Half of a cache is worse than none: every layer must go through the interface."""
@@ -309,7 +309,7 @@ class TestRefused:
         with pytest.raises(
             ModelRefusedError, match="LlamaForCausalLM calls the attention interface in 2 of its 3 layers"
         ):
-            choose_forward_pass(model)
+            fastest_pass(model)
 
     def test_a_model_that_differs_from_its_own_attention(self):
         """One layer scales its result wherever packed attention is on."""
@@ -323,7 +323,7 @@ class TestRefused:
 
         attention.forward = scaled
         with pytest.raises(ModelRefusedError, match="GPT2LMHeadModel differs from its own attention"):
-            choose_forward_pass(model)
+            fastest_pass(model)
 
     def test_a_faster_forward_pass_that_differs_is_not_used(self, caplog):
         """A Llama whose activation was changed behind its configuration's back runs as transformers has it."""
@@ -331,9 +331,9 @@ class TestRefused:
         for layer in model.model.layers:
             layer.mlp.act_fn = torch.nn.GELU()
         with caplog.at_level(logging.WARNING, "outrider.engine.models.loader"):
-            forward_pass = choose_forward_pass(model)
+            forward_pass = fastest_pass(model)
         assert type(forward_pass).__name__ == "TransformersForward"
-        assert "in the faster forward pass, rows differ by a total variation" in caplog.text
+        assert "the model does not run by torch: rows differ by a total variation" in caplog.text
 
     @pytest.mark.parametrize(
         ("model", "reason"),

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from outrider.engine.backends.paged.attention import reference_varlen_attn
-from outrider.engine.backends.paged.cache import EntryShape, PagePool
+from outrider.engine.backends.paged.cache import PagePool
 from outrider.engine.backends.paged.drafting import DraftingPagedRunner
 from outrider.engine.backends.paged.graphs import Buckets, EagerRunner
 from outrider.engine.backends.runner import MOST_DRAWS, DraftingRunner, Feed, ForwardPass, ModelRunner
 from outrider.engine.engine import Demand, Engine, Sequence
-from outrider.engine.models.loader import choose_forward_pass
 from outrider.protocol.tokens import TokenLog
 from outrider.sampling.probs import MOST_SUPPORT, Draft, PlainSampling, draft_tokens
 from outrider.sampling.rng import Noise
 from outrider.sampling.warping import Warping
+from tests.model.against_transformers import fastest_pass
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model
 
 PAGE_SIZE = 4
@@ -45,14 +45,14 @@ class WarmingRunner(EagerRunner):
 
 @functools.cache
 def forward_pass() -> ForwardPass:
-    return choose_forward_pass(make_model("llama", 5))
+    return fastest_pass(make_model("llama", 5))
 
 
 def runner_of(num_tokens: int = 4 * CONTEXT_LENGTH) -> DraftingPagedRunner:
     plain = ModelRunner(forward_pass())
     cache = plain.new_cache()
     plain.forward([Feed(cache, [1], 1)])
-    pool = PagePool(num_tokens, PAGE_SIZE, EntryShape(cache.num_layers, *next(iter(cache.entry_kinds))))
+    pool = PagePool(num_tokens, PAGE_SIZE, cache.entry_shape)
     for entries in (part for layer in pool.layers for part in layer):
         entries.fill_(torch.nan)
     return DraftingPagedRunner(forward_pass(), pool, CONTEXT_LENGTH, reference_varlen_attn, WarmingRunner(), BUCKETS)

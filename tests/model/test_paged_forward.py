@@ -10,27 +10,23 @@ from __future__ import annotations
 import functools
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
-from outrider.engine.backends.paged import choice as paged_choice
+from outrider.engine.backends import choice
+from outrider.engine.backends.choice import HALF_PRECISION, CacheOptions, cached_tokens_that_fit, why_no_pages
 from outrider.engine.backends.paged import runner as paged_runner
 from outrider.engine.backends.paged.attention import PagedBatch, PagedKernels, reference_varlen_attn
-from outrider.engine.backends.paged.cache import EntryShape, PagePool
-from outrider.engine.backends.paged.choice import (
-    HALF_PRECISION,
-    CacheOptions,
-    cached_tokens_that_fit,
-    choose_runner,
-    why_no_pages,
-)
+from outrider.engine.backends.paged.cache import PagePool
 from outrider.engine.backends.paged.graphs import Buckets, EagerRunner
 from outrider.engine.backends.paged.runner import PagedRunner, StagedInputs
 from outrider.engine.backends.runner import DeviceRunner, Feed, ForwardPass, ModelRunner
 from outrider.engine.engine import Demand, Engine, Sequence
-from outrider.engine.models.loader import ModelOptions, choose_forward_pass, load
+from outrider.engine.kv_cache import EntryShape, SequenceCache
+from outrider.engine.models.loader import ModelOptions, load
 from outrider.protocol.tokens import TokenLog
-from tests.model.against_transformers import interleaved_logits
+from tests.model.against_transformers import chosen, fastest_pass, interleaved_logits
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save
 
 TOLERANCE = 1e-11
@@ -53,7 +49,7 @@ SMALL_BUCKETS = Buckets(max_sequences=4, max_tokens_per_sequence=16, max_tokens=
 @functools.cache
 def forward_pass_of(variant: str) -> ForwardPass:
     family, changes = VARIANTS[variant]
-    return choose_forward_pass(make_model(family, 5, **changes))
+    return fastest_pass(make_model(family, 5, **changes))
 
 
 class CountingRunner(EagerRunner):
@@ -76,7 +72,7 @@ def paged(forward_pass: ForwardPass, graphs: EagerRunner | None, buckets: Bucket
     plain = ModelRunner(forward_pass)
     cache = plain.new_cache()
     plain.forward([Feed(cache, [1], 1)])
-    shape = EntryShape(cache.num_layers, *next(iter(cache.entry_kinds)))
+    shape = cache.entry_shape
     pool = PagePool(4 * CONTEXT_LENGTH, PAGE_SIZE, shape)
     for keys, values in pool.layers:  # memory that nobody has written is to harm nobody
         keys.fill_(torch.nan)
@@ -210,20 +206,20 @@ class TestSabotage:
     def test_padding_that_writes_to_a_live_page_is_found(self, monkeypatch):
         """Page 1 is the first sequence's."""
 
-        def sabotage(arrays, feeds, slots):
+        def sabotage(arrays, batch, page_tables, slots):
             arrays["slots"][sum(map(len, slots)) :] = PAGE_SIZE
 
         assert self.worst(monkeypatch, "_fill", sabotage) > 0.01
 
     def test_a_length_that_is_not_brought_up_to_date_is_found(self, monkeypatch):
-        def sabotage(arrays, feeds, slots):
-            for index, feed in enumerate(feeds):
-                arrays["seqused_k"][index] = max(len(feed.token_ids), feed.cache.length)
+        def sabotage(arrays, batch, page_tables, slots):
+            for index, (size, length) in enumerate(zip(np.diff(batch.starts), batch.lengths, strict=True)):
+                arrays["seqused_k"][index] = max(size, length)
 
         assert self.worst(monkeypatch, "_fill", sabotage) > 0.01
 
     def test_a_page_table_that_is_not_brought_up_to_date_is_found(self, monkeypatch):
-        def sabotage(arrays, feeds, slots):
+        def sabotage(arrays, batch, page_tables, slots):
             arrays["block_table"][:] = 1
 
         assert self.worst(monkeypatch, "_fill", sabotage) > 0.01
@@ -258,29 +254,25 @@ def test_an_engine_that_evicts_gives_the_rows_of_plain_caches(max_cached_tokens)
 
 class TestChoice:
     def test_a_cpu_keeps_plain_caches_unless_asked(self):
-        forward_pass = forward_pass_of("llama")
-        runner, max_cached_tokens = choose_runner(forward_pass, None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions())
-        assert isinstance(runner, ModelRunner)
-        assert max_cached_tokens == 16 * CONTEXT_LENGTH
+        choice = chosen(make_model("llama", 5))
+        assert isinstance(choice.runner, ModelRunner)
+        assert choice.max_cached_tokens == 16 * CONTEXT_LENGTH
 
     def test_pages_are_taken_when_asked_for(self, tmp_path):
         folder = save(make_model("llama", 0), tmp_path)
         model = load(ModelOptions(folder, device="cpu", caches=CacheOptions(max_cached_tokens=300, paged=True)))
-        assert isinstance(model.runner, PagedRunner)
-        assert model.max_cached_tokens == 300
-        assert model.runner._pool.num_free == model.runner._pool.num_pages == -(-300 // 16)
+        assert isinstance(model.choice.runner, PagedRunner)
+        assert model.choice.max_cached_tokens == 300
+        assert model.choice.runner._pool.num_free == model.choice.runner._pool.num_pages == -(-300 // 16)
 
     def test_soft_caps_are_left_to_plain_caches(self, caplog):
-        forward_pass = choose_forward_pass(make_model("gemma2", 0))
-        runner, _ = choose_runner(forward_pass, None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
-        assert isinstance(runner, ModelRunner)
+        assert isinstance(chosen(make_model("gemma2", 0), CacheOptions(paged=True)).runner, ModelRunner)
         assert "does not cap scores" in caplog.text
 
     def test_pages_that_give_other_rows_are_not_used(self, monkeypatch, caplog):
         """As a kernel that reads the block table in another way would."""
         monkeypatch.setattr(PagedBatch, "_window", lambda batch, window: (0, 0))
-        runner, _ = choose_runner(forward_pass_of("llama"), None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
-        assert isinstance(runner, ModelRunner)
+        assert isinstance(chosen(make_model("llama", 5), CacheOptions(paged=True)).runner, ModelRunner)
         assert "rows differ" in caplog.text
 
     @pytest.mark.parametrize(
@@ -306,13 +298,13 @@ class TestChoice:
         def fails(*arguments, **settings):
             raise RuntimeError("no C compiler")
 
-        forward_pass = forward_pass_of("llama")
-        broken = PagedKernels("broken kernels", fails, 16, (torch.float64,))
-        candidates = [(forward_pass, broken), (forward_pass, paged_choice.REFERENCE)]
-        monkeypatch.setattr(paged_choice, "_candidates", lambda *_: iter(candidates))
-        runner, _ = choose_runner(forward_pass, None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True))
-        assert isinstance(runner, PagedRunner)
-        assert "broken kernels: RuntimeError: no C compiler" in caplog.text
+        kernels = PagedKernels("broken kernels", fails, 16, (torch.float64,))
+        broken = choice._paged_backend("broken", lambda: kernels, lambda spec: spec.reference, is_for_cpu=True)
+        monkeypatch.setattr(choice, "BACKENDS", (broken, *choice.BACKENDS))
+        choice_made = chosen(make_model("llama", 5), CacheOptions(paged=True))
+        assert isinstance(choice_made.runner, PagedRunner)
+        assert "broken: RuntimeError: no C compiler" in caplog.text
+        assert choice_made.notes[0] == "broken: RuntimeError: no C compiler"
 
     @pytest.mark.parametrize(
         ("wanted", "free_bytes", "expected"), [(512, 10**9, 512), (10**6, 10**9, 3814), (512, 0, 256)]
@@ -322,10 +314,7 @@ class TestChoice:
         assert cached_tokens_that_fit(wanted, free_bytes, EntryShape(32, 8, 128, torch.bfloat16)) == expected
 
     def test_layers_of_different_sizes_are_left_to_plain_caches(self, monkeypatch, caplog):
-        monkeypatch.setattr(paged_choice, "_entry_shape", lambda cache: None)
+        monkeypatch.setattr(SequenceCache, "entry_shape", None)
         with caplog.at_level("INFO"):
-            runner, _ = choose_runner(
-                forward_pass_of("llama"), None, CONTEXT_LENGTH, VOCAB_SIZE, CacheOptions(paged=True)
-            )
-        assert isinstance(runner, ModelRunner)
+            assert isinstance(chosen(make_model("llama", 5), CacheOptions(paged=True)).runner, ModelRunner)
         assert "not of one size" in caplog.text

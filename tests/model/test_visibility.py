@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ from outrider.engine.backends.llama import LlamaForward
 from outrider.engine.backends.runner import ModelRunner, TransformersForward
 from outrider.engine.models import loader, visibility
 from outrider.engine.models.configuration import hold_rotary_factors
-from outrider.engine.models.loader import ModelRefusedError, choose_forward_pass
+from outrider.engine.models.loader import ModelRefusedError
 from outrider.engine.models.visibility import CAUSAL, AskedMask, Visible
 from tests.every_family import make_tiny
-from tests.model.against_transformers import LLAMA3_ROPE, interleaved_logits, own_logits, texts
+from tests.model.against_transformers import LLAMA3_ROPE, fastest_pass, interleaved_logits, own_logits, texts
 from tests.tiny_models import CONTEXT_LENGTH, make_model
 
 MILLION = 1_000_000
@@ -114,7 +115,7 @@ class TestMasks:
 
 class TestModels:
     def test_a_mask_that_changes_its_size_is_not_served(self):
-        forward_pass = choose_forward_pass(make_tiny("qwen3"))
+        forward_pass = fastest_pass(make_tiny("qwen3"))
         assert isinstance(forward_pass, TransformersForward)
         assert forward_pass.visible[0] == Visible(sliding_window=8)
         forward_pass._model.config.sliding_window = 9
@@ -127,26 +128,37 @@ class TestModels:
         forward = layer.forward
         layer.forward = lambda *args, **kwargs: forward(*args, **(kwargs | {"attention_mask": None}))
         with pytest.raises(ModelRefusedError, match="layer 1 attends with a mask of the model's own making"):
-            choose_forward_pass(model)
+            fastest_pass(model)
 
     def test_an_encoder_is_refused(self):
         with pytest.raises(
             ModelRefusedError, match="BertLMHeadModel cannot be run with packed attention: what position"
         ):
-            choose_forward_pass(make_tiny("bert", is_decoder=False))
+            fastest_pass(make_tiny("bert", is_decoder=False))
+
+    def test_our_own_kernels_see_what_the_masks_say(self):
+        """Whatever the layers say; float32 is that of the norms."""
+        model, all_ids = make_model("mistral", 0, sliding_window=8), texts(0)
+        for layer in model.model.layers:
+            layer.self_attn.sliding_window = 9
+        forward_pass = fastest_pass(copy.deepcopy(model))
+        assert isinstance(forward_pass, LlamaForward)
+        rows = interleaved_logits(ModelRunner(forward_pass), all_ids, 0)
+        for ids, logits in zip(all_ids, rows, strict=True):
+            assert (logits - own_logits(model, ids)).abs().max() < 1e-4
 
     def test_our_own_kernels_are_left_out_where_they_would_see_otherwise(self, monkeypatch):
-        """Families whose layers say one window and whose masks another run as transformers has them."""
         model = make_model("mistral", 0, sliding_window=8)
-        assert isinstance(choose_forward_pass(copy.deepcopy(model)), LlamaForward)
-        monkeypatch.setattr("outrider.engine.backends.llama.sliding_window", lambda attention, config: 9)
-        assert isinstance(choose_forward_pass(model), TransformersForward)
+        assert isinstance(fastest_pass(copy.deepcopy(model)), LlamaForward)
+        layer_of = LlamaForward._layer
+        monkeypatch.setattr(LlamaForward, "_layer", lambda *its: replace(layer_of(*its), sliding_window=9))
+        assert isinstance(fastest_pass(model), TransformersForward)
 
     def test_masks_that_are_taken_for_causal_are_noticed(self, monkeypatch):
         """A sabotage: the text at start goes beyond small windows."""
         monkeypatch.setattr(visibility.AskedMask, "visible", lambda self, context_length: CAUSAL)
         with pytest.raises(ModelRefusedError, match="differs from its own attention"):
-            choose_forward_pass(make_tiny("olmo3"))
+            fastest_pass(make_tiny("olmo3"))
 
 
 def phi3(context_length: int = CONTEXT_LENGTH, **rope) -> PreTrainedModel:
@@ -162,7 +174,7 @@ class TestRotaryFactors:
         """float32 in the angles alone, which both sides share."""
         model = make_model("qwen3", 0, rope_parameters=ROPES[rope])
         all_ids = texts(0)
-        rows = interleaved_logits(ModelRunner(choose_forward_pass(copy.deepcopy(model))), all_ids, 0)
+        rows = interleaved_logits(ModelRunner(fastest_pass(copy.deepcopy(model))), all_ids, 0)
         for ids, logits in zip(all_ids, rows, strict=True):
             assert (logits - own_logits(model, ids)).abs().max() < 1e-11
 
@@ -170,12 +182,12 @@ class TestRotaryFactors:
         """What the sentence says is done; the model is then served, and is what it was up to there."""
         model = phi3()
         with pytest.raises(ModelRefusedError) as caught:
-            choose_forward_pass(copy.deepcopy(model))
+            fastest_pass(copy.deepcopy(model))
         remedy = re.search(r"max_position_embeddings to (\d+) .* attention_factor to ([\d.]+)$", str(caught.value))
         assert remedy
         served = phi3(int(remedy[1]), attention_factor=float(remedy[2]))
         all_ids = [ids[:32] for ids in texts(0)]
-        rows = interleaved_logits(ModelRunner(choose_forward_pass(served)), all_ids, 0)
+        rows = interleaved_logits(ModelRunner(fastest_pass(served)), all_ids, 0)
         for ids, logits in zip(all_ids, rows, strict=True):
             assert (logits - own_logits(model, ids)).abs().max() < 1e-6  # of a factor in eight digits
 
@@ -187,7 +199,7 @@ class TestRotaryFactors:
         own = model()
         monkeypatch.setattr("outrider.engine.models.configuration._refuse_if_within", lambda *given: None)
         short, long = texts(0)[1], [*texts(0)[3], *texts(0)[2]]
-        rows = interleaved_logits(ModelRunner(choose_forward_pass(copy.deepcopy(own))), [short, long], 0)
+        rows = interleaved_logits(ModelRunner(fastest_pass(copy.deepcopy(own))), [short, long], 0)
         assert (rows[0] - own_logits(own, short)).abs().max() < 1e-11
 
     def test_that_are_not_held_are_noticed_beside_another_text(self, monkeypatch):
@@ -196,7 +208,7 @@ class TestRotaryFactors:
         with pytest.raises(
             ModelRefusedError, match="Phi3ForCausalLM gives a text other logits when others are beside it"
         ):
-            choose_forward_pass(phi3())
+            fastest_pass(phi3())
 
     def test_of_each_kind_of_layer_are_held(self):
         model = make_tiny("modernbert-decoder")

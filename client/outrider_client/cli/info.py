@@ -29,6 +29,9 @@ def info(draft: str, target: str, as_json: bool) -> None:
         print_json(_as_dict(pair) | {"verdict": verdict})
     else:
         out.print(_table(pair))
+        for name, model in (("draft", pair.draft), ("target", pair.target)):
+            for note in model.backend_notes if model else ():
+                out.print(f"The {name} does not run by {note}.", highlight=False, markup=False)
         out.print(f"The pair {verdict}." if verdict == "fits" else f"The pair does not work: {verdict}.")
     if verdict != "fits":
         raise SystemExit(1)
@@ -58,6 +61,7 @@ def _column(model: common_pb2.ModelInfo, stats: common_pb2.ServiceStats) -> dict
         "model": model.model_id,
         "architecture": model.architecture,
         "device, type": f"{model.device}, {model.dtype}",
+        "backend": model.backend,
         "vocabulary": f"{model.vocab_size:,}",
         "tokenizer": f"{model.tokenizer.num_pieces:,} pieces" if model.HasField("tokenizer") else "none",
         "context": f"{model.context_length:,}",

@@ -1,14 +1,16 @@
 """Runs forward passes over packed sequences: the one place that calls the model.
 
-Shapes: T new tokens in the batch, R rows read, V vocabulary size.
+Shapes: T new tokens in the batch, N sequences, R rows read, V vocabulary size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from itertools import accumulate, chain, pairwise
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -29,6 +31,34 @@ class Feed:
     cache: Any  # of the runner's kind
     token_ids: Sequence[int]
     num_rows: int
+
+
+class Batch(NamedTuple):
+    """Feeds of N sequences side by side in one packed row, as every runner takes them. All arrays are int64."""
+
+    token_ids: np.ndarray  # [T]
+    starts: np.ndarray  # [N + 1]: where each sequence's tokens begin in the row, and where the last one's end
+    lengths: np.ndarray  # [N]: tokens in each cache
+    rows: np.ndarray  # [R]: which tokens' logits are read, ascending
+
+    @classmethod
+    def of(cls, feeds: Sequence[Feed]) -> Batch:
+        """Pack `feeds`."""
+        token_ids: list[int] = []
+        starts, rows = [0], list[int]()
+        for feed in feeds:
+            token_ids.extend(feed.token_ids)
+            starts.append(len(token_ids))
+            rows.extend(range(len(token_ids) - feed.num_rows, len(token_ids)))
+        parts = (token_ids, starts, [feed.cache.length for feed in feeds], rows)
+        numbers = np.array(list(chain.from_iterable(parts)), dtype=np.int64)  # one array: each costs as much by itself
+        ends = accumulate(map(len, parts), initial=0)
+        return cls(*(numbers[start:end] for start, end in pairwise(ends)))
+
+    @property
+    def positions(self) -> np.ndarray:
+        """`[T]`: where each token stands in its sequence."""
+        return np.repeat(self.lengths - self.starts[:-1], np.diff(self.starts)) + np.arange(len(self.token_ids))
 
 
 class Runner(Protocol):
@@ -107,10 +137,11 @@ class TransformersForward:
         """
         self._model = model
         self.device: torch.device = next(model.parameters()).device
-        self._visibility = LayerVisibility(context_length_of(model.config))
+        self._visibility, cache = LayerVisibility(context_length_of(model.config)), SequenceCache()
         with torch.inference_mode():
             two = torch.arange(2, device=self.device)
-            self(two, two, two, PackedBatch([(slice(0, 2), SequenceCache())]))
+            self(two, two, two, PackedBatch([(slice(0, 2), cache)]))
+        self.num_layers, self.entries = cache.num_layers, cache.entry_shape  # of caches
 
     @property
     def visible(self) -> list[Visible]:
@@ -143,18 +174,13 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """See Runner."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        segments: list[tuple[slice, SequenceCache]] = []
-        for feed in feeds:
-            first, num_new = len(token_ids), len(feed.token_ids)
-            token_ids.extend(feed.token_ids)
-            positions.extend(range(feed.cache.length, feed.cache.length + num_new))
-            rows.extend(range(first + num_new - feed.num_rows, first + num_new))
-            segments.append((slice(first, first + num_new), feed.cache))
-        ids, where = self._indices([token_ids, positions])
-        logits = self._forward_pass(ids, where, self._indices(rows), PackedBatch(segments))
+        batch = Batch.of(feeds)
+        ids, positions, rows = (
+            torch.from_numpy(part).to(self.device) for part in (batch.token_ids, batch.positions, batch.rows)
+        )
+        bounds = pairwise(batch.starts.tolist())
+        segments = [(slice(*its), feed.cache) for its, feed in zip(bounds, feeds, strict=True)]
+        logits = self._forward_pass(ids, positions, rows, PackedBatch(segments))
         wait_for(self.device)
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))
@@ -163,6 +189,3 @@ class ModelRunner:
     @property
     def device(self) -> torch.device:
         return self._forward_pass.device
-
-    def _indices(self, values: list) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)

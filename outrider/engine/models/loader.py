@@ -16,24 +16,15 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel
 
 from outrider.engine.backends import attention
-from outrider.engine.backends.compiled.choice import choose_compiled
-from outrider.engine.backends.llama import FAMILIES, LlamaForward, sees_as_asked
-from outrider.engine.backends.paged.choice import CacheOptions, choose_runner, make_gpu_forward
-from outrider.engine.backends.runner import Feed, ForwardPass, ModelRunner, Runner, TransformersForward
-from outrider.engine.kv_cache import SequenceCache
+from outrider.engine.backends.choice import CacheOptions, Choice, Machine, choose
+from outrider.engine.backends.runner import ModelRunner
 from outrider.engine.models.checkpoint import TOKENIZER_FILES, ModelRefusedError, Source, one_line, placed, read_model
-from outrider.engine.models.configuration import (
-    context_length_of,
-    eos_token_ids_of,
-    hold_rotary_factors,
-    vocab_size_of,
-)
+from outrider.engine.models.configuration import context_length_of, eos_token_ids_of, hold_rotary_factors
 from outrider.engine.models.identity import identity_of
-from outrider.engine.models.probe import probe_text, why_different, why_disturbed
+from outrider.engine.models.probe import Probe, expected_rows, probe_text, rows_of, why_different, why_disturbed
+from outrider.engine.models.spec import DecoderSpec
 
 FINGERPRINT_BLOCK = 1024
-_PROBE_LENGTH, _PROBE_START = 12, 5
-_SMALL_WINDOW = 32  # a window or chunk up to which the text at start goes beyond it
 _NOT_FINITE = "its weights are damaged, or a number in config.json is"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,8 +77,7 @@ class LoadedModel:
     """A model that has passed the checks, with what its users need to know of it."""
 
     options: ModelOptions
-    runner: Runner
-    max_cached_tokens: int
+    choice: Choice  # what runs it
     tokenizer: TokenizerFiles | None
     architecture: str
     vocab_size: int
@@ -115,8 +105,8 @@ def _load(options: ModelOptions) -> LoadedModel:
     source = Source.of(options.model, options.revision, options.trust_remote_code)
     device = _device(options.device)
     model = _load_model(options, source, device)
-    forward_pass = choose_forward_pass(model)
-    vocab_size = vocab_size_of(model)
+    spec, probe = read_checked(model)
+    vocab_size = spec.vocab_size
     tokenizer = _load_tokenizer(source, vocab_size)
     eos_token_ids = eos_token_ids_of(model, vocab_size)
     facts: dict[str, Any] = {
@@ -124,26 +114,19 @@ def _load(options: ModelOptions) -> LoadedModel:
         "vocab_size": vocab_size,
         "eos_token_ids": eos_token_ids,
         "identity": identity_of(model, tokenizer.whole() if tokenizer else None, eos_token_ids),
-        "context_length": context_length_of(model.config),
-        "device": str(forward_pass.device),
-        "accelerator": _accelerator_id(forward_pass.device),
+        "context_length": spec.context_length,
+        "device": str(spec.device),
+        "accelerator": _accelerator_id(spec.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    compiled = gpu_forward = None
-    if _sees_as_kernels_do(model, forward_pass):
-        if not options.caches.paged:
-            compiled = choose_compiled(model, ModelRunner(forward_pass), facts["vocab_size"])
-        gpu_forward = make_gpu_forward(model)
-    del model  # a forward pass of our own has the weights: their memory is for the caches
+    del model  # a backend of our own has the weights: their memory is for the caches
     try:
-        runner, max_cached_tokens = choose_runner(
-            forward_pass, gpu_forward, facts["context_length"], facts["vocab_size"], options.caches
-        )
+        choice = choose(spec, Machine(torch.get_num_threads(), options.caches), probe)
     except torch.OutOfMemoryError as error:
         raise ModelRefusedError(
             f"the caches of {options.model} do not fit into the memory of {facts['device']}: lower --max-cached-tokens"
         ) from error
-    return LoadedModel(options, compiled or runner, max_cached_tokens, tokenizer, **facts)
+    return LoadedModel(options, choice, tokenizer, **facts)
 
 
 def load_plain(options: ModelOptions) -> PreTrainedModel:
@@ -199,8 +182,11 @@ def _quantization(name: str) -> transformers.BitsAndBytesConfig:
 
 
 @torch.inference_mode()
-def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
-    """Switch the model to packed attention, compare a short text with its own, and return the fastest forward pass.
+def read_checked(model: PreTrainedModel) -> tuple[DecoderSpec, Probe]:
+    """Switch the model to packed attention, compare a short text with its own attention, and read the model.
+
+    Returns:
+        The model, and what every backend is to give for that text.
 
     Raises:
         ModelRefusedError: it does not follow transformers' attention interface, a layer sees what is neither causal,
@@ -212,59 +198,29 @@ def choose_forward_pass(model: PreTrainedModel) -> ForwardPass:
     _switch(model, name)
     context_length = context_length_of(config)
     hold_rotary_factors(model, context_length)
-    token_ids = _probe_text(model, config, min(context_length, _probe_length(config)))
-    device = next(model.parameters()).device
+    token_ids, device = probe_text(model), next(model.parameters()).device
     with _refusing(f"{name} cannot run a short text"):
         model.set_attn_implementation(own_attention)
         expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
     if not expected.isfinite().all():
         raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: {_NOT_FINITE}")
     _switch(model, name)
-    is_rounded = model.dtype not in (torch.float32, torch.float64) or getattr(model, "hf_quantizer", None) is not None
     with _refusing(f"{name} cannot be run with packed attention"):
-        forward_pass = TransformersForward(model)
-        actual, num_layers = _probe(forward_pass, token_ids)
+        spec = DecoderSpec.read(model)
+        probe = Probe(token_ids, expected_rows(expected), spec.is_rounded)
+        actual = rows_of(ModelRunner(spec.reference), token_ids)
         if not actual.isfinite().all():  # kernels of the model's own attention may hide it
             raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: {_NOT_FINITE}")
-        reason = why_different(actual, expected[_PROBE_START:], is_rounded)
-        reason_beside = why_disturbed(forward_pass, token_ids, context_length, is_rounded)
-    total = getattr(config, "num_hidden_layers", None)
+        reason = why_different(actual, probe.expected, spec.is_rounded)
+        reason_beside = why_disturbed(spec.reference, token_ids, context_length, spec.is_rounded)
+    num_layers, total = spec.reference.num_layers, getattr(config, "num_hidden_layers", None)
     if num_layers != total:
         raise ModelRefusedError(f"{name} calls the attention interface in {num_layers} of its {total} layers only")
     if reason:
         raise ModelRefusedError(f"{name} differs from its own attention under packed attention: {reason}")
     if reason_beside:
         raise ModelRefusedError(f"{name} gives a text other logits when others are beside it: {reason_beside}")
-    if not (LlamaForward.can_run(model) and sees_as_asked(model, forward_pass.visible)):
-        return forward_pass
-    fast = LlamaForward(model)
-    reason = why_different(_probe(fast, token_ids)[0], expected[_PROBE_START:], is_rounded)
-    if reason is None:
-        return fast
-    log.warning("%s runs as transformers has it: in the faster forward pass, %s", name, reason)
-    return forward_pass
-
-
-def _sees_as_kernels_do(model: PreTrainedModel, forward_pass: ForwardPass) -> bool:
-    """Return whether our own forward passes, which know families by name, may be tried on the model."""
-    if isinstance(forward_pass, TransformersForward) and model.config.model_type in FAMILIES:
-        return sees_as_asked(model, forward_pass.visible)
-    return True
-
-
-def _probe_text(model: PreTrainedModel, config: Any, num_tokens: int) -> list[int]:
-    """Return a text that begins with plain tokens and then holds what some models treat in a way of its own."""
-    vocab_size = vocab_size_of(model)
-    token_ids = probe_text(vocab_size, num_tokens + _PROBE_START)[_PROBE_START:]
-    padding = getattr(config, "pad_token_id", None)
-    token_ids[_PROBE_START + 1] = padding if isinstance(padding, int) and 0 <= padding < vocab_size else 0
-    return token_ids
-
-
-def _probe_length(config: Any) -> int:
-    """Return how long a text shows windows and chunks at work, where they are small."""
-    sizes = [getattr(config, key, None) or 0 for key in ("sliding_window", "attention_chunk_size")]
-    return max(_PROBE_LENGTH, *(2 * size + _PROBE_START for size in sizes if size <= _SMALL_WINDOW))
+    return spec, probe
 
 
 @contextmanager
@@ -276,19 +232,6 @@ def _refusing(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelRefusedError(f"{what}: {one_line(error)}") from error
-
-
-def _probe(forward_pass: ForwardPass, token_ids: list[int]) -> tuple[torch.Tensor, int]:
-    """Return the rows `[n - _PROBE_START, V]` of a text, with a rollback on the way, and the number of layers.
-
-    The layers are those that have written their cache.
-    """
-    runner, cache = ModelRunner(forward_pass), SequenceCache()
-    runner.forward([Feed(cache, token_ids[:7], 1)])
-    cache.truncate(_PROBE_START)
-    rows = [runner.forward([Feed(cache, token_ids[_PROBE_START:-1], len(token_ids) - _PROBE_START - 1)])]
-    rows.append(runner.forward([Feed(cache, token_ids[-1:], 1)]))
-    return torch.cat(rows), cache.num_layers
 
 
 def _switch(model: PreTrainedModel, name: str) -> None:

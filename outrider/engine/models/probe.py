@@ -1,15 +1,21 @@
-"""A short text that shows whether two runners compute the same.
+"""A short text that shows whether a backend computes what the model's own attention gives.
 
-Shapes: R rows, V vocabulary size.
+Shapes: n tokens of the text, R rows, V vocabulary size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from transformers import PreTrainedModel
 
 from outrider.engine.backends.attention import PackedBatch
-from outrider.engine.backends.runner import DraftingRunner, Feed, ForwardPass, Runner
-from outrider.engine.kv_cache import Cache, SequenceCache
+from outrider.engine.backends.runner import DeviceRunner, DraftingRunner, Feed, ForwardPass, Runner
+from outrider.engine.kv_cache import SequenceCache
+from outrider.engine.models.configuration import context_length_of, vocab_size_of
 from outrider.sampling.probs import Draft, PlainSampling, draft_tokens
 from outrider.sampling.rng import Noise
 from outrider.sampling.warping import Warping
@@ -18,30 +24,67 @@ MAX_VARIATION = 1e-3
 MAX_RELATIVE_DISTANCE = 0.2  # of bfloat16, deep models with random weights reach a tenth
 MAX_EXACT_DISTANCE = 1e-2  # of float32; kernels that round products to ten bits stay below
 MAX_DISTURBANCE = 1e-3  # relative distance in float32; what is beside a text may change how its sums are rounded
-_LENGTH = 13
+MAX_DRAFT_DISTANCE = 1e-3  # of the probabilities of drafts
+_LENGTH, _START = 12, 5  # of the text, and where its rows are read from
+_SMALL_WINDOW = 32  # a window or chunk up to which the text goes beyond it
 _NUM_DRAWS, _MAX_SUPPORT = 2, 64
 
 
-def probe_text(vocab_size: int, num_tokens: int) -> list[int]:
-    """Return the ids of a text without sense."""
-    return [index * 7919 % vocab_size for index in range(num_tokens)]
+@dataclass(frozen=True)
+class Probe:
+    """A text, and the rows that every backend is to give for it."""
+
+    token_ids: Sequence[int]  # [n]
+    expected: torch.Tensor  # [n - _START, V], behind the first tokens
+    is_rounded: bool  # half precision or quantised
+
+    def why_not(self, runner: Runner, max_tokens: int) -> str | None:
+        """Return in words how the runner's rows, or its drafts, differ; None where rounding explains it.
+
+        Args:
+            max_tokens: that its caches hold together; the text is cut to them.
+        """
+        num_tokens = min(len(self.token_ids), max_tokens)
+        expected = self.expected[: num_tokens - _START]
+        reason = why_different(rows_of(runner, self.token_ids[:num_tokens]), expected, self.is_rounded)
+        # A device draws from the rows that its passes give, by code that is recorded when it is first used.
+        if reason or not isinstance(runner, DraftingRunner) or isinstance(runner, DeviceRunner):
+            return reason
+        if not are_alike(*probe_drafts(runner, self.expected.shape[1]), MAX_DRAFT_DISTANCE):
+            return "what it drafts in one go is not what it drafts token by token"
+        return None
+
+
+def probe_text(model: PreTrainedModel) -> list[int]:
+    """Return a text that begins with plain tokens and then holds what some models treat in a way of its own.
+
+    It is long enough to show windows and chunks at work, where they are small.
+    """
+    config: Any = model.config.get_text_config()
+    sizes = [getattr(config, key, None) or 0 for key in ("sliding_window", "attention_chunk_size")]
+    length = max(_LENGTH, *(2 * size + _START for size in sizes if size <= _SMALL_WINDOW))
+    vocab_size = vocab_size_of(model)
+    token_ids = [(index + _START) * 7919 % vocab_size for index in range(min(length, context_length_of(config)))]
+    padding = getattr(config, "pad_token_id", None)
+    token_ids[_START + 1] = padding if isinstance(padding, int) and 0 <= padding < vocab_size else 0
+    return token_ids
 
 
 @torch.inference_mode()
-def probe_rows(runner: Runner, vocab_size: int, cache: Cache | None = None) -> torch.Tensor:
-    """Return rows `[R, V]` of a short text, fed with a rollback on the way and with one token alone.
-
-    A `cache` that is given is left filled; else one is made and given back.
-    """
-    token_ids = probe_text(vocab_size, _LENGTH)
-    used = runner.new_cache() if cache is None else cache
-    runner.forward([Feed(used, token_ids[:7], 1)])
-    used.truncate(5)
-    rows = [runner.forward([Feed(used, token_ids[5:-1], _LENGTH - 6)])]
-    rows.append(runner.forward([Feed(used, token_ids[-1:], 1)]))
-    if cache is None:
-        used.clear()
+def rows_of(runner: Runner, token_ids: Sequence[int]) -> torch.Tensor:
+    """Return the rows `[n - _START, V]` of a text, fed with a rollback on the way and with one token alone."""
+    cache = runner.new_cache()
+    runner.forward([Feed(cache, token_ids[:7], 1)])
+    cache.truncate(_START)
+    rows = [runner.forward([Feed(cache, token_ids[_START:-1], len(token_ids) - _START - 1)])]
+    rows.append(runner.forward([Feed(cache, token_ids[-1:], 1)]))
+    cache.clear()
     return torch.cat(rows)
+
+
+def expected_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Return the rows that `rows_of` gives, of those of the whole text `[n, V]`."""
+    return logits[_START:]
 
 
 @torch.inference_mode()

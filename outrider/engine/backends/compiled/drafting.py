@@ -5,14 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from outrider.common.compiling import compiled
-from outrider.engine.backends.compiled.kernels import PANEL, Batch, forward
-from outrider.engine.backends.compiled.tiles import num_rows_written
+from outrider.engine.backends.compiled.kernels import forward
+from outrider.engine.backends.compiled.panels import PANEL
+from outrider.engine.backends.runner import Batch
 from outrider.sampling.readers.host_rows import draft_rows
 
 
 @compiled()
 def draft(
-    batch, sizes, model, scratch, vocab_sizes, temperatures, min_prob, max_supports, uniforms, noises, num_others
+    batch,
+    caches,
+    sizes,
+    model,
+    scratch,
+    vocab_sizes,
+    temperatures,
+    min_prob,
+    max_supports,
+    uniforms,
+    noises,
+    num_others,
 ):
     """Feed a batch with one row for each of its N sequences, and draw from it; feed what was drawn, and so on.
 
@@ -25,8 +37,7 @@ def draft(
         nothing.
     """
     num_draws, num_sequences = uniforms.shape
-    room = np.empty((num_rows_written(num_sequences), model.head.shape[0] * PANEL), np.float32)
-    logits = room[:num_sequences]
+    logits = np.empty((num_sequences, model.head.shape[0] * PANEL), np.float32)
     capacity = num_draws * num_sequences
     all_sizes, all_places = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
     all_finite = np.empty(capacity, np.bool_)
@@ -35,8 +46,7 @@ def draft(
     drawn, end = np.zeros(num_sequences, np.int64), 0
     token_ids, starts, lengths, rows = batch.token_ids, batch.starts, batch.lengths, batch.rows
     for index in range(num_draws):
-        part = Batch(token_ids, starts, lengths, batch.caches, batch.capacities, rows)
-        forward(part, sizes, model, scratch, room)
+        forward(Batch(token_ids, starts, lengths, rows), caches, sizes, model, scratch, logits)
         ids, weights, supports, places, finite, others, other_probs = draft_rows(
             logits, vocab_sizes, temperatures, min_prob, max_supports, uniforms[index], noises[index], num_others
         )

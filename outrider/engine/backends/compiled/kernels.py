@@ -1,43 +1,30 @@
 """Compiled code for one forward pass of the Llama family on a CPU: no Python, no torch and no lock of the interpreter.
 
-A pass of a few tokens takes as long as it takes to read the weights once. So they are stored in the 16 bits of their
-checkpoint where these hold them exactly, and widened on the way into the registers: all arithmetic is float32. They lie
-in *panels*: PANEL outputs side by side, input after input, so that one product reads memory from front to end, and up
-to ROWS rows are multiplied with every number read. Attention is the same product twice: keys of PANEL positions, and
-values of PANEL channels, are panels of the cache.
+A pass of a few tokens takes as long as it takes to read the weights once, so they are stored in the 16 bits of their
+checkpoint where these hold them exactly; all arithmetic is float32. Attention is a product as well: keys of some
+positions, and values of some channels, are panels of the cache.
 
-Every output is one chain of additions in the order of its inputs, whatever rows are beside it: logits do not depend on
-how a text is cut into passes, nor on other sequences of the pass, to the last bit. Large models of bfloat16 are
-multiplied by `tiles` where the processor has them, which has an order of its own and keeps to it as well.
+Products, attention and norms each keep to one order of additions: logits do not depend on how a text is cut into
+passes, nor on other sequences of the pass, to the last bit.
 
-Shapes: T new tokens in the packed row, S sequences, R rows read, V vocabulary, E hidden size, Hq query heads, H
-key-value heads, D head size, F feed-forward size, L layers, N positions that a cache has room for.
+Shapes: T new tokens in the packed row, N sequences, R rows read, V vocabulary, E hidden size, Hq query heads, H
+key-value heads, D head size, F feed-forward size, L layers, C positions that a cache has room for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import carray, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from outrider.common.compiling import EXACT, SUMS, compiled, exponential, largest
-from outrider.engine.backends.compiled.tiles import multiply_tiles
+from outrider.engine.backends.compiled.panels import attention_width, product_by_width
+from outrider.engine.backends.compiled.products import multiply
 
-LANES = 16  # numbers in a vector; LLVM splits it where registers are shorter
-ROWS = 6  # most rows multiplied at once
-# Sums of ROWS x PANEL stay in registers: AVX-512 has 32 for 16 numbers, AVX2 16 for 8, NEON 32 for 4.
-PANEL = 64 if get_host_cpu_features().get("avx512f") else 16
-PREFETCHED = 4096  # bytes; half of it and twice as much are a little slower
 CHUNK = 16  # tokens of a sequence that attend at once, which limits the room for scores
-
-FLOAT16, BFLOAT16, FLOAT32 = np.dtype(np.uint16), np.dtype(np.int16), np.dtype(np.float32)  # how weights are stored
 
 
 class Sizes(NamedTuple):
@@ -48,16 +35,13 @@ class Sizes(NamedTuple):
     num_kv_heads: int
     head_dim: int
     feed_forward: int
-    sliding_windows: np.ndarray  # [L] int64; 0 where there is none
+    sliding_windows: np.ndarray  # [L] int64; no text is as long as the largest
     scaling: float
     eps: float
 
 
 class Weights(NamedTuple):
-    """The model's numbers.
-
-    Panels are `[L, outputs / PANEL, inputs, PANEL]` in one of the three storages, or those of `tiles`.
-    """
+    """The model's numbers; matrices as `products` lays them out, one for each layer."""
 
     embedding: np.ndarray  # [V, E]
     norms: np.ndarray  # [2 L + 1, E] float32: before attention, before the feed-forward layer, ..., at the end
@@ -66,215 +50,27 @@ class Weights(NamedTuple):
     output: np.ndarray
     gate_up: np.ndarray
     down: np.ndarray
-    head: np.ndarray  # panels without L
+    head: np.ndarray  # one matrix
     cosines: np.ndarray  # [positions, D / 2] float32
     sines: np.ndarray
 
 
-class Batch(NamedTuple):
-    """The sequences of one pass."""
+class Caches(NamedTuple):
+    """Where the caches of a pass lie."""
 
-    token_ids: np.ndarray  # [T] int64
-    starts: np.ndarray  # [S + 1] int64: where each sequence's tokens begin in the packed row
-    lengths: np.ndarray  # [S] int64: tokens in each cache
-    caches: np.ndarray  # [S] int64: addresses of [L, 2, H, N D] float32
-    capacities: np.ndarray  # [S] int64: N
-    rows: np.ndarray  # [R] int64, indices into the packed row
+    addresses: np.ndarray  # [N] int64: of [L, 2, H, C D] float32
+    capacities: np.ndarray  # [N] int64: C
 
 
 class Scratch(NamedTuple):
-    """Room for what a pass computes on the way, for at least T tokens and as many more as tiles write.
-
-    It is float32 where nothing else is said.
-    """
+    """Memory for what a pass computes on the way, for at least T tokens; float32."""
 
     hidden: np.ndarray  # [T, E]
     normed: np.ndarray  # [T, E]
     projected: np.ndarray  # [T, (Hq + 2 H) D]
     mixed: np.ndarray  # [T, Hq D]
     gates: np.ndarray  # [T, 2 F]
-    scores: np.ndarray  # [CHUNK, longest N]
-    parts: np.ndarray  # [3 T most inputs] uint16, where there are tiles
-
-
-# --- the product ------------------------------------------------------------------------------------------------------
-
-_FLOAT, _INT = ir.FloatType(), ir.IntType(64)
-
-
-def _vector(number_type: ir.Type) -> ir.VectorType:
-    return ir.VectorType(number_type, LANES)
-
-
-def _const(value: int) -> ir.Constant:
-    return ir.Constant(_INT, value)
-
-
-def _load_vector(builder, address, storage):
-    """Load LANES stored numbers and widen them to float32."""
-    pointer = builder.inttoptr(address, ir.PointerType())
-    if storage is types.float32:
-        return builder.load(pointer, typ=_vector(_FLOAT), align=4)
-    if storage is types.uint16:
-        return builder.fpext(builder.load(pointer, typ=_vector(ir.HalfType()), align=2), _vector(_FLOAT))
-    word = _vector(ir.IntType(32))
-    bits = builder.zext(builder.load(pointer, typ=_vector(ir.IntType(16)), align=2), word)
-    return builder.bitcast(builder.shl(bits, ir.Constant(word, [16] * LANES)), _vector(_FLOAT))
-
-
-def _spread(builder, number):
-    """Return a vector of LANES times the number."""
-    undefined = ir.Constant(_vector(_FLOAT), ir.Undefined)
-    first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(_vector(ir.IntType(32)), [0] * LANES))
-
-
-def _prefetch(builder, address, size):
-    """Ask for the memory PREFETCHED bytes ahead: by themselves, processors do not look beyond a page."""
-    word = ir.IntType(32)
-    function = ir.FunctionType(ir.VoidType(), [ir.PointerType(), word, word, word])
-    prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-    for offset in range(0, size, 64):
-        ahead = builder.inttoptr(builder.add(address, _const(PREFETCHED + offset)), ir.PointerType())
-        # For reading, to all caches, as data.
-        builder.call(prefetch, [ahead, ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)])
-
-
-def _block_intrinsic(num_rows: int, width: int) -> Callable:
-    """Return compiled code that multiplies `num_rows` rows with one panel of `width` outputs.
-
-    It takes addresses, and strides in numbers: x `[num_rows, num_inputs]` float32, the panel `[num_inputs, width]` in
-    the storage of `weights`, y `[num_rows, width]` float32, to which it adds where `adds`. Written in LLVM's own
-    language, because its vectoriser does not keep so many sums in registers.
-    """
-    num_vectors = width // LANES
-
-    def generate(builder, storage, x, x_stride, panel, num_inputs, y, y_stride, adds):
-        fma_type = ir.FunctionType(_vector(_FLOAT), [_vector(_FLOAT)] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fmuladd.v{LANES}f32")
-        bytes_each = storage.bitwidth // 8
-
-        def at(base, index, stride):
-            return builder.add(base, builder.mul(builder.mul(stride, _const(4)), _const(index)))
-
-        x_rows = [at(x, row, x_stride) for row in range(num_rows)]
-        y_parts = [
-            builder.add(at(y, row, y_stride), _const(4 * LANES * part))
-            for row in range(num_rows)
-            for part in range(num_vectors)
-        ]
-        zero = ir.Constant(_vector(_FLOAT), [0.0] * LANES)
-        before = [builder.select(adds, _load_vector(builder, part, types.float32), zero) for part in y_parts]
-
-        entry, loop, end = builder.block, builder.append_basic_block("inputs"), builder.append_basic_block("end")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        index = builder.phi(_INT)
-        sums = [builder.phi(_vector(_FLOAT)) for _ in y_parts]
-        at_input = builder.add(panel, builder.mul(index, _const(width * bytes_each)))
-        weights = [
-            _load_vector(builder, builder.add(at_input, _const(bytes_each * LANES * part)), storage)
-            for part in range(num_vectors)
-        ]
-        _prefetch(builder, at_input, width * bytes_each)
-        after = []
-        for row in range(num_rows):
-            address = builder.add(x_rows[row], builder.mul(index, _const(4)))
-            number = builder.load(builder.inttoptr(address, ir.PointerType()), typ=_FLOAT, align=4)
-            spread = _spread(builder, number)
-            for part in range(num_vectors):
-                after.append(builder.call(fma, [spread, weights[part], sums[row * num_vectors + part]]))
-        following = builder.add(index, _const(1))
-        for phi, first, again in zip([index, *sums], [_const(0), *before], [following, *after], strict=True):
-            phi.add_incoming(first, entry)
-            phi.add_incoming(again, loop)
-        builder.cbranch(builder.icmp_signed("<", following, num_inputs), loop, end)
-
-        builder.position_at_end(end)
-        for part, value in zip(y_parts, after, strict=True):
-            builder.store(value, builder.inttoptr(part, ir.PointerType()), align=4)
-
-    @intrinsic
-    def block(typing_context, weights, x, x_stride, panel, num_inputs, y, y_stride, adds):
-        signature = types.void(weights, *[types.int64] * 6, types.boolean)
-
-        def codegen(context, builder, signature, arguments):
-            generate(builder, weights.dtype, *arguments[1:])
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return block
-
-
-@cache
-def _product_function(width: int) -> Callable:
-    """Return compiled code for products with panels of `width` outputs."""
-    one, two, three, four, five, six = (_block_intrinsic(num_rows, width) for num_rows in range(1, ROWS + 1))
-
-    @compiled(on_disk=False, name=f"product_{width}")
-    def product(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, adds):
-        """y `[num_rows, num_panels width]` = x `[num_rows, num_inputs]` @ panels, added to what y holds where `adds`.
-
-        x, panels and y are addresses, `panel_stride` is in bytes; `weights` only names the storage of the panels.
-        """
-        num_blocks = -(-num_rows // ROWS)
-        for index in range(num_panels):
-            panel, part = panels + index * panel_stride, y + index * width * 4
-            for block in range(num_blocks):
-                row, end = num_rows * block // num_blocks, num_rows * (block + 1) // num_blocks
-                source, sink = x + row * x_stride * 4, part + row * y_stride * 4
-                if end - row == 6:
-                    six(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif end - row == 5:
-                    five(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif end - row == 4:
-                    four(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif end - row == 3:
-                    three(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif end - row == 2:
-                    two(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                else:
-                    one(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-
-    return product
-
-
-_product = _product_function(PANEL)
-_product_32 = _product_function(32)
-_product_16 = _product_function(16)
-
-
-@compiled(on_disk=False)
-def multiply(x, num_rows, panels, y, adds, parts):
-    """y `[rows, outputs]` = the first inputs of x `[rows, ...]` @ one matrix in panels, added where `adds`."""
-    if panels.ndim == 4:
-        multiply_tiles(x, num_rows, panels, y, adds, parts)
-    else:
-        _product(
-            panels,
-            x.ctypes.data,
-            x.shape[1],
-            num_rows,
-            panels.ctypes.data,
-            panels.strides[0],
-            panels.shape[0],
-            panels.shape[1],
-            y.ctypes.data,
-            y.shape[1],
-            adds,
-        )
-
-
-@compiled(on_disk=False)
-def _product_by_width(width, weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride):
-    """A product with panels of the cache, whose width depends on the size of a head."""
-    if width == PANEL:
-        _product(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, False)
-    elif width == 32:
-        _product_32(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, False)
-    else:
-        _product_16(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, False)
+    scores: np.ndarray  # [CHUNK, longest C]
 
 
 # --- what lies between products ---------------------------------------------------------------------------------------
@@ -298,9 +94,9 @@ def _widened(typing_context, stored):
         if stored is types.float32:
             return arguments[0]
         if stored is types.uint16:
-            return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), _FLOAT)
+            return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
         word = ir.IntType(32)
-        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), ir.Constant(word, 16)), _FLOAT)
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), ir.Constant(word, 16)), ir.FloatType())
 
     return types.float32(stored), codegen
 
@@ -380,7 +176,7 @@ def _remember(rows, sizes, width, keys, values, capacity, past):
 
 
 @compiled(on_disk=False)
-def _attend(layer, sizes, batch, scratch):
+def _attend(layer, sizes, batch, caches, scratch):
     """Write keys and values of the new tokens and mix the values they attend to into scratch.mixed."""
     head_dim, group = sizes.head_dim, sizes.num_query_heads // sizes.num_kv_heads
     width = attention_width(head_dim)
@@ -389,9 +185,9 @@ def _attend(layer, sizes, batch, scratch):
     row_size, mixed_size = projected.shape[1], mixed.shape[1]
     for sequence in range(len(batch.lengths)):
         first, end = batch.starts[sequence], batch.starts[sequence + 1]
-        past, capacity = batch.lengths[sequence], batch.capacities[sequence]
+        past, capacity = batch.lengths[sequence], caches.capacities[sequence]
         part = sizes.num_kv_heads * capacity * head_dim
-        key_address = batch.caches[sequence] + 8 * layer * part
+        key_address = caches.addresses[sequence] + 8 * layer * part
         value_address = key_address + 4 * part
         keys, values = carray(_pointer(key_address), (part,)), carray(_pointer(value_address), (part,))
         _remember(projected[first:end], sizes, width, keys, values, capacity, past)
@@ -400,7 +196,7 @@ def _attend(layer, sizes, batch, scratch):
             num_seen = past + start - first + num_tokens
             for head in range(sizes.num_query_heads):
                 base = 4 * (head // group) * capacity * head_dim
-                _product_by_width(
+                product_by_width(
                     width,
                     projected,
                     projected.ctypes.data + 4 * (start * row_size + head * head_dim),
@@ -437,9 +233,8 @@ def _mix(head, start, num_tokens, num_seen, sizes, window, width, scaling, score
     totals = np.empty(CHUNK, dtype=np.float32)
     for token in range(num_tokens):
         visible = num_seen - num_tokens + token + 1
-        oldest = max(0, visible - window) if window else 0
-        totals[token] = _weigh(scores[token, :num_seen], oldest, visible, scaling)
-    _product_by_width(
+        totals[token] = _weigh(scores[token, :num_seen], max(0, visible - window), visible, scaling)
+    product_by_width(
         width,
         mixed,
         scores.ctypes.data,
@@ -458,27 +253,15 @@ def _mix(head, start, num_tokens, num_seen, sizes, window, width, scaling, score
             mixed[start + token, index] *= scale
 
 
-@compiled(on_disk=False)
-def attention_width(head_dim):
-    """Return the width of the cache's panels: the largest that divides a head."""
-    if head_dim % PANEL == 0:
-        return PANEL
-    return 32 if head_dim % 32 == 0 and PANEL > 32 else 16
-
-
 # --- the pass ---------------------------------------------------------------------------------------------------------
 
 
 @compiled()
-def forward(batch, sizes, weights, scratch, logits):
-    """Run the model over a packed row: write caches, and write the logits of `batch.rows`.
-
-    `logits` has `num_rows_written(R)` rows of `tiles`, of which the first R mean something.
-    """
+def forward(batch, caches, sizes, weights, scratch, logits):
+    """Run the model over a runner.Batch: write caches, and the logits `[R, V]` of the rows that are read."""
     num_tokens, num_rows = len(batch.token_ids), len(batch.rows)
     num_turned = sizes.num_query_heads + sizes.num_kv_heads
     hidden, normed, projected, gates = scratch.hidden, scratch.normed, scratch.projected, scratch.gates
-    parts = scratch.parts
     for token in range(num_tokens):
         embedded = weights.embedding[batch.token_ids[token]]
         for index in range(len(embedded)):
@@ -487,19 +270,19 @@ def forward(batch, sizes, weights, scratch, logits):
         _norm(hidden, weights.norms[2 * layer], sizes.eps, normed, num_tokens)
         for token in range(num_tokens):
             projected[token] = weights.biases[layer]
-        multiply(normed, num_tokens, weights.query_key_value[layer], projected, True, parts)
+        multiply(normed, num_tokens, weights.query_key_value[layer], projected, True)
         for sequence in range(len(batch.lengths)):
             for token in range(batch.starts[sequence], batch.starts[sequence + 1]):
                 position = batch.lengths[sequence] + token - batch.starts[sequence]
                 cosines, sines = weights.cosines[position], weights.sines[position]
                 _rotate(projected[token], num_turned, sizes.head_dim, cosines, sines)
-        _attend(layer, sizes, batch, scratch)
-        multiply(scratch.mixed, num_tokens, weights.output[layer], hidden, True, parts)
+        _attend(layer, sizes, batch, caches, scratch)
+        multiply(scratch.mixed, num_tokens, weights.output[layer], hidden, True)
         _norm(hidden, weights.norms[2 * layer + 1], sizes.eps, normed, num_tokens)
-        multiply(normed, num_tokens, weights.gate_up[layer], gates, False, parts)
+        multiply(normed, num_tokens, weights.gate_up[layer], gates, False)
         _gate(gates, num_tokens, sizes.feed_forward)
-        multiply(gates, num_tokens, weights.down[layer], hidden, True, parts)
+        multiply(gates, num_tokens, weights.down[layer], hidden, True)
     for row in range(num_rows):
         hidden[row] = hidden[batch.rows[row]]  # rows ascend, so that none is lost
     _norm(hidden, weights.norms[2 * sizes.num_layers], sizes.eps, normed, num_rows)
-    multiply(normed, num_rows, weights.head, logits, False, parts)
+    multiply(normed, num_rows, weights.head, logits, False)

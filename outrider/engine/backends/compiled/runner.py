@@ -1,26 +1,36 @@
-"""Runs a Llama-family model by compiled code; see kernels."""
+"""Runs a model with Llama's layers by compiled code; see kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from outrider.engine.backends.compiled import drafting, kernels, tiles
+from outrider.engine.backends.compiled import drafting, kernels
 from outrider.engine.backends.compiled.cache import PanelCache
-from outrider.engine.backends.compiled.kernels import PANEL, Batch, Scratch, Sizes, Weights
+from outrider.engine.backends.compiled.kernels import Caches, Scratch, Sizes, Weights
 from outrider.engine.backends.compiled.memory import aligned_empty, aligned_stack, aligned_zeros
-from outrider.engine.backends.llama import LlamaForward, head_dim_of, sliding_window
-from outrider.engine.backends.runner import Feed
+from outrider.engine.backends.compiled.panels import BFLOAT16, FLOAT16, LANES, attention_width
+from outrider.engine.backends.compiled.products import layout_for, padded
+from outrider.engine.backends.llama import why_not as why_not_llama
+from outrider.engine.backends.runner import Batch, Feed
+from outrider.engine.models.spec import DecoderSpec, DecoderWeights, Linear
 from outrider.sampling.probs import MIN_SUPPORT_PROB, Draft, PlainSampling, drafts_of
 
-TILES_FROM = 30_000_000  # numbers; a pass of fewer takes a few milliseconds, waking the tiles up to 0.3
+_NUM_TOKENS, _NUM_POSITIONS = 64, 1024  # that there is memory for at first
+_NO_WINDOW = np.iinfo(np.int64).max
 
-_NUM_TOKENS, _NUM_POSITIONS = 64, 1024  # that there is room for at first
+
+def why_not(spec: DecoderSpec) -> str | None:
+    """Return why `CompiledLlamaRunner` cannot run the model."""
+    reason = why_not_llama(spec)
+    if reason is None and spec.dtype != torch.float32:
+        return "it takes float32"
+    if reason is None and spec.entries and spec.entries.head_dim % LANES:
+        return f"it takes heads of multiples of {LANES}, not of {spec.entries.head_dim}"
+    return reason
 
 
 class CompiledLlamaRunner:
@@ -28,51 +38,37 @@ class CompiledLlamaRunner:
 
     device = torch.device("cpu")
 
-    def __init__(self, model: PreTrainedModel, tiles_from: int = TILES_FROM):
-        """Copy the numbers of `model`, which must be one that `can_run` accepts.
-
-        Args:
-            tiles_from: how many numbers the matrices of a model's products have at least for which `tiles` pay.
-        """
-        config: Any = model.config
-        decoder: Any = model.model
-        head_dim = head_dim_of(config)
-        windows = [sliding_window(layer.self_attn, config) or 0 for layer in decoder.layers]
+    def __init__(self, spec: DecoderSpec):
+        """Copy the numbers of a model to which `why_not` has no objection."""
+        weights, entries = spec.weights, spec.entries
+        assert weights
+        assert weights.rotary
+        assert entries
+        layers, self._vocab_size = weights.layers, len(weights.head)
         self._sizes = Sizes(
-            num_layers=len(decoder.layers),
-            num_query_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            feed_forward=config.intermediate_size,
-            sliding_windows=np.array(windows, dtype=np.int64),
-            scaling=decoder.layers[0].self_attn.scaling,
-            eps=config.rms_norm_eps,
+            num_layers=len(layers),
+            num_query_heads=spec.num_query_heads,
+            num_kv_heads=entries.num_kv_heads,
+            head_dim=entries.head_dim,
+            feed_forward=layers[0].down.weight.shape[1],
+            sliding_windows=np.array([layer.sliding_window or _NO_WINDOW for layer in layers], dtype=np.int64),
+            scaling=layers[0].scaling,
+            eps=weights.norm.eps,
         )
-        self._rotary = decoder.rotary_emb
-        self._weights = _weights_of(model, *self._angles_up_to(_NUM_POSITIONS), tiles_from)
-        self._vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._width = kernels.attention_width(head_dim)
+        self._rotary = weights.rotary
+        self._weights = _weights_of(weights, *self._angles_up_to(_NUM_POSITIONS))
         self._scratch = self._scratch_for(_NUM_TOKENS, _NUM_POSITIONS)
-
-    @staticmethod
-    def can_run(model: PreTrainedModel) -> bool:
-        """Return whether the model is float32, on a CPU, of the family, and cut into heads that panels fit."""
-        if not LlamaForward.can_run(model) or model.dtype != torch.float32 or model.device.type != "cpu":
-            return False
-        return head_dim_of(model.config) % kernels.LANES == 0
 
     def new_cache(self) -> PanelCache:
         """See Runner."""
         sizes = self._sizes
-        return PanelCache(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, self._width)
+        return PanelCache(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, attention_width(sizes.head_dim))
 
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """See Runner."""
-        batch = self._batch_of(feeds)
-        num_rows = len(batch.rows)
-        room = aligned_empty((tiles.num_rows_written(num_rows), self._weights.head.shape[0] * PANEL), np.float32)
-        kernels.forward(batch, self._sizes, self._weights, self._scratch, room)
-        logits = room[:num_rows]
+        batch, caches = self._batch_of(feeds)
+        logits = aligned_empty((len(batch.rows), padded(self._vocab_size)), np.float32)
+        kernels.forward(batch, caches, self._sizes, self._weights, self._scratch, logits)
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))
         rows = torch.from_numpy(logits)
@@ -89,7 +85,7 @@ class CompiledLlamaRunner:
         """See DraftingRunner."""
         num_draws = len(sampling.uniforms)
         parts = drafting.draft(
-            self._batch_of(feeds, num_draws - 1),
+            *self._batch_of(feeds, num_draws - 1),
             self._sizes,
             self._weights,
             self._scratch,
@@ -105,13 +101,14 @@ class CompiledLlamaRunner:
             feed.cache.advance(len(feed.token_ids) + num_draws - 1)
         return drafts_of(parts, sampling.noises[..., 0].ravel())
 
-    def _batch_of(self, feeds: Sequence[Feed], num_more: int = 0) -> Batch:
-        """Return the arrays for `feeds`, with room for them and for `num_more` tokens behind each."""
+    def _batch_of(self, feeds: Sequence[Feed], num_more: int = 0) -> tuple[Batch, Caches]:
+        """Pack `feeds`, with memory for them and for `num_more` tokens behind each."""
         lengths = [feed.cache.length + len(feed.token_ids) + num_more for feed in feeds]
         self._make_room(sum(len(feed.token_ids) for feed in feeds), max(lengths))
         for feed, length in zip(feeds, lengths, strict=True):
             feed.cache.reserve(length)
-        return _batch_of(feeds)
+        places = np.array([(feed.cache.address, feed.cache.capacity) for feed in feeds], dtype=np.int64)
+        return Batch.of(feeds), Caches(*np.ascontiguousarray(places.T))
 
     def _make_room(self, num_tokens: int, longest: int) -> None:
         if longest > len(self._weights.cosines):
@@ -123,103 +120,60 @@ class CompiledLlamaRunner:
 
     def _scratch_for(self, num_tokens: int, longest: int) -> Scratch:
         weights, sizes = self._weights, self._sizes
-        num_rows = tiles.num_rows_written(num_tokens)
 
-        def room(num_columns: int) -> np.ndarray:
-            return aligned_zeros((num_rows, _padded(num_columns)), np.float32)
+        def memory(num_columns: int, num_rows: int = num_tokens) -> np.ndarray:
+            return aligned_zeros((num_rows, padded(num_columns)), np.float32)
 
-        hidden_size, mixed_size = weights.norms.shape[1], sizes.num_query_heads * sizes.head_dim
-        most_inputs, has_tiles = max(hidden_size, mixed_size, sizes.feed_forward), weights.head.ndim == 4
+        hidden_size = weights.norms.shape[1]
         return Scratch(
-            hidden=room(hidden_size),
-            normed=room(hidden_size),
-            projected=room(weights.biases.shape[1]),
-            mixed=aligned_zeros((num_tokens, mixed_size), np.float32),
-            gates=room(2 * sizes.feed_forward),
-            scores=aligned_zeros((kernels.CHUNK, _padded(longest)), np.float32),
-            parts=aligned_zeros((tiles.parts_room(num_tokens, most_inputs) if has_tiles else 0,), np.uint16),
+            hidden=memory(hidden_size),
+            normed=memory(hidden_size),
+            projected=memory(weights.biases.shape[1]),
+            mixed=aligned_zeros((num_tokens, sizes.num_query_heads * sizes.head_dim), np.float32),
+            gates=memory(2 * sizes.feed_forward),
+            scores=memory(longest, kernels.CHUNK),
         )
 
     def _angles_up_to(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return cosines and sines `[length, D / 2]` of rotary embedding."""
-        parts = self._rotary(torch.empty(0), torch.arange(length)[None])
-        cosines, sines = (part[0, :, : part.shape[-1] // 2].contiguous().numpy() for part in parts)
-        return cosines, sines
+        cosines, sines = self._rotary.angles(length)
+        return cosines.numpy(), sines.numpy()
 
 
-def _batch_of(feeds: Sequence[Feed]) -> Batch:
-    token_ids: list[int] = []
-    starts = [0]
-    rows: list[int] = []
-    caches: list[tuple[int, int, int]] = []
-    for feed in feeds:
-        cache = feed.cache
-        token_ids.extend(feed.token_ids)
-        starts.append(len(token_ids))
-        rows.extend(range(len(token_ids) - feed.num_rows, len(token_ids)))
-        caches.append((cache.length, cache.address, cache.capacity))
-    parts = [token_ids, starts, *zip(*caches, strict=True), rows]
-    numbers = np.array(list(chain.from_iterable(parts)), dtype=np.int64)  # one array: each costs as much as its numbers
-    ends = list(accumulate(map(len, parts)))
-    return Batch(*(numbers[start:end] for start, end in pairwise([0, *ends])))
-
-
-def _weights_of(model: PreTrainedModel, cosines: np.ndarray, sines: np.ndarray, tiles_from: int) -> Weights:
+def _weights_of(weights: DecoderWeights, cosines: np.ndarray, sines: np.ndarray) -> Weights:
     """Return the model's numbers as the kernels read them."""
-    decoder: Any = model.model
-    layers = list(decoder.layers)
-    embedding = decoder.embed_tokens.weight.detach()
-    head = model.get_output_embeddings().weight.detach()
-    projections = [[getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")] for layer in layers]
+    layers = weights.layers
     matrices = {
-        "query_key_value": [torch.cat([part.weight.detach() for part in parts]) for parts in projections],
-        "output": [layer.self_attn.o_proj.weight.detach() for layer in layers],
-        "gate_up": [torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]).detach() for layer in layers],
-        "down": [layer.mlp.down_proj.weight.detach() for layer in layers],
+        "query_key_value": [layer.query_key_value.weight for layer in layers],
+        "output": [layer.output.weight for layer in layers],
+        "gate_up": [layer.up.weight for layer in layers],
+        "down": [layer.down.weight for layer in layers],
     }
-    products = [head, *chain.from_iterable(matrices.values())]
-    store = _storage_for([embedding, *products])
-    panels_of = _layout_for(store(head).dtype, products, tiles_from)
-    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    products = [weights.head, *chain.from_iterable(matrices.values())]
+    store = _storage_for([weights.embedding, *products])
+    lay_out = layout_for(store(weights.head).dtype, [(len(matrix), matrix.shape[1]) for matrix in products])
+    norms = [norm for layer in layers for norm in (layer.attention_norm, layer.feed_forward_norm)]
     return Weights(
-        embedding=store(embedding),
-        norms=torch.stack([norm.weight.detach() for norm in [*norms, decoder.norm]]).numpy().copy(),
-        biases=np.stack([_bias_of(parts) for parts in projections]),
-        head=aligned_stack([panels_of(store(head))])[0],
+        embedding=store(weights.embedding),
+        norms=torch.stack([norm.weight for norm in [*norms, weights.norm]]).numpy(),
+        biases=np.stack([_bias_of(layer.query_key_value) for layer in layers]),
+        head=aligned_stack([lay_out(store(weights.head))])[0],
         cosines=cosines,
         sines=sines,
-        **{name: aligned_stack([panels_of(store(matrix)) for matrix in group]) for name, group in matrices.items()},
+        **{name: aligned_stack([lay_out(store(matrix)) for matrix in group]) for name, group in matrices.items()},
     )
 
 
-def _bias_of(parts: list[Any]) -> np.ndarray:
-    """Return the joined bias of projections, 0 where there is none and behind them up to the panels' end."""
-    biases = [torch.zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts]
-    joined = torch.cat(biases).numpy()
-    return np.pad(joined, (0, _padded(len(joined)) - len(joined)))
+def _bias_of(projection: Linear) -> np.ndarray:
+    """Return the bias of a product, 0 where there is none and behind it up to the last column."""
+    num_outputs, bias = len(projection.weight), projection.bias
+    numbers = np.zeros(num_outputs, np.float32) if bias is None else bias.numpy()
+    return np.pad(numbers, (0, padded(num_outputs) - num_outputs))
 
 
 def _storage_for(matrices: Sequence[torch.Tensor]):
     """Return a function that stores a matrix: in 16 bits when these hold every number of all `matrices` exactly."""
-    for half, tag in ((torch.bfloat16, kernels.BFLOAT16), (torch.float16, kernels.FLOAT16)):
+    for half, tag in ((torch.bfloat16, BFLOAT16), (torch.float16, FLOAT16)):
         if all(torch.equal(matrix.to(half).float(), matrix) for matrix in matrices):
             return lambda matrix, half=half, tag=tag: matrix.to(half).view(torch.int16).numpy().view(tag)
     return lambda matrix: matrix.numpy().copy()
-
-
-def _layout_for(storage: np.dtype, matrices: Sequence[torch.Tensor], tiles_from: int):
-    """Return a function that puts a stored matrix `[O, I]` into panels, with zeros behind the last output."""
-    fit_tiles = storage == kernels.BFLOAT16 and all(matrix.shape[1] % tiles.STEP == 0 for matrix in matrices)
-    is_large = sum(matrix.numel() for matrix in matrices) >= tiles_from
-    lay_out = tiles.tiles_of if fit_tiles and is_large and tiles.have_tiles() else _panels_of
-    assert PANEL == tiles.WIDTH or lay_out is _panels_of
-    return lambda matrix: lay_out(np.pad(matrix, ((0, _padded(len(matrix)) - len(matrix)), (0, 0))))
-
-
-def _panels_of(matrix: np.ndarray) -> np.ndarray:
-    """Return `matrix` `[O, I]` as panels `[O / PANEL, I, PANEL]`."""
-    return np.ascontiguousarray(matrix.reshape(-1, PANEL, matrix.shape[1]).transpose(0, 2, 1))
-
-
-def _padded(size: int) -> int:
-    return -(-size // PANEL) * PANEL

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from outrider.engine.models.spec import Norm
+
 MOST_ROWS = 32
 NO_ACTIVATION, GELU, RELU, GATED_SILU = range(4)
 # gelu(x) ~ x σ(1.596 (x + 0.0447 x³))
@@ -191,11 +193,9 @@ def _norm(
 
 @dataclass(frozen=True)
 class GpuNorm:
-    """An RMS norm, or with a bias a layer norm."""
+    """A norm that first adds up what it is the norm of."""
 
-    weight: torch.Tensor  # [E]
-    eps: float
-    bias: torch.Tensor | None = None  # [E]
+    norm: Norm
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return `[T, E]` for `inputs` `[T, E]`."""
@@ -203,12 +203,12 @@ class GpuNorm:
 
     def of_sum(self, inputs: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of `inputs` `[T, E]` and all `parts` `[S, T, E]`, and the norm of that."""
-        outputs, size = torch.empty_like(inputs), len(self.weight)
+        norm, outputs, size = self.norm, torch.empty_like(inputs), len(self.norm.weight)
         sums = torch.empty_like(inputs) if len(parts) else inputs
         _norm[(len(inputs),)](
-            inputs, parts, self.weight, _or(self.bias, self.weight), sums, outputs, len(inputs), inputs.stride(0),
-            self.eps, NUM_PARTS=len(parts), SIZE=size, BLOCK=triton.next_power_of_2(size),
-            IS_CENTRED=self.bias is not None, num_warps=8 if size > 1024 else 4,
+            inputs, parts, norm.weight, _or(norm.bias, norm.weight), sums, outputs, len(inputs), inputs.stride(0),
+            norm.eps, NUM_PARTS=len(parts), SIZE=size, BLOCK=triton.next_power_of_2(size),
+            IS_CENTRED=norm.bias is not None, num_warps=8 if size > 1024 else 4,
         )  # fmt: skip
         return sums, outputs
 

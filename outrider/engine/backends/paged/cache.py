@@ -12,28 +12,13 @@ Shapes: P pages in the pool, H key-value heads, D head size, n new tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
+from outrider.engine.kv_cache import EntryShape
+
 SCRATCH_PAGE = 0
 MOST_COPIED_AT_ONCE = 1024  # positions, which lie twice in memory meanwhile
-
-
-@dataclass(frozen=True)
-class EntryShape:
-    """What one position of a model's cache holds."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one position, keys and values of all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 class PagePool:

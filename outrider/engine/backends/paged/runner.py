@@ -19,7 +19,7 @@ import torch
 from outrider.engine.backends.paged.attention import PagedBatch, VarlenAttention
 from outrider.engine.backends.paged.cache import SCRATCH_PAGE, PagedCache, PagePool
 from outrider.engine.backends.paged.graphs import Buckets, GraphKey, GraphRunner, Replay
-from outrider.engine.backends.runner import Feed, ForwardPass
+from outrider.engine.backends.runner import Batch, Feed, ForwardPass
 from outrider.sampling.transfers import wait_for
 
 ALIGNMENT = 16  # bytes: compiled kernels come in one kind for pointers that are, and another for those that are not
@@ -49,32 +49,29 @@ class StagedInputs:
 
         What is left of the arrays is padding: tokens that write to the scratch page, and sequences that read it alone.
         """
-        num_rows = self._fill(feeds, slots)
+        batch = Batch.of(feeds)
+        self._fill(batch, [feed.cache.page_table for feed in feeds], slots)
         self._device.copy_(self._host, non_blocking=True)  # done when the pass is, which the runner waits for
-        return num_rows
+        return len(batch.rows)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Return an array on the device: always the same tensor."""
         tensor = self._tensors[name]
         return tensor.view(self._table_shape) if name == "block_table" else tensor
 
-    def _fill(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> int:
-        host, end, num_rows = self._arrays, 0, 0
-        table = host["block_table"].reshape(self._table_shape)
-        for index, (feed, its_slots) in enumerate(zip(feeds, slots, strict=True)):
-            start, end, length = end, end + len(feed.token_ids), feed.cache.length
-            host["token_ids"][start:end] = feed.token_ids
-            host["positions"][start:end] = np.arange(length, length + end - start)
-            host["slots"][start:end] = its_slots
-            host["rows"][num_rows : num_rows + feed.num_rows] = np.arange(end - feed.num_rows, end)
-            host["cu_seq_q"][index + 1] = end
-            host["seqused_k"][index] = length + end - start
-            table[index] = feed.cache.page_table
-            num_rows += feed.num_rows
+    def _fill(self, batch: Batch, page_tables: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> None:
+        host, num_tokens, num_sequences = self._arrays, len(batch.token_ids), len(batch.lengths)
+        host["token_ids"][:num_tokens] = batch.token_ids
+        host["positions"][:num_tokens] = batch.positions
+        host["slots"][:num_tokens] = np.concatenate(slots) if slots else 0
         for name in ("token_ids", "positions", "slots"):
-            host[name][end:] = 0  # slot 0 is the scratch page's first
-        self._fill_sequences(len(feeds), end)
-        return num_rows
+            host[name][num_tokens:] = 0  # slot 0 is the scratch page's first
+        host["rows"][: len(batch.rows)] = batch.rows
+        host["cu_seq_q"][: num_sequences + 1] = batch.starts
+        host["seqused_k"][:num_sequences] = batch.lengths + np.diff(batch.starts)
+        for index, page_table in enumerate(page_tables):
+            host["block_table"].reshape(self._table_shape)[index] = page_table
+        self._fill_sequences(num_sequences, num_tokens)
 
     def _fill_sequences(self, num_fed: int, num_tokens: int) -> None:
         """Pad the sequences: one token each where every sequence has one, which kernels rely on, else none."""

@@ -1,0 +1,242 @@
+"""Which code runs a model: the first of an ordered list that has no objection, and that gives the reference's rows.
+
+`BACKENDS` begins with the fastest. Each says by `why_not` what keeps it from a model on a machine; what `make` raises,
+and what the probe finds, are objections too. transformers' own layers on plain caches are the last, and run everything.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from outrider.engine.backends import llama
+from outrider.engine.backends.llama import LlamaForward
+from outrider.engine.backends.paged.attention import PagedKernels, reference_varlen_attn
+from outrider.engine.backends.paged.cache import PagePool
+from outrider.engine.backends.paged.drafting import DraftingPagedRunner
+from outrider.engine.backends.paged.graphs import CudaGraphRunner, EagerRunner, GraphRunner
+from outrider.engine.backends.paged.runner import PagedRunner
+from outrider.engine.backends.runner import ForwardPass, ModelRunner, Runner
+from outrider.engine.kv_cache import EntryShape
+from outrider.engine.models.probe import Probe
+from outrider.engine.models.spec import DecoderSpec
+
+DEFAULT_CONTEXTS_CACHED = 16
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+KERNEL_CAPABILITY = (8, 0)  # Ampere
+SHARE_OF_FREE_MEMORY = 0.5  # for a cache whose size nobody has set: draft and target may share a GPU
+LARGEST_PAGE = 256  # FlashAttention 2, which torch has, takes multiples of it
+REFERENCE = PagedKernels("the reference", reference_varlen_attn, 16, (torch.float32, torch.float64))
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a service keeps its caches."""
+
+    max_cached_tokens: int = 0  # 0 is DEFAULT_CONTEXTS_CACHED contexts, or what half of a GPU's free memory holds
+    cuda_graphs: bool = True
+    paged: bool = False  # on a CPU too, by a slow reference, for tests
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a model is to run on, beside the device that it is on."""
+
+    num_threads: int
+    caches: CacheOptions
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run models."""
+
+    name: str
+    why_not: Callable[[DecoderSpec, Machine], str | None]
+    make: Callable[[DecoderSpec, Machine, int], Runner]  # of the tokens that all caches hold together
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a model, and why nothing that comes before it does."""
+
+    runner: Runner
+    max_cached_tokens: int  # that all caches hold together
+    backend: str
+    notes: tuple[str, ...]  # backends with one objection, and what it is
+
+
+def choose(spec: DecoderSpec, machine: Machine, probe: Probe) -> Choice:
+    """Return the first backend that runs the model as `probe` expects.
+
+    Raises:
+        torch.OutOfMemoryError: the caches that were asked for do not fit.
+    """
+    max_cached_tokens = _max_cached_tokens(spec, machine.caches)
+    names: dict[str, list[str]] = {}  # by objection
+    for backend in BACKENDS:
+        runner, reason = _tried(backend, spec, machine, max_cached_tokens, probe)
+        if runner:
+            notes = tuple(f"{', '.join(its)}: {reason}" for reason, its in names.items())
+            log.info("the model runs by %s%s", backend.name, "".join(f"; not by {note}" for note in notes))
+            return Choice(runner, max_cached_tokens, backend.name, notes)
+        names.setdefault(reason, []).append(backend.name)
+    raise AssertionError("the last backend has no objection, and gave these rows before")
+
+
+def _tried(
+    backend: Backend, spec: DecoderSpec, machine: Machine, max_cached_tokens: int, probe: Probe
+) -> tuple[Runner | None, str]:
+    """Return the runner; or None, and why it is not used."""
+    try:
+        reason = backend.why_not(spec, machine)
+        if reason:
+            return None, reason
+        runner = backend.make(spec, machine, max_cached_tokens)
+        reason = probe.why_not(runner, max_cached_tokens)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of compilers and kernels: numba refuses a numpy that it does not know
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        log.warning("the model does not run by %s: %s", backend.name, reason)
+        return None, reason
+    return runner, ""
+
+
+def _max_cached_tokens(spec: DecoderSpec, options: CacheOptions) -> int:
+    if options.max_cached_tokens:
+        return options.max_cached_tokens
+    wanted = DEFAULT_CONTEXTS_CACHED * spec.context_length
+    if spec.device.type != "cuda" or spec.entries is None:
+        return wanted
+    torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info(spec.device)
+    return cached_tokens_that_fit(wanted, free_bytes, spec.entries)
+
+
+def cached_tokens_that_fit(wanted: int, free_bytes: int, shape: EntryShape) -> int:
+    """Return how many tokens a pool gets when nobody has said: a page at least, which then may not fit."""
+    return max(LARGEST_PAGE, min(wanted, int(SHARE_OF_FREE_MEMORY * free_bytes) // shape.num_bytes))
+
+
+# --- compiled code ----------------------------------------------------------------------------------------------------
+
+
+def _why_not_compiled(spec: DecoderSpec, machine: Machine) -> str | None:
+    if machine.caches.paged:
+        return "caches in pages were asked for"
+    if machine.num_threads != 1:
+        return f"it takes one thread of the CPU (--threads 1), not {machine.num_threads}"
+    from outrider.engine.backends.compiled import runner  # numba is slow to import
+
+    return runner.why_not(spec)
+
+
+def _make_compiled(spec: DecoderSpec, machine: Machine, max_cached_tokens: int) -> Runner:
+    from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
+
+    log.info("compiling the model, if this machine has not done so before")
+    return CompiledLlamaRunner(spec)
+
+
+# --- caches in pages --------------------------------------------------------------------------------------------------
+
+
+def why_no_pages(kernels: PagedKernels, shape: EntryShape | None, device: torch.device) -> str | None:
+    """Return why the kernels cannot read such entries from pages on the device; None where they can."""
+    if shape is None:
+        return "the layers' entries are not of one size"
+    if shape.dtype not in kernels.dtypes:
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in kernels.dtypes)
+        return f"it takes {names}, not {str(shape.dtype).removeprefix('torch.')}"
+    if device.type != "cuda":
+        return None
+    if shape.head_dim % kernels.head_dim_unit or shape.head_dim > kernels.max_head_dim:
+        unit, most = kernels.head_dim_unit, kernels.max_head_dim
+        return f"it takes head sizes that are multiples of {unit} up to {most}, not {shape.head_dim}"
+    if torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY:
+        return "the GPU is older than Ampere"
+    return None
+
+
+def _paged_backend(
+    name: str,
+    read_kernels: Callable[[], PagedKernels],
+    make_pass: Callable[[DecoderSpec], ForwardPass],
+    why_no_pass: Callable[[DecoderSpec], str | None] = lambda spec: None,
+    is_for_cpu: bool = False,
+) -> Backend:
+    """Return a backend on pages."""
+
+    def why_not(spec: DecoderSpec, machine: Machine) -> str | None:
+        if is_for_cpu and not (machine.caches.paged and spec.device.type == "cpu"):
+            return "it is for tests"
+        if not is_for_cpu and spec.device.type != "cuda":
+            return f"it takes a GPU, not {spec.device}"
+        return why_no_pages(read_kernels(), spec.entries, spec.device) or why_no_pass(spec)
+
+    def make(spec: DecoderSpec, machine: Machine, max_cached_tokens: int) -> Runner:
+        return _make_paged(make_pass(spec), read_kernels(), spec, machine.caches.cuda_graphs, max_cached_tokens)
+
+    return Backend(name, why_not, make)
+
+
+def _make_paged(
+    forward_pass: ForwardPass, kernels: PagedKernels, spec: DecoderSpec, with_graphs: bool, max_cached_tokens: int
+) -> PagedRunner:
+    graphs: GraphRunner | None = None
+    if with_graphs:
+        graphs = CudaGraphRunner(spec.device) if spec.device.type == "cuda" else EagerRunner()
+    assert spec.entries
+    pool = PagePool(max_cached_tokens, kernels.page_size, spec.entries, spec.device)
+    kind = DraftingPagedRunner if graphs else PagedRunner
+    context_length = min(spec.context_length, max_cached_tokens)
+    runner = kind(forward_pass, pool, context_length, kernels.varlen_attn, graphs)
+    runner.record_all()
+    return runner
+
+
+def _our_kernels() -> PagedKernels:
+    from outrider.engine.backends.gpu.attention import KERNELS
+
+    return KERNELS
+
+
+def _torch_kernels() -> PagedKernels:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return PagedKernels("varlen_attn", varlen_attn, LARGEST_PAGE, HALF_PRECISION)
+
+
+def _why_not_gpu(spec: DecoderSpec) -> str | None:
+    from outrider.engine.backends.gpu import forward
+
+    return forward.why_not(spec)
+
+
+def _make_gpu(spec: DecoderSpec) -> ForwardPass:
+    from outrider.engine.backends.gpu.forward import GpuForward
+
+    return GpuForward(spec)
+
+
+def _make_host_pass(spec: DecoderSpec) -> ForwardPass:
+    return spec.reference if llama.why_not(spec) else LlamaForward(spec)
+
+
+# --- the list ---------------------------------------------------------------------------------------------------------
+
+BACKENDS = (
+    Backend("compiled", _why_not_compiled, _make_compiled),
+    _paged_backend("gpu", _our_kernels, _make_gpu, _why_not_gpu),
+    _paged_backend("transformers on pages", _our_kernels, lambda spec: spec.reference),
+    _paged_backend("transformers on torch's pages", _torch_kernels, lambda spec: spec.reference),
+    _paged_backend("pages on a CPU", lambda: REFERENCE, _make_host_pass, is_for_cpu=True),
+    Backend("torch", lambda spec, machine: llama.why_not(spec), lambda spec, *_: ModelRunner(LlamaForward(spec))),
+    Backend("transformers", lambda spec, machine: None, lambda spec, *_: ModelRunner(spec.reference)),
+)
