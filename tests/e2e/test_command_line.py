@@ -74,7 +74,13 @@ def test_info_describes_a_pair_that_fits(addresses):
     document = json.loads(run("info", *addresses, "--json").stdout)
     assert document["verdict"] == "fits"
     assert document["target"]["vocab_size"] == document["draft"]["vocab_size"] == 258
-    assert "The pair fits." in run("info", *addresses).stdout
+    assert document["target"]["backend"] == "torch"
+    assert document["target"]["backend_notes"][0].startswith("compiled: ")
+    shown = run("info", *addresses).stdout
+    assert "The pair fits." in shown
+    assert "torch" in shown
+    for name in ("draft", "target"):
+        assert f"The {name} does not run by {document[name]['backend_notes'][0]}." in shown
 
 
 def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):

@@ -1,5 +1,5 @@
-"""The Llama family on a CPU, as one call of compiled code a pass.
+"""Models with Llama's layers on a CPU, as one call of compiled code a pass.
 
-Knows: numba, the layers of that family. Does not know: torch in a pass, budgets, sessions.
-Begin with `runner.py`; `kernels.py` has the pass.
+Knows: numba, those layers. Does not know: torch in a pass, budgets, sessions.
+Begin with `runner.py`; `kernels.py` has the pass, `products.py` the kinds of products.
 """
