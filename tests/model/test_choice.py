@@ -47,7 +47,7 @@ def naive_logits(spec, token_ids: list[int]) -> torch.Tensor:
     for layer in weights.layers:
         heads = linear(layer.query_key_value, norm(layer.attention_norm, hidden)).split(head_dim, dim=-1)
         distance = positions[:, None] - positions
-        is_seen = (distance >= 0) & (distance < (layer.sliding_window or len(token_ids)))
+        is_seen = (distance >= 0) & (distance < (layer.visible.sliding_window or len(token_ids)))
         mixed = []
         for index in range(num_heads):
             group = index // (num_heads // num_kv_heads)

@@ -16,6 +16,7 @@ from outrider.engine.backends.paged.cache import PagePool
 from outrider.engine.backends.paged.graphs import EagerRunner
 from outrider.engine.backends.paged.runner import PagedRunner
 from outrider.engine.backends.runner import Feed, ModelRunner, TransformersForward
+from outrider.engine.models.visibility import CAUSAL
 from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, spec_of, texts
 from tests.tiny_models import CONTEXT_LENGTH, make_model
 
@@ -128,7 +129,7 @@ def test_a_fault_is_found(monkeypatch, fault):
     if fault == "no_angles":
         monkeypatch.setattr(runner._forward_pass, "_angles", None)
     else:
-        changes = {"no_window": {"sliding_window": None}, "no_scaling": {"scaling": 1.0}}[fault]
+        changes = {"no_window": {"visible": CAUSAL}, "no_scaling": {"scaling": 1.0}}[fault]
         layers = [replace(layer, **changes) for layer in runner._forward_pass._layers]
         monkeypatch.setattr(runner._forward_pass, "_layers", layers)
     assert not (rows_of(runner, 0) - expected).abs().max() < 0.1

@@ -107,7 +107,7 @@ class TestMasks:
     @pytest.mark.parametrize("visible", [CAUSAL, Visible(sliding_window=5), Visible(chunk_size=5)])
     @pytest.mark.parametrize(("num_new", "num_keys"), [(1, 4), (1, 5), (1, 6), (1, 23), (7, 7), (9, 23)])
     def test_the_mask_that_is_added_says_the_same(self, visible, num_new, num_keys):
-        mask = causal_mask(torch.zeros(1, 1, num_new, 4), num_keys, visible.sliding_window, visible.chunk_size)
+        mask = causal_mask(torch.zeros(1, 1, num_new, 4), num_keys, visible)
         for row, position in enumerate(range(num_keys - num_new, num_keys)):
             expected = [visible.first(position) <= key <= position for key in range(num_keys)]
             assert expected == [True] * num_keys if mask is None else (mask[row] == 0).tolist() == expected
@@ -151,7 +151,7 @@ class TestModels:
         model = make_model("mistral", 0, sliding_window=8)
         assert isinstance(fastest_pass(copy.deepcopy(model)), LlamaForward)
         layer_of = LlamaForward._layer
-        monkeypatch.setattr(LlamaForward, "_layer", lambda *its: replace(layer_of(*its), sliding_window=9))
+        monkeypatch.setattr(LlamaForward, "_layer", lambda *its: replace(layer_of(*its), visible=Visible(9)))
         assert isinstance(fastest_pass(model), TransformersForward)
 
     def test_masks_that_are_taken_for_causal_are_noticed(self, monkeypatch):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from outrider.engine.kv_cache import SequenceCache
-from outrider.engine.models.visibility import LayerVisibility, ask_mask
+from outrider.engine.models.visibility import CAUSAL, LayerVisibility, Visible, ask_mask
 
 ATTENTION_NAME = "outrider_packed"
 _WITHOUT_EFFECT = {  # what a layer may get beside its mask: its window, and arguments of the model that it passes on
@@ -41,17 +41,15 @@ class AttentionBatch(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float | None,
-        sliding_window: int | None = None,
+        visible: Visible = CAUSAL,
         softcap: float | None = None,
-        chunk_size: int | None = None,
     ) -> torch.Tensor:
         """Write keys and values of the new tokens into their caches and attend, every sequence to its own.
 
         Args:
             query: `[1, Hq, T, D]`.
             key, value: `[1, H, T, D]`.
-            sliding_window: how many positions each sees, itself included; None for all.
-            chunk_size: how many positions make a chunk, beyond whose start none sees; None for all.
+            visible: what each position sees.
 
         Returns:
             `[1, T, Hq, D]`.
@@ -80,9 +78,8 @@ class PackedBatch:
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float | None,
-        sliding_window: int | None = None,
+        visible: Visible = CAUSAL,
         softcap: float | None = None,
-        chunk_size: int | None = None,
     ) -> torch.Tensor:
         """See AttentionBatch."""
         outputs = []
@@ -92,9 +89,9 @@ class PackedBatch:
             )
             new_query, new_key, new_value = parts
             keys, values = cache.write(layer, new_key[0], new_value[0])
-            kind = (index, sliding_window, chunk_size)
+            kind = (index, visible.sliding_window, visible.chunk_size)
             if kind not in self.masks:
-                self.masks[kind] = causal_mask(new_query, keys.shape[1], sliding_window, chunk_size)
+                self.masks[kind] = causal_mask(new_query, keys.shape[1], visible)
             mask = self.masks[kind]
             outputs.append(_attend_one(new_query, keys[None], values[None], mask, scaling, softcap))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2)
@@ -135,31 +132,28 @@ def packed_attention(
     if unknown:
         raise TypeError(f"{name} hands {', '.join(unknown)} to its attention, which packed attention does not handle")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    seen = visibility.of(layer, attention_mask)
-    window, chunk = seen.sliding_window, seen.chunk_size
+    visible = visibility.of(layer, attention_mask)
     # Some models view what they get in other shapes, as transformers' own functions allow.
-    return packed.attend(layer, query, key, value, scaling, window, softcap, chunk).contiguous(), None
+    return packed.attend(layer, query, key, value, scaling, visible, softcap).contiguous(), None
 
 
-def causal_mask(
-    query: torch.Tensor, num_keys: int, sliding_window: int | None, chunk_size: int | None = None
-) -> torch.Tensor | None:
+def causal_mask(query: torch.Tensor, num_keys: int, visible: Visible) -> torch.Tensor | None:
     """Return what is added to the scores of `query` `[1, Hq, n, D]`, the last of `num_keys` positions.
 
     Returns:
         `[n, num_keys]` of 0 and −infinity in the query's type; None where every key may be seen.
     """
-    num_new = query.shape[2]
+    num_new, sliding_window, chunk_size = query.shape[2], visible.sliding_window, visible.chunk_size
     if num_new == 1 and num_keys <= min(sliding_window or num_keys, chunk_size or num_keys):
         return None
     queries = torch.arange(num_keys - num_new, num_keys, device=query.device)[:, None]
     keys = torch.arange(num_keys, device=query.device)[None]
-    visible = keys <= queries
+    is_seen = keys <= queries
     if sliding_window is not None:
-        visible &= keys > queries - sliding_window
+        is_seen &= keys > queries - sliding_window
     if chunk_size is not None:
-        visible &= keys >= queries // chunk_size * chunk_size
-    return query.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+        is_seen &= keys >= queries // chunk_size * chunk_size
+    return query.new_zeros(is_seen.shape).masked_fill_(~is_seen, -torch.inf)
 
 
 def _attend_one(query, keys, values, mask, scaling, softcap) -> torch.Tensor:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from outrider.engine.backends.attention import AttentionBatch
 from outrider.engine.backends.products import Product, make_product
 from outrider.engine.models.spec import DecoderSpec, LayerSpec, Norm
+from outrider.engine.models.visibility import Visible
 
 
 class _Norm:
@@ -52,7 +53,7 @@ class _Layer:
     gate_up: Product  # E -> 2 F
     down: Product  # F -> E
     scaling: float
-    sliding_window: int | None
+    visible: Visible
 
 
 def why_not(spec: DecoderSpec) -> str | None:
@@ -104,7 +105,7 @@ class LlamaForward:
         self._rotate(projected.view(num_tokens, -1, self._head_dim // 2, 2), angles)
         heads = projected.view(1, num_tokens, -1, self._head_dim).transpose(1, 2)
         query, key, value = heads.split([self._num_query_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
-        mixed = packed.attend(index, query, key, value, layer.scaling, layer.sliding_window)
+        mixed = packed.attend(index, query, key, value, layer.scaling, layer.visible)
         return layer.output(mixed.reshape(num_tokens, -1), hidden)
 
     def _rotate(self, pairs: torch.Tensor, angles: torch.Tensor) -> None:
@@ -140,7 +141,7 @@ class LlamaForward:
             gate_up=make_product(feed_forward_norm.fold(layer.up.weight)),
             down=make_product(layer.down.weight),
             scaling=layer.scaling,
-            sliding_window=layer.sliding_window,
+            visible=layer.visible,
         )
 
     def _interleaved(self, part: torch.Tensor) -> torch.Tensor:

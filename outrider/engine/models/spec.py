@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from outrider.engine.backends.runner import TransformersForward
 from outrider.engine.kv_cache import EntryShape
 from outrider.engine.models.configuration import context_length_of, vocab_size_of
+from outrider.engine.models.visibility import Visible
 
 _ROPE_TYPES = ("default", "linear", "llama3")  # those whose angles do not depend on the sequence's length
 
@@ -84,7 +85,7 @@ class LayerSpec:
     up: Linear  # E -> F, or 2 F where gates come first
     down: Linear  # F -> E
     scaling: float  # of the scores
-    sliding_window: int | None  # positions that each sees, itself included; None for all
+    visible: Visible  # by a position
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _read_weights(model: Any, reference: TransformersForward) -> DecoderWeights:
         raise _NotReadError("its layers see chunks, or are not of one size")
     if reference.entries.num_layers != model.config.num_hidden_layers:
         raise _NotReadError("not all of its layers have caches")
-    return _READERS[family](model, [visible.sliding_window for visible in reference.visible])
+    return _READERS[family](model, reference.visible)
 
 
 def _check(is_usual: bool, what: str) -> None:
@@ -201,7 +202,7 @@ def _check(is_usual: bool, what: str) -> None:
         raise _NotReadError(f"this model is unusual: {what}")
 
 
-def _read_llama(model: Any, windows: list[int | None]) -> DecoderWeights:
+def _read_llama(model: Any, seen: Sequence[Visible]) -> DecoderWeights:
     config, decoder = model.config, model.model
     rope = config.rope_parameters or {}
     _check(config.hidden_act == "silu", f"its activation is {config.hidden_act}")
@@ -222,16 +223,15 @@ def _read_llama(model: Any, windows: list[int | None]) -> DecoderWeights:
             up=Linear(layer.mlp.gate_proj, layer.mlp.up_proj),
             down=Linear(layer.mlp.down_proj),
             scaling=layer.self_attn.scaling,
-            sliding_window=window,
+            visible=visible,
         )
-        for layer, window in zip(decoder.layers, windows, strict=True)
+        for layer, visible in zip(decoder.layers, seen, strict=True)
     ]
-    embedding, head = decoder.embed_tokens.weight.detach(), model.get_output_embeddings().weight.detach()
-    rotary = Rotary(decoder.rotary_emb, embedding.device)
-    return DecoderWeights(layers, norm(decoder.norm), embedding, head, Activation.GATED_SILU, rotary)
+    rotary = Rotary(decoder.rotary_emb, model.device)
+    return DecoderWeights(layers, norm(decoder.norm), *_embedding_and_head(model), Activation.GATED_SILU, rotary)
 
 
-def _read_gpt2(model: Any, windows: list[int | None]) -> DecoderWeights:
+def _read_gpt2(model: Any, seen: Sequence[Visible]) -> DecoderWeights:
     decoder, activation = model.transformer, _activation(model.config)
     layers = [
         LayerSpec(
@@ -242,16 +242,15 @@ def _read_gpt2(model: Any, windows: list[int | None]) -> DecoderWeights:
             up=Linear(layer.mlp.c_fc, is_transposed=True),
             down=Linear(layer.mlp.c_proj, is_transposed=True),
             scaling=layer.attn.scaling,
-            sliding_window=window,
+            visible=visible,
         )
-        for layer, window in zip(decoder.h, windows, strict=True)
+        for layer, visible in zip(decoder.h, seen, strict=True)
     ]
-    embedding, head = decoder.wte.weight.detach(), model.get_output_embeddings().weight.detach()
-    positions = decoder.wpe.weight.detach()
-    return DecoderWeights(layers, _layer_norm(decoder.ln_f), embedding, head, activation, positions=positions)
+    norm, positions = _layer_norm(decoder.ln_f), decoder.wpe.weight.detach()
+    return DecoderWeights(layers, norm, *_embedding_and_head(model), activation, positions=positions)
 
 
-def _read_opt(model: Any, windows: list[int | None]) -> DecoderWeights:
+def _read_opt(model: Any, seen: Sequence[Visible]) -> DecoderWeights:
     config, decoder = model.config, model.model.decoder
     activation = _activation(config)
     _check(config.do_layer_norm_before, "its norms come behind the layers")
@@ -267,14 +266,13 @@ def _read_opt(model: Any, windows: list[int | None]) -> DecoderWeights:
             up=Linear(layer.fc1),
             down=Linear(layer.fc2),
             scaling=layer.self_attn.scaling,
-            sliding_window=window,
+            visible=visible,
         )
-        for layer, window in zip(decoder.layers, windows, strict=True)
+        for layer, visible in zip(decoder.layers, seen, strict=True)
     ]
-    embedding, head = decoder.embed_tokens.weight.detach(), model.get_output_embeddings().weight.detach()
     positions = decoder.embed_positions.weight.detach()[decoder.embed_positions.offset :]
     norm = _layer_norm(decoder.final_layer_norm)
-    return DecoderWeights(layers, norm, embedding, head, activation, positions=positions)
+    return DecoderWeights(layers, norm, *_embedding_and_head(model), activation, positions=positions)
 
 
 _ACTIVATIONS = {"gelu_new": Activation.GELU, "gelu_pytorch_tanh": Activation.GELU, "relu": Activation.RELU}
@@ -286,11 +284,15 @@ def _activation(config: Any) -> Activation:
     return _ACTIVATIONS[name]
 
 
+def _embedding_and_head(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+
+
 def _layer_norm(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.eps, module.bias.detach())
 
 
-_READERS: dict[str, Callable[[Any, list[int | None]], DecoderWeights]] = {
+_READERS: dict[str, Callable[[Any, Sequence[Visible]], DecoderWeights]] = {
     "llama": _read_llama,
     "mistral": _read_llama,
     "qwen2": _read_llama,

@@ -51,7 +51,7 @@ class CompiledLlamaRunner:
             num_kv_heads=entries.num_kv_heads,
             head_dim=entries.head_dim,
             feed_forward=layers[0].down.weight.shape[1],
-            sliding_windows=np.array([layer.sliding_window or _NO_WINDOW for layer in layers], dtype=np.int64),
+            sliding_windows=np.array([layer.visible.sliding_window or _NO_WINDOW for layer in layers], dtype=np.int64),
             scaling=layers[0].scaling,
             eps=weights.norm.eps,
         )

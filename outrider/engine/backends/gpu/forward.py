@@ -23,6 +23,7 @@ from outrider.engine.backends.gpu.entries import Angles, store_entries
 from outrider.engine.backends.gpu.products import GATED_SILU, GELU, RELU, GpuNorm, GpuProduct
 from outrider.engine.backends.paged.attention import PagedBatch
 from outrider.engine.models.spec import Activation, DecoderSpec, LayerSpec
+from outrider.engine.models.visibility import Visible
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ACTIVATIONS = {Activation.GELU: GELU, Activation.RELU: RELU, Activation.GATED_SILU: GATED_SILU}
@@ -37,7 +38,7 @@ class _Layer:
     up: GpuProduct  # E -> F
     down: GpuProduct  # F -> E, in parts
     scaling: float
-    sliding_window: int | None
+    visible: Visible
 
 
 def why_not(spec: DecoderSpec) -> str | None:
@@ -79,7 +80,7 @@ class GpuForward:
             keys, values = packed.layers[index]
             store_entries(projected, keys, values, packed.slots, positions, self._angles)
             query = projected[:, : self._num_query_heads]
-            mixed = packed.mix(index, query, layer.scaling, layer.sliding_window)
+            mixed = packed.mix(index, query, layer.scaling, layer.visible)
             hidden, normed = layer.feed_forward_norm.of_sum(hidden, layer.output.parts(mixed.view(len(hidden), -1)))
             hidden, normed = next_norm.of_sum(hidden, layer.down.parts(layer.up(normed)))
         return self._head(normed if len(rows) == len(normed) else normed[rows])
@@ -94,5 +95,5 @@ def _layer(layer: LayerSpec, activation: int) -> _Layer:
         up=GpuProduct(*layer.up.shared(), activation),
         down=GpuProduct(*layer.down.shared(), in_parts=True),
         scaling=layer.scaling,
-        sliding_window=layer.sliding_window,
+        visible=layer.visible,
     )

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from outrider.engine.backends.attention import causal_mask
+from outrider.engine.models.visibility import CAUSAL, Visible
+
 VarlenAttention = Callable[..., Any]  # varlen_attn's signature, and a tensor [T, Hq, D]
 
 
@@ -56,9 +59,8 @@ class PagedBatch:
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float | None,
-        sliding_window: int | None = None,
+        visible: Visible = CAUSAL,
         softcap: float | None = None,
-        chunk_size: int | None = None,
     ) -> torch.Tensor:
         """See AttentionBatch.
 
@@ -67,15 +69,13 @@ class PagedBatch:
         """
         if softcap is not None:
             raise TypeError("paged attention does not cap scores")
-        if chunk_size is not None:
+        if visible.chunk_size is not None:
             raise TypeError("paged attention does not know chunks")
         for entries, new in zip(self.layers[layer], (key, value), strict=True):
             entries.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
-        return self.mix(layer, query[0].transpose(0, 1), scaling, sliding_window)[None]
+        return self.mix(layer, query[0].transpose(0, 1), scaling, visible)[None]
 
-    def mix(
-        self, layer: int, query: torch.Tensor, scaling: float | None, sliding_window: int | None = None
-    ) -> torch.Tensor:
+    def mix(self, layer: int, query: torch.Tensor, scaling: float | None, visible: Visible) -> torch.Tensor:
         """Attend, every sequence to its own cache, which holds the new tokens already; `[T, Hq, D]` both ways."""
         keys, values = self.layers[layer]
         return self.varlen_attn(
@@ -87,20 +87,20 @@ class PagedBatch:
             self.max_q,
             self.max_length,
             scale=scaling,
-            window_size=self._window(sliding_window),
+            window_size=self._window(visible),
             enable_gqa=query.shape[1] != keys.shape[2],
             seqused_k=self.seqused_k,
             block_table=self.block_table,
         )
 
-    def _window(self, sliding_window: int | None) -> tuple[int, int]:
+    def _window(self, visible: Visible) -> tuple[int, int]:
         """Return how many keys before and behind its own each query may see, -1 for all.
 
         One query is its sequence's last, so that nothing is to be hidden from it; saying so lets varlen_attn take the
         query heads that share a key-value head together.
         """
-        if sliding_window is not None:
-            return sliding_window - 1, 0
+        if visible.sliding_window is not None:
+            return visible.sliding_window - 1, 0
         return (-1, -1) if self.max_q == 1 else (-1, 0)
 
 
@@ -129,6 +129,7 @@ def reference_varlen_attn(
         `[T, Hq, D]`; NaN for rows that belong to no sequence, so that nobody can have used them unseen.
     """
     output = torch.full_like(query, torch.nan)
+    visible = CAUSAL if window_size[0] < 0 else Visible(sliding_window=window_size[0] + 1)
     bounds, lengths = cu_seq_q.tolist(), seqused_k.tolist()
     assert max(end - start for start, end in itertools.pairwise(bounds)) <= max_q
     assert max(lengths) <= max_k
@@ -136,26 +137,14 @@ def reference_varlen_attn(
         if start == end:
             continue
         keys, values = (entries[pages].flatten(0, 1)[:length].transpose(0, 1) for entries in (key, value))
+        queries = query[start:end].transpose(0, 1)[None]
         mixed = F.scaled_dot_product_attention(
-            query[start:end].transpose(0, 1)[None],
+            queries,
             keys[None],
             values[None],
-            attn_mask=_visible(end - start, length, window_size, query.device),
+            attn_mask=causal_mask(queries, length, visible),
             scale=scale,
             enable_gqa=enable_gqa,
         )
         output[start:end] = mixed[0].transpose(0, 1)
     return output
-
-
-def _visible(num_queries: int, num_keys: int, window_size: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Return which keys each query may see, `[queries, keys]`: the queries are the last positions."""
-    queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    keys = torch.arange(num_keys, device=device)[None]
-    before, behind = window_size
-    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    if before >= 0:
-        visible &= keys >= queries - before
-    if behind >= 0:
-        visible &= keys <= queries + behind
-    return visible
