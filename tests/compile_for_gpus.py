@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from outrider.engine.backends.gpu import attention, entries, products
-from outrider.sampling.readers import gpu_rows
+from outrider.sampling.readers import gpu
 
 HALF, SINGLE, DOUBLE = "*bf16", "*fp32", "*fp64"
 PRODUCT = {
@@ -72,19 +72,19 @@ KERNELS = {
         HEADS,
     ),
     "parts of rows": (
-        gpu_rows._scan,
+        gpu._scan,
         PARTS | {"vocab_size": "i32"},
         {"HAS_SIZES": True, "NUM_BEST": 3, "PART": 4096},
     ),
-    "counts of candidates": (gpu_rows._collect, PARTS | ROOMS, CANDIDATES | {"ARE_COUNTED": False}),
-    "candidates": (gpu_rows._collect, PARTS | ROOMS, CANDIDATES | {"ARE_COUNTED": True}),
+    "counts of candidates": (gpu._collect, PARTS | ROOMS, CANDIDATES | {"ARE_COUNTED": False}),
+    "candidates": (gpu._collect, PARTS | ROOMS, CANDIDATES | {"ARE_COUNTED": True}),
     "drafts": (
-        gpu_rows._draft,
+        gpu._draft,
         PARTS | ROOMS | {"table": DOUBLE, "max_supports": DOUBLE, "token_ids": "*i64"},
         {"MOST": 1024, "NUM_OTHERS": 2, "NUM_BEST": 3, "PARTS": 64, "ROOM": 8192},
     ),
     "target rows": (
-        gpu_rows._target,
+        gpu._target,
         PARTS
         | dict.fromkeys(("support_ids", "ends", "left", "table"), DOUBLE)
         | {"num_rows": "i32", "vocab_size": "i32"},

@@ -24,25 +24,25 @@ import torch
 from outrider_client.rules.acceptance import Decision, Proposal, TargetRow
 
 from outrider.protocol.scales import round_down
-from outrider.sampling.probs import draft_tokens, probability_rows, read_logits
-from outrider.sampling.warping import Warping
+from outrider.sampling.distribution import DistributionParams
+from tests.rows import draft_tokens, probability_rows, read_logits
 
 VOCAB_SIZE = 5
 NUM_TOKENS = 3  # length of the strings whose law is compared
 TOLERANCE = 1e-12  # sums of at most 10^4 cells in float64, each right to some 2^-53 = 1.1e-16 of its own size
 SABOTAGE_DISTANCE = 1e-3
-GREEDY = Warping(0.0)
-WARPINGS = {
-    "plain": Warping(1.0),
-    "cold": Warping(0.5),
-    "hot": Warping(1.8),
-    "top_k": Warping(1.0, top_k=2),
-    "top_p": Warping(1.0, top_p=0.6),
-    "min_p": Warping(1.0, min_p=0.2),
-    "all_filters": Warping(0.7, top_k=4, top_p=0.9, min_p=0.05),
+GREEDY = DistributionParams(0.0)
+PARAMS = {
+    "plain": DistributionParams(1.0),
+    "cold": DistributionParams(0.5),
+    "hot": DistributionParams(1.8),
+    "top_k": DistributionParams(1.0, top_k=2),
+    "top_p": DistributionParams(1.0, top_p=0.6),
+    "min_p": DistributionParams(1.0, min_p=0.2),
+    "all_filters": DistributionParams(0.7, top_k=4, top_p=0.9, min_p=0.05),
     "greedy": GREEDY,
 }
-DRAFT_WARPINGS = {"same": None, "greedy_draft": GREEDY}  # the draft follows the target's settings unless it is greedy
+DRAFT_PARAMS = {"same": None, "greedy_draft": GREEDY}  # the draft follows the target's settings unless it is greedy
 Prefix = tuple[int, ...]
 PREFIXES: list[Prefix] = list(itertools.product(range(VOCAB_SIZE), repeat=2))[::3]
 Law = dict[Prefix, float]
@@ -77,8 +77,8 @@ def whole_row(ids: np.ndarray, weights: np.ndarray, probs: np.ndarray) -> np.nda
 class Pair:
     """How the two models are used, and which q the client takes a proposal to come from."""
 
-    warping: Warping
-    draft_warping: Warping
+    params: DistributionParams
+    draft_params: DistributionParams
     max_support: int = VOCAB_SIZE
     claimed_probs: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = whole_row
     read_rows: Callable = read_logits
@@ -88,14 +88,14 @@ class Pair:
     @functools.cache  # noqa: B019 - a test's own object
     def target_probs(self, prefix: Prefix) -> torch.Tensor:
         """Return p, `[1, V] float64`, whatever the type of the logits that rows are read from."""
-        return probability_rows(TARGET.logits(prefix), [self.warping])
+        return probability_rows(TARGET.logits(prefix), [self.params])
 
     @functools.cache  # noqa: B019
     def drafts(self, prefix: Prefix) -> list[tuple[float, Proposal]]:
         """Return every proposal that the draft can make, with its probability."""
         logits = DRAFT.logits(prefix)
-        probs = probability_rows(logits, [self.draft_warping])
-        [draft] = draft_tokens(logits.to(self.dtype), [self.draft_warping], [self.max_support], [0.5])
+        probs = probability_rows(logits, [self.draft_params])
+        [draft] = draft_tokens(logits.to(self.dtype), [self.draft_params], [self.max_support], [0.5])
         ids, weights = draft.support_ids, draft.weights
         claimed = self.claimed_probs(ids, weights, probs[0].numpy())
         draft_probs = normalised(weights)
@@ -118,7 +118,7 @@ class Pair:
         cells = middles(outside) or [(1.0, 0.5)]  # nothing outside: any token, without meaning
         points = [point for _, point in cells]
         logits = TARGET.logits(prefix).to(self.dtype).repeat(len(cells), 1)
-        read, _ = self.read_rows(logits, [self.warping] * len(cells), [ids] * len(cells), points)
+        read, _ = self.read_rows(logits, [self.params] * len(cells), [ids] * len(cells), points)
         return [
             (weight, TargetRow(on_support, float(self.mass_dtype(mass)), token_id))
             for (weight, _), on_support, mass, token_id in zip(
@@ -184,11 +184,11 @@ def distance(left: Law, right: Law) -> float:
     return sum(abs(left.get(string, 0.0) - right.get(string, 0.0)) for string in left.keys() | right.keys()) / 2
 
 
-def pair_of(warping: str, draft_warping: str, max_support: int, **changes) -> Pair:
-    settings = WARPINGS[warping]
-    return Pair(settings, DRAFT_WARPINGS[draft_warping] or settings, max_support, **changes)
+def pair_of(params: str, draft_params: str, max_support: int, **changes) -> Pair:
+    settings = PARAMS[params]
+    return Pair(settings, DRAFT_PARAMS[draft_params] or settings, max_support, **changes)
 
 
 every_support_size = pytest.mark.parametrize("max_support", range(1, VOCAB_SIZE + 1))
-every_draft = pytest.mark.parametrize("draft_warping", DRAFT_WARPINGS)
-every_warping = pytest.mark.parametrize("warping", WARPINGS)
+every_draft = pytest.mark.parametrize("draft_params", DRAFT_PARAMS)
+every_params = pytest.mark.parametrize("params", PARAMS)

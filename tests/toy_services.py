@@ -35,11 +35,13 @@ from outrider.protocol import wire
 from outrider.protocol.errors import FailedPreconditionError
 from outrider.protocol.scales import WEIGHT_UNIT, round_down
 from outrider.protocol.tokens import TokenLog
-from outrider.sampling.probs import MIN_SUPPORT_PROB
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.draws import MIN_SUPPORT_PROB, noise_addresses
+from outrider.sampling.messages import params_from_proto
 from outrider.sampling.race import arrival_times
-from outrider.sampling.readers.host_rows import noise_addresses
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from tests.processors import processed
 
 LONGEST_WAIT_S = 55.0  # of what is not for the target: Patience.round_s
 VOCAB_SIZE = 9
@@ -56,10 +58,20 @@ class ToyModel:
 
     logits: np.ndarray  # [classes, V]
     temperature: float = 1.0
+    params: DistributionParams = field(default_factory=DistributionParams)  # whose processors are applied
+    num_prompt_tokens: int = 0
+
+    @classmethod
+    def of(cls, logits: np.ndarray, opening: Any, temperature: float) -> ToyModel:
+        """Return the model as the message that opens a session asks for it."""
+        return cls(logits, temperature, params_from_proto(opening.sampling), wire.num_prompt_tokens(opening))
 
     def probs(self, tokens: TokenLog, length: int) -> np.ndarray:
         """Return the distribution `[V] float64` after the first `length` tokens; temperature 0 is one-hot."""
         row = self.logits[tokens.digest(length) % NUM_PREFIX_CLASSES]
+        if self.params.processors:
+            prompt, output = tokens[: self.num_prompt_tokens], tokens[self.num_prompt_tokens : length]
+            row = np.array(processed(row, self.params, prompt, output))
         if self.temperature == 0:
             return (np.arange(VOCAB_SIZE) == row.argmax()).astype(float)
         weights = np.exp((row - row.max()) / self.temperature)
@@ -67,7 +79,7 @@ class ToyModel:
 
 
 def addresses_of(noises: Sequence[Noise]) -> torch.Tensor:
-    """Return the addresses `[N, 4]` of noises, as device_rows reads them."""
+    """Return the addresses `[N, 4]` of noises, as readers take them."""
     return torch.from_numpy(noise_addresses(noises).astype(np.int64))
 
 
@@ -142,7 +154,7 @@ class ToyTarget:
 
     def __init__(self, message: target_pb2.VerifyRequest):
         opening = message.open
-        self._model = ToyModel(TARGET_LOGITS, opening.sampling.temperature)
+        self._model = ToyModel.of(TARGET_LOGITS, opening, opening.sampling.temperature)
         self._numbers = numbers_of(opening, Purpose.OUTSIDE)
         self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE))
 
@@ -169,7 +181,7 @@ class ToyDraft:
 
     def __init__(self, message: draft_pb2.ProposeRequest):
         opening = message.open
-        self._model = ToyModel(DRAFT_LOGITS, 0.0 if opening.greedy else opening.sampling.temperature)
+        self._model = ToyModel.of(DRAFT_LOGITS, opening, 0.0 if opening.greedy else opening.sampling.temperature)
         self._opening, self.branch = opening, opening.branch
         self._numbers = numbers_of(opening, Purpose.DRAFT, opening.branch)
         self._shares_noise = opening.sampling.shared_noise
@@ -433,7 +445,7 @@ def make_conversation(
     params = SpeculationParams(**({"rule": "rejection"} | speculation))
     rule, max_length = rule_of(params.rule, has_seed=True), len(prompt_ids) + max_new_tokens
     task = Task(
-        prompt_ids, SamplingParams(temperature).warping, rule(seed), params, max_length, model_info(context_length)
+        prompt_ids, SamplingParams(temperature).distribution, rule(seed), params, max_length, model_info(context_length)
     )
     text = TextStream(None, prompt_ids, max_new_tokens, (), eos_token_ids)
     deadline = None if timeout is None else world.now + timeout

@@ -5,6 +5,7 @@ Numbers of numpy and of torch, and arrays of one number without axes, are taken 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Set
 from itertools import islice
@@ -164,6 +165,25 @@ def token_ids(name: str, value: Any, remedy: str = "a list of token ids") -> lis
     if len(ids) > _MOST_ITEMS:
         raise InvalidRequestError(f"{name} has more than {_MOST_ITEMS} ids: no context is so long")
     return ids if set(map(type, ids)) <= {int} else [_token_id(name, index, it) for index, it in enumerate(ids)]
+
+
+def token_sequences(name: str, value: Any, remedy: str) -> list[list[int]]:
+    """Return the ids of each of several lists."""
+    if isinstance(value, Mapping | str | bytes | bytearray | memoryview) or not isinstance(value, Iterable):
+        raise _refusal(name, value, remedy)
+    return [token_ids(name, each, remedy) for each in islice(value, _MOST_ITEMS)]
+
+
+def biases(name: str, value: Any, remedy: str) -> dict[int, float]:
+    """Return the numbers of a mapping from token ids, or of pairs."""
+    try:
+        given = dict(value)
+    except (TypeError, ValueError) as error:
+        raise _refusal(name, value, remedy) from error
+    return {
+        whole_number(name, token_id, 0, MOST_UINT32, remedy): real_number(name, bias, -math.inf, math.inf, remedy)
+        for token_id, bias in given.items()
+    }
 
 
 def _token_id(name: str, index: int, value: Any) -> int:

@@ -172,8 +172,9 @@ def begin_conversation(
         )
     max_new_tokens, seed = min(sampling.max_new_tokens, room), sampling.seed_or_new()
     max_length = len(prompt_ids) + max_new_tokens
-    task = Task(prompt_ids, sampling.warping, rule(seed), params, max_length, target.info)
-    eos_token_ids = () if sampling.ignore_eos else target.info.eos_token_ids
+    asked = (prompt_ids, sampling.distribution, rule(seed), params, max_length)
+    task = Task(*asked, target.info, sampling.logprobs)
+    eos_token_ids = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else target.info.eos_token_ids))
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
     lengths = lengths_for(params, rule, sampling, speeds)
     patience, clock, jitter = settings.patience, time.monotonic, settings.jitter
@@ -221,7 +222,7 @@ def lengths_for(
         return FixedLength(0)
     if isinstance(params.num_speculative_tokens, int):
         return FixedLength(params.num_speculative_tokens)
-    may_be_zero = sampling.seed is None or sampling.warping.is_greedy or not rule.depends_on_draft
+    may_be_zero = sampling.seed is None or sampling.distribution.is_greedy or not rule.depends_on_draft
     if rule.depends_on_rounds and not may_be_zero:
         return FixedLength(SEEDED_BLOCK_LENGTH)
     return LengthController(speeds.at(sampling.temperature, rule.name), may_be_zero)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from outrider.protocol.errors import InvalidArgumentError
-from outrider.sampling.warping import MOST_TOP_K, Warping
+from outrider.sampling.distribution import (
+    BIASES,
+    COUNT,
+    IDS,
+    MOST_LOGPROBS,
+    MOST_TOP_K,
+    NUMBER,
+    SEQUENCES,
+    DistributionParams,
+)
 from outrider_client import arguments
 from outrider_client.errors import InvalidRequestError
 from outrider_client.rules.rules import RULES, RuleName
@@ -22,27 +31,39 @@ RULE_NAMES = (AUTO, *RULES)
 MOST_STOP_CHARACTERS = 1 << 16  # of all stop strings together, since every token is compared with all
 
 
+_PLAIN: dict[str, Callable[[str, Any, str], Any]] = {
+    NUMBER: lambda name, value, _: arguments.real_number(name, value, -math.inf, math.inf, "a number"),
+    COUNT: lambda name, value, remedy: arguments.whole_number(name, value, 0, MOST_TOP_K, remedy),
+    IDS: arguments.token_ids,
+    SEQUENCES: arguments.token_sequences,
+    BIASES: arguments.biases,
+}  # by the kinds of a distribution's parameters
+
+
 @dataclass(frozen=True)
-class SamplingParams:
-    """How text is drawn and where it ends; ranges are those of `outrider.sampling.warping`.
+class SamplingParams(DistributionParams):
+    """How text is drawn and where it ends. `DistributionParams` has the fields that make the distribution.
+
+    Any iterable of ids will do, and a mapping for `logit_bias`. A text ends at `stop_token_ids` too.
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.
     """
 
-    temperature: float = 1.0  # 0 is greedy; else from 0.001 to 1000
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # 1 keeps all; above 0
-    min_p: float = 0.0  # 0 keeps all
     seed: int | None = None  # 64 bits; None draws one
     max_new_tokens: int = 128
     stop: Sequence[str] = ()  # text ends before the first of these; any iterable will do
     ignore_eos: bool = False
+    logprobs: int | None = None  # of the chosen tokens, and of so many likeliest ones at each position; None: none
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
-            _set(self, name, arguments.real_number(name, getattr(self, name), -math.inf, math.inf, "a number"))
-        _set(self, "top_k", arguments.whole_number("top_k", self.top_k, 0, MOST_TOP_K, f"0 (all) to {MOST_TOP_K}"))
+        for param in fields(DistributionParams):
+            value, metadata = getattr(self, param.name), param.metadata
+            _set(self, param.name, _PLAIN[metadata["kind"]](param.name, value, metadata["remedy"]))
+        try:
+            super().__post_init__()
+        except InvalidArgumentError as error:
+            raise InvalidRequestError(str(error)) from error
         if self.seed is not None:
             remedy = "None, or a whole number from 0 to 2^64 - 1"
             _set(self, "seed", arguments.whole_number("seed", self.seed, 0, (1 << 64) - 1, remedy))
@@ -50,14 +71,18 @@ class SamplingParams:
         _set(self, "max_new_tokens", arguments.whole_number("max_new_tokens", self.max_new_tokens, 1, None, remedy))
         _set(self, "stop", arguments.strings("stop", self.stop, MOST_STOP_CHARACTERS))
         _set(self, "ignore_eos", arguments.flag("ignore_eos", self.ignore_eos))
-        _ = self.warping
+        if self.logprobs is not None:
+            remedy = f"None, or a whole number from 0 to {MOST_LOGPROBS}"
+            _set(self, "logprobs", arguments.whole_number("logprobs", self.logprobs, 0, MOST_LOGPROBS, remedy))
+        if self.min_tokens > self.max_new_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens}: give at most max_new_tokens, which is {self.max_new_tokens}"
+            )
 
     @property
-    def warping(self) -> Warping:
-        try:
-            return Warping(self.temperature, self.top_k, self.top_p, self.min_p)
-        except InvalidArgumentError as error:
-            raise InvalidRequestError(str(error)) from error
+    def distribution(self) -> DistributionParams:
+        """What the services have to know of these."""
+        return DistributionParams(**{param.name: getattr(self, param.name) for param in fields(DistributionParams)})
 
     def seed_or_new(self) -> int:
         """Return the seed, or a fresh one from the system."""

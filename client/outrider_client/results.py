@@ -123,6 +123,18 @@ class GenerationStats:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the target's probabilities at one position, before anything changes its logits.
+
+    None is below -9999.
+    """
+
+    token_id: int
+    logprob: float
+    likeliest: list[tuple[int, float]]  # (token id, logprob), the likeliest first
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """A finished generation, or what there was when an error ended it."""
 
@@ -133,6 +145,7 @@ class GenerationResult:
     prompt_token_ids: list[int]
     stats: GenerationStats
     token_probs: list[float | None] = field(default_factory=list)  # of token_ids, as Chunk says
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of token_ids, where SamplingParams asks for them
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"stats": self.stats.as_dict()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outrider.sampling.probs import Draft
+from outrider.sampling.draws import Draft
 
 REJECTION_EXPONENT = 2.5  # a proposal judged by the uniform u is rejected about u^2.5 of the time, on the embedded pair
 

@@ -15,17 +15,16 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TypeVar
 
-import torch
-
 from outrider.common.callers import Caller
 from outrider.engine.backends.runner import MOST_DRAWS
-from outrider.engine.engine import Demand, Engine, joined
+from outrider.engine.engine import Demand, Engine
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
-from outrider.sampling.probs import MOST_SUPPORT, Draft, PlainSampling, draft_tokens
-from outrider.sampling.warping import FILTERED, Warping
+from outrider.sampling.distribution import FILTERED, DistributionParams
+from outrider.sampling.draws import MOST_SUPPORT, Draft, Draws
+from outrider.sampling.pipeline import draft_tokens
 from outrider_draft.session import Commit, Drafted, DraftOptions, Path, Session
 
 T = TypeVar("T")
@@ -33,7 +32,6 @@ Drawn = tuple[Path, Sequence[Draft | None]]  # a path, and what was drawn for it
 
 log = logging.getLogger(__name__)
 
-GREEDY = Warping(temperature=0.0)
 WARM_UP_WINDOW = 8
 TIME_TO_SPARE = 2.0  # times what drafting a round takes, before there are forks
 MOST_PATHS = 64  # that an accelerator drafts for little more time than it needs for one
@@ -57,8 +55,9 @@ class Drafter:
         """
         answers: list[Drafted | ServiceError] = []
         self._engine.prepare_drafting()
-        for warping, min_draft_prob in ((GREEDY, 0.0), (Warping(), 0.0), (Warping(), 1e-9), (FILTERED, 0.0)):
-            options = DraftOptions(warping, 0, vocab_size, MOST_SUPPORT, min_draft_prob)
+        plain = DistributionParams()
+        for params, min_draft_prob in ((DistributionParams(0.0), 0.0), (plain, 0.0), (plain, 1e-9), (FILTERED, 0.0)):
+            options = DraftOptions(params, 0, vocab_size, MOST_SUPPORT, min_draft_prob)
             window = min(WARM_UP_WINDOW, self._context_length)
             session = Session(options, answers.append, next(self._arrivals), window)
             session.begin([0])
@@ -256,25 +255,25 @@ class Drafter:
             plan = self._plan(paths)
             if plan is None:
                 paths = [path for path in paths if self._plan([path])]
-                plan = self._plan(paths)
+                plan = self._plan(paths) if paths and self._num_draws(paths) > 1 else None
             return list(zip(paths, self._engine.draft(*plan), strict=True)) if plan else []
 
         return self._isolated(draft, paths)
 
-    def _plan(self, paths: Sequence[Path]) -> tuple[list[Demand], PlainSampling] | None:
+    def _plan(self, paths: Sequence[Path]) -> tuple[list[Demand], Draws] | None:
         """Return what the engine is asked for to draft in one go; None where it cannot."""
         if not paths:
             return None
         demands = [_demand_of(path) for path in paths]
         options = [path.session.options for path in paths]
-        sampling = PlainSampling.of(
+        draws = Draws.of(
             [its.vocab_size for its in options],
-            [its.warping for its in options],
+            [its.params for its in options],
             [its.max_support for its in options],
             [[path.number_of(index) for path in paths] for index in range(self._num_draws(paths))],
             max(its.num_others for its in options),
         )
-        return (demands, sampling) if sampling and self._engine.can_draft(demands, sampling) else None
+        return (demands, draws) if self._engine.can_draft(demands, draws) else None
 
     def _num_draws(self, paths: Sequence[Path]) -> int:
         """Return how many tokens to draft in one go: a commit has to wait meanwhile."""
@@ -355,16 +354,13 @@ def _draw(paths: Sequence[Path]) -> list[Drawn]:
     if not (paths := [path for path in paths if path.wants_token and path.demand]):
         return []
     options = [path.session.options for path in paths]
-    logits = joined([path.demand.rows[-1] for path in paths if path.demand])
-    if any(its.vocab_size < logits.shape[1] for its in options):
-        logits = logits.clone()
-        for row, its in zip(logits, options, strict=True):
-            row[its.vocab_size :] = -torch.inf
     drafts = draft_tokens(
-        logits,
-        [its.warping for its in options],
+        [path.demand.rows[-1] for path in paths if path.demand],
+        [its.params for its in options],
         [its.max_support for its in options],
         [path.number_of(0) for path in paths],
         max(its.num_others for its in options),
+        [its.vocab_size for its in options],
+        [path.history for path in paths],
     )
     return [(path, [draft]) for path, draft in zip(paths, drafts, strict=True)]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from outrider.common.callers import Caller
 from outrider.common.mailbox import Mailbox
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError, ServiceError
-from outrider.sampling.messages import warping_from_proto
-from outrider.sampling.probs import Draft
+from outrider.sampling.draws import Draft
+from outrider.sampling.messages import params_from_proto
 from outrider.serving.calls import Call
 from outrider.serving.options import ServiceOptions
 from outrider.serving.service import ModelHost
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc
-from outrider_draft.drafter import GREEDY, Drafter
+from outrider_draft.drafter import Drafter
 from outrider_draft.session import Commit, Drafted, DraftOptions, Session
 
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
@@ -118,9 +119,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             raise InvalidArgumentError(f"open.max_support is {message.max_support}: this service sends at most {limit}")
         if not 0 <= message.min_draft_prob <= 1:
             raise InvalidArgumentError(f"open.min_draft_prob is {message.min_draft_prob}: give a number from 0 to 1")
-        warping = warping_from_proto(message.sampling)
+        params = params_from_proto(message.sampling)
         return DraftOptions(
-            warping=GREEDY if message.greedy or self._options.greedy else warping,
+            params=replace(params, temperature=0.0) if message.greedy or self._options.greedy else params,
             seed=message.seed,
             vocab_size=min(message.vocab_size or self._host.vocab_size, self._host.vocab_size),
             max_support=message.max_support or limit,
@@ -128,6 +129,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             branch=message.branch,
             shares_noise=message.sampling.shared_noise,
             max_alternatives=0 if message.min_draft_prob else message.max_alternatives,
+            num_prompt_tokens=wire.num_prompt_tokens(message),
         )
 
     async def _read_commits(self, drafter: Drafter, session: Session, call: Call, requests, outbox: Outbox) -> None:

@@ -18,9 +18,9 @@ from outrider.common.callers import Caller
 from outrider.engine.engine import Demand
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.protocol.errors import FailedPreconditionError, ServiceError
-from outrider.sampling.probs import Draft
+from outrider.sampling.distribution import DistributionParams, History
+from outrider.sampling.draws import Draft
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
-from outrider.sampling.warping import Warping
 from outrider_draft.alternatives import Alternative, likely_alternatives
 
 LONGEST_HOLD_S = 0.01  # a drafted token waits for no others longer; slower drafts send each token as it comes
@@ -32,7 +32,7 @@ NO_SUPPORT = np.empty(0, np.int64)
 class DraftOptions:
     """How one session drafts."""
 
-    warping: Warping
+    params: DistributionParams
     seed: int
     vocab_size: int  # ids at or above are never proposed
     max_support: int
@@ -40,6 +40,7 @@ class DraftOptions:
     branch: int = 0  # that drafting begins with; OpenProposals.branch in draft.proto
     shares_noise: bool = False  # draws with the target's; SamplingParams in common.proto
     max_alternatives: int = 0
+    num_prompt_tokens: int = 0  # behind which the output begins
 
     @property
     def num_others(self) -> int:
@@ -109,9 +110,8 @@ class Path:
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether several tokens may be drafted before somebody looks: one alone is a likely stop, or needs filters."""
-        options = self.session.options
-        return not (options.min_draft_prob or options.warping.has_filters)
+        """Whether several tokens may be drafted in one go: no stop is likely, and no processor has to see each."""
+        return not (self.session.options.min_draft_prob or self.session.options.params.processors)
 
     @property
     def num_wanted(self) -> int:
@@ -119,6 +119,16 @@ class Path:
         until = self.session.batch_until
         is_in_round = self.alternative is None and self.length < until
         return (min(until, self.end) if is_in_round else self.end) - self.length
+
+    @property
+    def history(self) -> History | None:
+        """What logits processors see behind the sequence; None where there are none."""
+        options, tokens = self.session.options, self.sequence.tokens
+        return (
+            History(np.array(tokens[:], dtype=np.int64), options.num_prompt_tokens)
+            if options.params.processors
+            else None
+        )
 
     def number_of(self, index: int) -> float | Noise:
         """Return the random number of the token `index` positions behind the sequence's end."""
@@ -347,7 +357,7 @@ class Session:
         self._has_forked = True
         base = self.num_committed
         in_round = self.main.drafts[: self.batch_until - base]
-        is_judged = not (self.options.warping.is_greedy or self.options.shares_noise)
+        is_judged = not (self.options.params.is_greedy or self.options.shares_noise)
         uniforms = [self._accept.at(base + index) for index in range(len(in_round))] if is_judged else None
         has_room = [it for it in likely_alternatives(in_round, uniforms) if base + it.index + 1 < self.main.end]
         return has_room[: min(most, self.options.max_alternatives)]

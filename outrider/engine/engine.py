@@ -23,7 +23,7 @@ from outrider.engine.backends.runner import DeviceRunner, DraftingRunner, Feed, 
 from outrider.engine.fairness import FairPasses
 from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.protocol.tokens import TokenLog
-from outrider.sampling.probs import Draft, PlainSampling
+from outrider.sampling.draws import Draft, Draws
 
 QUICK_S = 0.01  # seconds for which the event loop of a service with one session may leave its messages
 
@@ -218,7 +218,7 @@ class Engine:
         if self._drafting:
             self._drafting.prepare_drafting()
 
-    def can_draft(self, demands: SequenceOf[Demand], sampling: PlainSampling) -> bool:
+    def can_draft(self, demands: SequenceOf[Demand], sampling: Draws) -> bool:
         """Return whether `draft` can be called: the runner can, and all fits into one pass and into the caches."""
         if not self._drafting:
             return False
@@ -229,7 +229,7 @@ class Engine:
         costs = (_cost_of_growing(demand.sequence.cache, demand.num_left + num_draws - 1) for demand in demands)
         return sum(costs) <= self._free()
 
-    def draft(self, demands: SequenceOf[Demand], sampling: PlainSampling) -> list[list[Draft | None]]:
+    def draft(self, demands: SequenceOf[Demand], sampling: Draws) -> list[list[Draft | None]]:
         """Finish `demands` of one row each, and draw from the rows, draw after draw; return the drafts of each demand.
 
         See DraftingRunner.draft. Whoever asks extends the sequences by what was drawn. When this raises, all is as
@@ -364,8 +364,3 @@ def _cost(cache: Cache) -> int:
 
 def _cost_of_growing(cache: Cache, num_tokens: int) -> int:
     return cache.cost(cache.length + num_tokens) - _cost(cache)
-
-
-def joined(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Return parts `[R, V]` in one; a single part as it is, which is the usual case."""
-    return rows[0] if len(rows) == 1 else torch.cat(rows)

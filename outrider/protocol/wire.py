@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,20 @@ def probs_of(units: Sequence[int], field: str) -> np.ndarray:
 
 def _beyond(token_id: int, vocab_size: int) -> str:
     return f"{token_id}: the model's vocabulary has {vocab_size} ids, from 0"
+
+
+def num_prompt_tokens(opening: Any) -> int:
+    """Return how many of an opening's committed tokens are the prompt: all, unless it says so.
+
+    Raises:
+        InvalidArgumentError: there are not so many.
+    """
+    num_committed = len(opening.committed.token_ids) // ID_BYTES
+    if opening.num_prompt_tokens > num_committed:
+        raise InvalidArgumentError(
+            f"open.num_prompt_tokens is {opening.num_prompt_tokens}: give at most {num_committed}, what is committed"
+        )
+    return opening.num_prompt_tokens or num_committed
 
 
 def check_token_id(token_id: int, field: str, vocab_size: int) -> int:

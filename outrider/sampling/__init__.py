@@ -1,5 +1,5 @@
 """What a distribution is: from a row of logits to a draft, or to a verified row, with addressed random numbers.
 
 Knows: torch, numpy and `common`; `protocol` for scales and errors. Does not know: models, caches, sessions or messages.
-Begin with `warping.py` (the parameters) and `probs.py`; `readers/` has the same in compiled code and on GPUs.
+Begin with `distribution.py` (the parameters) and `pipeline.py`, which has the stages in their order.
 """

@@ -20,7 +20,7 @@ MAX_ELEMENTS = 1 << 22  # numbers of noise made at once on an accelerator
 def arrival_times(addresses: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Return E `[N, S]` float64 of `token_ids` `[N, S]`, under the noise of `addresses` `[N, 4]` int64.
 
-    See host_rows.noise_addresses.
+    See draws.noise_addresses.
     """
     _, low, high, position = addresses.split(1, dim=-1)  # [N, 1] each
     even, odd = noise_bits((low, high), position, token_ids >> 1)

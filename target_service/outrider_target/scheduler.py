@@ -13,20 +13,22 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
 
 from outrider.common.callers import Caller
-from outrider.engine.engine import Demand, Engine, joined
+from outrider.engine.engine import Demand, Engine
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
-from outrider.sampling.probs import Reading, TargetRows, begin_reading
+from outrider.sampling.distribution import FILTERED, DistributionParams, History
+from outrider.sampling.draws import Reading, TargetRows
+from outrider.sampling.logprobs import logprobs_of
+from outrider.sampling.pipeline import begin_reading, joined
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
-from outrider.sampling.warping import FILTERED, Warping
 from outrider_target.gathering import Gathering
 
 IDS_OF_A_ROW = 256  # of a support, that take as long as reading a row without any
@@ -75,9 +77,11 @@ Emit = Callable[[Verdict | ServiceError], None]
 class Session:
     """One client stream. Everything but the two settings belongs to whoever drives the engine."""
 
-    warping: Warping
+    params: DistributionParams
     numbers: AddressedUniforms | SharedNoise  # that tokens outside the supports are drawn with
     sequence: EngineSequence = field(default_factory=EngineSequence)
+    num_prompt_tokens: int = 0  # behind which the output begins
+    num_logprobs: int | None = None  # likeliest tokens whose log-probabilities rows report; None: no row reports any
     is_open: bool = True
     failure: ServiceError | None = None  # what its next round is answered with
 
@@ -111,9 +115,9 @@ class Scheduler:
             ServiceError: a round failed, as others would.
         """
         answers: list[Verdict | ServiceError] = []
-        most_proposals = 2 if self._context_length > 2 else 0
-        for warping, num_proposals in ((Warping(), 0), (Warping(), most_proposals), (FILTERED, most_proposals)):
-            session = Session(warping, AddressedUniforms(0, Purpose.OUTSIDE))
+        most_proposals, plain = 2 if self._context_length > 2 else 0, DistributionParams()
+        for params, num_proposals in ((plain, 0), (plain, most_proposals), (FILTERED, most_proposals)):
+            session = Session(params, AddressedUniforms(0, Purpose.OUTSIDE))
             session.sequence.tokens.extend([0])
             self._begin(session)
             proposals, supports = [0] * num_proposals, [np.arange(min(2, vocab_size))] * num_proposals
@@ -126,7 +130,14 @@ class Scheduler:
         raise_errors_in(answers)
 
     def open(
-        self, warping: Warping, seed: int, committed: Span, shares_noise: bool = False, caller: Caller = ()
+        self,
+        params: DistributionParams,
+        seed: int,
+        committed: Span,
+        shares_noise: bool = False,
+        caller: Caller = (),
+        num_prompt_tokens: int = 0,
+        num_logprobs: int | None = None,
     ) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.
 
@@ -140,9 +151,9 @@ class Scheduler:
             raise InvalidArgumentError(
                 f"committed.token_ids holds {len(committed.token_ids)} tokens: give 1 to {self._context_length}"
             )
-        needs_noise = shares_noise and not warping.is_greedy  # a greedy draw is the same with any number
+        needs_noise = shares_noise and not params.is_greedy  # a greedy draw is the same with any number
         numbers = SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE)
-        session = Session(warping, numbers, EngineSequence(caller=caller))
+        session = Session(params, numbers, EngineSequence(caller=caller), num_prompt_tokens, num_logprobs)
         session.sequence.tokens.extend(committed.token_ids)
         self.thread.post(lambda: self._begin(session), is_long=True)
         return session
@@ -280,7 +291,8 @@ class Scheduler:
         sequence, demand = job.session.sequence, job.demand
         if rows is None:
             sequence.cache.clear()
-            return InternalError("the model returned NaN or infinity for this session")
+            what = ", or its logits processors leave no token" if job.session.params.processors else ""
+            return InternalError(f"the model returned NaN or infinity for this session{what}")
         assert demand.started_at is not None
         return Verdict(
             rows=rows,
@@ -321,7 +333,10 @@ class _Reading:
         """Wait for the rows and return each job's; None where one of them is no law."""
         rows, finite = self.result()
         borders = pairwise([0, *accumulate(max(1, len(job.round.proposed_ids)) for job in self.jobs)])
-        return [rows.part(start, end) if all(finite[start:end]) else None for start, end in borders]
+        return [
+            _with_logprobs(job, rows.part(start, end)) if all(finite[start:end]) else None
+            for job, (start, end) in zip(self.jobs, borders, strict=True)
+        ]
 
 
 def _raiser(error: Exception) -> Reading:
@@ -334,13 +349,33 @@ def _raiser(error: Exception) -> Reading:
 def _begin_reading(jobs: Sequence[_Job]) -> Reading:
     """Begin to read the rows of `jobs`, all of which the engine has computed or is computing."""
     logits = [joined(job.demand.rows) for job in jobs]
-    warpings: list[Warping] = []
+    params: list[DistributionParams] = []
     supports: list[np.ndarray] = []
     numbers: list[float | Noise] = []
+    histories: list[History | None] = []
     no_support = np.empty(0, dtype=np.int64)
     for job, part in zip(jobs, logits, strict=True):
         first, size = job.round.committed.end, len(part)
-        warpings += [job.session.warping] * size
+        params += [job.session.params] * size
         supports += job.round.supports or [no_support]
         numbers += [job.session.numbers.at(first + offset) for offset in range(size)]
-    return begin_reading(joined(logits), warpings, supports, numbers)
+        histories += _histories_of(job, size)
+    return begin_reading(logits, params, supports, numbers, histories)
+
+
+def _histories_of(job: _Job, num_rows: int) -> list[History | None]:
+    """Return what logits processors see behind each row: committed tokens, and the proposals in front of it."""
+    session = job.session
+    if not session.params.processors:
+        return [None] * num_rows
+    token_ids, first = np.array(session.sequence.tokens[:], dtype=np.int64), job.round.committed.end
+    return [History(token_ids[: first + offset], session.num_prompt_tokens) for offset in range(num_rows)]
+
+
+def _with_logprobs(job: _Job, rows: TargetRows) -> TargetRows:
+    """Return a round's rows with log-probabilities by the model's own logits, where its session asks for them."""
+    if job.session.num_logprobs is None:
+        return rows
+    supports = job.round.supports or [np.empty(0, dtype=np.int64)]
+    logits, number = joined(job.demand.rows), job.session.num_logprobs
+    return replace(rows, logprobs=logprobs_of(logits, supports, rows.outside_token_ids, number))

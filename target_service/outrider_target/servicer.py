@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
+from outrider.common.callers import Caller
 from outrider.common.mailbox import Mailbox
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError, NotFoundError, ServiceError
-from outrider.sampling.messages import warping_from_proto
+from outrider.sampling.distribution import MOST_LOGPROBS
+from outrider.sampling.logprobs import Logprobs
+from outrider.sampling.messages import params_from_proto
 from outrider.serving.options import ServiceOptions
 from outrider.serving.service import ModelHost
 from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
-from outrider_target.scheduler import Round, Scheduler, Span, Verdict
+from outrider_target.scheduler import Round, Scheduler, Session, Span, Verdict
 
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 TOKENIZER_PART_BYTES = 64 * 1024  # what is held for each client that does not read on
@@ -69,13 +72,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
             if opening is None:
                 return
             shares_noise = opening.open.sampling.shared_noise
-            session = scheduler.open(
-                warping_from_proto(opening.open.sampling),
-                opening.open.seed,
-                self._span(opening.open.committed, "open.committed"),
-                shares_noise,
-                call.caller,
-            )
+            session = self._open(scheduler, opening.open, shares_noise, call.caller)
             call.is_busy = lambda: scheduler.is_busy(session)
             answers: Mailbox[Verdict | ServiceError] = Mailbox()
             try:
@@ -92,6 +89,21 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
                     yield _response(request.round.round_index, answer)
             finally:
                 scheduler.close(session)
+
+    def _open(
+        self, scheduler: Scheduler, message: target_pb2.OpenVerification, shares_noise: bool, caller: Caller
+    ) -> Session:
+        if message.num_logprobs > MOST_LOGPROBS:
+            raise InvalidArgumentError(f"open.num_logprobs is {message.num_logprobs}: give at most {MOST_LOGPROBS}")
+        return scheduler.open(
+            params_from_proto(message.sampling, self._host.vocab_size),
+            message.seed,
+            self._span(message.committed, "open.committed"),
+            shares_noise,
+            caller,
+            wire.num_prompt_tokens(message),
+            message.num_logprobs if message.HasField("num_logprobs") else None,
+        )
 
     def _span(self, span: common_pb2.TokenSpan, field: str) -> Span:
         token_ids = wire.unpack_ids(span.token_ids, f"{field}.token_ids", self._host.vocab_size)
@@ -131,6 +143,7 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 
 def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
     rows = verdict.rows
+    logprobs: Sequence[Logprobs | None] = rows.logprobs or [None] * len(rows.outside_masses)
     return target_pb2.VerifyResponse(
         round_index=round_index,
         rows=[
@@ -139,9 +152,11 @@ def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
                 outside_mass=mass,
                 outside_token_id=token_id,
                 outside_token_prob=token_prob,
+                logprobs=target_pb2.Logprobs(**vars(its)) if its else None,
             )
-            for probs, mass, token_id, token_prob in zip(
-                rows.support_probs, rows.outside_masses, rows.outside_token_ids, rows.outside_token_probs, strict=True
+            for probs, mass, token_id, token_prob, its in zip(
+                *(rows.support_probs, rows.outside_masses, rows.outside_token_ids, rows.outside_token_probs, logprobs),
+                strict=True,
             )
         ],
         cache=common_pb2.CacheState(num_cached_tokens=verdict.num_cached_tokens, digest=verdict.cache_digest),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import outrider_client.rules.acceptance
 import outrider_draft.drafter
+import outrider_target.scheduler
 import pytest
 import torch
 from outrider_client.aio import AsyncSpeculativeClient
@@ -31,15 +32,18 @@ from transformers import (
 )
 
 from outrider import SamplingParams, SpeculativeClient
+from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.rng import AddressedUniforms, Noise, SharedNoise
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
+from tests.processors import EVERY_PROCESSOR, processed
 from tests.servers import DRAFT, TARGET, Services
 
 VOCAB_SIZE = 6
 LENGTH = 3
 PROMPT = [3, 1, 4]
 NUM_TEXTS = 1000
+NUM_TEXTS_PROCESSED = 300
 NUM_TEXTS_BROKEN = 400  # a broken rule shows with fewer than half of them
 NUM_AT_ONCE = 32
 FALSE_ALARM = 1e-6  # chance that a right rule fails; decided once, since the seeds are fixed
@@ -70,6 +74,18 @@ SCENARIOS = {
     "the target alone": ALONE,
     "proposals judged together": BLOCK,
     "noise that both share": SHARED_NOISE,
+}
+# Each asks for one logits processor, by turns with acceptance sampling and with shared noise.
+PROCESSED = {
+    name: Scenario(SamplingParams(temperature=0.8, **settings), (PLAIN, SHARED_NOISE)[index % 2].speculation)
+    for index, (name, settings) in enumerate(EVERY_PROCESSOR.items())
+} | {
+    "min_tokens": Scenario(SamplingParams(min_tokens=LENGTH, stop_token_ids=[2, 5]), PLAIN.speculation),
+    "a processor and filters": Scenario(
+        SamplingParams(temperature=0.9, top_k=4, top_p=0.9, frequency_penalty=1.5),
+        TRUNCATED.speculation,
+        with_tasks=True,
+    ),
 }
 
 
@@ -112,7 +128,11 @@ def exact_rows(model: PreTrainedModel, sampling: SamplingParams) -> list[np.ndar
     warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
     prefixes, rows = torch.tensor([PROMPT]), []
     for _ in range(LENGTH):
-        rows.append(warpers(prefixes, model(prefixes).logits[:, -1]).softmax(-1).numpy())
+        logits = [
+            processed(row, sampling, PROMPT, prefix[len(PROMPT) :])
+            for row, prefix in zip(model(prefixes).logits[:, -1].tolist(), prefixes.tolist(), strict=True)
+        ]
+        rows.append(warpers(prefixes, torch.tensor(logits, dtype=torch.float64)).softmax(-1).numpy())
         last = torch.arange(VOCAB_SIZE).repeat(len(prefixes))[:, None]
         prefixes = torch.cat([prefixes.repeat_interleave(VOCAB_SIZE, 0), last], 1)
     return rows
@@ -167,7 +187,8 @@ def _write_with_tasks(pair: Pair, requests, speculation) -> list:
 def statistic_and_limit(counts: np.ndarray, law: np.ndarray) -> tuple[float, float]:
     """Return the chi-square of `counts` `[V ** L]` against `law` `[V ** L]`, and what a right rule stays below."""
     expected = law * counts.sum()
-    assert counts[expected == 0].sum() == 0, "a text came that the law excludes"
+    if counts[expected == 0].sum():
+        return np.inf, 1.0  # a text came that the law excludes
     common = expected >= LEAST_EXPECTATION
     cells = np.append(expected[common], expected[~common].sum())
     seen = np.append(counts[common], counts[~common].sum())
@@ -195,6 +216,40 @@ def test_texts_of_float32_models_follow_the_targets_law(pair):
     assert statistic < limit
 
 
+@pytest.mark.parametrize("scenario", PROCESSED.values(), ids=PROCESSED)
+def test_processed_texts_follow_the_targets_law(pair, scenario):
+    counts = write_texts(pair, scenario, NUM_TEXTS_PROCESSED)
+    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario.sampling))
+    assert statistic < limit
+
+
+def test_a_draft_that_knows_no_processors_changes_no_law(pair, monkeypatch):
+    """It proposes what the target may not write at all; the text is as with a draft that knows them."""
+    scenario, draw = PROCESSED["several"], outrider_draft.drafter.draft_tokens
+
+    def draw_plainly(parts, all_params, *arguments):
+        return draw(parts, [DistributionParams(its.temperature) for its in all_params], *arguments)
+
+    monkeypatch.setattr(outrider_draft.drafter, "draft_tokens", draw_plainly)
+    test_processed_texts_follow_the_targets_law(pair, replace(scenario, speculation=PLAIN.speculation))
+
+
+@pytest.mark.parametrize("scenario", [PLAIN, ALONE, BLOCK, SHARED_NOISE], ids=["plain", "alone", "block", "shared"])
+def test_log_probabilities_are_those_of_the_targets_own_logits(pair, scenario):
+    """Whatever changes them, and whether a proposal has been accepted or another token stands in its place."""
+    sampling = replace(scenario.sampling, temperature=0.5, logit_bias={2: 1.0}, logprobs=2, max_new_tokens=12, seed=1)
+    with SpeculativeClient(pair.target_address, pair.draft_address, patience=NEVER_WITHOUT_DRAFT) as client:
+        result = client.generate(PROMPT, sampling, **scenario.speculation)
+        assert client.generate(PROMPT, replace(sampling, logprobs=None), **scenario.speculation).logprobs == []
+    ids = torch.tensor([[*PROMPT, *result.token_ids]])
+    rows = pair.target(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1).detach()
+    assert [its.token_id for its in result.logprobs] == result.token_ids
+    for row, its in zip(rows, result.logprobs, strict=True):
+        assert its.logprob == pytest.approx(row[its.token_id].item(), abs=1e-5)
+        assert [token_id for token_id, _ in its.likeliest] == row.topk(2).indices.tolist()
+        assert [logprob for _, logprob in its.likeliest] == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
+
+
 # Broken rules.
 
 
@@ -217,9 +272,9 @@ def break_draft_probs(monkeypatch) -> None:
     """Tell the client the distribution before truncation, while tokens are drawn from the truncated one."""
     draw = outrider_draft.drafter.draft_tokens
 
-    def draw_and_tell_another(logits, warpings, max_supports, uniforms, num_others):
-        drawn = draw(logits, warpings, max_supports, uniforms)
-        whole = draw(logits, warpings, [VOCAB_SIZE] * len(max_supports), uniforms)
+    def draw_and_tell_another(parts, all_params, max_supports, uniforms, *others):
+        drawn = draw(parts, all_params, max_supports, uniforms)
+        whole = draw(parts, all_params, [VOCAB_SIZE] * len(max_supports), uniforms)
         return [replace(told, token_id=true.token_id) for told, true in zip(whole, drawn, strict=True)]
 
     monkeypatch.setattr(outrider_draft.drafter, "draft_tokens", draw_and_tell_another)
@@ -239,7 +294,15 @@ def break_noise(monkeypatch) -> None:
     monkeypatch.setattr(SharedNoise, "at", lambda self, position: Noise(self._seed, 0))
 
 
+def break_histories(monkeypatch) -> None:
+    """Have processors see the committed tokens alone, without the proposals before a row."""
+    histories_of = outrider_target.scheduler._histories_of
+    monkeypatch.setattr(outrider_target.scheduler, "_histories_of", lambda job, size: histories_of(job, 1) * size)
+
+
+REPEATING = Scenario(SamplingParams(frequency_penalty=2.0, no_repeat_ngram_size=2), PLAIN.speculation)
 BROKEN_RULES = {
+    "processors that see no proposals": (REPEATING, break_histories),
     "recovered token drawn from the target": (PLAIN, break_residual),
     "one uniform for all positions": (PLAIN, break_uniforms),
     "draft probabilities of the untruncated row": (TRUNCATED, break_draft_probs),

@@ -15,7 +15,7 @@ from outrider_draft.session import Drafted, DraftOptions, Session
 from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 from outrider.engine.engine import Engine
 from outrider.protocol.tokens import TokenLog
-from outrider.sampling.warping import Warping
+from outrider.sampling.distribution import DistributionParams
 from tests.model.against_transformers import spec_of
 from tests.model.test_compiled import STORAGES, exact_in, with_tiles
 from tests.tiny_models import VOCAB_SIZE, make_model
@@ -31,7 +31,7 @@ def runner() -> CompiledLlamaRunner:
 
 def drafted(
     runner: CompiledLlamaRunner,
-    temperature: float,
+    temperature: float | Sequence[DistributionParams],
     batch: int,
     vocab_sizes: Sequence[int] = (VOCAB_SIZE,) * 3,
     max_alternatives: int = 0,
@@ -41,9 +41,9 @@ def drafted(
     worker, emitted = Drafter(Engine(runner, 10_000, 512), 256), [[] for _ in prompts]
     sessions = []
     for index, prompt in enumerate(prompts):
-        options = DraftOptions(
-            Warping(temperature), index, vocab_sizes[index], VOCAB_SIZE, 0.0, max_alternatives=max_alternatives
-        )
+        its = DistributionParams(temperature) if isinstance(temperature, float) else temperature[index]
+        ids = vocab_sizes[index], VOCAB_SIZE
+        options = DraftOptions(its, index, *ids, min_draft_prob=0.0, max_alternatives=max_alternatives)
         end = len(prompt)
         session = Session(options, emitted[index].append, index, end + AHEAD, end + batch + index if batch else 0)
         session.begin(prompt)
@@ -65,6 +65,25 @@ def test_tokens_are_those_of_drafting_one_by_one(runner, temperature, monkeypatc
     monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
     one_by_one, _ = drafted(runner, temperature, batch=4)
     assert list(map(ids_of, together)) == list(map(ids_of, one_by_one))
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 30, "top_p": 0.9}], ids=str
+)
+def test_filtered_tokens_are_those_of_drafting_one_by_one(runner, filters, monkeypatch):
+    """In one call, too: one session is filtered, the others are not, and one has a smaller vocabulary."""
+    arguments = runner, [DistributionParams(1.0), DistributionParams(0.8, **filters), DistributionParams(0.0)], 4
+    vocab_sizes = [VOCAB_SIZE, 60, VOCAB_SIZE]
+    calls, draft = [], CompiledLlamaRunner.draft
+    monkeypatch.setattr(CompiledLlamaRunner, "draft", lambda *args: calls.append(args) or draft(*args))
+    together, _ = drafted(*arguments, vocab_sizes)
+    assert max(len(feeds) for _, feeds, _ in calls) == 3
+    monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
+    assert list(map(ids_of, together)) == list(map(ids_of, drafted(*arguments, vocab_sizes)[0]))
+    plain, _ = drafted(
+        runner, [DistributionParams(1.0), DistributionParams(0.8), DistributionParams(0.0)], 4, vocab_sizes
+    )
+    assert list(map(ids_of, together)) != list(map(ids_of, plain))
 
 
 @with_tiles

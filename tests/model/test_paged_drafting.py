@@ -21,16 +21,17 @@ from outrider.engine.backends.paged.graphs import Buckets, EagerRunner
 from outrider.engine.backends.runner import MOST_DRAWS, DraftingRunner, Feed, ForwardPass, ModelRunner
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.protocol.tokens import TokenLog
-from outrider.sampling.probs import MOST_SUPPORT, Draft, PlainSampling, draft_tokens
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.draws import MOST_SUPPORT, Draft, Draws
 from outrider.sampling.rng import Noise
-from outrider.sampling.warping import Warping
 from tests.model.against_transformers import fastest_pass
+from tests.rows import draft_tokens
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model
 
 PAGE_SIZE = 4
 BUCKETS = Buckets(max_sequences=4, max_tokens_per_sequence=8, max_tokens=16)
 PROMPTS = [[5, 17, 3, 88, 41, 9, 2][:length] for length in (7, 3, 6)]
-WARPINGS = [Warping(0.0), Warping(1.0), Warping(0.7)]
+PARAMS = [DistributionParams(0.0), DistributionParams(1.0), DistributionParams(0.7)]
 VOCAB_SIZES = [VOCAB_SIZE, VOCAB_SIZE - 5, VOCAB_SIZE]
 
 
@@ -66,10 +67,10 @@ def numbers(num_draws: int, num_sequences: int, is_coupled: bool) -> list[list]:
     ]
 
 
-def sampling(num_draws: int, num_sequences: int, is_coupled: bool = False, max_support: int = 50) -> PlainSampling:
-    its = PlainSampling.of(
+def sampling(num_draws: int, num_sequences: int, is_coupled: bool = False, max_support: int = 50) -> Draws:
+    its = Draws.of(
         VOCAB_SIZES[:num_sequences],
-        WARPINGS[:num_sequences],
+        PARAMS[:num_sequences],
         [max_support] * num_sequences,
         numbers(num_draws, num_sequences, is_coupled),
         2,
@@ -90,7 +91,7 @@ def one_by_one(num_fed: list[int], num_draws: int, is_coupled: bool) -> list[Dra
             row = runner.forward([Feed(cache, fed, 1)]).clone()
             row[:, VOCAB_SIZES[index] :] = -torch.inf
             number = numbers(num_draws, len(num_fed), is_coupled)[draw][index]
-            [draft] = draft_tokens(row, [WARPINGS[index]], [50], [number], 2)
+            [draft] = draft_tokens(row, [PARAMS[index]], [50], [number], 2)
             assert draft
             drafts.append(draft)
             fed = [draft.token_id]

@@ -233,7 +233,7 @@ def round_of(committed: common_pb2.TokenSpan, proposals=(), round_index: int = 1
     )
 
 
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "shared_noise")
+SAMPLING_FIELDS = tuple(common_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
 
 
 def open_proposals(token_ids: Sequence[int] = PROMPT, ahead: int = 4, **fields: Any) -> draft_pb2.ProposeRequest:

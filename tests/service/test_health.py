@@ -219,13 +219,13 @@ def test_a_service_is_warm_for_filters_too(services, models, monkeypatch, kind, 
     """Their rows may be of another type, for which code is compiled: for seconds, in which everybody waits."""
     read, seen = getattr(module, reader), []
 
-    def note(logits, warpings, *others):
-        seen.extend(warpings)
-        return read(logits, warpings, *others)
+    def note(logits, all_params, *others):
+        seen.extend(all_params)
+        return read(logits, all_params, *others)
 
     monkeypatch.setattr(module, reader, note)
     server = services.start(kind, models.target_path)
-    assert {warping.has_filters for warping in seen} == {True, False}
+    assert {params.has_filters for params in seen} == {True, False}
     server.stop()
 
 

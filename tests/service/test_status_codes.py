@@ -42,9 +42,35 @@ ODD = common_pb2.TokenSpan(token_ids=b"\1\0\0\0\2")
 WRONG_DIGEST = common_pb2.TokenSpan(start_position=T, token_ids=wire.pack_ids([3]), prefix_digest=1)
 HOLE = span([3], T + 1, [*PROMPT, 8])
 SAMPLINGS = [
-    ("temperature", math.nan), ("temperature", -0.5), ("temperature", math.inf), ("temperature", 1e-30),
-    ("temperature", 1001.0), ("top_k", 2**31), ("top_p", 0.0),
-    ("top_p", 1.5), ("top_p", -0.1), ("top_p", math.nan), ("min_p", 1.5), ("min_p", -0.1), ("min_p", math.nan),
+    ("temperature", math.nan),
+    ("temperature", -0.5),
+    ("temperature", math.inf),
+    ("temperature", 1e-30),
+    ("temperature", 1001.0),
+    ("top_k", 2**31),
+    ("top_p", 0.0),
+    ("top_p", 1.5),
+    ("top_p", -0.1),
+    ("top_p", math.nan),
+    ("min_p", 1.5),
+    ("min_p", -0.1),
+    ("min_p", math.nan),
+    ("repetition_penalty", 0.0),
+    ("repetition_penalty", 1001.0),
+    ("presence_penalty", 2.1),
+    ("frequency_penalty", math.nan),
+    ("logit_bias", {1: math.inf}),
+    ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+    ("allowed_token_ids", [1] * 4097),
+    ("bad_words", [{}]),
+    ("bad_words", [{"token_ids": [1] * 1025}]),
+    ("no_repeat_ngram_size", 2**31),
+    ("min_tokens", 2**31),
+    ("stop_token_ids", [1] * 257),
+]
+UNKNOWN_IDS = [
+    ("logit_bias", {VOCAB_SIZE: 1.0}), ("allowed_token_ids", [1, VOCAB_SIZE]), ("stop_token_ids", [2**32 - 1]),
+    ("bad_words", [{"token_ids": [VOCAB_SIZE, 1]}]),
 ]  # fmt: skip
 
 
@@ -52,6 +78,13 @@ def open_with(committed: common_pb2.TokenSpan) -> target_pb2.VerifyRequest:
     """Return an opening message with a span of its own."""
     message = open_verification()
     message.open.committed.CopyFrom(committed)
+    return message
+
+
+def open_verification_as(**fields) -> target_pb2.VerifyRequest:
+    """Return an opening message with other fields than its sampling."""
+    message = open_verification()
+    message.open.MergeFrom(target_pb2.OpenVerification(**fields))
     return message
 
 
@@ -69,6 +102,9 @@ VERIFY = {
     "no kind later": ([open_verification(), target_pb2.VerifyRequest()], INVALID, "kind"),
     "opened twice": ([open_verification(), open_verification()], INVALID, "kind"),
     **{f"{name} {value}": ([open_verification(**{name: value})], INVALID, name) for name, value in SAMPLINGS},
+    **{f"{name} unknown": ([open_verification(**{name: value})], INVALID, name) for name, value in UNKNOWN_IDS},
+    "more prompt than tokens": ([open_verification_as(num_prompt_tokens=T + 1)], INVALID, "open.num_prompt_tokens"),
+    "too many log-probabilities": ([open_verification_as(num_logprobs=21)], INVALID, "open.num_logprobs"),
     "no token": ([open_with(span([]))], INVALID, "committed.token_ids"),
     "prompt longer than the context": ([open_with(span(TOO_LONG))], INVALID, "committed.token_ids"),
     "prompt id out of range": ([open_with(span([3, VOCAB_SIZE]))], INVALID, "open.committed.token_ids"),
@@ -114,6 +150,7 @@ PROPOSE = {
     "no kind later": (commits(draft_pb2.ProposeRequest()), INVALID, "kind"),
     "opened twice": (commits(open_proposals()), INVALID, "kind"),
     **{f"{name} {value}": ([open_proposals(**{name: value})], INVALID, name) for name, value in SAMPLINGS},
+    "more prompt than tokens": ([open_proposals(num_prompt_tokens=T + 1)], INVALID, "open.num_prompt_tokens"),
     "no token": ([open_draft_with(span([]))], INVALID, "committed.token_ids"),
     "prompt longer than the context": ([open_draft_with(span(TOO_LONG))], INVALID, "committed.token_ids"),
     "prompt id out of range": ([open_draft_with(span([VOCAB_SIZE]))], INVALID, "open.committed.token_ids"),

@@ -17,14 +17,14 @@ from outrider_draft.session import Commit, Drafted, DraftOptions, Path, Prepared
 from outrider.engine.engine import Engine
 from outrider.protocol import wire
 from outrider.protocol.tokens import TokenLog
-from outrider.sampling.messages import warping_to_proto
-from outrider.sampling.probs import Draft
-from outrider.sampling.warping import Warping
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.draws import Draft
+from outrider.sampling.messages import params_to_proto
 from outrider.v1 import common_pb2
 from tests import toy_services as toys
 from tests.unit.test_toy_services import SEED, TableRunner
 
-OPTIONS = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, 0.0, max_alternatives=3)
+OPTIONS = DraftOptions(DistributionParams(), SEED, toys.VOCAB_SIZE, 5, 0.0, max_alternatives=3)
 PROMPT = [5, 6, 1]
 LENGTH = 4  # of a round
 
@@ -88,11 +88,12 @@ class Bench:
 def expected(prefix: Sequence[int], number: int, options: DraftOptions = OPTIONS) -> list[int]:
     """Return what a session drafts behind a prefix, by the toys' own reckoning."""
     opening = toys.draft_pb2.OpenProposals(
-        sampling=warping_to_proto(options.warping, options.shares_noise),
+        sampling=params_to_proto(options.params, options.shares_noise),
         seed=SEED,
         committed=common_pb2.TokenSpan(token_ids=wire.pack_ids(prefix)),
         window=len(prefix) + number,
         max_support=options.max_support,
+        num_prompt_tokens=options.num_prompt_tokens,
     )
     toy = toys.ToyDraft(toys.draft_pb2.ProposeRequest(open=opening))
     return [toy.draft().proposals[0].token_id for _ in range(number)]
@@ -112,13 +113,18 @@ def alternatives_of(sent: Sequence[Drafted]) -> list[Prepared]:
 
 WAYS = {
     "drawn": OPTIONS,
-    "greedy": replace(OPTIONS, warping=Warping(0.0)),
+    "greedy": replace(OPTIONS, params=DistributionParams(0.0)),
     "shared noise": replace(OPTIONS, shares_noise=True),
-    "filtered": replace(OPTIONS, warping=Warping(1.0, top_k=4)),
+    "filtered": replace(OPTIONS, params=DistributionParams(1.0, top_k=4)),
+    "processed": replace(
+        OPTIONS,
+        params=DistributionParams(repetition_penalty=2.0, frequency_penalty=1.0, bad_words=[[1, 2]]),
+        num_prompt_tokens=len(PROMPT),
+    ),
 }
 
 
-@pytest.mark.parametrize("way", ["drawn", "shared noise"])
+@pytest.mark.parametrize("way", ["drawn", "shared noise", "processed"])
 def test_alternatives_are_what_would_be_drafted_behind_such_a_commit(way):
     options = WAYS[way]
     bench = Bench(options)
@@ -171,7 +177,7 @@ def test_any_other_commit_makes_alternatives_void(ending):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("way", ["drawn", "shared noise"])
+@pytest.mark.parametrize("way", ["drawn", "shared noise", "processed"])
 def test_whatever_is_committed_and_whenever_what_is_sent_is_what_would_be_drafted(seed, way):
     """Commits of every kind come after any number of steps, so that forks are cut off in the middle, too."""
     random, bench = Random(seed), Bench(WAYS[way])

@@ -216,7 +216,7 @@ class TestStamp:
         behind = {str(path.relative_to(code_files._PACKAGE)) for path in sources_behind(source)}
         compiled_ones = {f"engine/backends/compiled/{name}.py" for name in ("drafting", "kernels", "tiles")}
         others = {"common/code_files.py", "common/compiling.py", "protocol/scales.py"}
-        others |= {"sampling/rng.py", "sampling/readers/host_rows.py"}
+        others |= {"sampling/rng.py", "sampling/cpu_kernels.py"}
         assert {path for path in behind if not path.endswith("__init__.py")} == compiled_ones | others
 
     def test_differs_when_one_of_them_does(self, source):

@@ -16,8 +16,8 @@ from outrider_client.rules.rules import rule_of
 
 from outrider.protocol import wire
 from outrider.protocol.tokens import TokenLog
-from outrider.sampling.messages import warping_from_proto
-from outrider.sampling.warping import Warping
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.messages import params_from_proto
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 
 PROMPT_IDS = [10, 11, 12]
@@ -30,7 +30,7 @@ def make_generation(max_new_tokens: int = 40, target_info=INFO, draft_info=INFO,
     """Return a generation whose draft has described itself and been opened."""
     params = SpeculationParams(**speculation)
     rule = rule_of(params.rule, has_seed=False)(SEED)
-    generation = Generation(Task(PROMPT_IDS, Warping(0.7, 9), rule, params, T + max_new_tokens, target_info))
+    generation = Generation(Task(PROMPT_IDS, DistributionParams(0.7, 9), rule, params, T + max_new_tokens, target_info))
     generation.draft.info = draft_info
     open_draft(generation)
     generation.target.open()
@@ -132,7 +132,7 @@ class TestTargetMessages:
             0,
         )
         assert opening.seed == SEED
-        assert warping_from_proto(opening.sampling) == Warping(0.7, 9)
+        assert params_from_proto(opening.sampling) == DistributionParams(0.7, 9)
 
     def test_the_first_round_adds_nothing_to_the_opening(self):
         generation = make_generation()
@@ -270,7 +270,7 @@ class TestDraftMessages:
         assert ids_of(opening.committed) == PROMPT_IDS
         assert (opening.seed, opening.window, opening.vocab_size) == (SEED, T + 8, 100)
         assert (opening.max_support, opening.min_draft_prob, opening.greedy) == (8, 0.1, True)
-        assert warping_from_proto(opening.sampling) == Warping(0.7, 9)
+        assert params_from_proto(opening.sampling) == DistributionParams(0.7, 9)
         assert not opening.HasField("tokenizer")
 
     def test_the_targets_tokenizer_is_named_when_it_has_one(self):

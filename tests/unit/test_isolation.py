@@ -25,15 +25,16 @@ from outrider.engine.isolation import in_halves
 from outrider.engine.kv_cache import SequenceCache
 from outrider.protocol.errors import InternalError, ServiceError
 from outrider.protocol.tokens import TokenLog
-from outrider.sampling.probs import Draft, PlainSampling, draft_tokens
-from outrider.sampling.warping import Warping
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.draws import Draft, Draws
 from tests import toy_services as toys
+from tests.rows import draft_tokens
 from tests.unit.test_toy_services import TableRunner
 
 POISON = 8  # a token that spoils every pass it is fed in
 PROMPTS = [[5, 6], [1], [2, 2, 3], [7, 0, 1, 4], [3]]
 AHEAD = 6
-PLAIN = Warping()
+PLAIN = DistributionParams()
 
 
 class SpoiledRunner(TableRunner):
@@ -51,22 +52,23 @@ class SpoiledDraftingRunner(SpoiledRunner):
 
     culprit = -1.0
 
-    def can_draft(self, sizes: Sequence[int], sampling: PlainSampling) -> bool:
+    def can_draft(self, sizes: Sequence[int], sampling: Draws) -> bool:
         return True
 
     def prepare_drafting(self) -> None:
         pass
 
-    def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
+    def draft(self, feeds: Sequence[Feed], sampling: Draws) -> list[Draft | None]:
         drafts: list[Draft | None] = []
-        warpings = [Warping(float(temperature)) for temperature in sampling.temperatures]
+        columns = (sampling.temperatures, sampling.top_ks, sampling.top_ps, sampling.min_ps)
+        all_params = [DistributionParams(*(it.item() for it in its)) for its in zip(*columns, strict=True)]
         for index, uniforms in enumerate(sampling.uniforms):
             if index:
                 new = [draft.token_id for draft in drafts[-len(feeds) :] if draft]
                 feeds = [Feed(feed.cache, [its], 1) for feed, its in zip(feeds, new, strict=True)]
             rows = TableRunner.forward(self, feeds).clone()
             rows[:, POISON] = -torch.inf
-            drafts += draft_tokens(rows, warpings, sampling.max_supports.tolist(), uniforms.tolist())
+            drafts += draft_tokens(rows, all_params, sampling.max_supports.tolist(), uniforms.tolist())
         if self.culprit in sampling.temperatures.tolist() or any(POISON in feed.token_ids for feed in feeds):
             raise IndexError("spoiled")
         return drafts
@@ -88,12 +90,14 @@ class Target:
         self.scheduler = Scheduler(self.engine, toys.CONTEXT_LENGTH)
         self.answers: list[list[Verdict | ServiceError]] = []
 
-    def ask(self, prompts: Sequence[list[int]], warpings: Sequence[Warping] = ()) -> list[Verdict | ServiceError]:
+    def ask(
+        self, prompts: Sequence[list[int]], all_params: Sequence[DistributionParams] = ()
+    ) -> list[Verdict | ServiceError]:
         """Open a session for each prompt, have one round of each verified together, and close all."""
         sessions = []
         for index, prompt in enumerate(prompts):
-            warping = warpings[index] if warpings else Warping()
-            sessions.append(self.scheduler.open(warping, index, Span(0, prompt, 0)))
+            params = all_params[index] if all_params else PLAIN
+            sessions.append(self.scheduler.open(params, index, Span(0, prompt, 0)))
             self.submit(sessions[-1], prompt)
         settle(self.scheduler)
         for session in sessions:
@@ -115,16 +119,18 @@ class DraftService:
         self.engine = Engine(runner or SpoiledRunner(toys.DRAFT_LOGITS), 10_000, 16)
         self.drafter = Drafter(self.engine, toys.CONTEXT_LENGTH)
 
-    def open(self, prompt: list[int], emit, warping: Warping = PLAIN, seed: int = 0, **options) -> DraftSession:
+    def open(
+        self, prompt: list[int], emit, params: DistributionParams = PLAIN, seed: int = 0, **options
+    ) -> DraftSession:
         # The poison is never proposed.
-        draft_options = DraftOptions(warping, seed, POISON, 5, options.pop("min_draft_prob", 0.0))
+        draft_options = DraftOptions(params, seed, POISON, 5, options.pop("min_draft_prob", 0.0))
         return self.drafter.open(draft_options, prompt, len(prompt) + AHEAD, options.get("batch_until", 0), emit)
 
-    def draft(self, prompts: Sequence[list[int]], warpings: Sequence[Warping] = (), **options) -> list:
+    def draft(self, prompts: Sequence[list[int]], all_params: Sequence[DistributionParams] = (), **options) -> list:
         """Return for each prompt the tokens that are drafted behind it, or what went wrong."""
         items: list[list[Drafted | ServiceError]] = [[] for _ in prompts]
         sessions = [
-            self.open(prompt, items[index].append, warpings[index] if warpings else Warping(), index, **options)
+            self.open(prompt, items[index].append, all_params[index] if all_params else PLAIN, index, **options)
             for index, prompt in enumerate(prompts)
         ]
         settle(self.drafter)
@@ -204,19 +210,19 @@ class TestTarget:
         assert [type(answer) for answer in answers[5:]] == [InternalError] * 2
 
     def test_rows_that_cannot_be_read_fail_their_own_session_alone(self, monkeypatch):
-        culprit, begin_reading = Warping(0.5), scheduler_module.begin_reading
+        culprit, begin_reading = DistributionParams(0.5), scheduler_module.begin_reading
         expected = Target().ask(PROMPTS)
         for is_late in (False, True):
 
-            def begin(logits, warpings, *arguments, is_late=is_late):
+            def begin(logits, all_params, *arguments, is_late=is_late):
                 def result():
-                    assert culprit not in warpings
-                    return begin_reading(logits, warpings, *arguments)()
+                    assert culprit not in all_params
+                    return begin_reading(logits, all_params, *arguments)()
 
                 return result if is_late else (lambda rows: lambda: rows)(result())
 
             monkeypatch.setattr(scheduler_module, "begin_reading", begin)
-            answers = Target().ask([*PROMPTS, [2]], [*[Warping()] * 5, culprit])
+            answers = Target().ask([*PROMPTS, [2]], [*[DistributionParams()] * 5, culprit])
             assert list(map(told, answers[:5])) == list(map(told, expected))
             assert isinstance(answers[5], InternalError)
 
@@ -242,7 +248,7 @@ class TestTarget:
 
     def test_whoever_cannot_be_answered_hinders_no_other_answer(self):
         target = Target()
-        deaf, other = (target.scheduler.open(Warping(), 0, Span(0, [5, 6], 0)) for _ in range(2))
+        deaf, other = (target.scheduler.open(DistributionParams(), 0, Span(0, [5, 6], 0)) for _ in range(2))
         target.submit(deaf, [5, 6], fails)
         target.submit(other, [5, 6])
         settle(target.scheduler)
@@ -263,14 +269,14 @@ class TestDraft:
         assert [type(outcome) for outcome in outcomes[5:]] == [InternalError] * 2
 
     def test_a_row_that_cannot_be_drawn_from_fails_its_own_session_alone(self, monkeypatch):
-        expected, culprit, draw = DraftService().draft(PROMPTS), Warping(0.5), drafter_module.draft_tokens
+        expected, culprit, draw = DraftService().draft(PROMPTS), DistributionParams(0.5), drafter_module.draft_tokens
 
-        def draw_but_for(logits, warpings, *arguments):
-            assert culprit not in warpings
-            return draw(logits, warpings, *arguments)
+        def draw_but_for(logits, all_params, *arguments):
+            assert culprit not in all_params
+            return draw(logits, all_params, *arguments)
 
         monkeypatch.setattr(drafter_module, "draft_tokens", draw_but_for)
-        outcomes = DraftService().draft([*PROMPTS, [2]], [*[Warping()] * 5, culprit])
+        outcomes = DraftService().draft([*PROMPTS, [2]], [*[DistributionParams()] * 5, culprit])
         assert outcomes[:5] == expected
         assert isinstance(outcomes[5], InternalError)
 
@@ -279,7 +285,7 @@ class TestDraft:
         expected = DraftService(runner).draft(PROMPTS)
         assert expected == DraftService().draft(PROMPTS)
         runner.culprit = 0.5
-        outcomes = DraftService(runner).draft([*PROMPTS, [2]], [*[Warping()] * 5, Warping(0.5)])
+        outcomes = DraftService(runner).draft([*PROMPTS, [2]], [*[DistributionParams()] * 5, DistributionParams(0.5)])
         assert outcomes[:5] == expected
         assert isinstance(outcomes[5], InternalError)
 
@@ -319,7 +325,7 @@ class TestDraft:
         service, items = DraftService(), []
         monkeypatch.setattr(Drafter, "_has_time_for_forks", lambda *_: True)
         session = DraftSession(
-            DraftOptions(Warping(), 1, POISON, 5, 0.0, max_alternatives=3), items.append, 0, 2 + AHEAD, 5
+            DraftOptions(DistributionParams(), 1, POISON, 5, 0.0, max_alternatives=3), items.append, 0, 2 + AHEAD, 5
         )
         session.begin([5, 6])
         service.drafter._begin(session)

@@ -26,8 +26,8 @@ from tests.enumeration import (
     distance,
     drafted_strings,
     every_draft,
+    every_params,
     every_support_size,
-    every_warping,
     pair_of,
     string_law,
     target_law,
@@ -104,27 +104,27 @@ def kept_masses(pair: Pair, prefix: Prefix) -> tuple[Law, Law, Law]:
     return enumerated, closed_form, one_by_one
 
 
-@every_warping
+@every_params
 @every_draft
 @every_support_size
 @pytest.mark.parametrize("num_speculative_tokens", [2, NUM_TOKENS])
-def test_whole_strings_follow_the_target(warping, draft_warping, max_support, num_speculative_tokens):
-    pair = pair_of(warping, draft_warping, max_support)
+def test_whole_strings_follow_the_target(params, draft_params, max_support, num_speculative_tokens):
+    pair = pair_of(params, draft_params, max_support)
     assert distance(string_law(pair, num_speculative_tokens, outcomes), target_law(pair)) < TOLERANCE
 
 
-@every_warping
-def test_without_proposals_the_token_is_the_targets_own_draw(warping):
-    pair = pair_of(warping, "same", VOCAB_SIZE)
+@every_params
+def test_without_proposals_the_token_is_the_targets_own_draw(params):
+    pair = pair_of(params, "same", VOCAB_SIZE)
     assert distance(string_law(pair, 0, outcomes), target_law(pair)) < TOLERANCE
 
 
-@every_warping
+@every_params
 @every_draft
 @every_support_size
-def test_one_proposal_is_judged_as_if_alone(warping, draft_warping, max_support):
+def test_one_proposal_is_judged_as_if_alone(params, draft_params, max_support):
     """To the letter: the same uniforms give the same decision."""
-    pair = pair_of(warping, draft_warping, max_support)
+    pair = pair_of(params, draft_params, max_support)
     uniforms = np.linspace(0, 1 - 2**-53, 7)
     for prefix in PREFIXES[:3]:
         for _, proposals in drafted_strings(pair, prefix, 1):
@@ -134,15 +134,15 @@ def test_one_proposal_is_judged_as_if_alone(warping, draft_warping, max_support)
                 assert block == decide(proposals, [row], [accept], [residual])
 
 
-@every_warping
+@every_params
 @every_draft
 @every_support_size
-def test_at_least_as_many_are_kept_as_one_by_one(warping, draft_warping, max_support):
+def test_at_least_as_many_are_kept_as_one_by_one(params, draft_params, max_support):
     """Every string is kept with its joint ratio, which is at least the product of the single ones.
 
     So it is with the expected number of kept proposals, the sum over all strings (Sun et al., arXiv 2403.10444).
     """
-    pair = pair_of(warping, draft_warping, max_support)
+    pair = pair_of(params, draft_params, max_support)
     for prefix in [(), *PREFIXES[:2]]:
         enumerated, closed_form, one_by_one = kept_masses(pair, prefix)
         for string, mass in closed_form.items():

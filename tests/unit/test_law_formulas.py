@@ -17,32 +17,33 @@ from outrider_client.rules import acceptance
 from outrider_client.rules.acceptance import Decision, Proposal, TargetRow, decide
 
 from outrider.protocol.scales import round_down
-from outrider.sampling import probs as probs_module
-from outrider.sampling.probs import TargetRows, probability_rows, read_logits
-from outrider.sampling.readers.device_rows import inverse_cdf
-from outrider.sampling.readers.host_rows import target_rows
-from outrider.sampling.warping import Warping
+from outrider.sampling.cpu_kernels import target_rows
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.draws import TargetRows
+from outrider.sampling.readers import cpu
+from outrider.sampling.readers.reference import inverse_cdf
 from tests.enumeration import (
     DRAFT,
     NUM_TOKENS,
+    PARAMS,
     PREFIXES,
     SABOTAGE_DISTANCE,
     TARGET,
     TOLERANCE,
     VOCAB_SIZE,
-    WARPINGS,
     Pair,
     Prefix,
     distance,
     every_draft,
+    every_params,
     every_support_size,
-    every_warping,
     middles,
     pair_of,
     rounds,
     string_law,
     target_law,
 )
+from tests.rows import probability_rows, read_logits
 
 # In units of 2^-24, half of float32's last place: logits here are below 6, so that each is off by 6, and a difference
 # of two by 12 more, at a temperature of 1/2 by twice as much. Dividing such a score, below 24, adds 2 · 24; the
@@ -105,11 +106,11 @@ def test_supports_of_every_size_occur():
     assert sizes == set(range(1, VOCAB_SIZE + 1))
 
 
-@every_warping
+@every_params
 @every_draft
 @every_support_size
-def test_one_position_follows_the_target(warping, draft_warping, max_support):
-    pair = pair_of(warping, draft_warping, max_support)
+def test_one_position_follows_the_target(params, draft_params, max_support):
+    pair = pair_of(params, draft_params, max_support)
     for prefix in PREFIXES:
         law = np.zeros(VOCAB_SIZE)
         for prob, decision in rounds(pair, prefix, 1, outcomes):
@@ -117,15 +118,15 @@ def test_one_position_follows_the_target(warping, draft_warping, max_support):
         assert np.abs(law - pair.target_probs(prefix)[0].numpy()).max() < TOLERANCE
 
 
-@every_warping
+@every_params
 @every_draft
 @every_support_size
-def test_a_proposal_is_accepted_with_the_mass_that_both_share(warping, draft_warping, max_support):
+def test_a_proposal_is_accepted_with_the_mass_that_both_share(params, draft_params, max_support):
     """The probability of acceptance is the sum of min(p, q) over the support (Leviathan et al., Theorem 3.5).
 
     Of p, what is told of it: rounded down to units.
     """
-    pair = pair_of(warping, draft_warping, max_support)
+    pair = pair_of(params, draft_params, max_support)
     for prefix in PREFIXES:
         accepted = sum(prob for prob, decision in rounds(pair, prefix, 1, outcomes) if decision.num_accepted)
         drafts = pair.drafts(prefix)
@@ -133,18 +134,18 @@ def test_a_proposal_is_accepted_with_the_mass_that_both_share(warping, draft_war
         assert accepted == pytest.approx(shared, abs=TOLERANCE)
 
 
-@every_warping
-def test_without_proposals_the_token_is_the_targets_own_draw(warping):
-    pair = pair_of(warping, "same", VOCAB_SIZE)
+@every_params
+def test_without_proposals_the_token_is_the_targets_own_draw(params):
+    pair = pair_of(params, "same", VOCAB_SIZE)
     assert distance(string_law(pair, 0, outcomes), target_law(pair)) < TOLERANCE
 
 
-@every_warping
+@every_params
 @every_draft
 @pytest.mark.parametrize("max_support", [1, 2, VOCAB_SIZE])
 @pytest.mark.parametrize("num_speculative_tokens", [1, 2, 3])
-def test_whole_strings_follow_the_target(warping, draft_warping, max_support, num_speculative_tokens):
-    pair = pair_of(warping, draft_warping, max_support)
+def test_whole_strings_follow_the_target(params, draft_params, max_support, num_speculative_tokens):
+    pair = pair_of(params, draft_params, max_support)
     assert distance(string_law(pair, num_speculative_tokens, outcomes), target_law(pair)) < TOLERANCE
 
 
@@ -160,11 +161,11 @@ def test_float32_on_the_wire_moves_the_law_by_no_more_than_its_rounding(max_supp
     assert moved < NUM_TOKENS * 2**-24
 
 
-@pytest.mark.parametrize("warping", ["plain", "cold", "hot", "greedy"])
+@pytest.mark.parametrize("params", ["plain", "cold", "hot", "greedy"])
 @pytest.mark.parametrize("max_support", [1, 2, VOCAB_SIZE])
-def test_float32_logits_move_the_law_by_no_more_than_their_rounding(warping, max_support):
+def test_float32_logits_move_the_law_by_no_more_than_their_rounding(params, max_support):
     """They are read by compiled code, and the law is that of the logits in float64."""
-    pair = pair_of(warping, "same", max_support, dtype=torch.float32)
+    pair = pair_of(params, "same", max_support, dtype=torch.float32)
     moved = distance(string_law(pair, 3, outcomes), target_law(pair))
     assert moved < NUM_TOKENS * FLOAT32_DISTANCE
 
@@ -236,10 +237,10 @@ def test_a_q_from_before_rounding_is_found(max_support):
 
 
 def rows_without_remainders(
-    logits: torch.Tensor, warpings: list[Warping], supports: list[np.ndarray], points: list[float]
+    logits: torch.Tensor, all_params: list[DistributionParams], supports: list[np.ndarray], points: list[float]
 ) -> tuple[TargetRows, list[bool]]:
     """Broken: rounds p down, but forgets what that leaves on the support."""
-    outside = probability_rows(logits, warpings)
+    outside = probability_rows(logits, all_params)
     told = round_down(outside[0, supports[0]].numpy())
     outside[:, supports[0]] = 0.0
     drawn = inverse_cdf(outside, torch.tensor(points, dtype=torch.float64))
@@ -257,7 +258,7 @@ def test_a_remainder_that_is_forgotten_is_found(max_support):
 @pytest.mark.parametrize("max_support", [1, VOCAB_SIZE])
 def test_compiled_code_of_another_law_is_found(monkeypatch, max_support):
     """Rows of float32 logits a tenth too hot; which shows too that compiled code reads them."""
-    monkeypatch.setattr(probs_module, "target_rows", lambda rows, hot, *rest: target_rows(rows, 1.1 * hot, *rest))
+    monkeypatch.setattr(cpu, "target_rows", lambda rows, hot, *rest: target_rows(rows, 1.1 * hot, *rest))
     pair = pair_of("plain", "same", max_support, dtype=torch.float32, read_rows=functools.partial(read_logits))
     assert distance(string_law(pair, 3, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
 
@@ -273,5 +274,5 @@ def test_one_uniform_for_all_positions_is_found():
 def test_rows_warped_otherwise_than_the_target_samples_are_found():
     """A temperature applied twice on the target's side, as if it had been changed in place."""
     pair = pair_of("cold", "same", VOCAB_SIZE)
-    twice = Pair(Warping(0.25), WARPINGS["cold"])
+    twice = Pair(DistributionParams(0.25), PARAMS["cold"])
     assert distance(string_law(twice, 2, outcomes), target_law(pair)) > SABOTAGE_DISTANCE

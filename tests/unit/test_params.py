@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import SamplingParams, SpeculationParams
 
-from outrider.sampling.warping import Warping
+from outrider.sampling.distribution import DistributionParams
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,29 @@ from outrider.sampling.warping import Warping
         ("seed", 1 << 64),
         ("stop", ("",)),
         ("stop", ("end", 3)),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1001),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", {1: 101.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", [3]),
+        ("logit_bias", {1: "much"}),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+        ("allowed_token_ids", [1 << 32]),
+        ("allowed_token_ids", "all"),
+        ("allowed_token_ids", range(4097)),
+        ("bad_words", [[]]),
+        ("bad_words", [3]),
+        ("bad_words", "word"),
+        ("bad_words", [range(1025)]),
+        ("no_repeat_ngram_size", -1),
+        ("min_tokens", 1 << 31),
+        ("min_tokens", 129),  # more than max_new_tokens
+        ("stop_token_ids", [-1]),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("stop_token_ids", [1.5]),
     ],
 )
 def test_a_sampling_setting_out_of_range_is_refused_by_its_name(field, value):
@@ -52,9 +76,22 @@ def test_refusals_are_value_errors_too():
         SamplingParams(top_p=2.0)
 
 
+def test_lists_of_every_kind_become_plain_ones():
+    params = SamplingParams(
+        logit_bias={np.int64(7): 1, 3: np.float32(0.5)},
+        allowed_token_ids=np.array([4, 2]),
+        bad_words=(word for word in ([1], np.array([2, 3]))),
+        stop_token_ids=range(2),
+    )
+    assert params.logit_bias == ((3, 0.5), (7, 1.0))
+    assert (params.allowed_token_ids, params.stop_token_ids) == ((4, 2), (0, 1))
+    assert params.bad_words == ((1,), (2, 3))
+    assert hash(params.distribution) == hash(params.distribution)
+
+
 def test_defaults_draw_plainly():
     params = SamplingParams()
-    assert params.warping == Warping(1.0, 0, 1.0, 0.0)
+    assert params.distribution == DistributionParams(1.0, 0, 1.0, 0.0)
     assert (params.max_new_tokens, params.stop, params.ignore_eos) == (128, (), False)
 
 

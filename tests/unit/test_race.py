@@ -15,10 +15,10 @@ import torch
 
 from outrider.protocol.scales import PROB_UNIT, WEIGHT_UNIT
 from outrider.sampling import race as race_module
-from outrider.sampling.probs import draw_drafts, read_target_rows
 from outrider.sampling.race import race_at_once
-from outrider.sampling.readers.device_rows import inverse_cdf
+from outrider.sampling.readers.reference import inverse_cdf
 from outrider.sampling.rng import Noise, Purpose, SharedNoise, key_of, noise_bits, philox4x32
+from tests.rows import draw_drafts, read_target_rows
 from tests.toy_services import addresses_of, rates_among
 
 SEED = (0x299F31D0 << 32) | 0xA4093822

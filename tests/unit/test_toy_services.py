@@ -24,8 +24,8 @@ from outrider.engine.kv_cache import SequenceCache
 from outrider.protocol import wire
 from outrider.protocol.errors import InternalError
 from outrider.protocol.tokens import TokenLog
-from outrider.sampling.messages import warping_to_proto
-from outrider.sampling.warping import Warping
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.messages import params_to_proto
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from tests import toy_services as toys
 
@@ -88,11 +88,11 @@ def test_the_toy_draft_is_the_drafter(seed, min_draft_prob, shares_noise):
     random, emitted = Random(seed), []
     committed = TokenLog(toys.PROMPT_IDS)
     branch = seed
-    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, min_draft_prob, branch, shares_noise)
+    options = DraftOptions(DistributionParams(), SEED, toys.VOCAB_SIZE, 5, min_draft_prob, branch, shares_noise)
     toy = toys.ToyDraft(
         draft_pb2.ProposeRequest(
             open=draft_pb2.OpenProposals(
-                sampling=warping_to_proto(Warping(), shares_noise),
+                sampling=params_to_proto(DistributionParams(), shares_noise),
                 seed=SEED,
                 committed=span_of(committed, 0),
                 window=8,
@@ -149,7 +149,7 @@ def message_of(item: Drafted) -> draft_pb2.ProposeResponse:
 
 
 PROMPT = (5, 6)
-OPTIONS = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, 0.0)
+OPTIONS = DraftOptions(DistributionParams(), SEED, toys.VOCAB_SIZE, 5, 0.0)
 
 
 def drafted_alone(num_tokens: int, prompt: tuple[int, ...] = PROMPT) -> list[int]:
@@ -213,7 +213,7 @@ def test_a_row_that_is_none_ends_its_own_session_and_the_drafter_goes_on():
     """The table is healthy but for the prompt's own row; another prompt is drafted for before, with it and after."""
     logits = toys.DRAFT_LOGITS.copy()
     logits[TokenLog(toys.PROMPT_IDS).digest(len(toys.PROMPT_IDS)) % toys.NUM_PREFIX_CLASSES] = np.nan
-    options = DraftOptions(Warping(), SEED, toys.VOCAB_SIZE, 5, 0.0)
+    options = DraftOptions(DistributionParams(), SEED, toys.VOCAB_SIZE, 5, 0.0)
     with running(Drafter, logits) as drafter:
         for prompts in ([toys.PROMPT_IDS], [(5, 6), toys.PROMPT_IDS], [(5, 6)]):
             emitted: dict[tuple[int, ...], SimpleQueue] = {prompt: SimpleQueue() for prompt in prompts}
@@ -234,12 +234,12 @@ def test_the_toy_target_is_the_scheduler(seed, shares_noise):
     toy = toys.ToyTarget(
         target_pb2.VerifyRequest(
             open=target_pb2.OpenVerification(
-                sampling=warping_to_proto(Warping(), shares_noise), seed=SEED, committed=span_of(tokens, 0)
+                sampling=params_to_proto(DistributionParams(), shares_noise), seed=SEED, committed=span_of(tokens, 0)
             )
         )
     )
     with running(Scheduler, toys.TARGET_LOGITS) as scheduler:
-        session = scheduler.open(Warping(), SEED, Span(0, tokens[:], 0), shares_noise)
+        session = scheduler.open(DistributionParams(), SEED, Span(0, tokens[:], 0), shares_noise)
         told = len(tokens)
         for index in range(NUM_STEPS):
             proposed_ids = random.choices(range(toys.VOCAB_SIZE), k=random.randint(0, 5))

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError
 from outrider.protocol.scales import PROB_UNIT
-from outrider.sampling.messages import warping_from_proto, warping_to_proto
-from outrider.sampling.warping import Warping
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.messages import params_from_proto, params_to_proto
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from tests.processors import EVERY_PROCESSOR
 
 VOCAB_SIZE = 100
 
@@ -122,10 +123,11 @@ def test_token_ids_up_to_the_vocabulary_pass():
 
 
 @pytest.mark.parametrize("shares_noise", [False, True])
-def test_a_warping_and_shared_noise_come_back_as_they_went(shares_noise):
-    warping = Warping(0.7, 40, 0.9, 0.05)
-    message = warping_to_proto(warping, shares_noise)
-    assert warping_from_proto(message) == warping
+@pytest.mark.parametrize("settings", [{}, *EVERY_PROCESSOR.values()], ids=str)
+def test_parameters_and_shared_noise_come_back_as_they_went(settings, shares_noise):
+    params = DistributionParams(0.7, 40, 0.9, 0.05, **settings)
+    message = params_to_proto(params, shares_noise)
+    assert params_from_proto(message) == params
     assert message.shared_noise is shares_noise
 
 
@@ -150,11 +152,11 @@ def test_a_warping_and_shared_noise_come_back_as_they_went(shares_noise):
 )
 def test_a_setting_out_of_range_is_refused_by_its_name(field, value):
     with pytest.raises(InvalidArgumentError, match=f"^{field} is"):
-        warping_from_proto(common_pb2.SamplingParams(**{field: value}))
+        params_from_proto(common_pb2.SamplingParams(**{field: value}))
 
 
 def test_an_empty_message_is_greedy_without_filters():
     """Values that are not set mean what common.proto says: temperature 0 is greedy, and all filters keep all."""
-    assert warping_from_proto(common_pb2.SamplingParams()) == Warping(0.0, 0, 1.0, 0.0)
-    assert not warping_from_proto(common_pb2.SamplingParams(temperature=1.0)).has_filters
+    assert params_from_proto(common_pb2.SamplingParams()) == DistributionParams(0.0, 0, 1.0, 0.0)
+    assert not params_from_proto(common_pb2.SamplingParams(temperature=1.0)).has_filters
     assert not common_pb2.SamplingParams().shared_noise

@@ -112,7 +112,7 @@ SPECULATION_NAMES = (
 
 def sampling_of(values: dict[str, Any]) -> SamplingParams:
     """Return the sampling parameters among a command's values; raises InvalidRequestError."""
-    return SamplingParams(**{name: values[name] for name in SAMPLING_NAMES})
+    return SamplingParams(**{name: values[name] for name in SAMPLING_NAMES if name in values})
 
 
 def speculation_of(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ always pending: it is in neither cache until the round after it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outrider.protocol import wire
 from outrider.protocol.tokens import TokenLog, extend_digest
-from outrider.sampling.messages import warping_to_proto
-from outrider.sampling.warping import Warping
+from outrider.sampling.distribution import MOST_STOP_IDS, DistributionParams
+from outrider.sampling.messages import params_to_proto
 from outrider.v1 import common_pb2
 from outrider_client.errors import CacheMismatchError
 from outrider_client.params import SpeculationParams
@@ -25,16 +25,20 @@ class Task:
     """What a generation is asked for, and of which target: the same from its first message to its last."""
 
     prompt_ids: Sequence[int]
-    warping: Warping
+    distribution: DistributionParams
     rule: Rule
     speculation: SpeculationParams
     max_length: int  # most tokens, prompt included, that the sequence may have
     target_info: common_pb2.ModelInfo
+    num_logprobs: int | None = None  # SamplingParams.logprobs
 
     @property
     def sampling(self) -> common_pb2.SamplingParams:
-        """How both services draw."""
-        return warping_to_proto(self.warping, self.rule.shares_noise)
+        """How both services draw. They need to know what ends the text where that may not come too soon."""
+        params, ends = self.distribution, list[int]()
+        if params.min_tokens:
+            ends = [*dict.fromkeys((*params.stop_token_ids, *self.target_info.eos_token_ids))][:MOST_STOP_IDS]
+        return params_to_proto(replace(params, stop_token_ids=ends), self.rule.shares_noise)
 
 
 class Committed:

@@ -103,6 +103,7 @@ class Conversation:
             prompt_token_ids=list(self._task.prompt_ids),
             stats=self._stats,
             token_probs=self._token_probs,
+            logprobs=self._generation.logprobs[: len(self._text.token_ids)],
         )
 
     @property

@@ -69,6 +69,7 @@ class DraftLink:
                 max_support=self._most_support(),
                 min_draft_prob=self._min_draft_prob,
                 tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
+                num_prompt_tokens=len(task.prompt_ids),
                 batch_until=self._batch_until(length),
                 branch=self._branch,
                 max_alternatives=self._max_alternatives,
@@ -150,7 +151,7 @@ class DraftLink:
             return 0
         if speculation.num_alternatives is not None:
             return speculation.num_alternatives
-        is_greedy = self._task.warping.is_greedy or speculation.greedy_draft
+        is_greedy = self._task.distribution.is_greedy or speculation.greedy_draft
         return GREEDY_ALTERNATIVES if is_greedy else most
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from outrider_client.conversation.committed import CommittedTokens, Task
 from outrider_client.conversation.draft_link import DraftLink
 from outrider_client.conversation.target_link import TargetLink
-from outrider_client.results import GenerationStats
+from outrider_client.results import GenerationStats, TokenLogprobs
 from outrider_client.rules.acceptance import Decision
 
 
@@ -16,6 +16,7 @@ class Generation:
 
     def __init__(self, task: Task):
         self.task, self.stats = task, GenerationStats()
+        self.logprobs: list[TokenLogprobs] = []  # of the output, where they are asked for
         self.committed = CommittedTokens(task.prompt_ids)
         self.target = TargetLink(task, self.committed)
         self.draft = DraftLink(task, self.committed)
@@ -27,6 +28,7 @@ class Generation:
         num_drafted = min(num_proposals, num_kept) if is_cut else num_proposals
         self._count_round(num_kept, num_drafted, min(decision.num_accepted, num_kept))
         self._commit(decision.token_ids[:num_kept])
+        self.logprobs += self.target.round_logprobs[:num_kept]
         if self.task.rule.ends_branch(decision, num_proposals):
             self.draft.begin_branch()
 

@@ -9,6 +9,8 @@ from outrider.protocol.errors import InvalidArgumentError
 from outrider.v1 import draft_pb2, target_pb2
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.errors import ServiceFailedError
+from outrider_client.logprobs import logprobs_of
+from outrider_client.results import TokenLogprobs
 from outrider_client.rules.acceptance import Decision, Proposal, TargetRow
 
 MASS_SLACK = 2.0**-10  # of a row: logits become probabilities in float32
@@ -24,6 +26,7 @@ class TargetLink:
         self._span_start = 0  # committed tokens that the target has when the round comes
         self._in_round: Sequence[draft_pb2.Proposal] = ()
         self._read: list[Proposal] | None = None  # those in the round, with their distributions
+        self.round_logprobs: list[TokenLogprobs] = []  # of what the last round decided, where they are asked for
 
     def open(self) -> target_pb2.VerifyRequest:
         """Return the message that opens a session with all committed tokens."""
@@ -34,6 +37,8 @@ class TargetLink:
                 seed=self._task.rule.seed,
                 committed=self._committed.span_from(0),
                 model_identity=self._task.target_info.identity,
+                num_prompt_tokens=len(self._task.prompt_ids),
+                num_logprobs=self._task.num_logprobs,
             )
         )
 
@@ -90,7 +95,11 @@ class TargetLink:
         rows = _rows_from_proto(response.rows, proposals)
         for index, row in enumerate(rows):
             _check_row(row, index, self._task.target_info.vocab_size)
-        return rule.decide(proposals, rows, len(self._committed))
+        decision, number = rule.decide(proposals, rows, len(self._committed)), self._task.num_logprobs
+        if number is not None:
+            supports = [proposal.support_ids.tolist() for proposal in proposals] or [[]]
+            self.round_logprobs = list(logprobs_of(decision.token_ids, response.rows, supports, number))
+        return decision
 
 
 def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[Proposal]) -> list[TargetRow]:

@@ -18,7 +18,7 @@ from outrider.engine.backends.attention import AttentionBatch, PackedBatch
 from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.engine.models.configuration import context_length_of
 from outrider.engine.models.visibility import LayerVisibility, Visible
-from outrider.sampling.probs import Draft, PlainSampling
+from outrider.sampling.draws import Draft, Draws
 from outrider.sampling.transfers import wait_for
 
 MOST_DRAWS = 32  # of a DraftingRunner in one call
@@ -83,13 +83,13 @@ class Runner(Protocol):
 class DraftingRunner(Runner, Protocol):
     """A runner that also draws tokens itself, several in one call."""
 
-    def can_draft(self, sizes: Sequence[int], sampling: PlainSampling) -> bool:
+    def can_draft(self, sizes: Sequence[int], sampling: Draws) -> bool:
         """Return whether `draft` can be called for feeds of so many tokens."""
 
     def prepare_drafting(self) -> None:
         """Do now what the first drafts would otherwise wait for."""
 
-    def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
+    def draft(self, feeds: Sequence[Feed], sampling: Draws) -> list[Draft | None]:
         """Feed all of `feeds`, whose rows are one each, draw a token for each, feed these, and so on.
 
         Returns:

@@ -16,9 +16,10 @@ from outrider.engine.backends.attention import PackedBatch
 from outrider.engine.backends.runner import DeviceRunner, DraftingRunner, Feed, ForwardPass, Runner
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.models.configuration import context_length_of, vocab_size_of
-from outrider.sampling.probs import Draft, PlainSampling, draft_tokens
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.draws import Draft, Draws
+from outrider.sampling.pipeline import draft_tokens
 from outrider.sampling.rng import Noise
-from outrider.sampling.warping import Warping
 
 MAX_VARIATION = 1e-3
 MAX_RELATIVE_DISTANCE = 0.2  # of bfloat16, deep models with random weights reach a tenth
@@ -94,14 +95,13 @@ def probe_drafts(runner: DraftingRunner, vocab_size: int) -> tuple[list[Draft | 
     Three texts are continued, in the three ways in which a token is drawn.
     """
     texts = [[index * 7919 % vocab_size for index in range(first, 2 * first)] for first in (1, 2, 4)]
-    warpings, limits = [Warping(1.0), Warping(0.0), Warping(1.0)], [_MAX_SUPPORT] * 3
+    limits = [_MAX_SUPPORT] * 3
+    params = [DistributionParams(1.0), DistributionParams(0.0), DistributionParams(1.0)]
     numbers: list[list[float | Noise]] = [[0.3, 0.3, Noise(0, index)] for index in range(_NUM_DRAWS)]
-    sampling = PlainSampling.of([vocab_size] * 3, warpings, limits, numbers)
-    assert sampling
-    together = runner.draft(_feeds(runner, texts), sampling)
+    together = runner.draft(_feeds(runner, texts), Draws.of([vocab_size] * 3, params, limits, numbers))
     feeds, one_by_one = _feeds(runner, texts), []
     for its_numbers in numbers:
-        drawn = draft_tokens(runner.forward(feeds), warpings, limits, its_numbers)
+        drawn = draft_tokens([runner.forward(feeds)], params, limits, its_numbers)
         one_by_one += drawn
         feeds = [
             Feed(feed.cache, [draft.token_id if draft else 0], 1) for feed, draft in zip(feeds, drawn, strict=True)

@@ -8,7 +8,7 @@ from outrider.common.compiling import compiled
 from outrider.engine.backends.compiled.kernels import forward
 from outrider.engine.backends.compiled.panels import PANEL
 from outrider.engine.backends.runner import Batch
-from outrider.sampling.readers.host_rows import draft_rows
+from outrider.sampling.cpu_kernels import draft_rows, filter_row
 
 
 @compiled()
@@ -20,6 +20,7 @@ def draft(
     scratch,
     vocab_sizes,
     temperatures,
+    filters,
     min_prob,
     max_supports,
     uniforms,
@@ -30,6 +31,7 @@ def draft(
 
     Args:
         vocab_sizes, temperatures, min_prob, max_supports, num_others: as for draft_rows.
+        filters: top_ks, top_ps and min_ps, `[N]` each.
         uniforms, noises: `[number of draws, N]` and `[number of draws, N, 4]`.
 
     Returns:
@@ -37,6 +39,7 @@ def draft(
         nothing.
     """
     num_draws, num_sequences = uniforms.shape
+    top_ks, top_ps, min_ps = filters
     logits = np.empty((num_sequences, model.head.shape[0] * PANEL), np.float32)
     capacity = num_draws * num_sequences
     all_sizes, all_places = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
@@ -47,6 +50,9 @@ def draft(
     token_ids, starts, lengths, rows = batch.token_ids, batch.starts, batch.lengths, batch.rows
     for index in range(num_draws):
         forward(Batch(token_ids, starts, lengths, rows), caches, sizes, model, scratch, logits)
+        for row in range(num_sequences):
+            scores = logits[row, : vocab_sizes[row]]
+            filter_row(scores, temperatures[row], top_ks[row], top_ps[row], min_ps[row])
         ids, weights, supports, places, finite, others, other_probs = draft_rows(
             logits, vocab_sizes, temperatures, min_prob, max_supports, uniforms[index], noises[index], num_others
         )

@@ -17,7 +17,7 @@ from outrider.engine.backends.compiled.products import layout_for, padded
 from outrider.engine.backends.llama import why_not as why_not_llama
 from outrider.engine.backends.runner import Batch, Feed
 from outrider.engine.models.spec import DecoderSpec, DecoderWeights, Linear
-from outrider.sampling.probs import MIN_SUPPORT_PROB, Draft, PlainSampling, drafts_of
+from outrider.sampling.draws import MIN_SUPPORT_PROB, Draft, Draws, drafts_of
 
 _NUM_TOKENS, _NUM_POSITIONS = 64, 1024  # that there is memory for at first
 _NO_WINDOW = np.iinfo(np.int64).max
@@ -74,32 +74,33 @@ class CompiledLlamaRunner:
         rows = torch.from_numpy(logits)
         return rows if logits.shape[1] == self._vocab_size else rows[:, : self._vocab_size].contiguous()
 
-    def can_draft(self, sizes: Sequence[int], sampling: PlainSampling) -> bool:
+    def can_draft(self, sizes: Sequence[int], draws: Draws) -> bool:
         """See DraftingRunner."""
         return True
 
     def prepare_drafting(self) -> None:
         """See DraftingRunner: the code is compiled when drafts of one kind are first made."""
 
-    def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
+    def draft(self, feeds: Sequence[Feed], draws: Draws) -> list[Draft | None]:
         """See DraftingRunner."""
-        num_draws = len(sampling.uniforms)
+        num_draws = len(draws.uniforms)
         parts = drafting.draft(
             *self._batch_of(feeds, num_draws - 1),
             self._sizes,
             self._weights,
             self._scratch,
-            sampling.vocab_sizes,
-            sampling.temperatures,
+            draws.vocab_sizes,
+            draws.temperatures,
+            (draws.top_ks, draws.top_ps, draws.min_ps),
             MIN_SUPPORT_PROB,
-            sampling.max_supports,
-            sampling.uniforms,
-            sampling.noises,
-            sampling.num_others,
+            draws.max_supports,
+            draws.uniforms,
+            draws.noises,
+            draws.num_others,
         )
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids) + num_draws - 1)
-        return drafts_of(parts, sampling.noises[..., 0].ravel())
+        return drafts_of(parts, draws.noises[..., 0].ravel())
 
     def _batch_of(self, feeds: Sequence[Feed], num_more: int = 0) -> tuple[Batch, Caches]:
         """Pack `feeds`, with memory for them and for `num_more` tokens behind each."""

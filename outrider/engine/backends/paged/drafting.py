@@ -20,16 +20,9 @@ import torch
 from outrider.engine.backends.paged.graphs import GraphKey, Replay
 from outrider.engine.backends.paged.runner import PagedRunner, StagedInputs
 from outrider.engine.backends.runner import MOST_DRAWS, Feed
-from outrider.sampling.probs import (
-    MIN_SUPPORT_PROB,
-    MOST_OTHERS,
-    MOST_SUPPORT,
-    Draft,
-    PlainSampling,
-    drafts_in,
-    reader_of,
-)
-from outrider.sampling.readers.device_rows import RowOptions
+from outrider.sampling.draws import MIN_SUPPORT_PROB, MOST_OTHERS, MOST_SUPPORT, Draft, Draws
+from outrider.sampling.readers import table_reader_for
+from outrider.sampling.readers.tables import RowOptions, drafts_in
 
 
 @dataclass(frozen=True)
@@ -62,13 +55,13 @@ class _StagedNumbers:
         parts = zip(self._shapes.items(), storage.split(list(map(_padded_size, self._shapes.values()))), strict=True)
         return {name: part[: int(np.prod(shape))].view(shape) for (name, shape), part in parts}
 
-    def send(self, sampling: PlainSampling) -> None:
+    def send(self, draws: Draws) -> None:
         """Write how to draw, and copy it; the next step is the first."""
-        num_draws, num_sequences = sampling.uniforms.shape
+        num_draws, num_sequences = draws.uniforms.shape
         for name in ("vocab_sizes", "max_supports", "temperatures"):
-            self._arrays[name][:num_sequences] = getattr(sampling, name)
+            self._arrays[name][:num_sequences] = getattr(draws, name)
         for name in ("uniforms", "noises"):
-            self._arrays[name][:num_draws, :num_sequences] = getattr(sampling, name)
+            self._arrays[name][:num_draws, :num_sequences] = getattr(draws, name)
         self._device.copy_(self._host, non_blocking=True)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -118,10 +111,10 @@ class DraftingPagedRunner(PagedRunner):
         self._chains: dict[int, _Chain] = {}  # by number of sequences
         self._first_passes: dict[GraphKey, _FirstPass] = {}
 
-    def can_draft(self, sizes: Sequence[int], sampling: PlainSampling) -> bool:
+    def can_draft(self, sizes: Sequence[int], draws: Draws) -> bool:
         """See DraftingRunner."""
-        has_room = len(sampling.uniforms) <= MOST_DRAWS and sampling.num_others <= MOST_OTHERS
-        return has_room and sampling.max_supports.max() <= MOST_SUPPORT and self._buckets.key_for(sizes) is not None
+        fits = len(draws.uniforms) <= MOST_DRAWS and draws.num_others <= MOST_OTHERS and not draws.have_filters
+        return fits and draws.max_supports.max() <= MOST_SUPPORT and self._buckets.key_for(sizes) is not None
 
     @torch.inference_mode()
     def prepare_drafting(self) -> None:
@@ -134,22 +127,22 @@ class DraftingPagedRunner(PagedRunner):
                     self._first_pass_of(key)
 
     @torch.inference_mode()
-    def draft(self, feeds: Sequence[Feed], sampling: PlainSampling) -> list[Draft | None]:
+    def draft(self, feeds: Sequence[Feed], draws: Draws) -> list[Draft | None]:
         """See DraftingRunner."""
-        num_more = len(sampling.uniforms) - 1
+        num_more = len(draws.uniforms) - 1
         with self._growing(feeds, num_more) as slots:
-            drawn = self._draw_all(feeds, slots, sampling)
+            drawn = self._draw_all(feeds, slots, draws)
         table = drawn[:, : len(feeds)].flatten(0, 1).numpy()
-        drafts = drafts_in(table, MOST_OTHERS, sampling.noises[..., 0].ravel())
-        return [draft and draft.with_others(sampling.num_others) for draft in drafts]
+        drafts = drafts_in(table, MOST_OTHERS, draws.noises[..., 0].ravel())
+        return [draft and draft.with_others(draws.num_others) for draft in drafts]
 
-    def _draw_all(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray], sampling: PlainSampling) -> torch.Tensor:
+    def _draw_all(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray], draws: Draws) -> torch.Tensor:
         """Have all steps run; return where the host will find what they drew, `[n, N, numbers of a draft]`."""
         key = self._buckets.key_for([len(feed.token_ids) for feed in feeds])
         assert key
-        num_draws, chain = len(sampling.uniforms), self._chain_of(key.num_sequences)
+        num_draws, chain = len(draws.uniforms), self._chain_of(key.num_sequences)
         first = None if key.tokens_per_sequence == 1 else self._first_pass_of(key)  # recording it counts steps
-        chain.numbers.send(sampling)
+        chain.numbers.send(draws)
         if first is None:
             chain.inputs.send(feeds, [its_slots[:1] for its_slots in slots])
             num_left = num_draws
@@ -209,7 +202,7 @@ class DraftingPagedRunner(PagedRunner):
     @staticmethod
     def _draw(logits: torch.Tensor, inputs: StagedInputs, numbers: _StagedNumbers) -> torch.Tensor:
         """Draw from `logits` `[N, V]`, to be fed by the next step of `inputs`; return `[N, numbers of a draft]`."""
-        read, sizes, limits = reader_of(logits).draft_table, numbers["vocab_sizes"], numbers["max_supports"]
+        read, sizes, limits = table_reader_for(logits).draft_table, numbers["vocab_sizes"], numbers["max_supports"]
         table, token_ids = read(logits, sizes, numbers.options(), limits, MIN_SUPPORT_PROB, MOST_SUPPORT, MOST_OTHERS)
         inputs["token_ids"].copy_(token_ids)
         return table

@@ -5,26 +5,23 @@ Shapes: N rows, V vocabulary size, S tokens of a support.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from outrider.common.compiling import compiled, exponential, largest
 from outrider.protocol.scales import PROB_UNIT, WEIGHT_UNIT
-from outrider.sampling import probs as probs_module
-from outrider.sampling.probs import (
-    MIN_SUPPORT_PROB,
-    draft_tokens,
-    draw_drafts,
-    probability_rows,
-    read_logits,
-    read_target_rows,
-)
+from outrider.sampling import cpu_kernels, pipeline
+from outrider.sampling.cpu_kernels import draft_rows, report_support, target_rows
+from outrider.sampling.distribution import COLDEST, DistributionParams
+from outrider.sampling.draws import MIN_SUPPORT_PROB, noise_addresses
+from outrider.sampling.filters import filtered
 from outrider.sampling.race import race
-from outrider.sampling.readers import host_rows
-from outrider.sampling.readers.host_rows import GIVEN, draft_rows, noise_addresses, target_rows
+from outrider.sampling.readers import cpu, reference
 from outrider.sampling.rng import Noise, Purpose, uniforms
-from outrider.sampling.warping import COLDEST, Warping
+from tests.rows import draft_tokens, draw_drafts, probability_rows, read_logits, read_target_rows
 from tests.toy_services import addresses_of
 
 LAST = 1 - 2**-53  # the greatest uniform
@@ -49,8 +46,6 @@ def laws_of(rows: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
 
 
 def law_of(row: np.ndarray, temperature: float) -> np.ndarray:
-    if temperature == GIVEN:
-        return row
     if temperature == 0:
         return (np.arange(len(row)) == row.argmax()).astype(float)
     weights = np.exp((row - row.max()) / temperature)
@@ -58,11 +53,10 @@ def law_of(row: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def mixed_rows(vocab_size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows `[N, V] float32` and their temperatures: logits, greedy ones too, and laws, one of them one-hot."""
-    temperatures = np.array([*TEMPERATURES, 0.0, GIVEN, GIVEN])
+    """Return rows `[N, V] float32` and their temperatures: greedy ones too, and two of which one has one token only."""
+    temperatures = np.array([*TEMPERATURES, 0.0, 1.0, 1.0])
     rows = logits_of(len(temperatures), vocab_size, seed)
-    rows[-2] = law_of(rows[-2].astype(float), 1.0)
-    rows[-1] = np.arange(vocab_size) == vocab_size // 2
+    rows[-1] = np.where(np.arange(vocab_size) == vocab_size // 2, 0.0, -np.inf)
     return rows, temperatures
 
 
@@ -184,6 +178,20 @@ def test_a_flat_row_keeps_the_likeliest_though_it_is_below_the_threshold():
     assert draft(rows, [1.0])[0][0].tolist() == [77]
 
 
+@pytest.mark.parametrize("is_rounded", [False, True], ids=["all differ", "many are equal"])
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_compiled_filters_keep_what_the_reference_keeps(vocab_size, is_rounded):
+    """To the letter, masked and equal logits among them; top_p needs more than the first that are ranked."""
+    [row] = torch.from_numpy(logits_of(1, vocab_size, seed=9, std=1.5))
+    row[vocab_size // 3] = -torch.inf if vocab_size > 2 else 0.0
+    row = row.round() if is_rounded else row
+    for settings in itertools.product((0.0, 0.5, 2.0), (0, 1, 7, 10**6), (1.0, 0.99, 0.3), (0.0, 0.05, 1.0)):
+        params, actual = DistributionParams(*settings), row.clone()
+        cpu_kernels.filter_row(actual.numpy(), *settings)
+        expected = filtered(row[None], [params])[0] if params.has_filters else row
+        assert torch.equal(actual, expected), params
+
+
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 class TestTargetRows:
     def test_what_is_told_is_the_law_rounded_down_and_all_of_it_is_told_or_left(self, vocab_size):
@@ -239,6 +247,14 @@ class TestTargetRows:
             assert all(map(np.array_equal, alone, expected))
 
 
+def read_law(law: np.ndarray, support, points) -> list[tuple]:
+    """Return (told, mass, token_id) for each point, of a row whose probabilities are known to the last bit."""
+    told, left, sums = np.zeros(len(support)), law.copy(), np.empty(-(-len(law) // 64))
+    report_support(left, np.asarray(support, dtype=np.int64), told)
+    mass = cpu_kernels._block_sums(left, sums)
+    return [(told, mass, cpu_kernels._draw(left, sums, point * mass)) for point in points]
+
+
 def dyadic_law(vocab_size: int) -> np.ndarray:
     """Return a law `[V] float64` of multiples of 2^-40, all of whose sums are exact."""
     cuts = np.sort(np.random.default_rng(vocab_size).integers(0, 2**40, vocab_size - 1))
@@ -250,8 +266,8 @@ def test_told_and_left_are_the_law_to_the_letter(vocab_size):
     """Mass left beside a support is that of the whole law less what is told of each id, without any tolerance."""
     law = dyadic_law(vocab_size)
     supports = [*random_supports(6, vocab_size), *([token_id] for token_id in range(0, vocab_size, 7))]
-    answers = read(law[None].repeat(len(supports), 0), np.full(len(supports), GIVEN), supports)
-    for support, (told, mass, _, _) in zip(supports, answers, strict=True):
+    for support in supports:
+        [(told, mass, _)] = read_law(law, support, [0.5])
         assert np.array_equal(told, np.floor(law[support] / PROB_UNIT) * PROB_UNIT)
         assert mass == 1 - told.sum()
 
@@ -263,16 +279,14 @@ def test_what_rounding_leaves_of_a_support_is_drawn_as_often_as_it_weighs(vocab_
     law, support = dyadic_law(vocab_size), np.arange(vocab_size)
     law = law if vocab_size > 1 else law - PROB_UNIT / 3  # else there is no remainder
     rest = law % PROB_UNIT
-    many = law[None].repeat(num_points, 0)
-    answers = read(many, np.full(num_points, GIVEN), [support] * num_points, spread(num_points))
-    drawn = shares([token_id for _, _, token_id, _ in answers], vocab_size)
+    answers = read_law(law, support, spread(num_points))
+    drawn = shares([token_id for _, _, token_id in answers], vocab_size)
     assert answers[0][1] == rest.sum()
     assert np.abs(drawn - rest / rest.sum()).max() <= 1 / num_points + 1e-12
 
 
 def test_a_support_that_takes_all_leaves_nothing_and_draws_nothing():
-    law = np.array([[0.5, 0.0, 0.25, 0.25]])
-    [(told, mass, token_id, _)] = read(law, [GIVEN], [[0, 2, 3]], LAST)
+    [(told, mass, token_id)] = read_law(np.array([0.5, 0.0, 0.25, 0.25]), [0, 2, 3], [LAST])
     assert told.sum() == 1
     assert (mass, token_id) == (0, 0)
 
@@ -325,7 +339,7 @@ class TestBothPaths:
     """Float32 logits are read by compiled code; told to go the general way, they give the same but for rounding."""
 
     NUM_ROWS = 60
-    WARPINGS = tuple(Warping([*TEMPERATURES, 0.0][row % 6]) for row in range(NUM_ROWS))
+    PARAMS = tuple(DistributionParams([*TEMPERATURES, 0.0][row % 6]) for row in range(NUM_ROWS))
     LOGITS = torch.from_numpy(logits_of(NUM_ROWS, 700, seed=5))
     # torch's own softmax rounds each of its steps in float32 too.
     ERROR = 2 * FLOAT32_ERROR
@@ -333,11 +347,11 @@ class TestBothPaths:
     def test_drafts_agree(self):
         points = uniforms(3, np.arange(self.NUM_ROWS), Purpose.DRAFT).tolist()
         limits = [300] * self.NUM_ROWS
-        probs = probability_rows(self.LOGITS, self.WARPINGS)
+        probs = probability_rows(self.LOGITS, self.PARAMS)
         others = draw_drafts(probs, limits, points)
         num_alike = 0
         for row, actual, other in zip(
-            probs, draft_tokens(self.LOGITS, self.WARPINGS, limits, points), others, strict=True
+            probs, draft_tokens(self.LOGITS, self.PARAMS, limits, points), others, strict=True
         ):
             odd_ids = np.setxor1d(actual.support_ids, other.support_ids)
             assert np.abs(row.numpy()[odd_ids] / MIN_SUPPORT_PROB - 1).max(initial=0) < self.ERROR
@@ -349,8 +363,8 @@ class TestBothPaths:
     def test_rows_agree(self):
         points = uniforms(3, np.arange(self.NUM_ROWS), Purpose.OUTSIDE).tolist()
         supports = random_supports(self.NUM_ROWS, 700)
-        rows, are_laws = read_logits(self.LOGITS, self.WARPINGS, supports, points)
-        others = read_target_rows(probability_rows(self.LOGITS, self.WARPINGS), supports, points)
+        rows, are_laws = read_logits(self.LOGITS, self.PARAMS, supports, points)
+        others = read_target_rows(probability_rows(self.LOGITS, self.PARAMS), supports, points)
         assert all(are_laws)
         for actual, other in zip(rows.support_probs, others.support_probs, strict=True):
             assert (np.abs(actual - other) <= PROB_UNIT + other * self.ERROR).all()
@@ -369,12 +383,12 @@ class TestBothPaths:
     def test_a_broken_row_is_told_on_both(self, monkeypatch):
         logits = self.LOGITS[:4].clone()
         logits[1, 5], logits[2, 6] = torch.nan, torch.inf
-        arguments = (self.WARPINGS[:4], [9] * 4, [0.5] * 4)
+        arguments = (self.PARAMS[:4], [9] * 4, [0.5] * 4)
         supports = [np.arange(3)] * 4
-        for is_plain in (True, False):
-            monkeypatch.setattr(probs_module, "_are_plain", lambda _, is_plain=is_plain: is_plain)
+        for reader in (cpu.READER, reference.READER):
+            monkeypatch.setattr(pipeline, "reader_for", lambda logits, reader=reader: reader)
             assert [it is None for it in draft_tokens(logits, *arguments)] == [False, True, True, False]
-            assert read_logits(logits, self.WARPINGS[:4], supports, [0.5] * 4)[1] == [True, False, False, True]
+            assert read_logits(logits, self.PARAMS[:4], supports, [0.5] * 4)[1] == [True, False, False, True]
 
     @pytest.mark.parametrize("temperature", [0.0, COLDEST])
     @pytest.mark.parametrize("top_k", [0, 5])
@@ -383,11 +397,11 @@ class TestBothPaths:
         """The next one is colder by 1 or more here; a session beside it is not disturbed."""
         logits = self.LOGITS[:2].to(dtype).round()
         logits[0, 77] = 20.0
-        warpings = [Warping(temperature, top_k), Warping(1.0, top_k)]
-        cold, other = draft_tokens(logits, warpings, [9, 9], [0.5, 0.5])
+        all_params = [DistributionParams(temperature, top_k), DistributionParams(1.0, top_k)]
+        cold, other = draft_tokens(logits, all_params, [9, 9], [0.5, 0.5])
         assert cold.support_ids.tolist() == [cold.token_id] == [77]
         assert len(other.support_ids) == (top_k or 9)
-        rows, are_laws = read_logits(logits, warpings, [np.array([cold.token_id])] * 2, [0.5, 0.5])
+        rows, are_laws = read_logits(logits, all_params, [np.array([cold.token_id])] * 2, [0.5, 0.5])
         assert are_laws == [True, True]
         assert (rows.support_probs[0].tolist(), rows.outside_masses[0]) == ([1.0], 0.0)
 
@@ -405,7 +419,7 @@ class TestNoise:
     def test_the_targets_choice(self, vocab_size):
         logits, noises = self.rows_and_noises(vocab_size)
         nothing = [np.empty(0, np.int64)] * self.NUM_ROWS
-        rows, _ = read_logits(logits, [Warping()] * self.NUM_ROWS, nothing, noises)
+        rows, _ = read_logits(logits, [DistributionParams()] * self.NUM_ROWS, nothing, noises)
         assert rows.outside_token_ids == race(logits.double().softmax(-1), addresses_of(noises)).tolist()
         assert rows.outside_masses == pytest.approx([1.0] * self.NUM_ROWS)
 
@@ -418,7 +432,7 @@ class TestNoise:
 
     def test_the_drafts_choice_is_among_its_support(self, vocab_size):
         logits, noises = self.rows_and_noises(vocab_size)
-        drafts = draft_tokens(logits, [Warping()] * self.NUM_ROWS, [5] * self.NUM_ROWS, noises, 2)
+        drafts = draft_tokens(logits, [DistributionParams()] * self.NUM_ROWS, [5] * self.NUM_ROWS, noises, 2)
         for law, noise, draft in zip(logits.double().softmax(-1), noises, drafts, strict=True):
             kept = law.where(law >= law.topk(min(5, vocab_size)).values[-1], 0.0)
             kept = kept.where(law >= MIN_SUPPORT_PROB, 0.0)
@@ -428,23 +442,25 @@ class TestNoise:
 
     def test_rows_of_both_kinds_do_not_disturb_each_other(self, vocab_size):
         logits, noises = self.rows_and_noises(vocab_size)
-        warpings, limits = [Warping()] * self.NUM_ROWS, [9] * self.NUM_ROWS
+        all_params, limits = [DistributionParams()] * self.NUM_ROWS, [9] * self.NUM_ROWS
         points = spread(self.NUM_ROWS).tolist()
         mixed = [noises[row] if row % 2 else points[row] for row in range(self.NUM_ROWS)]
-        together = draft_tokens(logits, warpings, limits, mixed)
-        for row, kind in enumerate([draft_tokens(logits, warpings, limits, it) for it in (points, noises)] * 20):
+        together = draft_tokens(logits, all_params, limits, mixed)
+        for row, kind in enumerate([draft_tokens(logits, all_params, limits, it) for it in (points, noises)] * 20):
             assert together[row].token_id == kind[row].token_id
             assert np.array_equal(together[row].weights, kind[row].weights)
 
 
 def unfair_draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points, noises, num_others):
     """Broken: squares the uniforms, so that low ids are drawn too often."""
-    return host_rows.draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, points**2, noises, num_others)
+    return cpu_kernels.draft_rows(
+        rows, vocab_sizes, temperatures, min_prob, max_supports, points**2, noises, num_others
+    )
 
 
 def unfair_target_rows(rows, temperatures, ids, sizes, points, noises):
     """Broken in the same way."""
-    return host_rows.target_rows(rows, temperatures, ids, sizes, points**2, noises)
+    return cpu_kernels.target_rows(rows, temperatures, ids, sizes, points**2, noises)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Reading rows where a GPU has them: device_rows' work, by few kernels.
+"""The reader for GPUs: what the reference does, by few kernels.
 
 Many programs read a row together, each a part of it. They find the largest score, which says whether the row is a law,
 the sum of exponentials, and then the candidates for a support; one more draws from these. What a draw takes matters,
@@ -14,18 +14,16 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from outrider.protocol.scales import PROB_UNIT, WEIGHT_UNIT
-from outrider.sampling.readers.device_rows import RowOptions, table_width
-from outrider.sampling.readers.host_rows import GIVEN
+from outrider.sampling.readers.tables import RowOptions, TableReader, table_width
 from outrider.sampling.rng import Purpose
 
-_GIVEN, _NOISE = tl.constexpr(GIVEN), tl.constexpr(int(Purpose.NOISE))
+_NOISE = tl.constexpr(int(Purpose.NOISE))
 _WEIGHT_UNIT, _PROB_UNIT = tl.constexpr(WEIGHT_UNIT), tl.constexpr(PROB_UNIT)
 _NO_ID = tl.constexpr(1 << 30)
 _PART, _BLOCK = 4096, 8192
@@ -34,9 +32,8 @@ _USUAL_PARTS = 64  # of a vocabulary of up to 262,144
 log = logging.getLogger(__name__)
 
 
-@lru_cache
 def can_run(device: torch.device) -> bool:
-    """Return whether the device runs these kernels: tried once. It may lack the compiler that Triton needs."""
+    """Return whether the device runs these kernels, which is tried. It may lack the compiler that Triton needs."""
     size, one = torch.full((1,), _BLOCK, dtype=torch.float64, device=device), torch.ones(1, 4, device=device).double()
     rows = torch.zeros(1, _BLOCK, device=device)  # long enough to be cut as those of usual vocabularies are
     options = RowOptions(one[:, 0], 0 * one[:, 0], 0 * one)
@@ -114,8 +111,7 @@ def _inverse(temperature):
 def _numbers(scores, ids, top, first, temperature):
     """Return numbers in proportion to a row's probabilities: at the temperature 0 that of the id `first` alone."""
     numbers = tl.exp((scores - top) * _inverse(temperature))
-    numbers = tl.where(temperature == 0, (ids == first).to(tl.float32), numbers)
-    return tl.where(temperature == _GIVEN, tl.where(scores == float("-inf"), 0.0, scores), numbers)
+    return tl.where(temperature == 0, (ids == first).to(tl.float32), numbers)
 
 
 @triton.jit
@@ -144,8 +140,7 @@ def _collect(
     ids = part * PART + tl.arange(0, PART)
     scores = tl.load(rows + row * row_stride + ids, mask=ids < size, other=float("-inf"))
     numbers = _numbers(scores, ids, top, first, temperature)
-    largest = tl.where(temperature == _GIVEN, top, 1.0)
-    least = tl.minimum(largest, (min_prob * total).to(tl.float32))
+    least = tl.minimum(1.0, (min_prob * total).to(tl.float32))  # the likeliest has the number 1
     is_candidate = (numbers >= least) & (numbers > 0) & (ids < size)
     its_counts = counts + row * num_parts
     if ARE_COUNTED:
@@ -292,7 +287,7 @@ def draft_table(
     most: int,
     num_others: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what device_rows.draft_table does. Where numbers at a support's limit are equal, it may stay below it."""
+    """Do what reference.draft_table does. Where numbers at a support's limit are equal, it may stay below it."""
     rows, room = rows.float(), triton.next_power_of_2(min(int(1 / min_prob) + 1, rows.shape[1]))
     most = min(triton.next_power_of_2(most), room)
     table = torch.empty(len(rows), table_width(most, num_others), dtype=torch.float64, device=rows.device)
@@ -430,7 +425,7 @@ def _race(weights, size, noise, BLOCK: tl.constexpr):
 
 
 def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, options: RowOptions) -> torch.Tensor:
-    """Do what device_rows.target_table does."""
+    """Do what reference.target_table does."""
     rows = rows.float()
     num_rows, vocab_size = rows.shape
     left = torch.empty(num_rows, vocab_size, dtype=torch.float64, device=rows.device)
@@ -447,6 +442,9 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
             BLOCK=min(_BLOCK, triton.next_power_of_2(vocab_size)), BLOCK_IDS=256, num_warps=16,
         )  # fmt: skip
     return table
+
+
+READER = TableReader(draft_table, target_table)
 
 
 def _on(device: torch.device) -> AbstractContextManager:

@@ -5,6 +5,8 @@ Shapes: N rows, V vocabulary size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,26 +15,20 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from outrider.protocol.scales import PROB_UNIT, WEIGHT_UNIT
-from outrider.sampling import probs as probs_module
-from outrider.sampling.probs import (
-    MIN_SUPPORT_PROB,
-    begin_reading,
-    draft_tokens,
-    draw_drafts,
-    probability_rows,
-    read_logits,
-    read_target_rows,
-)
+from outrider.sampling import filters, pipeline, readers
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.draws import MIN_SUPPORT_PROB
 from outrider.sampling.race import race
-from outrider.sampling.readers.device_rows import inverse_cdf
+from outrider.sampling.readers import reference, tables
+from outrider.sampling.readers.reference import inverse_cdf
 from outrider.sampling.rng import Noise, Purpose, uniforms
-from outrider.sampling.warping import Warping
+from tests.rows import draft_tokens, draw_drafts, probability_rows, read_logits, read_target_rows
 from tests.toy_services import addresses_of
 
 VOCAB_SIZE = 50
 TOLERANCE = 1e-14  # a softmax of 50 values near 1 in float64 loses a few units in the last place, 2^-53 = 1.1e-16 each
 GRID = [
-    Warping(temperature, top_k, top_p, min_p)
+    DistributionParams(temperature, top_k, top_p, min_p)
     for temperature in (0.3, 1.0, 1.7)
     for top_k in (0, 1, 7, VOCAB_SIZE, 10 * VOCAB_SIZE)
     for top_p in (1.0, 0.9, 0.35, 1e-6)
@@ -45,12 +41,12 @@ def logits_of(num_rows: int, seed: int, std: float = 2.0, vocab_size: int = VOCA
     return std * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def transformers_probs(logits: torch.Tensor, warping: Warping) -> torch.Tensor:
+def transformers_probs(logits: torch.Tensor, params: DistributionParams) -> torch.Tensor:
     """Return `[N, V]` as transformers' `generate` makes them, its warpers in its order."""
-    warpers: list = [TemperatureLogitsWarper(warping.temperature)]
-    warpers += [TopKLogitsWarper(warping.top_k)] if warping.top_k else []
-    warpers += [TopPLogitsWarper(warping.top_p)] if warping.top_p < 1 else []
-    warpers += [MinPLogitsWarper(warping.min_p)] if warping.min_p else []
+    warpers: list = [TemperatureLogitsWarper(params.temperature)]
+    warpers += [TopKLogitsWarper(params.top_k)] if params.top_k else []
+    warpers += [TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
+    warpers += [MinPLogitsWarper(params.min_p)] if params.min_p else []
     for warper in warpers:
         logits = warper(None, logits)
     return logits.softmax(-1)
@@ -59,48 +55,51 @@ def transformers_probs(logits: torch.Tensor, warping: Warping) -> torch.Tensor:
 @pytest.mark.parametrize("std", [0.1, 2.0, 10.0], ids=["flat", "usual", "sharp"])
 def test_rows_are_those_of_transformers_for_every_combination_of_filters(std):
     logits = logits_of(8, seed=1, std=std)
-    for warping in GRID:
-        actual = probability_rows(logits, [warping] * len(logits))
-        assert (actual - transformers_probs(logits, warping)).abs().max() < TOLERANCE, warping
+    for params in GRID:
+        actual = probability_rows(logits, [params] * len(logits))
+        assert (actual - transformers_probs(logits, params)).abs().max() < TOLERANCE, params
 
 
 def test_a_mixed_batch_gives_each_row_what_it_gets_alone():
-    warpings = [*GRID, Warping(0.0), Warping(0.0, top_k=3)]
-    logits = logits_of(len(warpings), seed=2)
-    together = probability_rows(logits, warpings)
-    for row, warping, probs in zip(logits, warpings, together, strict=True):
-        assert torch.equal(probs, probability_rows(row[None], [warping])[0]), warping
+    all_params = [*GRID, DistributionParams(0.0), DistributionParams(0.0, top_k=3)]
+    logits = logits_of(len(all_params), seed=2)
+    together = probability_rows(logits, all_params)
+    for row, params, probs in zip(logits, all_params, together, strict=True):
+        assert torch.equal(probs, probability_rows(row[None], [params])[0]), params
 
 
 def test_a_batch_of_plain_rows_is_a_softmax():
     logits = logits_of(4, seed=3)
-    assert torch.equal(probability_rows(logits, [Warping()] * 4), logits.softmax(-1))
+    assert torch.equal(probability_rows(logits, [DistributionParams()] * 4), logits.softmax(-1))
 
 
 def test_temperature_0_is_one_hot_at_the_lowest_of_the_likeliest():
     logits = torch.tensor([[1.0, 3.0, 3.0, -2.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    assert probability_rows(logits, [Warping(0.0)] * 2).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert probability_rows(logits, [DistributionParams(0.0)] * 2).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
 
 
 def test_the_likeliest_token_survives_every_filter():
     logits = logits_of(8, seed=4)
-    warping = Warping(1.0, top_k=1, top_p=1e-9, min_p=1.0)
-    assert torch.equal(probability_rows(logits, [warping] * 8), probability_rows(logits, [Warping(0.0)] * 8))
+    params = DistributionParams(1.0, top_k=1, top_p=1e-9, min_p=1.0)
+    assert torch.equal(probability_rows(logits, [params] * 8), probability_rows(logits, [DistributionParams(0.0)] * 8))
 
 
 def test_filters_that_keep_all_change_nothing():
     logits = logits_of(8, seed=4)
-    for off, on in ((Warping(top_k=2**31 - 1), Warping()), (Warping(top_k=3, top_p=1.0, min_p=0.0), Warping(top_k=3))):
+    for off, on in (
+        (DistributionParams(top_k=2**31 - 1), DistributionParams()),
+        (DistributionParams(top_k=3, top_p=1.0, min_p=0.0), DistributionParams(top_k=3)),
+    ):
         difference = probability_rows(logits, [off] * 8) - probability_rows(logits, [on] * 8)
         assert difference.abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_rows_are_float32_where_logits_are_not_wider(dtype):
+def test_rows_keep_their_type_and_are_what_their_logits_are_in_float32(dtype):
     logits = logits_of(3, seed=5).to(dtype)
-    probs = probability_rows(logits, [Warping(0.5, top_k=5)] * 3)
-    assert probs.dtype == torch.float32
-    assert torch.equal(probs, probability_rows(logits.float(), [Warping(0.5, top_k=5)] * 3))
+    probs = probability_rows(logits, [DistributionParams(0.5, top_k=5)] * 3)
+    assert filters.filtered(logits, [DistributionParams(0.5, top_k=5)] * 3).dtype == dtype
+    assert torch.equal(probs, probability_rows(logits.float(), [DistributionParams(0.5, top_k=5)] * 3))
 
 
 @given(weights=st.lists(st.integers(0, 3), min_size=1, max_size=8).filter(any), point=st.floats(0, 1, exclude_max=True))
@@ -128,7 +127,7 @@ def test_a_row_without_weight_draws_index_0():
 class TestDrafts:
     """The support is every token of at least MIN_SUPPORT_PROB, cut at the row's own limit."""
 
-    PROBS = probability_rows(logits_of(64, seed=6, std=3.0), [Warping()] * 64)
+    PROBS = probability_rows(logits_of(64, seed=6, std=3.0), [DistributionParams()] * 64)
 
     def drafts(self, max_support: int):
         return draw_drafts(self.PROBS, [max_support] * 64, uniforms(7, np.arange(64), Purpose.DRAFT).tolist())
@@ -175,7 +174,7 @@ class TestDrafts:
 
     def test_a_greedy_row_has_a_support_of_one(self):
         drafts = draw_drafts(
-            probability_rows(logits_of(4, seed=9), [Warping(0.0)] * 4), [256] * 4, [0.0, 0.3, 0.6, 0.999]
+            probability_rows(logits_of(4, seed=9), [DistributionParams(0.0)] * 4), [256] * 4, [0.0, 0.3, 0.6, 0.999]
         )
         assert [draft.support_ids.tolist() for draft in drafts] == [[draft.token_id] for draft in drafts]
         assert [draft.weights.tolist() for draft in drafts] == [[8192]] * 4
@@ -184,7 +183,7 @@ class TestDrafts:
     def test_tokens_without_probability_are_in_no_support(self):
         """Masked ids and probabilities that vanish alike."""
         logits = torch.tensor([[0.0, -torch.inf, 1.0, -200.0]], dtype=torch.float64)
-        [draft] = draw_drafts(probability_rows(logits, [Warping()]), [4], [0.5])
+        [draft] = draw_drafts(probability_rows(logits, [DistributionParams()]), [4], [0.5])
         assert draft.support_ids.tolist() == [0, 2]
 
     def test_a_row_without_likely_tokens_keeps_the_likeliest(self):
@@ -198,7 +197,7 @@ class TestDrafts:
 class TestTargetRows:
     """A row is told by its probabilities on the support, rounded down, and the mass and one draw of what is left."""
 
-    PROBS = probability_rows(logits_of(4, seed=10), [Warping()] * 4)
+    PROBS = probability_rows(logits_of(4, seed=10), [DistributionParams()] * 4)
     SUPPORTS = tuple(np.array(ids, dtype=np.int64) for ids in ([], [3], [0, 7, 49], range(VOCAB_SIZE)))
 
     def test_probabilities_and_masses_are_the_rows_own(self):
@@ -215,7 +214,7 @@ class TestTargetRows:
 
     def test_a_small_mass_outside_keeps_its_precision(self):
         """1 - p(S) would give 0 or 1.1e-16 where the mass is e^-40 = 4.2e-18."""
-        probs = probability_rows(torch.tensor([[0.0, -40.0, 0.0]], dtype=torch.float64), [Warping()])
+        probs = probability_rows(torch.tensor([[0.0, -40.0, 0.0]], dtype=torch.float64), [DistributionParams()])
         mass = read_target_rows(probs, [np.array([0, 2])], [0.5]).outside_masses[0]
         assert mass == pytest.approx(np.exp(-40) / 2, rel=1e-12)
 
@@ -244,9 +243,9 @@ class TestTargetRows:
         logits = logits_of(4, seed=3)
         supports = [np.array(ids, dtype=np.int64) for ids in ([], [3], [0, 7, 49])]
         supports.append(np.array([logits[3].argmax().item()]))
-        one_hot = probability_rows(logits, [Warping(temperature=0)] * 4)
+        one_hot = probability_rows(logits, [DistributionParams(temperature=0)] * 4)
         expected = read_target_rows(one_hot, supports, [0.3] * 4)
-        rows, _ = read_logits(logits, [Warping(temperature=0)] * 4, supports, [0.3] * 4)
+        rows, _ = read_logits(logits, [DistributionParams(temperature=0)] * 4, supports, [0.3] * 4)
         assert rows.outside_masses == expected.outside_masses
         assert rows.outside_token_ids == expected.outside_token_ids
         assert all(map(np.array_equal, rows.support_probs, expected.support_probs))
@@ -254,9 +253,9 @@ class TestTargetRows:
 
 def test_greedy_drafts_are_those_of_one_hot_rows():
     logits = logits_of(5, seed=4)
-    expected = draw_drafts(probability_rows(logits, [Warping(temperature=0)] * 5), [9] * 5, [0.2] * 5)
+    expected = draw_drafts(probability_rows(logits, [DistributionParams(temperature=0)] * 5), [9] * 5, [0.2] * 5)
     for draft, other in zip(
-        draft_tokens(logits, [Warping(temperature=0)] * 5, [9] * 5, [0.2] * 5), expected, strict=True
+        draft_tokens(logits, [DistributionParams(temperature=0)] * 5, [9] * 5, [0.2] * 5), expected, strict=True
     ):
         assert (draft.token_id, draft.token_prob) == (other.token_id, other.token_prob)
         assert np.array_equal(draft.support_ids, other.support_ids)
@@ -279,40 +278,43 @@ class TestElsewhere:
             return counting
 
         monkeypatch.setattr(torch.Tensor, "cpu", counted(torch.Tensor.cpu))
-        monkeypatch.setattr(probs_module, "begin_to_host", counted(probs_module.begin_to_host))
-        monkeypatch.setattr(probs_module, "lies_on_host", lambda tensor: False)
+        monkeypatch.setattr(tables, "begin_to_host", counted(tables.begin_to_host))
+        for module in (pipeline, readers, filters):
+            monkeypatch.setattr(module, "lies_on_host", lambda tensor: False)
         return counts
 
     def test_a_batch_of_drafts_takes_one_copy_and_is_what_it_was(self, copies, monkeypatch):
-        probs = logits_of(5, seed=6).softmax(-1)
-        points = [0.1, 0.3, 0.5, 0.7, 0.9]
-        elsewhere = draw_drafts(probs, [8] * 5, points)
+        logits, points = logits_of(5, seed=6).float(), [0.1, 0.3, 0.5, 0.7, 0.9]
+        arguments = logits, [DistributionParams()] * 5, [8] * 5, points
+        elsewhere = draft_tokens(*arguments)
         assert len(copies) == 1
         monkeypatch.undo()
-        for draft, expected in zip(elsewhere, draw_drafts(probs, [8] * 5, points), strict=True):
+        for draft, expected in zip(elsewhere, draft_tokens(*arguments), strict=True):
             assert (draft.token_id, draft.token_prob) == (expected.token_id, expected.token_prob)
             assert np.array_equal(draft.support_ids, expected.support_ids)
             assert np.array_equal(draft.weights, expected.weights)
 
     def test_the_targets_rows_take_one_copy_and_are_what_they_were(self, copies, monkeypatch):
-        probs = logits_of(3, seed=7).softmax(-1)
+        logits, plain = logits_of(3, seed=7).float(), [DistributionParams()] * 3
         supports = [np.array([1, 4]), np.array([], dtype=np.int64), np.array([0, 2, 49])]
-        elsewhere = read_target_rows(probs, supports, [0.1, 0.5, 0.9])
+        elsewhere, _ = read_logits(logits, plain, supports, [0.1, 0.5, 0.9])
         assert len(copies) == 1
         monkeypatch.undo()
-        expected = read_target_rows(probs, supports, [0.1, 0.5, 0.9])
-        assert elsewhere.outside_masses == pytest.approx(expected.outside_masses, rel=1e-14)
+        expected, _ = read_logits(logits, plain, supports, [0.1, 0.5, 0.9])
+        assert elsewhere.outside_masses == pytest.approx(expected.outside_masses, abs=1e-6)
         assert elsewhere.outside_token_ids == expected.outside_token_ids
         for actual, row in zip(elsewhere.support_probs, expected.support_probs, strict=True):
             assert actual.dtype == np.float64
             assert np.array_equal(actual, row)
 
-    @pytest.mark.parametrize("warping", [Warping(0.7), Warping(0.7, top_k=9)], ids=["plain", "filtered"])
-    def test_what_a_begun_reading_finds_is_what_compiled_code_finds(self, monkeypatch, warping):
+    @pytest.mark.parametrize(
+        "params", [DistributionParams(0.7), DistributionParams(0.7, top_k=9)], ids=["plain", "filtered"]
+    )
+    def test_what_a_begun_reading_finds_is_what_compiled_code_finds(self, request, params):
         logits, supports, points = logits_of(2, seed=8).float(), [np.array([1, 4])] * 2, [0.2, 0.8]
-        expected, _ = read_logits(logits, [warping] * 2, supports, points)
-        monkeypatch.setattr(probs_module, "lies_on_host", lambda tensor: False)
-        rows, are_laws = begin_reading(logits, [warping] * 2, supports, points)()
+        expected, _ = read_logits(logits, [params] * 2, supports, points)
+        request.getfixturevalue("copies")
+        rows, are_laws = pipeline.begin_reading([logits], [params] * 2, supports, points)()
         assert rows.outside_token_ids == expected.outside_token_ids
         assert rows.outside_masses == pytest.approx(expected.outside_masses, abs=1e-5)
         for actual, told in zip(rows.support_probs, expected.support_probs, strict=True):
@@ -323,7 +325,7 @@ class TestElsewhere:
         """What happens to the rows between its begin and its result shows when they are read."""
         for is_elsewhere in (True, False):
             logits = logits_of(1, seed=9)
-            result = begin_reading(logits, [Warping()], [np.array([1])], [0.5])
+            result = pipeline.begin_reading([logits], [DistributionParams()], [np.array([1])], [0.5])
             logits[0, 1] = 40.0
             rows, _ = result()
             assert bool(rows.support_probs[0][0] < 0.9) is is_elsewhere
@@ -339,13 +341,13 @@ class TestOthers:
     def drafts(self, temperature: float, is_float32: bool, top_k: int = 0, limit: int = VOCAB_SIZE):
         logits = self.LOGITS.float() if is_float32 else self.LOGITS.double()
         points = uniforms(7, np.arange(len(logits)), Purpose.DRAFT).tolist()
-        warpings = [Warping(temperature, top_k)] * len(logits)
-        return draft_tokens(logits, warpings, [limit] * len(logits), points, self.NUMBER)
+        all_params = [DistributionParams(temperature, top_k)] * len(logits)
+        return draft_tokens(logits, all_params, [limit] * len(logits), points, self.NUMBER)
 
     @pytest.mark.parametrize("is_float32", [True, False], ids=["compiled", "general"])
     @pytest.mark.parametrize("temperature", [0.7, 1.0])
     def test_of_a_drawn_token_are_the_likeliest_of_its_law(self, temperature, is_float32):
-        laws = probability_rows(self.LOGITS, [Warping(temperature)] * len(self.LOGITS))
+        laws = probability_rows(self.LOGITS, [DistributionParams(temperature)] * len(self.LOGITS))
         for law, draft in zip(laws.tolist(), self.drafts(temperature, is_float32), strict=True):
             likeliest = sorted((it for it in range(VOCAB_SIZE) if it != draft.token_id), key=law.__getitem__)
             assert [token_id for token_id, _ in draft.others] == likeliest[-self.NUMBER :][::-1]
@@ -361,7 +363,7 @@ class TestOthers:
             assert [share for _, share in draft.others] == pytest.approx(shares[1:].tolist(), rel=1e-4)
 
     def test_of_a_token_drawn_with_noise_are_those_that_would_arrive_next(self):
-        probs = probability_rows(self.LOGITS.double(), [Warping()] * len(self.LOGITS))
+        probs = probability_rows(self.LOGITS.double(), [DistributionParams()] * len(self.LOGITS))
         for position, row in enumerate(probs):
             [draft] = draw_drafts(row[None], [VOCAB_SIZE], [Noise(3, position)], self.NUMBER)
             arrived = [draft.token_id, *(token_id for token_id, _ in draft.others)]
@@ -377,22 +379,22 @@ class TestOthers:
             torch.float32 if is_float32 else torch.float64
         )
         for temperature in (0.0, 1.0):
-            assert draft_tokens(logits, [Warping(temperature)], [9], [0.5], self.NUMBER)[0].others == ()
+            assert draft_tokens(logits, [DistributionParams(temperature)], [9], [0.5], self.NUMBER)[0].others == ()
 
     def test_none_are_told_where_none_are_asked_for(self):
-        assert draft_tokens(self.LOGITS, [Warping()] * 12, [9] * 12, [0.5] * 12)[0].others == ()
+        assert draft_tokens(self.LOGITS, [DistributionParams()] * 12, [9] * 12, [0.5] * 12)[0].others == ()
 
 
 class TestMixedBatches:
     """Filtered rows among plain ones, greedy ones and large supports: each is read by what it needs, as if alone."""
 
-    WARPINGS = (
-        Warping(),
-        Warping(0.7, top_k=5),
-        Warping(0.0),
-        Warping(1.3, top_p=0.6),
-        Warping(0.4),
-        Warping(min_p=0.1),
+    PARAMS = (
+        DistributionParams(),
+        DistributionParams(0.7, top_k=5),
+        DistributionParams(0.0),
+        DistributionParams(1.3, top_p=0.6),
+        DistributionParams(0.4),
+        DistributionParams(min_p=0.1),
     )
     NUMBERS = (0.1, 0.5, 0.9, Noise(3, 1), Noise(3, 2), 0.7)
     LIMITS = (9, 9, 9, 2000, 2000, 9)
@@ -411,43 +413,42 @@ class TestMixedBatches:
         )
 
     def test_every_draft_is_to_the_last_bit_what_it_is_alone(self, logits):
-        drafts = draft_tokens(logits, self.WARPINGS, self.LIMITS, self.NUMBERS, 2)
+        drafts = draft_tokens(logits, self.PARAMS, self.LIMITS, self.NUMBERS, 2)
         for index, draft in enumerate(drafts):
             its = slice(index, index + 1)
-            [alone] = draft_tokens(logits[its], self.WARPINGS[its], self.LIMITS[its], self.NUMBERS[its], 2)
+            [alone] = draft_tokens(logits[its], self.PARAMS[its], self.LIMITS[its], self.NUMBERS[its], 2)
             assert (draft is None) == (alone is None) == (index == 1)
             assert draft is None or self.same(draft, alone)
 
     def test_every_target_row_is_to_the_last_bit_what_it_is_alone(self, logits):
         supports = [np.arange(size) for size in (3, 0, 50, 1, 7, 2)]
-        rows, finite = read_logits(logits, self.WARPINGS, supports, self.NUMBERS)
+        rows, finite = read_logits(logits, self.PARAMS, supports, self.NUMBERS)
         assert finite == [index != 1 for index in range(6)]
         for index in (0, 2, 3, 4, 5):
             its = slice(index, index + 1)
-            alone, _ = read_logits(logits[its], self.WARPINGS[its], supports[its], self.NUMBERS[its])
+            alone, _ = read_logits(logits[its], self.PARAMS[its], supports[its], self.NUMBERS[its])
             assert np.array_equal(rows.support_probs[index], alone.support_probs[0])
             assert rows.outside_masses[index] == alone.outside_masses[0]
             assert rows.outside_token_ids[index] == alone.outside_token_ids[0]
 
     def test_plain_rows_do_not_go_through_filters(self, logits, monkeypatch):
         filtered: list = []
-        filters = probs_module.probability_rows
-        monkeypatch.setattr(
-            probs_module,
-            "probability_rows",
-            lambda rows, warpings: filtered.extend(warpings) or filters(rows, warpings),
-        )
-        draft_tokens(logits, self.WARPINGS, self.LIMITS, self.NUMBERS)
-        assert sorted(map(str, filtered)) == sorted(str(it) for it in self.WARPINGS if it.has_filters)
+
+        def note(logits, rows, params, vocab_sizes):
+            filtered.extend(params[row] for row in rows)
+
+        monkeypatch.setattr(pipeline, "filter_rows", note)
+        draft_tokens(logits, self.PARAMS, self.LIMITS, self.NUMBERS)
+        assert sorted(map(str, filtered)) == sorted(str(it) for it in self.PARAMS if it.has_filters)
 
     def test_one_large_support_makes_the_others_no_wider(self, logits, monkeypatch):
         widths: list[tuple[int, int]] = []
-        read = probs_module.device_rows.draft_table
+        read = reference.READER.draft_table
 
         def note(rows, sizes, options, most, min_prob, room, others):
             widths.append((len(rows), room))
             return read(rows, sizes, options, most, min_prob, room, others)
 
-        monkeypatch.setattr(probs_module.device_rows, "draft_table", note)
-        draft_tokens(logits.double(), [Warping()] * 6, self.LIMITS, [0.5] * 6)
-        assert sorted(widths) == [(2, 2000), (4, 1024)]
+        monkeypatch.setattr(readers, "table_reader_for", lambda logits: replace(reference.READER, draft_table=note))
+        draft_tokens(logits.double(), [DistributionParams()] * 6, self.LIMITS, [0.5] * 6)
+        assert widths == [(6, 1024)]

@@ -1,8 +1,8 @@
-"""Torch code that reads rows where an accelerator has them: host_rows' work, in a few operations of fixed shapes.
+"""The reference reader: a few operations of torch, with fixed shapes, wherever the rows are.
 
 Drafts are drawn without waiting for the device, so that it can be recorded in a graph, and what is found comes to the
-host in one copy. gpu_rows has kernels that do the same. A row of logits becomes probabilities on the way, by its
-temperature, where 0 is the likeliest token alone; a row whose temperature is GIVEN holds probabilities already.
+host in one copy. A row of logits becomes probabilities on the way, by its temperature, where 0 is the likeliest token
+alone.
 
 Shapes: N rows, V vocabulary size, S tokens of a support at most, I ids of all supports, M other tokens.
 """
@@ -15,38 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from outrider.protocol.scales import WEIGHT_UNIT, round_down
+from outrider.sampling.distribution import COLDEST
 from outrider.sampling.race import arrival_times, race
-from outrider.sampling.readers.host_rows import GIVEN
-from outrider.sampling.warping import COLDEST
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """How rows are read, each array float64 and on their device, as on_device brings them."""
-
-    temperatures: torch.Tensor  # [N]
-    uniforms: torch.Tensor  # [N]
-    noises: torch.Tensor  # [N, 4], host_rows.noise_addresses: noise takes the place of the uniform
-
-    @property
-    def are_given(self) -> torch.Tensor:
-        """Which rows hold probabilities, `[N, 1]`."""
-        return (self.temperatures == GIVEN)[:, None]
-
-    @property
-    def are_greedy(self) -> torch.Tensor:
-        """Which rows are the likeliest token alone, `[N, 1]`."""
-        return (self.temperatures == 0)[:, None]
-
-    @property
-    def are_coupled(self) -> torch.Tensor:
-        """Which rows are drawn from with noise, `[N, 1]`: a greedy one needs none."""
-        return (self.noises[:, :1] != 0) & ~self.are_greedy
+from outrider.sampling.readers.tables import RowOptions, TableReader
 
 
 @dataclass(frozen=True)
 class DraftRows:
-    """What host_rows.draft_rows returns, with supports of one size, padded by weights of 0."""
+    """What cpu_kernels.draft_rows returns, with supports of one size, padded by weights of 0."""
 
     ids: torch.Tensor  # [N, S] int64, ascending
     weights: torch.Tensor  # [N, S] int64
@@ -65,11 +41,6 @@ class DraftRows:
     def token_ids(self) -> torch.Tensor:
         """The tokens drawn, `[N] int64`; 0 where the row is not finite."""
         return torch.where(self.are_finite, self.ids.gather(1, self.places), 0)[:, 0]
-
-
-def table_width(most: int, num_others: int) -> int:
-    """Return how many numbers a row of a table has, for supports of `most` tokens and so many others."""
-    return 2 * most + 2 + 2 * num_others
 
 
 def draft_table(*arguments, **settings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,13 +80,13 @@ def draft_rows(
     weights = torch.where(kept_probs > 0, (kept_probs / WEIGHT_UNIT).round().long().clamp(min=1), 0)
     by_uniform = _place(weights, options.uniforms)
     rates = kept_probs / arrival_times(options.noises.long(), support)
-    places = torch.where(options.are_coupled, rates.argmax(-1, keepdim=True), by_uniform)
+    places = torch.where(options.have_noise, rates.argmax(-1, keepdim=True), by_uniform)
     if num_others:
         drawn_rank = order.gather(1, places)
         others, other_probs = _others(top, ids, probs, drawn_rank, options.are_greedy, num_others)
         next_places, next_shares = _next_in_race(rates, num_others)
-        others = torch.where(options.are_coupled, support.gather(1, next_places), others)
-        other_probs = torch.where(options.are_coupled, next_shares, other_probs)
+        others = torch.where(options.have_noise, support.gather(1, next_places), others)
+        other_probs = torch.where(options.have_noise, next_shares, other_probs)
     else:
         others, other_probs = ids[:, :0], probs[:, :0]
     support = torch.where(weights > 0, support, 0)
@@ -129,8 +100,7 @@ def _probs(top: torch.Tensor, scores: torch.Tensor, options: RowOptions) -> torc
     sums = ((scores.double() - largest) / temperatures).exp_().sum(-1, keepdim=True)
     probs = ((top.double() - largest) / temperatures).exp_() / sums
     is_first = torch.arange(top.shape[1], device=top.device) == 0
-    probs = torch.where(options.are_greedy, is_first.double(), probs)
-    return torch.where(options.are_given, top.double(), probs)
+    return torch.where(options.are_greedy, is_first.double(), probs)
 
 
 def _place(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -178,23 +148,22 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
     likeliest, places = rows.max(-1, keepdim=True)
     left = ((rows.double() - likeliest.double()) / options.temperatures.clamp(min=COLDEST)[:, None]).exp_()
     left /= left.sum(-1, keepdim=True)
-    left = torch.where(options.are_given, rows.double(), left)
     left = torch.where(options.are_greedy, torch.zeros_like(left).scatter_(1, places, 1.0), left)
     on_support = left.take(cells)
-    told = round_down(on_support)
-    left.view(-1)[cells] = on_support - told
+    reported = round_down(on_support)
+    left.view(-1)[cells] = on_support - reported
     masses, token_ids = left.sum(-1), _draw(left, options)
     left.view(-1)[cells] = on_support
     token_probs = left.gather(1, token_ids[:, None])[:, 0]
-    return torch.cat([masses, token_ids.double(), likeliest[:, 0].isfinite().double(), token_probs, told])
+    return torch.cat([masses, token_ids.double(), likeliest[:, 0].isfinite().double(), token_probs, reported])
 
 
 def _draw(weights: torch.Tensor, options: RowOptions) -> torch.Tensor:
     """Return a token for each row of `weights` `[N, V]`, drawn with its noise, or else its uniform: `[N] int64`."""
     token_ids = inverse_cdf(weights, options.uniforms)
-    coupled = options.are_coupled[:, 0].nonzero()[:, 0]
-    if len(coupled):
-        token_ids[coupled] = race(weights[coupled], options.noises[coupled].long())
+    with_noise = options.have_noise[:, 0].nonzero()[:, 0]
+    if len(with_noise):
+        token_ids[with_noise] = race(weights[with_noise], options.noises[with_noise].long())
     return token_ids
 
 
@@ -204,3 +173,6 @@ def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     points = uniforms.to(cumulative) * cumulative[:, -1]
     indices = torch.searchsorted(cumulative, points[:, None], right=True)[:, 0]
     return torch.where(cumulative[:, -1] > 0, indices.clamp(max=weights.shape[-1] - 1), 0)
+
+
+READER = TableReader(draft_table, target_table)

@@ -1,29 +1,26 @@
-"""Compiled code that reads rows where the CPU has them. Pure functions on numpy arrays.
+"""Compiled code for CPUs: filters, and the reading of rows. Pure functions on numpy arrays.
 
 A row needs a dozen operations on some thousand numbers, which in numpy or torch take many times as long to begin as to
-compute. A row of logits becomes probabilities on the way, by its temperature, where 0 is the likeliest token alone; a
-row whose temperature is GIVEN holds probabilities already.
+compute. A row of logits becomes probabilities on the way, by its temperature, where 0 is the likeliest token alone.
 
 A token's score s, its logit less the greatest one over the temperature, is computed in float32 and off by 3 |s| 2^-24
 at most, and its probability by that and 2^-21 of itself; below e^-87 it is 0. That holds for every finite logit and
-every temperature that Warping takes. Sums are float64.
+every temperature that DistributionParams takes. Sums are float64.
 
 Shapes: N rows, V vocabulary size, S tokens of a support.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from outrider.common.compiling import SUMS, compiled, exponential, largest
 from outrider.protocol.scales import PROB_UNIT, WEIGHT_UNIT
-from outrider.sampling.rng import KEY_INCREMENTS, MULTIPLIERS, Noise, Purpose, key_of
+from outrider.sampling.rng import KEY_INCREMENTS, MULTIPLIERS, Purpose
 
-GIVEN = -1.0
 _NOISE = int(Purpose.NOISE)
 _JUST_BELOW_ONE = 1 - 1e-12  # for the last bits of a product and a logarithm
+_FIRST_RANKED = 256  # tokens that are ranked at first; top_p seldom needs more
 _BLOCK = 64  # weights that are summed before the draw looks for its place among them
 
 
@@ -36,7 +33,7 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
     Args:
         vocab_sizes: `[N]` int64; what a row holds from there on does not count.
         temperatures, max_supports, uniforms: `[N]` float64, int64, float64.
-        noises: `[N, 4]` uint64, by noise_addresses: where it tells of noise, that takes the place of the uniform.
+        noises: `[N, 4]` uint64, draws.noise_addresses: where there is noise, it takes the place of the uniform.
         num_others: how many of the likeliest tokens that were not drawn are told.
 
     Returns:
@@ -48,10 +45,10 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
     ids, weights = np.empty(rows.size, np.int64), np.empty(rows.size, np.int64)
     sizes, places, finite = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64), np.zeros(num_rows, np.bool_)
     others, other_probs = np.zeros((num_rows, num_others), np.int64), np.zeros((num_rows, num_others))
-    room = np.empty(rows.shape[1], rows.dtype)
+    buffer = np.empty(rows.shape[1], rows.dtype)
     first = 0
     for row in range(num_rows):
-        scores, probs = rows[row, : vocab_sizes[row]], room[: vocab_sizes[row]]
+        scores, probs = rows[row, : vocab_sizes[row]], buffer[: vocab_sizes[row]]
         total = _probabilities(scores, temperatures[row], probs)
         if not np.isfinite(total):
             continue
@@ -87,7 +84,7 @@ def target_rows(rows, temperatures, ids, sizes, uniforms, noises):
         it, whether the row is finite, and the token's whole probability, float64.
     """
     num_rows, vocab_size = rows.shape
-    told, masses, token_ids = np.zeros(len(ids)), np.zeros(num_rows), np.zeros(num_rows, np.int64)
+    reported, masses, token_ids = np.zeros(len(ids)), np.zeros(num_rows), np.zeros(num_rows, np.int64)
     finite, token_probs = np.zeros(num_rows, np.bool_), np.zeros(num_rows)
     probs, left = np.empty(vocab_size, rows.dtype), np.empty(vocab_size)
     sums, complements = np.empty(-(-vocab_size // _BLOCK)), np.empty(vocab_size + 1)
@@ -101,32 +98,28 @@ def target_rows(rows, temperatures, ids, sizes, uniforms, noises):
         scale = 1 / total
         for token_id in range(vocab_size):
             left[token_id] = probs[token_id] * scale
-        for place in range(first, end):
-            prob = left[ids[place]]
-            told[place] = np.floor(prob / PROB_UNIT) * PROB_UNIT
-            left[ids[place]] = prob - told[place]
+        report_support(left, ids[first:end], reported[first:end])
         masses[row] = _block_sums(left, sums)
         if noises[row, 0] and temperatures[row] != 0:
             token_ids[row] = _race(left, noises[row], complements)
         else:
             token_ids[row] = _draw(left, sums, uniforms[row] * masses[row])
         token_probs[row] = probs[token_ids[row]] * scale
-    return told, masses, token_ids, finite, token_probs
+    return reported, masses, token_ids, finite, token_probs
 
 
-def noise_addresses(numbers: Sequence[object]) -> np.ndarray:
-    """Return `[N, 4]` uint64: 1, the two words of its seed, and its position, for each Noise; 0 for every uniform."""
-    return np.array(
-        [[1, *key_of(it.seed), it.position] if isinstance(it, Noise) else [0] * 4 for it in numbers], dtype=np.uint64
-    ).reshape(-1, 4)
+@compiled(on_disk=False)
+def report_support(left, ids, reported):
+    """Write a row's probabilities of `ids`, rounded down; `left` `[V]`, the row, keeps what that leaves of it."""
+    for index in range(len(ids)):
+        prob = left[ids[index]]
+        reported[index] = np.floor(prob / PROB_UNIT) * PROB_UNIT
+        left[ids[index]] = prob - reported[index]
 
 
 @compiled(on_disk=False)
 def _probabilities(row, temperature, probs):
-    """Write numbers in proportion to the row's probabilities, and return their sum; NaN where the row is no law."""
-    if temperature == GIVEN:
-        probs[:] = row
-        return 1.0
+    """Write numbers in proportion to the row's probabilities and return their sum; NaN where it is no distribution."""
     top = largest(row)
     if not np.isfinite(top):
         return np.nan
@@ -228,7 +221,7 @@ def _complement(bits):
 
 @compiled(on_disk=False)
 def _race(weights, noise, complements):
-    """Return the id that arrives first (see sampling.race), each at the time E / weight `[V]`; `complements` is room.
+    """Return the id that arrives first (see sampling.race), at the time E / weight. `complements` is a buffer.
 
     E = −log u is never less than 1 − u, so that few logarithms are needed.
     """
@@ -326,3 +319,71 @@ def _draw(weights, sums, point):
         if weights[index] > 0:
             return index
     return 0
+
+
+@compiled()
+def filter_row(scores, temperature, top_k, top_p, min_p):
+    """Filter the logits `scores` `[V] float32` in place; at the temperature 0 there is nothing to filter."""
+    if temperature == 0 or (top_k == 0 and top_p == 1 and min_p == 0):
+        return
+    top = largest(scores)
+    if not np.isfinite(top):
+        return
+    top_score = np.float64(top)
+    if top_k > 0 or top_p < 1:
+        most = min(top_k, len(scores)) if top_k > 0 else len(scores)
+        _keep_first(scores, _num_kept(scores, top_score, temperature, most, top_p, top_k > 0))
+    if min_p > 0:
+        least = np.log(min_p)
+        for token_id in range(len(scores)):
+            if (scores[token_id] - top_score) / temperature < least:
+                scores[token_id] = -np.inf
+
+
+@compiled(on_disk=False)
+def _num_kept(scores, top, temperature, most, top_p, is_cut):
+    """Return how many of the ranking are kept: `most`, or as many as reach `top_p` of the mass of these."""
+    if top_p == 1:
+        return most
+    num_ranked, total = min(most, _FIRST_RANKED), 0.0
+    if is_cut:
+        num_ranked = most
+        for score in _ranked(scores, most):
+            total += np.exp((score - top) / temperature)
+    else:
+        for score in scores:
+            total += np.exp((score - top) / temperature)
+    while True:
+        before = 0.0
+        ranked = _ranked(scores, num_ranked)
+        for rank in range(num_ranked):
+            if rank > 0 and not before < top_p * total:
+                return rank
+            before += np.exp((ranked[rank] - top) / temperature)
+        if num_ranked == most:
+            return most
+        num_ranked = min(most, 8 * num_ranked)
+
+
+@compiled(on_disk=False)
+def _ranked(scores, number):
+    """Return the first `number` of the scores, the greatest first."""
+    if number < len(scores):
+        scores = np.partition(scores, len(scores) - number)[len(scores) - number :]
+    return np.sort(scores)[::-1]
+
+
+@compiled(on_disk=False)
+def _keep_first(scores, number):
+    """Mask all but the first `number` of the ranking, in which the lowest id goes first among equals."""
+    if number == len(scores):
+        return
+    last = np.partition(scores, len(scores) - number)[len(scores) - number]
+    num_equal = number
+    for score in scores:
+        num_equal -= score > last
+    for token_id in range(len(scores)):
+        if scores[token_id] == last and num_equal > 0:
+            num_equal -= 1
+        elif scores[token_id] <= last:
+            scores[token_id] = -np.inf

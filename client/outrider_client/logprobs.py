@@ -1,0 +1,31 @@
+"""What the target reports of log-probabilities, for the tokens that were chosen."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+from outrider.v1 import target_pb2
+from outrider_client.errors import ServiceFailedError
+from outrider_client.results import TokenLogprobs
+
+
+def logprobs_of(
+    token_ids: Sequence[int], rows: Sequence[target_pb2.TargetRow], supports: Sequence[Sequence[int]], number: int
+) -> Iterator[TokenLogprobs]:
+    """Yield those of the tokens that a round has decided, each of which is of its row's support or the one outside it.
+
+    Raises:
+        ServiceFailedError: the target reports other ones than it was asked for.
+    """
+    for token_id, row, support in zip(token_ids, rows, supports, strict=False):
+        its = row.logprobs
+        index = bisect_left(support, token_id)
+        is_in_support = index < len(support) and support[index] == token_id
+        logprobs = [*its.support, *its.likeliest, its.outside_token]
+        are_as_asked = len(its.support) == len(support) and len(its.likeliest_ids) == len(its.likeliest) <= number
+        if not (row.HasField("logprobs") and are_as_asked and all(it <= 0 and math.isfinite(it) for it in logprobs)):
+            raise ServiceFailedError("the target reports log-probabilities other than it was asked for")
+        logprob = its.support[index] if is_in_support else its.outside_token
+        yield TokenLogprobs(token_id, logprob, list(zip(its.likeliest_ids, its.likeliest, strict=True)))

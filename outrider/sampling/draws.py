@@ -1,0 +1,153 @@
+"""What is drawn, and what it is drawn with: drafts, the target's rows, and the arrays that readers take.
+
+Shapes: N rows, n draws one after the other, S tokens of a support, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.logprobs import Logprobs
+from outrider.sampling.rng import Noise, key_of
+
+MIN_SUPPORT_PROB = 2e-4
+MOST_SUPPORT = 1024  # tokens of a support that an accelerator's reader finds: it is compiled for one size
+MOST_OTHERS = 2  # tokens beside the one that was drawn; likewise
+
+
+def noise_addresses(numbers: Sequence[object]) -> np.ndarray:
+    """Return `[N, 4]` uint64: 1, the two words of its seed, and its position, for each Noise; 0 for every uniform."""
+    return np.array(
+        [[1, *key_of(it.seed), it.position] if isinstance(it, Noise) else [0] * 4 for it in numbers], dtype=np.uint64
+    ).reshape(-1, 4)
+
+
+@dataclass(frozen=True)
+class RowNumbers:
+    """How a token is drawn from each of N rows: the numbers that every reader needs."""
+
+    temperatures: np.ndarray  # [N] float64; 0 is the likeliest token alone
+    uniforms: np.ndarray  # [N] float64
+    noises: np.ndarray  # [N, 4] uint64, noise_addresses: noise takes the place of the uniform
+
+    @classmethod
+    def of(cls, params: Sequence[DistributionParams], numbers: Sequence[float | Noise]) -> RowNumbers:
+        """Return them for rows that are drawn from with a uniform, or the noise of their positions."""
+        temperatures = np.array([its.temperature for its in params], dtype=np.float64)
+        uniforms = np.array([0.0 if isinstance(number, Noise) else number for number in numbers], dtype=np.float64)
+        return cls(temperatures, uniforms, noise_addresses(numbers))
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The three of them."""
+        return self.temperatures, self.uniforms, self.noises
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How n tokens are drafted for each of N sequences, one after the other, without logits processors."""
+
+    vocab_sizes: np.ndarray  # [N] int64; no id from there on is drawn
+    temperatures: np.ndarray  # [N] float64
+    top_ks: np.ndarray  # [N] int64
+    top_ps: np.ndarray  # [N] float64
+    min_ps: np.ndarray  # [N] float64
+    max_supports: np.ndarray  # [N] int64
+    uniforms: np.ndarray  # [n, N] float64
+    noises: np.ndarray  # [n, N, 4] uint64
+    num_others: int = 0  # likeliest tokens that are told beside the one drawn
+
+    @classmethod
+    def of(
+        cls,
+        vocab_sizes: Sequence[int],
+        params: Sequence[DistributionParams],
+        max_supports: Sequence[int],
+        numbers: Sequence[Sequence[float | Noise]],
+        num_others: int = 0,
+    ) -> Draws:
+        """Return them for `numbers` `[n, N]`."""
+        each = [RowNumbers.of(params, its) for its in numbers]
+        return cls(
+            np.array(vocab_sizes),
+            each[0].temperatures,
+            np.array([its.top_k for its in params]),
+            np.array([its.top_p for its in params], dtype=np.float64),
+            np.array([its.min_p for its in params], dtype=np.float64),
+            np.array(max_supports),
+            np.stack([its.uniforms for its in each]),
+            np.stack([its.noises for its in each]),
+            num_others,
+        )
+
+    @property
+    def have_filters(self) -> bool:
+        """Whether a row has filters; they say nothing at the temperature 0."""
+        are_on = (self.top_ks > 0) | (self.top_ps < 1) | (self.min_ps > 0)
+        return bool((are_on & (self.temperatures != 0)).any())
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A drafted token, with the support it was drawn from; without it when it was drawn with noise."""
+
+    token_id: int
+    support_ids: np.ndarray  # [S] int64, ascending
+    weights: np.ndarray  # [S] int64, whole; outrider.protocol.scales
+    token_prob: float  # its share of the support's weights
+    others: tuple[tuple[int, float], ...] = ()  # the likeliest tokens that were not drawn, and their probabilities;
+    # behind a greedy token or one drawn with noise, their shares among themselves and the token
+
+    def with_others(self, most: int) -> Draft:
+        """Return the same with so many other tokens at most."""
+        return self if len(self.others) <= most else replace(self, others=self.others[:most])
+
+
+def drafts_of(parts: Sequence[np.ndarray], have_noise: np.ndarray) -> list[Draft | None]:
+    """Return the drafts that cpu_kernels.draft_rows found; None for rows that are no distributions.
+
+    Those that were drawn with noise, as `have_noise` `[N]` says, are without their supports.
+    """
+    all_ids, all_weights, *by_row = parts
+    drafts: list[Draft | None] = []
+    end = 0
+    columns = (part.tolist() for part in (*by_row, have_noise))
+    for size, index, is_finite, others, probs, has_noise in zip(*columns, strict=True):
+        first, end = end, end + size
+        if not is_finite:
+            drafts.append(None)
+            continue
+        ids, weights = all_ids[first:end], all_weights[first:end]
+        possible = tuple((other, prob) for other, prob in zip(others, probs, strict=True) if prob)
+        token_prob = float(weights[index] / weights.sum())
+        sent = slice(0, 0) if has_noise else slice(None)
+        drafts.append(Draft(int(ids[index]), ids[sent], weights[sent], token_prob, possible))
+    return drafts
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """The target's distribution on each proposal's support, rounded down, and one draw from what that leaves of it."""
+
+    support_probs: list[np.ndarray]  # N of [S] float64, multiples of scales.PROB_UNIT
+    outside_masses: list[float]  # [N]
+    outside_token_ids: list[int]  # [N]
+    outside_token_probs: list[float]  # [N], each the token's whole probability, whatever of it is reported
+    logprobs: list[Logprobs] | None = None  # [N], where they are asked for
+
+    def part(self, start: int, end: int) -> TargetRows:
+        """Return some of the rows."""
+        where = slice(start, end)
+        return TargetRows(
+            self.support_probs[where],
+            self.outside_masses[where],
+            self.outside_token_ids[where],
+            self.outside_token_probs[where],
+        )
+
+
+Reading = Callable[[], tuple[TargetRows, list[bool]]]  # waits for rows, and says which of them are distributions

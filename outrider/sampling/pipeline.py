@@ -1,0 +1,107 @@
+"""From logits to tokens: logits -> processors (history, bias, masks) -> filters -> reader.
+
+A stage acts on the rows of those who ask for it, in place, and writes -infinity for what may not be. So the others pay
+nothing for them, and a reader sees logits, a temperature and a random number. Nobody's logits are changed: rows are
+joined into one tensor anyway, and a single part is copied.
+
+Shapes: N rows, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from outrider.sampling.distribution import DistributionParams, History
+from outrider.sampling.draws import Draft, Draws, Reading, RowNumbers
+from outrider.sampling.filters import filter_rows
+from outrider.sampling.readers import reader_for
+from outrider.sampling.rng import Noise
+from outrider.sampling.transfers import lies_on_host
+
+
+def draft_tokens(
+    parts: Sequence[torch.Tensor],
+    params: Sequence[DistributionParams],
+    max_supports: Sequence[int],
+    numbers: Sequence[float | Noise],
+    num_others: int = 0,
+    vocab_sizes: Sequence[int] | None = None,
+    histories: Sequence[History | None] | None = None,
+) -> list[Draft | None]:
+    """Draw a token for each row; return N drafts, None where a row is no distribution.
+
+    The support is every token of at least `MIN_SUPPORT_PROB`, or as the likeliest, and of these the row's
+    `max_supports` likeliest. Dropping by probability, not by mass, loses the least acceptance for the number of ids.
+    The token is drawn from the whole weights that are returned, divided by their sum, so that the receiver knows
+    its distribution to the letter.
+
+    Args:
+        parts: of `[R, V]` logits, together N rows.
+        numbers: a uniform, or the noise of its position, for each row.
+        num_others: how many of the likeliest other tokens are told with each draft, if there are so many.
+        vocab_sizes: of each row; no id from there on is drawn. None: V.
+        histories: of the rows whose params have processors.
+    """
+    logits = joined(parts)
+    sizes = [logits.shape[1]] * len(params) if vocab_sizes is None else vocab_sizes
+    draws = Draws.of(sizes, params, max_supports, [numbers], num_others)
+    logits = _shaped(logits, len(parts) > 1, params, draws.vocab_sizes, histories)
+    return reader_for(logits).draft_rows(logits, draws)
+
+
+def begin_reading(
+    parts: Sequence[torch.Tensor],
+    params: Sequence[DistributionParams],
+    supports: Sequence[np.ndarray],
+    numbers: Sequence[float | Noise],
+    histories: Sequence[History | None] | None = None,
+) -> Reading:
+    """Begin to read rows that an accelerator may not have computed yet, and return how to go on.
+
+    Each row is read on its support, `[S] int64`, and a token is drawn from what is left: the other ids, and what
+    rounding takes from those of the support, so that nothing of the distribution is lost. With noise and an empty
+    support, it is the target's own choice. An accelerator reads behind the pass that it is in, and nobody has to tell
+    it when that is over. On a CPU, all is done when the result is asked for.
+    """
+    logits = joined(parts)
+
+    def begin() -> Reading:
+        sizes = np.full(len(params), logits.shape[1])
+        rows = _shaped(logits, len(parts) > 1, params, sizes, histories)
+        return reader_for(rows).begin_target_rows(rows, supports, RowNumbers.of(params, numbers))
+
+    return (lambda: begin()()) if lies_on_host(logits) else begin()
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return parts `[R, V]` in one; a single part as it is, which is the usual case."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _shaped(
+    logits: torch.Tensor,
+    is_own: bool,
+    params: Sequence[DistributionParams],
+    vocab_sizes: np.ndarray,
+    histories: Sequence[History | None] | None,
+) -> torch.Tensor:
+    """Return `logits` behind processors and filters; they are written to only where they are our own."""
+    processed = [row for row, its in enumerate(params) if its.processors]
+    filtered = [row for row, its in enumerate(params) if its.has_filters]
+    if not (processed or filtered):
+        return logits
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    elif not is_own:
+        logits = logits.clone()
+    for row in processed:
+        history = histories[row] if histories else None
+        assert history is not None, "processors need the tokens before a row"
+        for processor in params[row].processors:
+            processor.apply(logits[row, : vocab_sizes[row]], params[row], history)
+    if filtered:
+        filter_rows(logits, filtered, params, vocab_sizes)
+    return logits
