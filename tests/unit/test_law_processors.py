@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from outrider_client.acceptance import Proposal, TargetRow
+from outrider_client.rules.acceptance import Proposal, TargetRow
 from outrider_draft.drafter import Drafter
 from outrider_draft.session import DraftOptions, Session
 from outrider_target import scheduler as scheduler_module
