@@ -19,7 +19,8 @@ from operator import attrgetter
 import torch
 
 from outrider.common.callers import Caller
-from outrider.engine.backends.runner import DeviceRunner, DraftingRunner, Feed, Runner
+from outrider.engine.backends.batch import Feed
+from outrider.engine.backends.runner import DeviceRunner, DraftingRunner, Runner
 from outrider.engine.fairness import FairPasses
 from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.protocol.tokens import TokenLog

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from outrider.engine.backends import attention
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.choice import CacheOptions, Choice, Machine, choose
-from outrider.engine.backends.runner import Feed, ForwardPass, ModelRunner, Runner
+from outrider.engine.backends.runner import ForwardPass, ModelRunner, Runner
 from outrider.engine.models.loader import read_checked
 from outrider.engine.models.spec import DecoderSpec
 from tests.tiny_models import VOCAB_SIZE

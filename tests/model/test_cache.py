@@ -16,8 +16,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
-from outrider.engine.backends.runner import Feed, ModelRunner, Runner
+from outrider.engine.backends.runner import ModelRunner, Runner
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.kv_cache import SequenceCache
 from outrider.protocol.tokens import TokenLog

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from outrider.engine.backends import choice
+from outrider.engine.backends.batch import Batch, Feed
 from outrider.engine.backends.choice import BACKENDS, Backend, CacheOptions, Machine, choose
-from outrider.engine.backends.runner import Batch, Feed, ModelRunner
+from outrider.engine.backends.runner import ModelRunner
 from outrider.engine.models.loader import read_checked
 from outrider.engine.models.spec import Activation
 from tests.model.against_transformers import chosen, make_uneven, own_logits, spec_of

@@ -26,11 +26,11 @@ import torch
 from transformers import PreTrainedModel
 
 import outrider
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.choice import CacheOptions
 from outrider.engine.backends.compiled import kernels, panels, tiles
 from outrider.engine.backends.compiled.cache import PanelCache
 from outrider.engine.backends.compiled.runner import CompiledLlamaRunner, why_not
-from outrider.engine.backends.runner import Feed
 from outrider.engine.models.loader import ModelOptions, load, load_plain
 from tests.model.against_transformers import (
     LLAMA_VARIANTS,

@@ -20,9 +20,10 @@ import torch
 from transformers import PreTrainedModel
 
 from outrider.engine.backends import attention
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.llama import LlamaForward, why_not
 from outrider.engine.backends.products import PREPACKED_FROM, make_product
-from outrider.engine.backends.runner import Feed, ForwardPass, ModelRunner, TransformersForward
+from outrider.engine.backends.runner import ForwardPass, ModelRunner, TransformersForward
 from outrider.engine.kv_cache import SequenceCache
 from tests.model.against_transformers import (
     LLAMA_VARIANTS,

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from outrider.engine.backends import attention
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.paged.cache import PagePool
 from outrider.engine.backends.paged.graphs import EagerRunner
 from outrider.engine.backends.paged.runner import PagedRunner
-from outrider.engine.backends.runner import Feed, ModelRunner, TransformersForward
+from outrider.engine.backends.runner import ModelRunner, TransformersForward
 from outrider.engine.models.visibility import CAUSAL
 from tests.model.against_transformers import LLAMA_VARIANTS, interleaved_logits, make_uneven, spec_of, texts
 from tests.tiny_models import CONTEXT_LENGTH, make_model

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from outrider.engine.backends.runner import Feed
+from outrider.engine.backends.batch import Feed
 from outrider.engine.models.loader import (
     FINGERPRINT_BLOCK,
     LoadedModel,

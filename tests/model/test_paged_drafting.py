@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.paged.attention import reference_varlen_attn
 from outrider.engine.backends.paged.cache import PagePool
 from outrider.engine.backends.paged.drafting import DraftingPagedRunner
 from outrider.engine.backends.paged.graphs import Buckets, EagerRunner
-from outrider.engine.backends.runner import MOST_DRAWS, DraftingRunner, Feed, ForwardPass, ModelRunner
+from outrider.engine.backends.runner import MOST_DRAWS, DraftingRunner, ForwardPass, ModelRunner
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.protocol.tokens import TokenLog
 from outrider.sampling.distribution import DistributionParams

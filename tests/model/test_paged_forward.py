@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from outrider.engine.backends import choice
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.choice import HALF_PRECISION, CacheOptions, cached_tokens_that_fit, why_no_pages
 from outrider.engine.backends.paged import runner as paged_runner
 from outrider.engine.backends.paged.attention import PagedBatch, PagedKernels, reference_varlen_attn
 from outrider.engine.backends.paged.cache import PagePool
 from outrider.engine.backends.paged.graphs import Buckets, EagerRunner
 from outrider.engine.backends.paged.runner import PagedRunner, StagedInputs
-from outrider.engine.backends.runner import DeviceRunner, Feed, ForwardPass, ModelRunner
+from outrider.engine.backends.runner import DeviceRunner, ForwardPass, ModelRunner
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.kv_cache import EntryShape, SequenceCache
 from outrider.engine.models.loader import ModelOptions, load

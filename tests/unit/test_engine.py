@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.engine import engine as engine_module
-from outrider.engine.backends.runner import Feed
+from outrider.engine.backends.batch import Feed
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.fairness import fair_shares
 from outrider.engine.kv_cache import SequenceCache

@@ -18,7 +18,7 @@ from outrider_draft.session import Session as DraftSession
 from outrider_target import scheduler as scheduler_module
 from outrider_target.scheduler import Round, Scheduler, Span, Verdict
 
-from outrider.engine.backends.runner import Feed
+from outrider.engine.backends.batch import Feed
 from outrider.engine.engine import Demand, Engine
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import in_halves

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from outrider_draft.drafter import Drafter
 
-from outrider.engine.backends.runner import Feed
+from outrider.engine.backends.batch import Feed
 from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.draws import Draws
 from tests import toy_services as toys

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.paged import cache as paged
 from outrider.engine.backends.paged.cache import SCRATCH_PAGE, PagedCache, PagePool
 from outrider.engine.backends.paged.graphs import Buckets, EagerRunner, GraphKey
 from outrider.engine.backends.paged.runner import StagedInputs
-from outrider.engine.backends.runner import Feed
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.kv_cache import EntryShape
 from outrider.protocol.tokens import TokenLog

@@ -18,7 +18,7 @@ from outrider_draft.drafter import Drafter
 from outrider_draft.session import Commit, Drafted, DraftOptions
 from outrider_target.scheduler import Round, Scheduler, Span
 
-from outrider.engine.backends.runner import Feed
+from outrider.engine.backends.batch import Feed
 from outrider.engine.engine import Engine
 from outrider.engine.kv_cache import SequenceCache
 from outrider.protocol import wire

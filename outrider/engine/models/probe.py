@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from outrider.engine.backends.attention import PackedBatch
-from outrider.engine.backends.runner import DeviceRunner, DraftingRunner, Feed, ForwardPass, Runner
+from outrider.engine.backends.batch import Feed
+from outrider.engine.backends.runner import DeviceRunner, DraftingRunner, ForwardPass, Runner
 from outrider.engine.kv_cache import SequenceCache
 from outrider.engine.models.configuration import context_length_of, vocab_size_of
 from outrider.sampling.distribution import DistributionParams

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from outrider.common.compiling import compiled
+from outrider.engine.backends.batch import Batch
 from outrider.engine.backends.compiled.kernels import forward
 from outrider.engine.backends.compiled.panels import PANEL
-from outrider.engine.backends.runner import Batch
 from outrider.sampling.cpu_kernels import draft_rows, filter_row
 
 

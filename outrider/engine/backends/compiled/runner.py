@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from outrider.engine.backends.batch import Batch, Feed
 from outrider.engine.backends.compiled import drafting, kernels
 from outrider.engine.backends.compiled.cache import PanelCache
 from outrider.engine.backends.compiled.kernels import Caches, Scratch, Sizes, Weights
@@ -15,7 +16,6 @@ from outrider.engine.backends.compiled.memory import aligned_empty, aligned_stac
 from outrider.engine.backends.compiled.panels import BFLOAT16, FLOAT16, LANES, attention_width
 from outrider.engine.backends.compiled.products import layout_for, padded
 from outrider.engine.backends.llama import why_not as why_not_llama
-from outrider.engine.backends.runner import Batch, Feed
 from outrider.engine.models.spec import DecoderSpec, DecoderWeights, Linear
 from outrider.sampling.draws import MIN_SUPPORT_PROB, Draft, Draws, drafts_of
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.paged.graphs import GraphKey, Replay
 from outrider.engine.backends.paged.runner import PagedRunner, StagedInputs
-from outrider.engine.backends.runner import MOST_DRAWS, Feed
+from outrider.engine.backends.runner import MOST_DRAWS
 from outrider.sampling.draws import MIN_SUPPORT_PROB, MOST_OTHERS, MOST_SUPPORT, Draft, Draws
 from outrider.sampling.readers import table_reader_for
 from outrider.sampling.readers.tables import RowOptions, drafts_in

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from outrider.engine.backends.batch import Batch, Feed
 from outrider.engine.backends.paged.attention import PagedBatch, VarlenAttention
 from outrider.engine.backends.paged.cache import SCRATCH_PAGE, PagedCache, PagePool
 from outrider.engine.backends.paged.graphs import Buckets, GraphKey, GraphRunner, Replay
-from outrider.engine.backends.runner import Batch, Feed, ForwardPass
+from outrider.engine.backends.runner import ForwardPass
 from outrider.sampling.transfers import wait_for
 
 ALIGNMENT = 16  # bytes: compiled kernels come in one kind for pointers that are, and another for those that are not
