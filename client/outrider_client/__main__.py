@@ -23,7 +23,7 @@ def main() -> None:
     """Speculative decoding across two machines.
 
     Every option is also an environment variable: OUTRIDER_, the command and the option, such as
-    OUTRIDER_GENERATE_TEMPERATURE. The services' addresses are OUTRIDER_DRAFT and OUTRIDER_TARGET for all commands.
+    OUTRIDER_GENERATE_TEMPERATURE. The services' addresses are OUTRIDER_TARGET and OUTRIDER_DRAFT for all commands.
     """
 
 

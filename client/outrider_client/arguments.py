@@ -18,7 +18,8 @@ LONGEST_S = 1e9  # seconds that something may take; timers of gRPC and of thread
 MOST_UINT32 = (1 << 32) - 1
 _NO_NUMBERS = frozenset("mMV")  # numpy's kinds of durations, times and records
 _MOST_ITEMS = 1 << 24  # that an iterable gives before it is taken for an endless one
-_PORT = re.compile(r"(?:\[[^\]]*\]|[^:/]*):(.*)")
+_HOST_AND_PORT = re.compile(r"(\[[^\]/]+\]|[^:/\[\]]+)(?::(.*))?")
+_PLAIN_SCHEME = re.compile(r"(http|grpc)://")
 _SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds|passthrough):")
 
 
@@ -189,8 +190,8 @@ def biases(name: str, value: Any, remedy: str) -> dict[int, float]:
 def _token_id(name: str, index: int, value: Any) -> int:
     if isinstance(value, str | list | tuple) or _num_axes(value):
         raise InvalidRequestError(
-            f"{name} holds {shown(value)} at index {index}: give one text or one list of token ids a call; for several "
-            "prompts, call from several threads, or with asyncio.gather on AsyncSpeculativeClient"
+            f"{name} holds {shown(value)} at index {index}: give one text, one list of token ids, or one list of chat "
+            "messages; `generate` takes a list of such prompts too"
         )
     number = _plain(value)
     if isinstance(number, bool) or not isinstance(number, Integral):
@@ -198,11 +199,33 @@ def _token_id(name: str, index: int, value: Any) -> int:
     return int(number)
 
 
-def address(name: str, value: object, remedy: str = "HOST:PORT") -> str:
-    """Return an address as gRPC knows them: HOST:PORT, or one with a scheme, such as `unix:PATH`."""
-    if not isinstance(value, str) or not value.isprintable() or " " in value or ":" not in value:
+def is_several(prompt: Any) -> bool:
+    """Return whether this is a list of prompts, rather than one."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and bool(_is_prompt(prompt[0]))
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str | list | tuple) or bool(_num_axes(value))
+
+
+def address(name: str, value: object, default_port: int) -> str:
+    """Return an address as gRPC knows them: HOST:PORT, or one with a scheme, such as `unix:PATH`.
+
+    Taken are HOST and HOST:PORT, each also behind `http://` or `grpc://`; a host may be an IPv6 address, in brackets
+    where a port follows.
+    """
+    remedy = "HOST or HOST:PORT, such as localhost or [::1]:50052"
+    if not isinstance(value, str) or not value.isprintable() or " " in value:
         raise _refusal(name, value, remedy)
-    port = _PORT.fullmatch(value)
-    if port and not _SCHEME.match(value) and not (port[1].isdecimal() and 0 < int(port[1]) < 1 << 16):
+    if _SCHEME.match(value):
+        return value
+    if value.startswith("https://"):
+        raise _refusal(name, value, f"{remedy}: the client speaks without TLS, so put a proxy beside it")
+    plain = _PLAIN_SCHEME.sub("", value).removesuffix("/")
+    found = _HOST_AND_PORT.fullmatch(f"[{plain}]" if plain.count(":") > 1 and "[" not in plain else plain)
+    if not found:
+        raise _refusal(name, value, remedy)
+    port = default_port if found[2] is None else found[2]
+    if not (str(port).isdecimal() and 0 < int(port) < 1 << 16):
         raise _refusal(name, value, f"{remedy}, with a port from 1 to 65535")
-    return value
+    return f"{found[1]}:{port}"

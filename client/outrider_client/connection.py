@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -16,6 +19,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from outrider.protocol.errors import ERROR_DOMAIN
+from outrider.sampling.rng import seed_of_text
 from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from outrider_client import arguments
 from outrider_client.controller import FixedLength, LengthController, PairSpeeds
@@ -34,7 +38,12 @@ from outrider_client.errors import (
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import GenerationResult, GenerationStats
 from outrider_client.rules.rules import Rule, rule_of
+from outrider_client.text.chat_template import checked_messages
 from outrider_client.text.text import TargetTokenizer, TextStream, prompt_to_ids
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # the services stand beside the client, not behind its proxy to the web
@@ -54,10 +63,12 @@ DRAFT_CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),  # 128 proposals with supports of 4,096 ids have 2 MiB
 )
 MOST_UNREAD = 64  # messages of a stream that wait for the conversation; more are left to HTTP/2's own windows
+TARGET_PORT, DRAFT_PORT = 50052, 50051  # where an address names none
 CLOSED = "the client is closed: make another"
 OTHERS_ASKED = "other calls have asked it in vain"
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024  # ten times the largest there are
 TOKENIZER_PART_BYTES = 256  # that a part takes here besides what it holds
+NOTICE_S = 1.0  # that a call waits for the target before it says so
 FIRST_PAUSE_S = 0.1  # before a description is asked for again
 SEEDED_BLOCK_LENGTH = 5  # K where `auto` may not choose
 
@@ -66,27 +77,50 @@ SEEDED_BLOCK_LENGTH = 5  # K where `auto` may not choose
 class ConnectionSettings:
     """Whom a client talks to and how long it waits."""
 
-    target: str  # HOST:PORT
+    target: str  # HOST or HOST:PORT
     draft: str | None = None
     connect_s: float = 10.0  # for the target's description, at first use
     patience: Patience = field(default_factory=Patience)
     jitter: Callable[[], float] = field(default_factory=lambda: Random().random)  # of pauses; from [0, 1)
 
+    @classmethod
+    def of(cls, target: str, draft: str | None, connect_s: float, patience: Patience | None) -> ConnectionSettings:
+        """Return the settings that the arguments of a client mean."""
+        return cls(target, draft, connect_s, Patience() if patience is None else patience)
+
     def __post_init__(self) -> None:
         """Raise InvalidRequestError, which names the field, for what is none."""
-        arguments.address("target", self.target)
+        object.__setattr__(self, "target", arguments.address("target", self.target, TARGET_PORT))
         if self.draft is not None:
-            arguments.address("draft", self.draft, "HOST:PORT, or None")
+            object.__setattr__(self, "draft", arguments.address("draft", self.draft, DRAFT_PORT))
         object.__setattr__(self, "connect_s", arguments.seconds("connect_timeout", self.connect_s))
         if not isinstance(self.patience, Patience):
             raise InvalidRequestError(f"patience is {arguments.shown(self.patience)}: give a Patience, or None")
 
 
-class Connection:
-    """The channels to both services and their stubs.
+class Stream(Protocol):
+    """One bidirectional call. What it receives goes to a mailbox, with the stream itself; so does its end."""
+
+    def begin(self, message: Any, timeout: float | None) -> None:
+        """Open the call with its first message. Whoever is interrupted in this has the stream, and can close it."""
+
+    def send(self, message: Any) -> None: ...
+
+    def on_read(self) -> None:
+        """Note that an event has been taken, so that more may be read."""
+
+    def close(self) -> None:
+        """End the call; from any thread."""
+
+
+class Connection(ABC):
+    """The channels to both services, their stubs, and all ways to wait for something.
 
     Made at a client's first use and not before, since channels belong to a process, and those of asyncio to a loop.
     """
+
+    mailbox: Callable[[], Any]  # makes a queue with `put`
+    describing: Any  # the lock of the one call that asks the target what it is
 
     def __init__(self, settings: ConnectionSettings, open_channel: Callable[..., Any]):
         """`open_channel` is `insecure_channel` of grpc or of grpc.aio."""
@@ -98,16 +132,56 @@ class Connection:
         self._pid = os.getpid()
 
     @property
-    def is_inherited(self) -> bool:
-        """Whether this process was forked from the one that opened the channels, which work there only."""
+    def is_lost(self) -> bool:
+        """Whether the channels can no longer be used, nor closed: those of the process that this one is forked from."""
         return os.getpid() != self._pid
 
-    def check_process(self) -> None:
+    def check_caller(self) -> None:
         """Raise InvalidRequestError in a child of the process that uses the channels."""
-        if self.is_inherited:
+        if os.getpid() != self._pid:
             raise InvalidRequestError(
                 "the client was in use before this process was forked: make another client in the child"
             )
+
+    def method_of(self, link: Link) -> Any:
+        """Return the bidirectional RPC of a link."""
+        return self.target.Verify if link is Link.TARGET else self.draft.Propose  # type: ignore[union-attr]
+
+    @abstractmethod
+    async def unary(self, method: Any, request: Any, timeout: float) -> Any:
+        """Return the answer; raises grpc.RpcError."""
+
+    @abstractmethod
+    async def collect(self, method: Any, request: Any, timeout: float, take: Callable[[Any], None]) -> None:
+        """Have `take` take each message of a streamed answer; raises grpc.RpcError and what it raises."""
+
+    @abstractmethod
+    def stream(self, link: Link, mailbox: Any) -> Stream:
+        """Return a call that is still to be begun; (stream, event) go to the mailbox."""
+
+    @abstractmethod
+    async def next_item(self, mailbox: Any, until: float | None) -> Any:
+        """Return the next item; None when `until` has come, in the time of `time.monotonic`, or None was put."""
+
+    @abstractmethod
+    async def pause(self, seconds: float) -> None:
+        """Let time pass; less when the client is closed."""
+
+    @abstractmethod
+    async def lock(self, timeout: float) -> bool:
+        """Take `describing`; return False when that could not be within the time, or a part of it."""
+
+    @abstractmethod
+    async def until_closed(self, work: Coroutine[Any, Any, _T], deadline: float | None) -> _T:
+        """Return what `work` returns, or end it when the client is closed or the deadline has come."""
+
+    @abstractmethod
+    async def in_thread(self, function: Callable[..., _T], *given: Any) -> _T:
+        """Return what a function returns that may take its time."""
+
+    @abstractmethod
+    async def gather(self, works: Sequence[Callable[[], Coroutine[Any, Any, _T]]], num_at_once: int) -> list[_T]:
+        """Return what all works return, in order; the first error is raised, and ends the wait for the others."""
 
 
 @dataclass(frozen=True)
@@ -118,53 +192,109 @@ class Target:
     tokenizer: TargetTokenizer | None
 
 
-def check_call(
-    settings: ConnectionSettings, prompt: Any, sampling: Any, speculation: dict[str, Any], timeout: Any
-) -> str | list[int]:
-    """Check the arguments of a call as far as that takes no target, and return the prompt.
+@dataclass(frozen=True)
+class Request:
+    """What one text is asked for with, checked as far as that takes no target."""
+
+    prompt: str | list[int] | list[dict[str, Any]]  # text, token ids, or chat messages
+    sampling: SamplingParams
+    speculation: SpeculationParams
+    deadline: float | None = None  # in the time of `time.monotonic`
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is one of chat messages, and not rendered yet."""
+        return not isinstance(self.prompt, str) and isinstance(self.prompt[0], dict)
+
+    def rendered(self, target: Target) -> Request:
+        """Return this with chat messages as token ids, as the target's chat template has them.
+
+        Raises:
+            InvalidRequestError: the target has no tokenizer or no chat template, or the template refuses them.
+            ServiceFailedError: the template cannot be used.
+        """
+        if target.tokenizer is None:
+            raise InvalidRequestError("prompt holds messages, but the target model came without a tokenizer")
+        messages = cast("list[dict[str, Any]]", self.prompt)
+        return replace(self, prompt=target.tokenizer.render_chat(messages))
+
+    def nothing_yet(self) -> GenerationResult:
+        """Return the text as it is before its first token."""
+        return GenerationResult("", [], None, self.sampling.seed_or_new(), [], GenerationStats())
+
+
+def request_of(
+    settings: ConnectionSettings,
+    prompt: Any,
+    sampling: SamplingParams | None = None,
+    speculation: SpeculationParams | None = None,
+    timeout: float | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Request:
+    """Check the arguments of a call as far as that takes no target.
+
+    `fields` are keywords of the call, which take the place of the fields of `speculation` of those names.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
     """
     if not isinstance(sampling, SamplingParams | None):
         raise InvalidRequestError(f"sampling is {arguments.shown(sampling)}: give SamplingParams, or None")
+    if not isinstance(speculation, SpeculationParams | None):
+        raise InvalidRequestError(f"speculation is {arguments.shown(speculation)}: give SpeculationParams, or None")
     if timeout is not None:
-        arguments.seconds("timeout", timeout)
-    _speculation_of(settings, speculation)
-    return arguments.prompt_of(prompt)
-
-
-def _speculation_of(settings: ConnectionSettings, speculation: dict[str, Any]) -> SpeculationParams:
-    params = SpeculationParams.of(speculation)
+        timeout = arguments.seconds("timeout", timeout)
+    params = (speculation or SpeculationParams()).with_fields(fields or {})
     if params.uses_draft and settings.draft is None:
         raise InvalidRequestError(
             f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
         )
-    return params
+    deadline = None if timeout is None else time.monotonic() + timeout
+    return Request(_one_prompt(prompt), sampling or SamplingParams(), params, deadline)
 
 
-def begin_conversation(
-    settings: ConnectionSettings,
-    speeds: PairSpeeds,
-    target: Target,
-    prompt: str | Sequence[int],
-    sampling: SamplingParams | None,
-    speculation: dict[str, Any],
-    deadline: float | None,
-    breaker: Breaker | None = None,
-) -> Conversation:
-    """Check a caller's arguments against the target and return the conversation.
-
-    `speeds` is what the client has learned of the pair so far, `breaker` when to ask its draft; the conversation adds
-    to both. `deadline` is a point in the time of `time.monotonic`.
+def requests_of(settings: ConnectionSettings, prompt: Any, n: int | None, *given: Any) -> list[Request]:
+    """Return a request for each of `n` texts of each of several prompts, or of one; `given` as for request_of.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
     """
-    sampling = sampling or SamplingParams()
-    params = _speculation_of(settings, speculation)
-    rule = rule_of(params.rule, has_seed=sampling.seed is not None)
-    prompt_ids = prompt_to_ids(prompt, target.tokenizer, target.info.vocab_size)
+    num_texts = 1 if n is None else arguments.whole_number("n", n, 1, None, "None, or a whole number, 1 or more")
+    return [
+        replace(request, sampling=_sampling_of_text(request.sampling, index))
+        for one in (prompt if arguments.is_several(prompt) else [prompt])
+        for request in [request_of(settings, one, *given)]
+        for index in range(num_texts)
+    ]
+
+
+def _sampling_of_text(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Return the sampling of one of several texts of a prompt: the first has the seed itself, if there is one."""
+    if not index or sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=seed_of_text(sampling.seed, index))
+
+
+def _one_prompt(prompt: Any) -> str | list[int] | list[dict[str, Any]]:
+    if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
+        return checked_messages(prompt)
+    return arguments.prompt_of(prompt)
+
+
+def begin_conversation(
+    settings: ConnectionSettings, speeds: PairSpeeds, target: Target, request: Request, breaker: Breaker | None = None
+) -> Conversation:
+    """Check a caller's arguments against the target and return the conversation.
+
+    `speeds` is what the client has learned of the pair so far, `breaker` when to ask its draft; the conversation adds
+    to both.
+
+    Raises:
+        InvalidRequestError: an argument is wrong; the message names it.
+    """
+    sampling = request.sampling
+    params, rule = request.speculation, rule_of(request.speculation.rule, has_seed=sampling.seed is not None)
+    prompt_ids = prompt_to_ids(cast("str | list[int]", request.prompt), target.tokenizer, target.info.vocab_size)
     room = target.info.context_length - len(prompt_ids)
     if room < 1:
         raise InvalidRequestError(
@@ -178,12 +308,7 @@ def begin_conversation(
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
     lengths = lengths_for(params, rule, sampling, speeds)
     patience, clock, jitter = settings.patience, time.monotonic, settings.jitter
-    return Conversation(task, text, lengths, patience, clock, deadline, jitter, breaker)
-
-
-def deadline_after(timeout: float | None) -> float | None:
-    """Return when a call's timeout passes, in the time of `time.monotonic`; float16 has no room for that."""
-    return None if timeout is None else time.monotonic() + arguments.seconds("timeout", timeout)
+    return Conversation(task, text, lengths, patience, clock, request.deadline, jitter, breaker)
 
 
 def left_until(deadline: float | None) -> float | None:
@@ -198,15 +323,14 @@ def time_for_draft(settings: ConnectionSettings, deadline: float | None) -> floa
 
 
 @contextmanager
-def before_the_text(sampling: SamplingParams | None) -> Iterator[None]:
+def before_the_text(request: Request) -> Iterator[None]:
     """Give errors from before a text begins the empty part that it has by then; an argument's error has none."""
     try:
         yield
     except InvalidRequestError:
         raise
     except OutriderError as error:
-        seed = (sampling or SamplingParams()).seed_or_new()
-        error.partial = GenerationResult("", [], None, seed, [], GenerationStats())
+        error.partial = request.nothing_yet()
         raise
 
 
@@ -253,13 +377,15 @@ class TokenizerParts:
         )
 
 
-def check_same_prompt(prompt: str | Sequence[int], error: ModelChangedError, before: Target, now: Target) -> None:
+def check_same_prompt(request: Request, error: ModelChangedError, before: Target, now: Target) -> None:
     """Raise `error` unless a text may begin again with the model that has taken the place of another.
 
-    It may when nothing has been written, and the prompt still means what it did: as text, or by the same tokenizer.
+    It may when nothing has been written, and the prompt still means what it did: as text or messages, or by the same
+    tokenizer.
     """
     has_begun = error.partial is not None and error.partial.token_ids
-    if has_begun or not (isinstance(prompt, str) or before.info.tokenizer == now.info.tokenizer):
+    is_of_ids = not isinstance(request.prompt, str) and not request.is_chat
+    if has_begun or (is_of_ids and before.info.tokenizer != now.info.tokenizer):
         raise error
 
 
@@ -310,10 +436,11 @@ def readable(answer: Any) -> Any:
 class Retrying:
     """The time that a call has to get the target's description, and when to ask again for what did not come."""
 
-    def __init__(self, settings: ConnectionSettings, deadline: float | None):
-        """`deadline` is that of the call, in the time of `time.monotonic`."""
+    def __init__(self, settings: ConnectionSettings, deadline: float | None, notice_s: float = math.inf):
+        """`deadline` is that of the call, in the time of `time.monotonic`; after `notice_s` the wait is logged."""
         self._settings, self.deadline = settings, deadline
         self._until = time.monotonic() + settings.connect_s
+        self._notice_at = time.monotonic() + notice_s
 
     def pause_after(self, error: Any) -> float:
         """Return how long to pause; raises when the error is final or the time is over."""
@@ -323,8 +450,11 @@ class Retrying:
                 f"target service at {self._settings.target} failed ({failure.code.name}): {failure.explained}"
             ) from error
         self.check(failure.details, error)
+        if time.monotonic() >= self._notice_at:
+            self._notice_at = math.inf
+            log.warning("waiting for the target service at %s: %s", self._settings.target, failure.details)
         jitter, longest_s = 1 + self._settings.jitter() / 2, self._settings.patience.longest_backoff_s
-        return min(max(FIRST_PAUSE_S, failure.retry_delay_s or 0.0) * jitter, longest_s, self.left_s)
+        return min(max(FIRST_PAUSE_S, failure.retry_delay_s or 0.0) * jitter, longest_s, self.try_s)
 
     def check(self, reason: str, cause: BaseException | None = None) -> None:
         """Raise when the time is over; `reason` is what it went by with."""
@@ -336,6 +466,12 @@ class Retrying:
 
     @property
     def left_s(self) -> float:
-        """Seconds for the next try: a little even when the time is just over."""
-        left_s = max(0.05, self._until - time.monotonic())
-        return left_s if self.deadline is None else min(left_s, max(0.0, self.deadline - time.monotonic()))
+        """Seconds that are left: a little even when the time is just over."""
+        now = time.monotonic()
+        left_s = max(0.05, self._until - now)
+        return left_s if self.deadline is None else min(left_s, max(0.0, self.deadline - now))
+
+    @property
+    def try_s(self) -> float:
+        """Seconds for the next try or pause: the first end when it is time to log the wait."""
+        return min(self.left_s, max(0.05, self._notice_at - time.monotonic()))

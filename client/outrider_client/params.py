@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypedDict, get_args
 
 from outrider.protocol.errors import InvalidArgumentError
 from outrider.sampling.distribution import (
@@ -22,6 +22,9 @@ from outrider.sampling.distribution import (
 from outrider_client import arguments
 from outrider_client.errors import InvalidRequestError
 from outrider_client.rules.rules import RULES, RuleName
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
+Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Sequence[Sequence[Mapping[str, Any]]]
 
 Method = Literal["speculative", "autoregressive", "draft"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -89,6 +92,15 @@ class SamplingParams(DistributionParams):
         return secrets.randbits(64) if self.seed is None else self.seed
 
 
+class SpeculationFields(TypedDict, total=False):
+    """The commonest fields of SpeculationParams, which calls take as keywords too."""
+
+    method: Method
+    num_speculative_tokens: int | Literal["auto"]
+    rule: RuleName
+    overlap: bool | None
+
+
 @dataclass(frozen=True)
 class SpeculationParams:
     """How the pair works on one generation. Nothing here changes the distribution of the text.
@@ -130,14 +142,15 @@ class SpeculationParams:
         if self.overlap is not None:
             _set(self, "overlap", arguments.flag("overlap", self.overlap, "None, True or False"))
 
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> SpeculationParams:
-        """Return them from the keyword arguments of a call; raises InvalidRequestError for one that is no field."""
-        for name in fields:
-            if name not in cls.__dataclass_fields__:
-                known = ", ".join(cls.__dataclass_fields__)
-                raise InvalidRequestError(f"{name} is no argument here: give fields of SpeculationParams, {known}")
-        return cls(**fields)
+    def with_fields(self, keywords: Mapping[str, Any]) -> SpeculationParams:
+        """Return these with the keywords of a call; raises InvalidRequestError for one that no call takes."""
+        for name in keywords:
+            if name not in SpeculationFields.__annotations__:
+                known = ", ".join(SpeculationFields.__annotations__)
+                raise InvalidRequestError(
+                    f"{name} is no keyword of this call: give {known}, or SamplingParams and SpeculationParams"
+                )
+        return replace(self, **keywords) if keywords else self
 
     def _take_whole_number(self, name: str, least: int, remedy: str) -> None:
         remedy = f"{remedy}, and at most {arguments.MOST_UINT32}"

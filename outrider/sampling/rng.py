@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     RESIDUAL = 2
     OUTSIDE = 3
     NOISE = 4
+    TEXT = 5
 
 
 def philox_words(counter: Sequence[Any], key: Sequence[Any]) -> list[Any]:
@@ -61,6 +62,12 @@ def philox4x32(counters: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 def key_of(seed: int) -> tuple[int, int]:
     """Return the two words of a 64-bit seed, the lower one first."""
     return seed & _LOW, seed >> 32
+
+
+def seed_of_text(seed: int, index: int) -> int:
+    """Return the 64-bit seed of another text of the same prompt: two words of the counter (index, 0, TEXT, 0)."""
+    words = philox_words((index, 0, int(Purpose.TEXT), 0), key_of(seed))
+    return words[0] + (words[1] << 32)
 
 
 def uniforms(seed: int, positions: np.ndarray, purpose: Purpose, branch: int = 0) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from outrider_client.core import Core
 
 from outrider import AsyncSpeculativeClient, InvalidRequestError, SamplingParams, SpeculativeClient
 from tests import tiny_models
@@ -19,6 +20,7 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 def pair(services, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     tokenizer = tiny_models.byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     models = [tiny_models.make_model("llama", seed, vocab_size=len(tokenizer)) for seed in (1, 2)]
     paths = [tiny_models.save(model, folder / str(index), tokenizer) for index, model in enumerate(models)]
     servers = services.start(TARGET, paths[0]), services.start(DRAFT, paths[1])
@@ -57,7 +59,7 @@ def test_several_generations_at_once_give_the_texts_that_the_blocking_client_giv
 @pytest.mark.parametrize("kind", [SpeculativeClient, AsyncSpeculativeClient])
 def test_a_client_asks_the_draft_only_once_what_it_is(services, pair, monkeypatch, kind):
     """What it said at the first use of the client serves all generations, until it fails."""
-    num_asked, describe = 0, kind._describe_draft
+    num_asked, describe = 0, Core.describe_draft
 
     def counted(client, *arguments):
         nonlocal num_asked
@@ -67,7 +69,7 @@ def test_a_client_asks_the_draft_only_once_what_it_is(services, pair, monkeypatc
     async def generate_twice(client):
         return [await client.generate(PROMPT, GREEDY, num_speculative_tokens=3) for _ in range(2)]
 
-    monkeypatch.setattr(kind, "_describe_draft", counted)
+    monkeypatch.setattr(Core, "describe_draft", counted)
     if kind is AsyncSpeculativeClient:
         results = run_async(services, pair, generate_twice)
     else:
@@ -80,7 +82,7 @@ def test_a_client_asks_the_draft_only_once_what_it_is(services, pair, monkeypatc
 
 def test_chunks_add_up_to_the_result(services, pair):
     async def collect(client):
-        stream = await client.stream("Once", SamplingParams(seed=1, max_new_tokens=10))
+        stream = client.stream("Once", SamplingParams(seed=1, max_new_tokens=10))
         chunks = [chunk async for chunk in stream]
         return chunks, stream.result
 
@@ -92,7 +94,7 @@ def test_chunks_add_up_to_the_result(services, pair):
 
 def test_a_stream_that_is_closed_early_leaves_no_session_behind(services, pair):
     async def stop_early(client):
-        stream = await client.stream(PROMPT, SamplingParams(seed=2, max_new_tokens=100))
+        stream = client.stream(PROMPT, SamplingParams(seed=2, max_new_tokens=100))
         await anext(stream)
         await stream.aclose()
         with pytest.raises(RuntimeError, match="has not finished"):
@@ -102,6 +104,27 @@ def test_a_stream_that_is_closed_early_leaves_no_session_behind(services, pair):
         return (await client.info()).target_stats.num_cached_tokens
 
     assert run_async(services, pair, stop_early) == 0
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+
+
+def test_chat_messages_are_written_in_the_models_format(services, pair):
+    async def both(client):
+        return await client.generate([MESSAGES, "system: Be brief.\nuser: Hi\n"], GREEDY)
+
+    of_messages, of_text = run_async(services, pair, both)
+    assert of_messages.prompt_token_ids == of_text.prompt_token_ids
+    assert of_messages.text == of_text.text
+    target, draft = pair
+    with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
+        assert client.generate(MESSAGES, GREEDY).text == of_text.text
+
+
+@pytest.mark.parametrize("messages", [[{"role": "user"}], [{"role": 1, "content": "Hi"}], [MESSAGES[0], "Hi"]])
+def test_messages_that_are_none_are_refused_before_anything_is_sent(messages):
+    with SpeculativeClient("127.0.0.1:1", "127.0.0.1:1") as client, pytest.raises(InvalidRequestError, match="give a"):
+        client.generate(messages)
 
 
 def test_a_wrong_argument_is_named(services, pair):

@@ -128,6 +128,15 @@ def test_throughput_at_a_rate_begins_texts_when_they_are_due(addresses):
     assert begun["speculative"][0] == pytest.approx(0.0)
 
 
+def test_every_field_of_the_parameters_is_taken(addresses):
+    """Here a filter and greedy drafts, of which published tables are made."""
+    fields = ["--top-k=1", "--greedy-draft", "--rule=rejection", "--no-ignore-eos", "--seed=3"]
+    document = json.loads(run("latency", *addresses, "-k", "3", *SIZES[:4], "--temperature=1", *fields, "--json"))
+    settings = document["settings"]
+    assert (settings["sampling"]["top_k"], settings["sampling"]["seed"]) == (1, 3)
+    assert (settings["speculation"]["greedy_draft"], settings["speculation"]["rule"]) == (True, "rejection")
+
+
 def test_rpc_measures_full_rounds_of_each_k(addresses):
     document = json.loads(run("rpc", *addresses, "-k", "0,1,3", *SIZES[:4], "--temperature=0", "--json"))
     assert [cell[1:3] for cell in cells_of(document)][:2] == [("autoregressive", 0), ("speculative", 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from outrider import (
     AsyncSpeculativeClient,
     ClientClosedError,
     DeadlineExceededError,
+    InvalidRequestError,
     Patience,
     SamplingParams,
     ServiceFailedError,
@@ -27,7 +29,8 @@ from outrider import (
     SpeculativeClient,
 )
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
-from outrider.v1 import target_pb2
+from outrider.sampling.rng import seed_of_text
+from outrider.v1 import common_pb2, target_pb2
 from tests import tiny_models
 from tests import toy_services as toys
 from tests.e2e.conftest import FAMILY
@@ -117,7 +120,14 @@ class Caller:
         return asyncio.run_coroutine_threadsafe(asynchronous(self.client), self._services.loop)
 
     def call(self, name: str, /, *arguments: Any, **named: Any) -> Future:
-        return self.run(*[lambda client: getattr(client, name)(*arguments, **named)] * 2)
+        def blocking(client: Any) -> Any:
+            return getattr(client, name)(*arguments, **named)
+
+        async def asynchronous(client: Any) -> Any:
+            result = getattr(client, name)(*arguments, **named)
+            return await result if asyncio.iscoroutine(result) else result
+
+        return self.run(blocking, asynchronous)
 
     def generate(self, **named: Any) -> Future:
         return self.call("generate", TOY_PROMPT, SEED_11, **named)
@@ -213,7 +223,7 @@ class TestClose:
                 client.close()
 
         async def asynchronous(client):
-            async for _ in await client.stream(PROMPT, SamplingParams(seed=1, max_new_tokens=400), **ALONE):
+            async for _ in client.stream(PROMPT, SamplingParams(seed=1, max_new_tokens=400), **ALONE):
                 await client.close()
 
         with pytest.raises(ClientClosedError):
@@ -301,7 +311,7 @@ def test_a_signals_handler_may_close_the_client(services):
             def add(self, item):
                 client.close()
 
-        client._transports = Closing()
+        client._core._texts = Closing()
         with pytest.raises(ClientClosedError):
             client.generate(TOY_PROMPT, SEED_11, **ALONE)
 
@@ -413,6 +423,129 @@ class TestDescription:
             running = caller(fake.address).generate(**ALONE)
             with pytest.raises(ServiceFailedError, match=message):
                 running.result(PATIENCE_S)
+
+    def test_who_waits_is_told_after_a_second_what_for(self, services, caller, caplog):
+        """Although the target would have had as long as it takes, and does not even refuse."""
+        with fake_services(services, TargetInfo=at_first(silence, TARGET_INFO)) as fake:
+            caller(fake.address).call("info").result(PATIENCE_S)
+        assert [record.getMessage() for record in caplog.records if record.name.startswith("outrider_client")] == [
+            f"waiting for the target service at {fake.address}: Deadline Exceeded"
+        ]
+
+
+class TestSeveralTexts:
+    """A list of prompts, or several texts of one: all at once, in order, each as it would be alone."""
+
+    def test_they_are_those_of_their_prompts_and_seeds_in_order(self, target, caller):
+        made = caller(target.address)
+        several = made.call("generate", [PROMPT, PROMPT[:2]], seeded(7), n=3, **ALONE).result(PATIENCE_S)
+        seeds = [7, seed_of_text(7, 1), seed_of_text(7, 2)]
+        for prompt, found in ((PROMPT, several[:3]), (PROMPT[:2], several[3:])):
+            alone = [made.call("generate", prompt, seeded(seed), **ALONE).result(PATIENCE_S) for seed in seeds]
+            assert [(text.seed, text.token_ids) for text in found] == [(text.seed, text.token_ids) for text in alone]
+            assert [text.prompt_token_ids for text in found] == [prompt] * 3
+        assert len({tuple(text.token_ids) for text in several}) == 6
+
+    def test_what_is_a_list_stays_one(self, target, caller):
+        made = caller(target.address)
+        assert len(made.call("generate", [PROMPT], seeded(7), **ALONE).result(PATIENCE_S)) == 1
+        assert len(made.call("generate", PROMPT, seeded(7), n=1, **ALONE).result(PATIENCE_S)) == 1
+
+    def test_they_are_written_at_once_but_not_more_than_the_target_has_places_for(self, services, caller):
+        info = common_pb2.ModelInfo()
+        info.CopyFrom(INFO)
+        info.limits.max_sessions = 3
+        described = answer(target_pb2.TargetServiceGetModelInfoResponse(model=info))
+        with fake_services(services, Verify=rounds(1), TargetInfo=described) as fake:
+            running = caller(fake.address).call("generate", [TOY_PROMPT] * 5, SEED_11, **ALONE)
+            eventually(lambda: fake.num_calls["Verify"] == 3, "three texts are being written")
+            assert not running.done()
+
+    def test_the_first_error_ends_the_others(self, services, caller):
+        """Two texts get a first token and wait for ever; the third is refused."""
+        handlers = [refusal(InvalidArgumentError("not this one")), rounds(1), rounds(1)]
+        with fake_services(services, Verify=lambda *call: handlers.pop()(*call)) as fake:
+            running = caller(fake.address).call("generate", [TOY_PROMPT] * 3, SEED_11, **ALONE)
+            with pytest.raises(InvalidRequestError, match="not this one"):
+                running.result(PATIENCE_S)
+            eventually(lambda: fake.num_ended["Verify"] == 3, "the services have stopped")
+
+    def test_one_timeout_holds_for_all(self, services, caller):
+        with fake_services(services, Verify=rounds(1)) as fake, pytest.raises(DeadlineExceededError):
+            caller(fake.address).call("generate", [TOY_PROMPT] * 3, SEED_11, timeout=0.3, **ALONE).result(PATIENCE_S)
+
+
+class TestStream:
+    """A stream of either client is the context of its text, and shows what there is of it at any time."""
+
+    def test_a_context_that_is_left_early_ends_the_text_and_keeps_what_there_was(self, services, caller):
+        def blocking(client):
+            with client.stream(TOY_PROMPT, SEED_11, **ALONE) as stream:
+                before = stream.partial
+                for _ in stream:
+                    break
+            return before, stream.partial, list(stream), stream
+
+        async def asynchronous(client):
+            async with client.stream(TOY_PROMPT, SEED_11, **ALONE) as stream:
+                before = stream.partial
+                async for _ in stream:
+                    break
+            return before, stream.partial, [chunk async for chunk in stream], stream
+
+        with fake_services(services, Verify=rounds(2)) as fake:
+            before, partial, rest, stream = caller(fake.address).run(blocking, asynchronous).result(PATIENCE_S)
+            eventually(lambda: fake.num_ended["Verify"] == 1, "the service has stopped")
+        assert (before.token_ids, before.seed, before.finish_reason) == ([], 11, None)
+        assert (partial.token_ids, partial.seed, partial.finish_reason) == (TOY_TEXT[:1], 11, None)
+        assert rest == []
+        with pytest.raises(RuntimeError, match="has not finished"):
+            _ = stream.result
+
+    def test_partial_is_the_result_at_the_end(self, target, caller):
+        def blocking(client):
+            with client.stream(PROMPT, seeded(3), **ALONE) as stream:
+                return [chunk.token_ids for chunk in stream], stream
+
+        async def asynchronous(client):
+            async with client.stream(PROMPT, seeded(3), **ALONE) as stream:
+                return [chunk.token_ids async for chunk in stream], stream
+
+        chunks, stream = caller(target.address).run(blocking, asynchronous).result(PATIENCE_S)
+        assert stream.partial is stream.result
+        assert [token_id for chunk in chunks for token_id in chunk] == stream.result.token_ids
+
+    def test_a_stream_that_is_let_go_ends(self, services, caller):
+        with fake_services(services, Verify=rounds(1)) as fake:
+            made = caller(fake.address)
+            made.stream()
+            gc.collect()
+            eventually(lambda: fake.num_ended["Verify"] == 1, "the service has stopped")
+
+    def test_it_ends_where_it_is_closed_while_another_waits_for_a_chunk(self, services, caller):
+        with fake_services(services, Verify=rounds(1)) as fake:
+            made = caller(fake.address)
+            stream = made.call("stream", TOY_PROMPT, SEED_11, **ALONE).result(PATIENCE_S)
+            following = lambda: made.run(lambda _: next(stream, None), lambda _: anext(stream, None))  # noqa: E731
+            assert following().result(PATIENCE_S).token_ids == TOY_TEXT[:1]
+            waiting = following()
+            eventually(lambda: stream._text._is_running, "a chunk is waited for")
+            made.run(lambda _: stream.close(), lambda _: stream.aclose()).result(PATIENCE_S)
+            assert waiting.result(PATIENCE_S) is None
+            eventually(lambda: fake.num_ended["Verify"] == 1, "the service has stopped")
+
+    def test_two_cannot_take_its_chunks_at_once(self, services, caller):
+        with fake_services(services) as fake:
+            made = caller(fake.address)
+            stream = made.call("stream", TOY_PROMPT, SEED_11, **ALONE).result(PATIENCE_S)
+            following = lambda: made.run(lambda _: next(stream, None), lambda _: anext(stream, None))  # noqa: E731
+            waiting = following()
+            eventually(lambda: fake.num_calls["Verify"] == 1, "a chunk is waited for")
+            with pytest.raises(RuntimeError, match="another thread or task"):
+                following().result(PATIENCE_S)
+            made.close()
+            with pytest.raises(ClientClosedError):
+                waiting.result(PATIENCE_S)
 
 
 class TestProcesses:
@@ -536,7 +669,7 @@ threading.Thread(target=lambda: client.generate([3, 1, 4], method="autoregressiv
 async def main():
     global asynchronous, chunks
     asynchronous = AsyncSpeculativeClient(address)
-    chunks = await asynchronous.stream([3, 1, 4], method="autoregressive")
+    chunks = asynchronous.stream([3, 1, 4], method="autoregressive")
     await anext(chunks)
     asyncio.ensure_future(asynchronous.generate([3, 1, 4], method="autoregressive"))
     await asyncio.sleep(0.1)

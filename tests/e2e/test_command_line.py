@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import grpc
 import pytest
@@ -83,9 +85,34 @@ def test_info_describes_a_pair_that_fits(addresses):
         assert f"The {name} does not run by {document[name]['backend_notes'][0]}." in shown
 
 
+def test_generate_takes_every_field(addresses):
+    """Those of the draft's end at `--greedy-draft`, which is seen: a support of one costs fewer bytes than 258."""
+    arguments = [
+        "generate",
+        "Hello",
+        *addresses,
+        "--seed=1",
+        "--max-new-tokens=9",
+        "--json",
+        "--rule=rejection",
+        "-k",
+        "4",
+    ]
+    plain, greedy = (json.loads(run(*arguments, *more).stdout) for more in ((), ("--greedy-draft",)))
+    assert greedy["stats"]["num_bytes_received"] < plain["stats"]["num_bytes_received"]
+
+
 def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
     result = run("info", "--draft=127.0.0.1:1", addresses[1], status=1)
     assert "no draft service answers at 127.0.0.1:1" in result.stdout
+
+
+def test_who_waits_for_a_target_is_told_after_a_second_and_not_when_it_is_given_up():
+    command = [sys.executable, "-m", "outrider_client", "info", "--target=127.0.0.1:1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline().startswith("waiting for the target service at 127.0.0.1:1: ")
+        assert process.poll() is None
+        process.kill()
 
 
 def test_chat_answers_each_line_in_the_models_format(addresses):

@@ -25,7 +25,7 @@ SAMPLINGS = {
 @pytest.fixture(scope="module")
 def client() -> Iterator[SpeculativeClient]:
     with (
-        local_pair("builtin:draft", "builtin:target", 1) as pair,
+        local_pair("builtin:target", "builtin:draft", 1) as pair,
         SpeculativeClient(pair.target, pair.draft, patience=NEVER_WITHOUT_DRAFT) as client,
     ):
         yield client

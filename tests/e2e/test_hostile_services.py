@@ -535,7 +535,7 @@ class Exchange:
         return stream.result
 
     async def _write(self, prompt: Any, after_two_chunks: Callable[[], None], how: dict[str, Any]) -> GenerationResult:
-        stream, number = await self._client.stream(prompt, SAMPLING, **how), 0
+        stream, number = self._client.stream(prompt, SAMPLING, **how), 0
         async for _ in stream:
             if number == 1:
                 after_two_chunks()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from outrider_draft.drafter import Drafter
 
-from outrider import Chunk, SamplingParams, SpeculativeClient
+from outrider import Chunk, SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.sampling.rng import AddressedUniforms
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
@@ -68,7 +68,7 @@ FREE = {"rule": "rejection"}  # rejection sampling, although there is a seed; sh
 
 def write(client: SpeculativeClient, sampling: SamplingParams, prompt=PROMPT, **speculation: Any) -> list[int]:
     """Return the tokens of a text of which no round went without proposals."""
-    result = client.generate(prompt, sampling, **(FREE | speculation))
+    result = client.generate(prompt, sampling, SpeculationParams(**(FREE | speculation)))
     assert result.stats.num_rounds_without_draft == 0
     return result.token_ids
 
@@ -116,7 +116,8 @@ def test_any_number_of_alternatives(pair, texts, monkeypatch):
     with pair.client() as client:
 
         def num_used(name: str, number: int) -> int:
-            result = client.generate(PROMPT, SAMPLINGS[name], num_speculative_tokens=4, num_alternatives=number, **FREE)
+            speculation = SpeculationParams(num_speculative_tokens=4, num_alternatives=number, **FREE)
+            result = client.generate(PROMPT, SAMPLINGS[name], speculation)
             assert result.token_ids == texts[name]
             return result.stats.num_alternatives_used
 

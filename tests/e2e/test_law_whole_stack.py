@@ -31,7 +31,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from outrider import SamplingParams, SpeculativeClient
+from outrider import SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.rng import AddressedUniforms, Noise, SharedNoise
 from tests import tiny_models
@@ -166,7 +166,8 @@ def _write_with_threads(pair: Pair, requests, speculation) -> list:
         SpeculativeClient(*addresses, patience=NEVER_WITHOUT_DRAFT) as client,
         ThreadPoolExecutor(NUM_AT_ONCE) as threads,
     ):
-        return list(threads.map(lambda sampling: client.generate(PROMPT, sampling, **speculation), requests))
+        how = SpeculationParams(**speculation)
+        return list(threads.map(lambda sampling: client.generate(PROMPT, sampling, how), requests))
 
 
 def _write_with_tasks(pair: Pair, requests, speculation) -> list:
@@ -177,7 +178,7 @@ def _write_with_tasks(pair: Pair, requests, speculation) -> list:
 
             async def write(sampling: SamplingParams):
                 async with limit:
-                    return await client.generate(PROMPT, sampling, **speculation)
+                    return await client.generate(PROMPT, sampling, SpeculationParams(**speculation))
 
             return await asyncio.gather(*map(write, requests))
 

@@ -14,7 +14,7 @@ import outrider_target.scheduler
 import pytest
 from outrider_client.results import GenerationResult
 
-from outrider import Patience, SamplingParams, SpeculativeClient
+from outrider import Patience, SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.sampling.rng import Noise, SharedNoise
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
@@ -64,7 +64,7 @@ def trio(services, tmp_path_factory) -> Iterator[Trio]:
 
 def write(client: SpeculativeClient, name: str, **speculation) -> GenerationResult:
     """Return a text by the rule that a seed has by default."""
-    return client.generate(PROMPT, SAMPLINGS[name], **speculation)
+    return client.generate(PROMPT, SAMPLINGS[name], SpeculationParams(**speculation))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 from outrider_client.bench.samples import PEER_METHODS, Cell, Settings
 from outrider_client.bench.transformers_peer import PeerOptions, TransformersPeer, draft_config, load_peer
 from outrider_client.errors import InvalidRequestError
+from outrider_client.params import SamplingParams
 from transformers import AutoModelForCausalLM
 
 from tests import tiny_models
@@ -36,7 +37,7 @@ def greedy_ids(model) -> list[int]:
 
 def make_peer(paths, ignore_eos: bool = True, eos_token_ids: tuple[int, ...] = (), context_length: int = 128):
     options = PeerOptions(paths["target"], paths["draft"], "float64", "cpu", context_length, eos_token_ids, threads=1)
-    return load_peer(options, Settings(max_new_tokens=LENGTH, ignore_eos=ignore_eos))
+    return load_peer(options, Settings(sampling=SamplingParams(max_new_tokens=LENGTH, ignore_eos=ignore_eos)))
 
 
 @pytest.fixture(scope="module")

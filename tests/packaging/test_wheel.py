@@ -6,7 +6,9 @@ working tree can help. Needs a package index for the client's dependencies.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,6 +107,101 @@ def test_client_and_stubs_can_be_imported_from_the_wheel(environment):
     result = run(environment / "python", "-c", program, cwd=environment)
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).is_relative_to(environment.parent)
+
+
+USERS_SCRIPT = """
+import asyncio
+
+from typing_extensions import assert_type
+
+from outrider import (
+    AsyncSpeculativeClient,
+    Chunk,
+    GenerationResult,
+    OutriderError,
+    PairInfo,
+    SamplingParams,
+    SpeculationParams,
+    SpeculativeClient,
+    __version__,
+)
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=64, stop=["."])
+
+
+def write(target: str) -> str:
+    messages = [{"role": "user", "content": "Hello"}]
+    with SpeculativeClient(target, draft="localhost") as client:
+        one = client.generate("Once", GREEDY, SpeculationParams(window=8), timeout=5, num_speculative_tokens="auto")
+        assert_type(one, GenerationResult)
+        assert_type(client.generate([1, 2]), GenerationResult)
+        assert_type(client.generate(messages), GenerationResult)
+        assert_type(client.generate("Once", n=2), list[GenerationResult])
+        assert_type(client.generate(["Once", "Twice"]), list[GenerationResult])
+        assert_type(client.generate([[1], [2, 3]], n=2, overlap=False), list[GenerationResult])
+        assert_type(client.generate([messages, messages]), list[GenerationResult])
+        assert_type(client.info(), PairInfo)
+        with client.stream("Once", method="autoregressive") as stream:
+            for chunk in stream:
+                assert_type(chunk, Chunk)
+        return one.text + stream.partial.text + stream.result.text + __version__
+
+
+async def write_too(target: str) -> str:
+    async with AsyncSpeculativeClient(target) as client:
+        assert_type(await client.generate("Once"), GenerationResult)
+        assert_type(await client.generate(("Once", "Twice")), list[GenerationResult])
+        try:
+            async with client.stream("Once") as stream:
+                async for chunk in stream:
+                    assert_type(chunk.token_probs, list[float | None])
+            return stream.partial.text
+        except OutriderError as error:
+            assert_type(error.partial, GenerationResult | None)
+            return str(error)
+
+
+def misuse(client: SpeculativeClient) -> None:
+    client.generate("Once", method="oracle")  # wrong
+    client.generate("Once", windows=3)  # wrong
+    client.generate("Once", num_speculative_tokens="many")  # wrong
+    client.generate("Once", {"temperature": 1})  # wrong
+    client.generate(5)  # wrong
+    client.stream(["Once", "Twice"])  # wrong
+    client.stream("Once", n=2)  # wrong
+    SamplingParams(temperature="hot")  # wrong
+    SpeculationParams(method="oracle")  # wrong
+    SpeculativeClient(5)  # wrong
+
+
+print(write("localhost"), asyncio.run(write_too("localhost")))
+"""
+
+
+def errors_of(checker: str, environment: Path, folder: Path) -> set[int]:
+    """Return the numbers of the lines of `script.py` in which a type checker, in its strict mode, finds an error."""
+    python = environment / "python"
+    if checker == "mypy":
+        command = ("-m", "mypy", "--strict", "--cache-dir", os.devnull, "--python-executable", python, "script.py")
+        result = run(sys.executable, *command, cwd=folder)
+        found = re.findall(r"^script\.py:(\d+): error", result.stdout, re.M)
+    else:
+        (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict", "include": ["script.py"]}')
+        program = Path(sys.executable).with_name("basedpyright")
+        assert program.exists(), "basedpyright is not installed: it comes with the extra `test`"
+        result = run(program, "--outputjson", "--pythonpath", python, cwd=folder)
+        diagnostics = json.loads(result.stdout)["generalDiagnostics"]
+        found = [str(one["range"]["start"]["line"] + 1) for one in diagnostics if one["severity"] == "error"]
+    assert result.returncode == 1, result.stdout + result.stderr
+    return set(map(int, found))
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_a_users_script_is_checked_by_the_types_of_the_wheel(checker, environment, tmp_path):
+    """Strictly: every right line passes, with the types that it asserts, and every wrong one is found."""
+    (tmp_path / "script.py").write_text(USERS_SCRIPT)
+    wrong = {number for number, line in enumerate(USERS_SCRIPT.splitlines(), 1) if line.endswith("# wrong")}
+    assert errors_of(checker, environment, tmp_path) == wrong
 
 
 @pytest.mark.parametrize(

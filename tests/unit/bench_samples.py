@@ -7,6 +7,7 @@ from typing import Any
 from outrider_client.bench.metrics import Timeline
 from outrider_client.bench.result_file import Kind, Result
 from outrider_client.bench.samples import Cell, Sample, Settings
+from outrider_client.params import SamplingParams
 from outrider_client.results import GenerationStats, RoundStats
 
 AR = Cell("autoregressive", 0.0)
@@ -76,7 +77,7 @@ def make_result(kind: Kind, samples: list[Sample]) -> Result:
     model = {"vocab_size": VOCAB_SIZE, "revision": "", "device": "cpu", "dtype": "float32", "service_version": "1"}
     return Result(
         kind=kind,
-        settings=Settings(max_new_tokens=4, repetitions=2),
+        settings=Settings(2, sampling=SamplingParams(seed=0, max_new_tokens=4, ignore_eos=True)),
         prompts=["Once", "Twice"],
         pair={role: {"model_id": f"a-{role}"} | model for role in ("draft", "target")},
         samples=samples,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -14,10 +14,17 @@ import numpy as np
 import pytest
 import torch
 from outrider_client.arguments import prompt_of
-from outrider_client.connection import ConnectionSettings, Target, begin_conversation, deadline_after, left_until
+from outrider_client.connection import (
+    ConnectionSettings,
+    Target,
+    begin_conversation,
+    left_until,
+    request_of,
+    requests_of,
+)
 from outrider_client.controller import PairSpeeds
 from outrider_client.errors import InvalidRequestError
-from outrider_client.params import MOST_STOP_CHARACTERS
+from outrider_client.params import MOST_STOP_CHARACTERS, SpeculationFields
 from outrider_client.text.text import TargetTokenizer
 
 from outrider import AsyncSpeculativeClient, Patience, SamplingParams, SpeculationParams, SpeculativeClient
@@ -86,9 +93,10 @@ SPECULATION: dict[str, tuple] = {
 }
 PATIENCE = dict.fromkeys(Patience.__dataclass_fields__, (*NO_NUMBERS, NAN, INF, -1, HUGE, 1e10))
 CLIENT: dict[str, tuple] = {
-    "target": (None, "", "localhost", 50052, b"localhost:1", ["a:1"], "a b:1", "a:1\n", "a\0:1", "a\ud800:1", "a:port",
-               "a:0", "a:65536", "[::1]:x"),
-    "draft": ("", "localhost", 50051, b"localhost:1", ("a:1",), "a:1 ", "a:-1"),
+    "target": (None, "", 50052, b"localhost:1", ["a:1"], "a b:1", "a:1\n", "a\0:1", "a\ud800:1", "a:port", "a:0",
+               "a:65536", "[::1]:x", ":1", "a:", "http://", "https://a:1", "ftp://a:1", "http://a:1/path", "[::1",
+               "[]:1"),
+    "draft": ("", 50051, b"localhost:1", ("a:1",), "a:1 ", "a:-1", "grpc://a:-1"),
     "connect_timeout": (*NO_NUMBERS, NAN, INF, -1),
     "patience": (*ODD, 3.0, {"retry_s": 1}, "long", Patience, True, 0),
 }  # fmt: skip
@@ -96,17 +104,24 @@ CALL: dict[str, tuple] = {
     "timeout": (*(it for it in NO_NUMBERS if it is not None), NAN, INF, -INF, -1, -0.001, HUGE, 1e10),
     "sampling": (*ODD, {"temperature": 0}, 0, "greedy", SamplingParams, [SamplingParams()], False),
     "prompt": (
-        None, 5, 5.0, True, b"Once", bytearray(b"Once"), memoryview(b"Once"), [1.5], ["5"], [None], [True], [[1, 2]],
-        [b"1"], [1, 2.0], [1j], ["a", "b"], ("a", "b"), {1: 2}, {"input_ids": [1]}, {1, 2}, object(), [object()],
+        None, 5, 5.0, True, b"Once", bytearray(b"Once"), memoryview(b"Once"), [1.5], [None], [True],
+        [b"1"], [1, 2.0], [1j], {1: 2}, {"input_ids": [1]}, {1, 2}, object(), [object()],
         np.array([1.0, 2.0]), np.array([[1, 2]]), np.array(["a"]), np.array(3), np.array([True]), [np.bool_(True)],
-        [np.array([1])], torch.tensor([1.5]), torch.tensor([[1]]), torch.tensor(3), "\ud800", "a\udfff",
+        torch.tensor([1.5]), torch.tensor([[1]]), torch.tensor(3), "\ud800", "a\udfff",
         *ODD, [np.timedelta64(5)], np.array([1, 2], "m8[s]"), np.ma.array([1, 2], mask=[0, 1]),
         np.zeros(1, [("a", int)])[0], (), [], iter(()), [Decimal(1)], [Fraction(1, 2)], itertools.repeat(1),
     ),
+    "speculation": ({"num_speculative_tokens": 4}, 4, "draft", SpeculationParams, False),
     "windows": (4,),
     "temperature": (0.5,),
     "max_new_tokens": (5,),
 }  # fmt: skip
+OF_SEVERAL: dict[str, tuple] = {
+    "n": (*NO_WHOLE_NUMBERS, 0, -1, HUGE - HUGE),
+    "prompt": ([["a"]], [[1.5]], ["a", 5], ["a", None], [[1], []], [[[1]]], ["a", "\ud800"], [[1], {"role": "user"}]),
+}
+# What `generate` takes for several prompts, and `stream` does not.
+SEVERAL = (["5"], [[1, 2]], ["a", "b"], ("a", "b"), [np.array([1])])
 
 
 def cases(table: dict[str, tuple]) -> list:
@@ -140,22 +155,30 @@ def test_a_client_is_not_made_of_wrong_arguments(make: Callable):
             make(**({"target": NOBODY} | {field: value}))
 
 
+def calls_of(client: Any) -> Iterator[tuple[Callable, str, Any]]:
+    """Yield calls with a field of theirs and a wrong value; a keyword that is None is one that was not given."""
+    keywords = [case for case in cases(SPECULATION) if case[0] in SpeculationFields.__annotations__]
+    for field, value in [*cases(CALL), *keywords]:
+        yield client.generate, field, value
+        yield client.stream, field, value
+    yield from ((client.generate, field, value) for field, value in cases(OF_SEVERAL))
+    yield from ((client.stream, "prompt", prompt) for prompt in SEVERAL)
+
+
 def test_a_wrong_argument_of_a_call_is_refused_before_anything_is_sent():
     """Nobody is at the address: what was sent would be a service that is not available, ten seconds later."""
     with SpeculativeClient(NOBODY, NOBODY, connect_timeout=0.5) as client:
-        for field, value in [*cases(CALL), *cases(SPECULATION)]:
-            for call in (client.generate, client.stream):
-                with names_it(field):
-                    call(**({"prompt": [1]} | {field: fresh(value)}))
+        for call, field, value in calls_of(client):
+            with names_it(field):
+                call(**({"prompt": [1]} | {field: fresh(value)}))
 
 
 def test_the_asyncio_client_refuses_the_same():
     async def run() -> None:
         async with AsyncSpeculativeClient(NOBODY, NOBODY, connect_timeout=0.5) as client:
-            for field, value in [*cases(CALL), *cases(SPECULATION)]:
-                for call in (client.generate, client.stream):
-                    with names_it(field):
-                        await call(**({"prompt": [1]} | {field: fresh(value)}))
+            for call, field, value in calls_of(client):
+                with names_it(field):
+                    await call(**({"prompt": [1]} | {field: fresh(value)}))
 
     asyncio.run(run())
 
@@ -164,9 +187,46 @@ def test_the_tables_are_long():
     assert sum(map(len, (cases(it) for it in (SAMPLING, SPECULATION, PATIENCE, CLIENT, CALL)))) > 300
 
 
-def test_several_prompts_are_told_what_to_do_instead():
-    with SpeculativeClient(NOBODY) as client, pytest.raises(InvalidRequestError, match=r"asyncio\.gather"):
-        client.generate(["a", "b"], method="autoregressive")
+def test_who_streams_several_prompts_is_told_what_to_do_instead():
+    with SpeculativeClient(NOBODY) as client, pytest.raises(InvalidRequestError, match="`generate` takes a list"):
+        client.stream(["a", "b"], method="autoregressive")
+
+
+def test_a_keyword_takes_the_place_of_a_field():
+    given = SpeculationParams(num_speculative_tokens=3, window=5)
+    request = request_of(ConnectionSettings(NOBODY, NOBODY), "a", None, given, None, {"num_speculative_tokens": 4})
+    assert request.speculation == SpeculationParams(num_speculative_tokens=4, window=5)
+
+
+def test_a_field_that_is_no_keyword_is_told_where_it_belongs():
+    with SpeculativeClient(NOBODY, NOBODY) as client, pytest.raises(InvalidRequestError, match="SpeculationParams"):
+        client.generate("a", window=4)
+
+
+class TestTextsOfOnePrompt:
+    SETTINGS = ConnectionSettings(NOBODY, NOBODY)
+
+    def seeds(self, prompt: Any, n: int | None, seed: int | None) -> list[int | None]:
+        return [request.sampling.seed for request in requests_of(self.SETTINGS, prompt, n, SamplingParams(seed=seed))]
+
+    def test_the_first_has_the_seed_itself_and_the_others_seeds_of_their_own(self):
+        seeds = self.seeds("a", 1000, 7)
+        assert seeds[0] == 7
+        assert len(set(seeds) | set(self.seeds("a", 1000, 8))) == 2000
+        assert all(0 <= seed < 1 << 64 for seed in seeds)
+
+    def test_a_text_has_its_seed_however_many_there_are(self):
+        assert self.seeds("a", 3, 7) == self.seeds("a", 5, 7)[:3]
+
+    def test_the_seeds_of_a_version_are_those_of_the_next(self):
+        assert self.seeds("a", 3, 7) == [7, 1262606519332550246, 17323028436251255182]
+
+    def test_all_prompts_have_the_same(self):
+        assert self.seeds(["a", "b"], 2, 7) == self.seeds("a", 2, 7) * 2
+        assert self.seeds(["a", "b"], None, 7) == [7, 7]
+
+    def test_without_a_seed_each_draws_one(self):
+        assert self.seeds("a", 3, None) == [None] * 3
 
 
 def test_a_draft_that_is_not_named_is_missed_before_anything_is_sent():
@@ -243,10 +303,25 @@ def test_addresses_of_every_kind_are_taken(address):
 )
 def test_a_timeout_of_few_digits_is_added_to_the_clock_as_a_plain_number(timeout):
     """A float16 of the time since the machine started is infinite after a day, and a minute off before."""
-    left = left_until(deadline_after(timeout))
+    left = left_until(request_of(ConnectionSettings(NOBODY, NOBODY), "a", timeout=timeout).deadline)
     assert type(left) is float
     assert 0.4 < left <= 0.5
     assert type(ConnectionSettings(NOBODY, connect_s=timeout).connect_s) is float
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [("localhost", "localhost"), ("10.0.0.1", "10.0.0.1"), ("::1", "[::1]"), ("[::1]", "[::1]"),
+     ("http://a", "a"), ("grpc://a/", "a"), ("grpc://[fe80::1%eth0]", "[fe80::1%eth0]"), ("http://::1", "[::1]")],
+)  # fmt: skip
+def test_a_port_that_is_left_out_is_that_of_the_service(address, host):
+    settings = ConnectionSettings(address, address)
+    assert (settings.target, settings.draft) == (f"{host}:50052", f"{host}:50051")
+
+
+@pytest.mark.parametrize("address", ["http://a:1", "grpc://a:1", "http://a:1/"])
+def test_a_plain_scheme_is_understood(address):
+    assert ConnectionSettings(address).target == "a:1"
 
 
 def test_whole_numbers_of_numpy_reach_the_messages():
@@ -254,15 +329,9 @@ def test_whole_numbers_of_numpy_reach_the_messages():
     info = common_pb2.ModelInfo(vocab_size=100, context_length=64)
     speculation = {"num_speculative_tokens": np.int64(3), "window": np.int16(5), "max_support": np.uint32(7)}
     sampling = SamplingParams(np.float32(0.5), np.int64(4), np.float64(0.5), 0, np.uint64(9), np.int64(5))
-    conversation = begin_conversation(
-        ConnectionSettings(NOBODY, NOBODY),
-        PairSpeeds(),
-        Target(info, None),
-        np.array([1, 2]),
-        sampling,
-        speculation,
-        None,
-    )
+    settings = ConnectionSettings(NOBODY, NOBODY)
+    request = request_of(settings, np.array([1, 2]), sampling, SpeculationParams(**speculation))
+    conversation = begin_conversation(settings, PairSpeeds(), Target(info, None), request)
     opened = next(conversation.run()).message
     assert (opened.open.sampling.temperature, opened.open.sampling.top_k, opened.open.seed) == (0.5, 4, 9)
 

@@ -60,7 +60,7 @@ def test_help_defines_the_metrics(arguments):
         (["throughput", "--concurrency=4,0"], "0 is too small: give 1 or more"),
         (["--methods=transformers"], "'transformers' is none of speculative, autoregressive, draft"),
         (["throughput", "--request-rate=2", "--compare=transformers"], "--compare needs users"),
-        (["--draft=localhost:1"], "give both --draft and --target, or neither"),
+        (["--draft=localhost:1"], "give both --target and --draft, or neither"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_starts(arguments, message):

@@ -11,6 +11,7 @@ from outrider_client.bench.differences import compare_results
 from outrider_client.bench.result_file import SCHEMA, Result, new_result, num_cores, read, write, write_csv
 from outrider_client.bench.samples import Settings
 from outrider_client.errors import InvalidRequestError
+from outrider_client.params import SamplingParams
 
 from tests.unit.bench_samples import AR, HF, PAIR, ar_sample, make_result, pair_sample, peer_sample
 
@@ -36,8 +37,8 @@ def test_rounds_and_draft_times_come_back(tmp_path):
 
 
 def test_the_document_says_how_it_was_made(tmp_path):
-    result = new_result("sweep", Settings(seed=5), ["Once"], {}, {"service": 1}, [])
-    assert result.settings.seed == 5
+    result = new_result("sweep", Settings(sampling=SamplingParams(seed=5)), ["Once"], {}, {"service": 1}, [])
+    assert result.settings.sampling.seed == 5
     assert set(result.versions) >= {"outrider", "grpcio", "torch", "transformers", "python"}
     assert result.versions["outrider"]
     assert result.machine["num_cores"] == num_cores() >= 1
@@ -54,8 +55,8 @@ def test_the_document_says_how_it_was_made(tmp_path):
     [
         ("{", "is no JSON"),
         ("[]", "holds no result"),
-        ('{"schema": 1, "kind": "sweep"}', "schema is 1: this version reads results of schema 2"),
-        ('{"schema": 2, "kind": "other"}', "measure again"),
+        ('{"schema": 1, "kind": "sweep"}', "schema is 1: this version reads results of schema 3"),
+        ('{"schema": 3, "kind": "other"}', "measure again"),
     ],
 )
 def test_what_is_no_result_is_refused(text, message, tmp_path):
@@ -97,9 +98,9 @@ class TestDifferences:
 
     def test_what_was_not_the_same_is_named(self):
         first = self.make(ar_sample())
-        second = self.make(
-            ar_sample(), settings=replace(first.settings, seed=9), threads={"service": 2, "peer": 2}, prompts=["Other"]
-        )
+        settings = replace(first.settings, sampling=replace(first.settings.sampling, seed=9))
+        threads = {"service": 2, "peer": 2}
+        second = self.make(ar_sample(), settings=settings, threads=threads, prompts=["Other"])
         conditions = compare_results(first, second).conditions
         assert set(conditions) == {"settings.seed", "threads.service", "prompts"}
         assert conditions["threads.service"] == (1, 2)

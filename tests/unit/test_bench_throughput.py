@@ -10,14 +10,15 @@ import pytest
 from outrider_client.bench.grid import make_grid, run_grid, turned
 from outrider_client.bench.metrics import Timeline
 from outrider_client.bench.samples import Cell, Settings
-from outrider_client.bench.services import wait_until_quiet
+from outrider_client.bench.services import sampling_of, speculation_of, wait_until_quiet
 from outrider_client.bench.throughput import Made, PeerLoad, Text, arrival_times, run_loads
 from outrider_client.errors import InvalidRequestError
+from outrider_client.params import SamplingParams, SpeculationParams
 
 from tests.unit.bench_samples import AR, HF, PAIR
 
 LINE = Timeline([0.1], [1], 0.1)
-SETTINGS = Settings(repetitions=3, warm_up=1, seed=5)
+SETTINGS = Settings(repetitions=3, warm_up=1, sampling=SamplingParams(seed=5))
 
 
 @dataclass
@@ -135,3 +136,23 @@ class TestQuiet:
         used = iter(index * 0.02 for index in range(10_000))
         with pytest.raises(InvalidRequestError, match="unset OMP_WAIT_POLICY"):
             wait_until_quiet(lambda: next(used), lambda seconds: None)
+
+
+class TestWhatIsAskedFor:
+    SETTINGS = Settings(
+        sampling=SamplingParams(temperature=0.5, top_k=5, seed=1, max_new_tokens=9),
+        speculation=SpeculationParams(greedy_draft=True, window=7, rule="rejection"),
+    )
+
+    def test_a_cell_says_temperature_method_and_k_and_the_settings_all_else(self):
+        cell = Cell("speculative", 1.5, 3)
+        assert sampling_of(cell, 11, self.SETTINGS) == replace(self.SETTINGS.sampling, temperature=1.5, seed=11)
+        expected = replace(self.SETTINGS.speculation, num_speculative_tokens=3)
+        assert speculation_of(cell, self.SETTINGS) == expected
+
+    def test_the_target_alone_and_a_k_that_the_client_picks_have_no_window(self):
+        alone = speculation_of(Cell("autoregressive", 1.0), self.SETTINGS)
+        assert (alone.method, alone.num_speculative_tokens, alone.window) == ("autoregressive", 0, None)
+        picked = Cell("speculative-auto", 1.0)
+        assert speculation_of(picked, self.SETTINGS) == replace(self.SETTINGS.speculation, window=None)
+        assert sampling_of(picked, 11, self.SETTINGS).seed is None

@@ -21,6 +21,7 @@ from outrider_client.connection import (
     Target,
     begin_conversation,
     lengths_for,
+    request_of,
 )
 from outrider_client.controller import PairSpeeds, RoundTimes
 from outrider_client.conversation.conversation import Conversation
@@ -545,7 +546,8 @@ class TestBeginning:
 
     def begin(self, prompt=toys.PROMPT_IDS, sampling: SamplingParams | None = None, draft="draft:1", **speculation):
         settings, speculation = ConnectionSettings("target:1", draft), {"rule": "rejection"} | speculation
-        return begin_conversation(settings, PairSpeeds(), Target(self.INFO, None), prompt, sampling, speculation, None)
+        request = request_of(settings, prompt, sampling, SpeculationParams(**speculation))
+        return begin_conversation(settings, PairSpeeds(), Target(self.INFO, None), request)
 
     @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
     def test_the_targets_context_ends_the_text(self, num_speculative_tokens):

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
 import click
 import pytest
-from outrider_client.cli.options import Length
+from click.testing import CliRunner
+from outrider_client.__main__ import main
+from outrider_client.bench.samples import OF_A_CELL
+from outrider_client.cli.options import Length, options_of, params_of
+from outrider_client.params import SamplingParams, SpeculationParams
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0", 0), ("12", 12)])
@@ -17,3 +25,72 @@ def test_a_length_is_auto_or_a_whole_number(text, value):
 def test_any_other_length_is_refused_with_what_to_give(text):
     with pytest.raises(click.BadParameter, match="`auto` nor a whole number from 0 on"):
         Length().convert(text, None, None)
+
+
+@pytest.mark.parametrize(("params", "command"), [(SamplingParams, "generate"), (SpeculationParams, "generate"),
+                                                 (SamplingParams, "chat"), (SpeculationParams, "chat")])  # fmt: skip
+def test_every_field_is_an_option_with_its_default(params, command):
+    context = main.commands[command].make_context(command, ["x"] if command == "generate" else [])
+    assert params_of(params, context.params) == params()
+
+
+@pytest.mark.parametrize("command", ["sweep", "latency", "throughput", "rpc"])
+def test_every_field_is_an_option_of_bench_too(command):
+    context = main.commands["bench"].commands[command].make_context(command, [])
+    options = {option for parameter in main.commands["bench"].commands[command].params for option in parameter.opts}
+    for params in (SamplingParams, SpeculationParams):
+        names = {field.name for field in fields(params)} - {"method"}  # which is --methods, or none
+        assert {"--" + name.replace("_", "-") for name in names} <= options
+        params_of(params, context.params, OF_A_CELL)
+    assert (context.params["ignore_eos"], context.params["seed"]) == (True, 0)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Of every kind that parameters have or may get."""
+
+    flag: bool = False
+    flag_or_none: bool | None = None
+    number: float = 0.5
+    count: int | None = None
+    words: Sequence[str] = ()
+    token_ids: Sequence[int] | None = None
+    choice: Literal["a", "b"] = "a"
+    length: int | Literal["auto"] = "auto"
+    biases: Mapping[int, float] | None = None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        ([], "flag_or_none", None), (["--flag"], "flag", True), (["--no-flag-or-none"], "flag_or_none", False),
+        (["--number=0.25"], "number", 0.25), (["--count=3"], "count", 3), ([], "count", None),
+        (["--words=a b", "--words=c"], "words", ("a b", "c")),
+        (["--token-ids=1", "--token-ids=2"], "token_ids", (1, 2)),
+        ([], "token_ids", None), (["--choice=b"], "choice", "b"), (["--length=4"], "length", 4),
+        (["--biases", '{"5": -1.5}'], "biases", {5: -1.5}), ([], "biases", None),
+    ],
+)  # fmt: skip
+def test_a_new_field_appears_by_itself(arguments, field, value):
+    @click.command
+    @options_of(Fields)
+    def command(**values):
+        pass
+
+    context = command.make_context("command", list(arguments))
+    made = Fields(**context.params)
+    assert getattr(made, field) == value
+
+
+@pytest.mark.parametrize("argument", ["--choice=c", "--biases={", "--length=many", "--count=x", "--token-ids=x"])
+def test_a_wrong_value_is_refused_by_its_option(argument):
+    command = click.command("command")(options_of(Fields)(lambda **_: None))
+    result = CliRunner().invoke(command, [argument])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{argument.partition('=')[0]}'" in result.stderr
+
+
+def test_the_fields_of_processors_are_options_too():
+    given = ["x", "--logit-bias", '{"5": -1.5}', "--bad-words", "[[1, 2]]", "--stop-token-ids=7", "--logprobs=2"]
+    found = params_of(SamplingParams, main.commands["generate"].make_context("generate", given).params)
+    assert found == SamplingParams(logit_bias={5: -1.5}, bad_words=[[1, 2]], stop_token_ids=[7], logprobs=2)

@@ -62,7 +62,7 @@ def compare_results(first: Result, second: Result) -> Difference:
 
 def _conditions(result: Result) -> dict[str, Any]:
     parts: dict[str, Mapping[str, Any]] = {
-        "settings": vars(result.settings),
+        "settings": result.settings.flat,
         "threads": result.threads,
         "versions": result.versions,
         "machine": result.machine,

@@ -18,7 +18,7 @@ from outrider_client.bench.samples import Sample, Settings
 from outrider_client.bench.summary import Order, Row, measured_costs, summarise
 from outrider_client.errors import InvalidRequestError
 
-SCHEMA = 2
+SCHEMA = 3
 REPORTED_PACKAGES = (
     "outrider",
     "grpcio",
@@ -84,7 +84,7 @@ class Result:
                 f"schema is {document.get('schema')!r}: this version reads results of schema {SCHEMA}; measure again"
             )
         fields = {name: document[name] for name in cls.__dataclass_fields__}
-        fields["settings"] = Settings(**fields["settings"])
+        fields["settings"] = Settings.from_dict(fields["settings"])
         fields["samples"] = [Sample.from_dict(record) for record in fields["samples"]]
         return cls(**fields)
 

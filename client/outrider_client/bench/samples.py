@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outrider_client.bench.metrics import Timeline
-from outrider_client.params import AUTO, METHODS
+from outrider_client.params import AUTO, METHODS, SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats, RoundStats
-from outrider_client.rules.rules import RuleName, rule_of
+from outrider_client.rules.rules import rule_of
 
 BASELINE = "autoregressive"
 AUTO_METHOD = f"speculative-{AUTO}"  # the client picks K
@@ -41,32 +41,49 @@ class Cell:
         return self.temperature, rank, self.num_speculative_tokens, self.num_users, self.request_rate
 
 
+# Fields of SamplingParams and SpeculationParams that each cell says itself.
+OF_A_CELL = ("temperature", "method", "num_speculative_tokens")
+
+_SAMPLING = SamplingParams(seed=0, ignore_eos=True)  # all texts have one length, so that rates compare
+_SPECULATION = SpeculationParams()
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all cells have in common."""
 
-    max_new_tokens: int = 128
     repetitions: int = 5
     warm_up: int = 1  # rounds over the grid that are not counted
-    seed: int = 0
-    ignore_eos: bool = True  # all texts of one length, so that rates compare
-    overlap: bool | None = None
-    window: int | None = None
-    num_alternatives: int | None = None
-    rule: RuleName = AUTO
+    sampling: SamplingParams = _SAMPLING
+    speculation: SpeculationParams = _SPECULATION
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Settings:
+        """Return the settings that `dataclasses.asdict` wrote."""
+        sampling, speculation = SamplingParams(**record["sampling"]), SpeculationParams(**record["speculation"])
+        return cls(record["repetitions"], record["warm_up"], sampling, speculation)
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """All of them by name, without those that cells say themselves."""
+        named = {"repetitions": self.repetitions, "warm_up": self.warm_up}
+        named |= vars(self.sampling) | vars(self.speculation)
+        return {name: value for name, value in named.items() if name not in OF_A_CELL}
 
     def resolved(self) -> Settings:
         """Return these with the rule that `auto` means for texts with seeds, so that all cells are measured by one."""
-        return replace(self, rule=rule_of(self.rule, has_seed=True).name)
+        rule = rule_of(self.speculation.rule, has_seed=True).name
+        return replace(self, speculation=replace(self.speculation, rule=rule))
 
     @property
     def rule_name(self) -> str:
         """How proposals are judged, in words."""
-        return "shared noise where seeded" if self.rule == AUTO else self.rule.replace("_", " ")
+        rule = self.speculation.rule
+        return "shared noise where seeded" if rule == AUTO else rule.replace("_", " ")
 
     def seed_of(self, repetition: int, index: int) -> int:
         """Return the seed of a text; all methods get the same."""
-        return (self.seed + 7919 * max(repetition, 0) + index) % (1 << 64)
+        return ((self.sampling.seed or 0) + 7919 * max(repetition, 0) + index) % (1 << 64)
 
 
 @dataclass(frozen=True)

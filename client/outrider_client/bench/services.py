@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import cast
 
 from outrider_client.bench.metrics import Timeline
 from outrider_client.bench.samples import AUTO_METHOD, Cell, Settings
 from outrider_client.errors import InvalidRequestError
-from outrider_client.params import AUTO, SamplingParams
+from outrider_client.params import Method, SamplingParams, SpeculationParams
 from outrider_client.results import Chunk, GenerationStats
 from outrider_client.sync import SpeculativeClient
 
@@ -30,7 +31,7 @@ class ServicesRunner:
     def generate(self, prompt_ids: Sequence[int], cell: Cell, seed: int) -> tuple[Timeline, GenerationStats]:
         clock = Stopwatch()
         stream = self._client.stream(
-            prompt_ids, sampling_of(cell, seed, self._settings), **speculation_of(cell, self._settings)
+            prompt_ids, sampling_of(cell, seed, self._settings), speculation_of(cell, self._settings)
         )
         for chunk in stream:
             clock.note(chunk)
@@ -56,25 +57,18 @@ class Stopwatch:
 
 def sampling_of(cell: Cell, seed: int, settings: Settings) -> SamplingParams:
     """Return the cell's sampling; where the client picks K there is no seed, so that K = 0 is among its choices."""
-    return SamplingParams(
-        temperature=cell.temperature,
-        seed=None if cell.method == AUTO_METHOD else seed,
-        max_new_tokens=settings.max_new_tokens,
-        ignore_eos=settings.ignore_eos,
-    )
+    its_seed = None if cell.method == AUTO_METHOD else seed
+    return replace(settings.sampling, temperature=cell.temperature, seed=its_seed)
 
 
-def speculation_of(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """Return the fields of SpeculationParams, as keyword arguments for a client."""
-    is_auto = cell.method == AUTO_METHOD
-    return {
-        "method": "speculative" if is_auto else cell.method,
-        "num_speculative_tokens": AUTO if is_auto else cell.num_speculative_tokens,
-        "overlap": settings.overlap,
-        "window": settings.window if cell.method == "speculative" else None,
-        "num_alternatives": settings.num_alternatives,
-        "rule": settings.rule,
-    }
+def speculation_of(cell: Cell, settings: Settings) -> SpeculationParams:
+    """Return how the pair works on the cell's texts; a window is of a K that is set."""
+    if cell.method == AUTO_METHOD:
+        return replace(settings.speculation, window=None)
+    method = cast("Method", cell.method)
+    window = settings.speculation.window if method == "speculative" else None
+    num_proposals = cell.num_speculative_tokens
+    return replace(settings.speculation, method=method, num_speculative_tokens=num_proposals, window=window)
 
 
 def wait_until_quiet(process_time: Callable[[], float], sleep: Callable[[float], None]) -> None:

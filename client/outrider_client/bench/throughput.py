@@ -138,7 +138,7 @@ class ServicesLoad:
     async def _make(self, text: Text, cell: Cell, began_at: float, asked_at: float) -> Made:
         watch = Stopwatch(asked_at)
         sampling = sampling_of(cell, text.seed, self._settings)
-        stream = await self._client.stream(text.prompt_ids, sampling, **speculation_of(cell, self._settings))
+        stream = self._client.stream(text.prompt_ids, sampling, speculation_of(cell, self._settings))
         async for chunk in stream:
             watch.note(chunk)
         return Made(asked_at - began_at, watch.timeline(), stream.result.stats)

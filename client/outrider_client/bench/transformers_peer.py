@@ -50,7 +50,7 @@ class TransformersPeer:
     """Makes texts with transformers.
 
     A text ends at its length alone when the settings ignore the end of sequence: the model is told of no such id, which
-    costs less than forbidding it. Filters are off, which in transformers they are not by themselves.
+    costs less than forbidding it. Filters are those of the settings; transformers has others where nobody says any.
     """
 
     def __init__(self, options: PeerOptions, settings: Settings):
@@ -103,11 +103,13 @@ class TransformersPeer:
         return input_ids.to(self._target.device), mask.to(self._target.device)
 
     def _config(self, cell: Cell, prompt_length: int) -> transformers.GenerationConfig:
-        sampling = {"temperature": cell.temperature, "top_k": 0, "top_p": 1.0} if cell.temperature else {}
+        asked = self._settings.sampling
+        filters = {"top_k": asked.top_k, "top_p": asked.top_p, "min_p": asked.min_p or None}
+        sampling = {"temperature": cell.temperature, **filters} if cell.temperature else {}
         return transformers.GenerationConfig(
             do_sample=bool(cell.temperature),
-            max_new_tokens=min(self._settings.max_new_tokens, self._options.context_length - prompt_length),
-            eos_token_id=None if self._settings.ignore_eos else list(self._options.eos_token_ids) or None,
+            max_new_tokens=min(asked.max_new_tokens, self._options.context_length - prompt_length),
+            eos_token_id=None if asked.ignore_eos else list(self._options.eos_token_ids) or None,
             pad_token_id=0,
             **sampling,
         )

@@ -12,13 +12,13 @@ from outrider_client.cli.options import (
     addresses,
     err,
     out,
-    sampling_of,
+    params_of,
     sampling_options,
     shows_errors,
-    speculation_of,
     speculation_options,
 )
 from outrider_client.errors import InvalidRequestError
+from outrider_client.params import Prompt, SamplingParams, SpeculationParams
 from outrider_client.sync import SpeculativeClient
 
 
@@ -31,13 +31,13 @@ from outrider_client.sync import SpeculativeClient
 @shows_errors
 def chat(system: str | None, plain: bool, **values: Any) -> None:
     """Talk with the target model, line by line; an empty line or end of input ends."""
-    sampling, speculation = sampling_of(values), speculation_of(values)
+    sampling, speculation = params_of(SamplingParams, values), params_of(SpeculationParams, values)
     with SpeculativeClient(values["target"], values["draft"]) as client:
         conversation = _PlainText(client) if plain else _Messages(client, system)
         notice = DraftNotice(values["draft"])
         while line := _read_line():
             prompt = conversation.prompt(line)
-            result = write(client, prompt, sampling, out.is_terminal, **speculation)
+            result = write(client, prompt, sampling, speculation, out.is_terminal)
             conversation.remember(result.text)
             notice.say(result.stats)
             err.print(summary(result.stats), style="dim")
@@ -59,12 +59,11 @@ class _Messages:
             raise InvalidRequestError(
                 "the target model has no chat template: use --plain, or an instruction-tuned model"
             )
-        self._tokenizer = tokenizer
         self._messages = [{"role": "system", "content": system}] if system else []
 
-    def prompt(self, line: str) -> list[int]:
+    def prompt(self, line: str) -> Prompt:
         self._messages.append({"role": "user", "content": line})
-        return self._tokenizer.render_chat(self._messages)
+        return self._messages
 
     def remember(self, reply: str) -> None:
         self._messages.append({"role": "assistant", "content": reply})
@@ -79,7 +78,7 @@ class _PlainText:
         self._tokenizer = client.tokenizer
         self._text = ""
 
-    def prompt(self, line: str) -> list[int]:
+    def prompt(self, line: str) -> Prompt:
         self._text = f"{self._text} {line}".strip()
         return self._tokenizer.encode(self._text)
 

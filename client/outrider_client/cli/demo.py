@@ -23,12 +23,13 @@ from outrider_client.cli.options import (
     print_json,
     shows_errors,
 )
-from outrider_client.params import SamplingParams
+from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import GenerationResult
 from outrider_client.sync import SpeculativeClient
 from outrider_client.text.text import prompt_to_ids
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to"
+TARGET_ONLY = SpeculationParams(method="autoregressive")
 
 
 @click.command(context_settings={"show_default": True})
@@ -46,8 +47,8 @@ PROMPT = "Once upon a time, there was a little girl named Lily. She loved to"
     "--repetitions", type=click.IntRange(1), default=3, help="Measurements of each, after the text has been shown."
 )
 @click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each service.")
-@click.option("--draft-model", default="builtin:draft")
 @click.option("--target-model", default="builtin:target")
+@click.option("--draft-model", default="builtin:draft")
 @as_json
 @shows_errors
 def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) -> None:  # fmt: skip
@@ -56,7 +57,7 @@ def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) ->
     Starts both services on free loopback ports, shows the text as it comes, measures both methods alternately, and
     shuts everything down.
     """
-    models = values["draft_model"], values["target_model"]
+    models = values["target_model"], values["draft_model"]
     with local_pair(*models, values["threads"]) as pair, SpeculativeClient(pair.target, pair.draft) as client:
         texts = [_show(client, prompt, value, values, quiet=as_json) for value in temperature]
         samples, vocab_size = _measure(client, prompt, temperature, values)
@@ -78,18 +79,17 @@ def _show(
 ) -> dict[str, Any]:
     """Write the text with the target alone and with the pair; return both."""
     sampling = SamplingParams(temperature=temperature, seed=values["seed"], max_new_tokens=values["max_new_tokens"])
-    length = values["num_speculative_tokens"]
+    pair = SpeculationParams(num_speculative_tokens=values["num_speculative_tokens"])
     if quiet:
-        alone = client.generate(prompt, sampling, method="autoregressive")
-        together = client.generate(prompt, sampling, num_speculative_tokens=length)
+        alone, together = (client.generate(prompt, sampling, how) for how in (TARGET_ONLY, pair))
     else:
         out.rule(f"target alone, temperature {temperature:g}", align="left")
-        alone = write(client, prompt, sampling, False, method="autoregressive")
+        alone = write(client, prompt, sampling, TARGET_ONLY, False)
         out.rule(
             f"the pair, temperature {temperature:g}: [{DRAFTED_STYLE}]accepted from the draft[/], [{TARGET_STYLE}]the target's own[/]",
             align="left",
         )
-        together = write(client, prompt, sampling, True, num_speculative_tokens=length)
+        together = write(client, prompt, sampling, pair, True)
         _compare(alone, together, temperature)
     return {"temperature": temperature, "autoregressive": alone.as_dict(), "speculative": together.as_dict()}
 
@@ -106,7 +106,8 @@ def _measure(
 ) -> tuple[list[Sample], int]:
     """Return the samples, and the size of the target's vocabulary."""
     grid = make_grid(("autoregressive", "speculative"), temperatures, [values["num_speculative_tokens"]])
-    settings = Settings(max_new_tokens=values["max_new_tokens"], repetitions=values["repetitions"], seed=values["seed"])
+    sampling = SamplingParams(seed=values["seed"], max_new_tokens=values["max_new_tokens"], ignore_eos=True)
+    settings = Settings(values["repetitions"], sampling=sampling).resolved()
     vocab_size = client.info().target.vocab_size
     prompt_ids = prompt_to_ids(prompt, client.tokenizer, vocab_size)
     return measure_grid(client, [prompt_ids], grid, settings), vocab_size

@@ -15,14 +15,13 @@ from outrider_client.cli.options import (
     as_json,
     err,
     out,
+    params_of,
     print_json,
-    sampling_of,
     sampling_options,
     shows_errors,
-    speculation_of,
     speculation_options,
 )
-from outrider_client.params import SamplingParams
+from outrider_client.params import Prompt, SamplingParams, SpeculationParams
 from outrider_client.results import Chunk, GenerationResult, GenerationStats
 from outrider_client.sync import SpeculativeClient
 
@@ -41,16 +40,16 @@ def generate(prompt: str, **values: Any) -> None:
 
     On a terminal, accepted tokens are green and the target's own are yellow.
     """
-    sampling, speculation = sampling_of(values), speculation_of(values)
+    sampling, speculation = params_of(SamplingParams, values), params_of(SpeculationParams, values)
     with SpeculativeClient(values["target"], values["draft"]) as client:
         given = parse_token_ids(prompt) if values["token_ids"] else prompt
         notice = DraftNotice(values["draft"])
         if values["as_json"]:
-            result = client.generate(given, sampling, timeout=values["timeout"], **speculation)
+            result = client.generate(given, sampling, speculation, timeout=values["timeout"])
             notice.say(result.stats)
             print_json(result.as_dict())
             return
-        result = write(client, given, sampling, out.is_terminal, timeout=values["timeout"], **speculation)
+        result = write(client, given, sampling, speculation, out.is_terminal, values["timeout"])
     notice.say(result.stats)
     err.print(summary(result.stats), style="dim")
 
@@ -64,13 +63,18 @@ def parse_token_ids(text: str) -> list[int]:
 
 
 def write(
-    client: SpeculativeClient, prompt, sampling: SamplingParams, colour: bool, **speculation: Any
+    client: SpeculativeClient,
+    prompt: Prompt,
+    sampling: SamplingParams,
+    speculation: SpeculationParams,
+    colour: bool,
+    timeout: float | None = None,
 ) -> GenerationResult:
     """Write a text to standard output as it comes and return the result."""
-    stream = client.stream(prompt, sampling, **speculation)
-    if isinstance(prompt, str):
-        out.out(prompt, end="", style="dim" if colour else None)
-    for chunk in stream:
+    stream = client.stream(prompt, sampling, speculation, timeout=timeout)
+    for number, chunk in enumerate(stream):
+        if number == 0 and isinstance(prompt, str):  # not before it is clear that the services are there
+            out.out(prompt, end="", style="dim" if colour else None)
         write_chunk(chunk, colour)
     out.print()
     return stream.result

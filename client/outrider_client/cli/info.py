@@ -17,7 +17,7 @@ from outrider_client.sync import SpeculativeClient
 @addresses
 @as_json
 @shows_errors
-def info(draft: str, target: str, as_json: bool) -> None:
+def info(target: str, draft: str, as_json: bool) -> None:
     """Describe both services, and say whether they fit together.
 
     Exits with 1 when they do not, or when the draft does not answer.
@@ -48,10 +48,10 @@ def _as_dict(pair: PairInfo) -> dict[str, Any]:
 
 
 def _table(pair: PairInfo) -> Table:
-    table = Table("", "draft", "target", title="Services")
-    described = [(pair.draft, pair.draft_stats), (pair.target, pair.target_stats)]
+    table = Table("", "target", "draft", title="Services")
+    described = [(pair.target, pair.target_stats), (pair.draft, pair.draft_stats)]
     columns = [_column(model, stats) if model and stats else {} for model, stats in described]
-    for name in columns[1]:
+    for name in columns[0]:
         table.add_row(name, *(column.get(name, "-") for column in columns))
     return table
 

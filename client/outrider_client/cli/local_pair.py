@@ -29,12 +29,12 @@ class _Child:
 class PairAddresses:
     """Where the two services listen."""
 
-    draft: str
     target: str
+    draft: str
 
 
 @contextmanager
-def local_pair(draft_model: str, target_model: str, threads: int) -> Iterator[PairAddresses]:
+def local_pair(target_model: str, draft_model: str, threads: int) -> Iterator[PairAddresses]:
     """Start both services, wait until they are warm, and stop them at the end.
 
     Raises:
@@ -42,11 +42,11 @@ def local_pair(draft_model: str, target_model: str, threads: int) -> Iterator[Pa
     """
     children: list[_Child] = []
     try:
-        with err.status("starting the draft service and the target service"):
-            for module, model in (("outrider_draft", draft_model), ("outrider_target", target_model)):
+        with err.status("starting the target service and the draft service"):
+            for module, model in (("outrider_target", target_model), ("outrider_draft", draft_model)):
                 children.append(_start(module, model, threads))
-            draft, target = (_address(child) for child in children)
-        yield PairAddresses(draft, target)
+            addresses = PairAddresses(*(_address(child) for child in children))
+        yield addresses
     finally:
         for child in children:
             child.process.terminate()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 from rich.console import Console
 
 from outrider_client.errors import OutriderError
-from outrider_client.params import AUTO, METHODS, RULE_NAMES, SamplingParams
+from outrider_client.params import AUTO, SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats
+
+_Params = TypeVar("_Params", SamplingParams, SpeculationParams)
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -30,37 +34,18 @@ def add_options(*options: Callable) -> Callable:
     return decorate
 
 
-def address_options(default_draft: str | None, default_target: str | None) -> Callable:
+def address_options(default_target: str | None, default_draft: str | None) -> Callable:
+    """Return the options of the two services' addresses."""
+    addresses = (("target", default_target), ("draft", default_draft))
     return add_options(
-        click.option(
-            "--draft", default=default_draft, envvar="OUTRIDER_DRAFT", metavar="HOST:PORT", help="The draft service."
-        ),
-        click.option(
-            "--target",
-            default=default_target,
-            envvar="OUTRIDER_TARGET",
-            metavar="HOST:PORT",
-            help="The target service.",
-        ),
-    )
+        *(
+            click.option(f"--{role}", default=default, envvar=f"OUTRIDER_{role.upper()}", metavar="HOST[:PORT]", help=f"The {role} service.")
+            for role, default in addresses
+        )
+    )  # fmt: skip
 
 
-addresses = address_options("localhost:50051", "localhost:50052")
-
-sampling_options = add_options(
-    click.option("--temperature", type=float, default=1.0, help="0 is greedy."),
-    click.option("--top-k", type=int, default=0, help="Keep this many likeliest tokens; 0 keeps all."),
-    click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens that reach this probability."),
-    click.option("--min-p", type=float, default=0.0, help="Keep tokens this probable relative to the likeliest."),
-    click.option(
-        "--seed",
-        type=int,
-        help="The same seed gives the same text, whatever the draft does (but see --rule); without it, a new one.",
-    ),
-    click.option("--max-new-tokens", type=int, default=128),
-    click.option("--stop", multiple=True, help="End before this text; may be given several times."),
-    click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token."),
-)
+addresses = address_options("localhost", "localhost")
 
 
 class Length(click.ParamType):
@@ -76,48 +61,87 @@ class Length(click.ParamType):
         return int(value)
 
 
-ahead_options = add_options(
-    click.option("--overlap/--no-overlap", default=None, help="Let the draft go on while the target verifies; by default unless both share an accelerator, on which they would take turns."),
-    click.option("--window", type=click.IntRange(1), help="How far the draft may be ahead of the text; 2 K with overlap, else K."),
-    click.option("--num-alternatives", type=click.IntRange(0), help="Other ends of a round that the draft prepares for meanwhile; 4, or 2 where proposals are judged by rejection."),
-)  # fmt: skip
+class Json(click.ParamType):
+    """A value in JSON, for fields that are no number and no text. Keys that are whole numbers become such."""
 
-rule_option = click.option("--rule", type=click.Choice(RULE_NAMES), default=AUTO, help="How proposals are judged. rejection: one by one. block: a round's together; more are kept, but a seed's text then depends on K and on where rounds end. shared_noise: draft and target draw with the same noise, and tokens alone cross the wire; a seed's text is then the target's own, with any draft or none. auto: shared_noise where a seed is given, else rejection.")  # fmt: skip
+    name = "json"
 
-speculation_options = add_options(
-    click.option("--method", type=click.Choice(METHODS), default="speculative", help="The pair, the target alone, or the draft alone."),
-    click.option("-k", "--num-speculative-tokens", type=Length(), default=AUTO, help="K: most proposals in a round; `auto` picks the fastest, round by round."),
-    ahead_options,
-    click.option("--max-support", type=click.IntRange(0), default=0, help="Most tokens in a proposal's support; 0: the service's limit."),
-    click.option("--min-draft-prob", type=click.FloatRange(0, 1), default=0.0, help="Stop drafting after a less probable token."),
-    click.option("--greedy-draft", is_flag=True, help="Propose the likeliest token, with a support of one."),
-    rule_option,
-)  # fmt: skip
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        try:
+            return json.loads(value, object_pairs_hook=_with_ids) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"{value!r} is no JSON: {error}", param, context)
+
+
+def _with_ids(pairs: list[tuple[str, Any]]) -> dict[str | int, Any]:
+    return {int(key) if key.isdecimal() else key: value for key, value in pairs}
+
+
+# What an option says beside its name; one without a text here says what to give.
+HELP = {
+    "temperature": "0 is greedy.",
+    "top_k": "Keep this many likeliest tokens; 0 keeps all.",
+    "top_p": "Keep the likeliest tokens that reach this probability.",
+    "min_p": "Keep tokens this probable relative to the likeliest.",
+    "seed": "The same seed gives the same text, whatever the draft does (but see --rule); without it, a new one.",
+    "stop": "End before this text; may be given several times.",
+    "ignore_eos": "Go on after an end-of-sequence token.",
+    "method": "The pair, the target alone, or the draft alone.",
+    "num_speculative_tokens": "K: most proposals in a round; `auto` picks the fastest, round by round.",
+    "overlap": "Let the draft go on while the target verifies; by default unless both share an accelerator, on which they would take turns.",
+    "window": "How far the draft may be ahead of the text; 2 K with overlap, else K.",
+    "num_alternatives": "Other ends of a round that the draft prepares for meanwhile; 4, or 2 where proposals are judged by rejection.",
+    "max_support": "Most tokens in a proposal's support; 0: the service's limit.",
+    "min_draft_prob": "Stop drafting after a less probable token.",
+    "greedy_draft": "Propose the likeliest token, with a support of one.",
+    "rule": "How proposals are judged. rejection: one by one. block: a round's together; more are kept, but a seed's text then depends on K and on where rounds end. shared_noise: draft and target draw with the same noise, and tokens alone cross the wire; a seed's text is then the target's own, with any draft or none. auto: shared_noise where a seed is given, else rejection.",
+}
+
+
+def options_of(params: type, without: Collection[str] = (), **defaults: Any) -> Callable:
+    """Return the options of a dataclass's fields but for some; `defaults` are others than the fields' own."""
+    types = get_type_hints(params)
+    return add_options(
+        *(
+            _option(
+                field.name,
+                types[field.name],
+                defaults.get(field.name, field.default),
+                HELP.get(field.name) or field.metadata.get("remedy"),
+            )
+            for field in fields(params)
+            if field.name not in without
+        )
+    )
+
+
+def _option(name: str, hint: Any, default: Any, text: str | None) -> Callable:
+    """Return the option of a field: a flag, a choice, a number, a text, several of one kind, or what JSON says."""
+    flag, names = "--" + name.replace("_", "-"), ["-k"] if name == "num_speculative_tokens" else []
+    is_union = get_origin(hint) in (Union, UnionType)
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if is_union else [hint]
+    first = get_args(kinds[0])[0] if get_origin(kinds[0]) is Sequence else kinds[0]
+    if kinds == [bool]:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=default, help=text)
+    kind: Any = first if len(kinds) == 1 and first in (int, float, str) else Json()
+    if Literal[AUTO] in kinds:
+        kind = Length()
+    elif get_origin(first) is Literal:
+        kind = click.Choice(get_args(first))
+    if get_origin(kinds[0]) is not Sequence or isinstance(kind, Json):
+        return click.option(flag, *names, name, type=kind, default=default, help=text)
+    unless_none = lambda context, parameter, value: value or default  # noqa: E731 - click gives () for none
+    return click.option(flag, name, type=kind, multiple=True, callback=unless_none, help=text)
+
+
+sampling_options, speculation_options = options_of(SamplingParams), options_of(SpeculationParams)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
-SAMPLING_NAMES = tuple(SamplingParams.__dataclass_fields__)
-SPECULATION_NAMES = (
-    "method",
-    "num_speculative_tokens",
-    "overlap",
-    "window",
-    "max_support",
-    "min_draft_prob",
-    "num_alternatives",
-    "greedy_draft",
-    "rule",
-)
 
-
-def sampling_of(values: dict[str, Any]) -> SamplingParams:
-    """Return the sampling parameters among a command's values; raises InvalidRequestError."""
-    return SamplingParams(**{name: values[name] for name in SAMPLING_NAMES if name in values})
-
-
-def speculation_of(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the speculation parameters among a command's values, as keyword arguments for generate."""
-    return {name: values[name] for name in SPECULATION_NAMES}
+def params_of(params: type[_Params], values: Mapping[str, Any], without: Collection[str] = ()) -> _Params:
+    """Return the parameters among a command's values; raises InvalidRequestError."""
+    return params(**{field.name: values[field.name] for field in fields(params) if field.name not in without})
 
 
 def shows_errors(command: Callable) -> Callable:

@@ -86,13 +86,14 @@ class Conversation:
         try:
             yield from (self._draft_only() if self._task.speculation.method == "draft" else self._rounds())
         except OutriderError as error:
-            error.partial = self._result()
+            error.partial = self.result()
             raise
         finally:
             self._lengths.end()
-        return self._result()
+        return self.result()
 
-    def _result(self) -> GenerationResult:
+    def result(self) -> GenerationResult:
+        """Return what has been generated so far."""
         self._stats.total_s = self._worked_s
         self._stats.num_alternatives_used = self._generation.draft.num_alternatives_used
         return GenerationResult(

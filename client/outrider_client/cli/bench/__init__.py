@@ -29,7 +29,7 @@ class SweepByDefault(click.Group):
 def bench() -> None:
     """Measure the pair, in one run, alternating; without a subcommand: sweep.
 
-    Without --draft and --target, both services are started here with the embedded pair. What is measured is alternated
+    Without --target and --draft, both services are started here with the embedded pair. What is measured is alternated
     with what it is compared with, on the same prompts and lengths, after a warm-up that does not count. Figures are
     medians over repetitions, with their standard deviation.
 

@@ -12,7 +12,6 @@ from outrider_client.bench.samples import PEER_METHODS
 from outrider_client.cli.bench.options import (
     COMMAND_SETTINGS,
     compare_options,
-    ignore_eos_option,
     lengths_option,
     methods_option,
     output_options,
@@ -33,7 +32,6 @@ from outrider_client.cli.options import shows_errors
 @lengths_option("4")
 @temperature_option
 @text_options
-@ignore_eos_option
 @compare_options
 @output_options
 @shows_errors

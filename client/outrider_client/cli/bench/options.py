@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from outrider_client.cli.options import add_options, address_options, ahead_options, as_json, rule_option
-from outrider_client.params import AUTO, METHODS
+from outrider_client.bench.samples import OF_A_CELL
+from outrider_client.cli.options import add_options, address_options, as_json, options_of
+from outrider_client.params import AUTO, METHODS, SamplingParams, SpeculationParams
 
 COMMAND_SETTINGS = {"show_default": True, "auto_envvar_prefix": "OUTRIDER_BENCH"}
 
@@ -63,22 +64,18 @@ class MethodList(click.ParamType):
 pair_options = add_options(
     address_options(None, None),
     click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each service that this command starts."),
-    click.option("--draft-model", default="builtin:draft", help="Model of the draft service that this command starts."),
     click.option("--target-model", default="builtin:target", help="Model of the target service that this command starts."),
+    click.option("--draft-model", default="builtin:draft", help="Model of the draft service that this command starts."),
 )  # fmt: skip
 
 text_options = add_options(
     click.option("--prompts", "prompt_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text with one prompt a line, or JSONL; without it, beginnings of stories."),
     click.option("--num-prompts", type=click.IntRange(0), default=4, help="Take this many prompts; 0 takes all."),
-    click.option("--max-new-tokens", type=click.IntRange(1), default=128),
     click.option("--repetitions", type=click.IntRange(1), default=5),
     click.option("--warm-up", type=click.IntRange(0), default=1, help="Repetitions beforehand that do not count."),
-    click.option("--seed", type=int, default=0),
-    ahead_options,
-    rule_option,
+    options_of(SamplingParams, OF_A_CELL, seed=0, ignore_eos=True),  # so that all texts have one length
+    options_of(SpeculationParams, OF_A_CELL),
 )  # fmt: skip
-
-ignore_eos_option = click.option("--ignore-eos/--no-ignore-eos", default=True, help="Go on after an end of sequence, so that all texts have one length.")  # fmt: skip
 
 methods_option = click.option("--methods", type=MethodList(), default="autoregressive,speculative", help="Any of autoregressive, speculative, draft.")  # fmt: skip
 

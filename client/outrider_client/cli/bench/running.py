@@ -17,12 +17,13 @@ from outrider_client.bench.formatting import cell_name
 from outrider_client.bench.grid import Runner, run_grid
 from outrider_client.bench.prompts import read_prompts
 from outrider_client.bench.result_file import Kind, Result
-from outrider_client.bench.samples import OWN_METHODS, PEER_METHODS, Cell, Sample, Settings
+from outrider_client.bench.samples import OF_A_CELL, OWN_METHODS, PEER_METHODS, Cell, Sample, Settings
 from outrider_client.bench.services import ServicesRunner
 from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, show
 from outrider_client.cli.local_pair import PairAddresses, local_pair
-from outrider_client.cli.options import DraftNotice, err, print_json
+from outrider_client.cli.options import DraftNotice, err, params_of, print_json
 from outrider_client.pair import PairInfo, as_plain_dict
+from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.sync import SpeculativeClient
 from outrider_client.text.text import prompt_to_ids
 
@@ -55,7 +56,9 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
     peer_module = _peer_module() if values.get("compare") else None
     if values.get("plot_folder"):
         charts_module()
-    settings = Settings(**{name: values[name] for name in Settings.__dataclass_fields__ if name in values}).resolved()
+    sampling = params_of(SamplingParams, values, OF_A_CELL)
+    speculation = params_of(SpeculationParams, values, OF_A_CELL)
+    settings = Settings(values["repetitions"], values["warm_up"], sampling, speculation).resolved()
     prompts = read_prompts(values["prompt_file"], values["num_prompts"])
     with _pair(values) as addresses, SpeculativeClient(addresses.target, addresses.draft) as client:
         info = _checked_info(client)
@@ -125,13 +128,13 @@ def hand_out_again(result: Result, values: dict[str, Any]) -> None:
 @contextmanager
 def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
     """Yield the addresses given, or those of a pair started here."""
-    draft, target = values["draft"], values["target"]
+    target, draft = values["target"], values["draft"]
     if (draft is None) != (target is None):
-        raise click.UsageError("give both --draft and --target, or neither to start the embedded pair here")
+        raise click.UsageError("give both --target and --draft, or neither to start the embedded pair here")
     if draft and target:
-        yield PairAddresses(draft, target)
+        yield PairAddresses(target, draft)
         return
-    with local_pair(values["draft_model"], values["target_model"], values["threads"]) as pair:
+    with local_pair(values["target_model"], values["draft_model"], values["threads"]) as pair:
         yield pair
 
 

@@ -1,0 +1,421 @@
+"""What both clients do, written once, as coroutines.
+
+All that they wait for is behind a `Connection`. That of the asyncio client waits on its event loop. That of the
+blocking client blocks inside, so that its coroutines never stop, and `run_now` runs them without a loop.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import grpc
+
+from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from outrider_client.arguments import is_several
+from outrider_client.connection import (
+    CLOSED,
+    NOTICE_S,
+    OTHERS_ASKED,
+    Connection,
+    ConnectionSettings,
+    Request,
+    Retrying,
+    Stream,
+    Target,
+    TokenizerParts,
+    before_the_text,
+    begin_conversation,
+    broken,
+    check_same_prompt,
+    left_until,
+    request_of,
+    requests_of,
+    time_for_draft,
+)
+from outrider_client.controller import PairSpeeds
+from outrider_client.conversation.conversation import Conversation
+from outrider_client.conversation.effects import Broken, Close, Describe, Effect, Event, Link, Open, Send, Wait
+from outrider_client.errors import ClientClosedError, ModelChangedError, OutriderError
+from outrider_client.pair import PairInfo, check_model
+from outrider_client.results import Chunk, GenerationResult
+from outrider_client.text.text import TargetTokenizer
+
+MOST_AT_ONCE = 32  # texts of one call
+
+_T = TypeVar("_T")
+
+
+def run_now(work: Coroutine[Any, Any, _T]) -> _T:
+    """Return the result of a coroutine that has nothing to wait for."""
+    try:
+        work.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("the coroutine waits")
+
+
+class Core:
+    """What a client knows and does."""
+
+    def __init__(self, settings: ConnectionSettings, connect: Callable[[ConnectionSettings], Connection]):
+        """`connect` makes the connection, at the first use."""
+        self.settings, self._connect = settings, connect
+        self.speeds = PairSpeeds()
+        self.breaker = settings.patience.breaker()
+        self.draft_info: common_pb2.ModelInfo | None = None  # of a draft that has not failed since
+        self._target: Target | None = None
+        self._connection: Connection | None = None
+        self._is_closed = False
+        self._guard = threading.RLock()  # of the connection and the texts; a signal's handler may close the client
+        self._texts: WeakSet[Text] = WeakSet()  # that may have to be told of the end
+
+    def end(self) -> Connection | None:
+        """Refuse all further work and end the texts; return the connection, which is then to be closed, if any."""
+        self._is_closed = True
+        with self._guard:
+            connection, texts = self._connection, list(self._texts)
+        if connection is None or connection.is_lost:
+            return None
+        for text in texts:
+            text.interrupt()
+        return connection
+
+    def connected(self) -> Connection:
+        """Return the way to the services.
+
+        Raises:
+            ClientClosedError: the client is closed.
+            InvalidRequestError: another loop uses the client, or this process was forked from the one that does.
+        """
+        self.check_open()
+        if self._connection is None:
+            with self._guard:
+                self.check_open()
+                self._connection = self._connection or self._connect(self.settings)
+        self._connection.check_caller()
+        return self._connection
+
+    def check_open(self) -> None:
+        """Raise ClientClosedError once the client is closed."""
+        if self._is_closed:
+            raise ClientClosedError(CLOSED)
+
+    def stream(self, *given: Any) -> Text:
+        """Return a text that is still to be begun; `given` as for request_of."""
+        return self._new_text(request_of(self.settings, *given))
+
+    async def generate(self, prompt: Any, n: int | None, *given: Any) -> Any:
+        """Return the finished text, or a list of them for several prompts, or where `n` is given."""
+        texts = [self._new_text(request) for request in requests_of(self.settings, prompt, n, *given)]
+        if n is None and not is_several(prompt):
+            return await texts[0].finish()
+        limits = (await texts[0].target()).info.limits, self.draft_info and self.draft_info.limits
+        num_at_once = min(MOST_AT_ONCE, *(each.max_sessions or MOST_AT_ONCE for each in limits if each))
+        try:
+            return await self.connected().gather([text.finish for text in texts], num_at_once)
+        finally:
+            for text in texts:
+                text.close()
+
+    def _new_text(self, request: Request) -> Text:
+        self.check_open()
+        text = Text(self, request)
+        with self._guard:
+            self._texts.add(text)
+        return text
+
+    async def info(self) -> PairInfo:
+        """Return what both services say of themselves now."""
+        return await self.until_closed(self._ask_pair(deadline=None))
+
+    async def described_target(self, deadline: float | None = None) -> Target:
+        """Return what the target says of itself, asked for once; a call that fails leaves it to the next to ask."""
+        if self._target is None:
+            return await self.until_closed(self._describe_target(deadline), deadline)
+        self.connected()
+        return self._target
+
+    async def until_closed(self, work: Coroutine[Any, Any, _T], deadline: float | None = None) -> _T:
+        """Return what `work` returns; raises ClientClosedError when the client is closed first."""
+        try:
+            result = await self.connected().until_closed(work, deadline)
+            self.check_open()
+            return result
+        except (grpc.RpcError, ValueError):  # what gRPC says of a channel that is closed meanwhile
+            self.connected()
+            raise
+        finally:
+            work.close()
+
+    def forget(self, target: Target) -> None:
+        """Have the next text begin with what the services are by then."""
+        with self._guard:
+            if self._target is target:
+                self._target, self.draft_info, self.speeds = None, None, PairSpeeds()
+
+    async def describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
+        """Ask the draft what it is; a failure is counted, and returned."""
+        connection = self.connected()
+        assert connection.draft is not None
+        request, left_s = draft_pb2.DraftServiceGetModelInfoRequest(), time_for_draft(self.settings, deadline)
+        num_noted, began_at = self.breaker.num_noted, time.monotonic()
+        try:
+            return await connection.unary(connection.draft.GetModelInfo, request, left_s)
+        except grpc.RpcError as error:
+            self.connected()
+            failure, now = broken(Link.DRAFT, error), time.monotonic()
+            self.breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
+            return failure
+
+    async def _describe_target(self, deadline: float | None) -> Target:
+        connection, retrying = self.connected(), Retrying(self.settings, deadline)
+        while not await connection.lock(retrying.left_s):
+            if deadline is not None:
+                retrying.check(OTHERS_ASKED)
+        try:
+            if self._target is not None:
+                return self._target
+            retrying.check(OTHERS_ASKED)
+            pair = await self._ask_pair(deadline)
+            check_model(pair.target)
+            tokenizer = await self._fetch_tokenizer(deadline) if pair.target.HasField("tokenizer") else None
+            target = self._target = Target(pair.target, tokenizer)
+            self.draft_info = pair.draft
+            return target
+        finally:
+            connection.describing.release()
+
+    async def _ask_pair(self, deadline: float | None) -> PairInfo:
+        request = target_pb2.TargetServiceGetModelInfoRequest()
+
+        def ask(connection: Connection, left_s: float) -> Awaitable[target_pb2.TargetServiceGetModelInfoResponse]:
+            return connection.unary(connection.target.GetModelInfo, request, left_s)
+
+        target = await self._ask_target(ask, Retrying(self.settings, deadline, NOTICE_S))
+        draft = await self.describe_draft(deadline) if self.settings.draft is not None else None
+        if draft is None or isinstance(draft, Broken):
+            return PairInfo(target.model, target.stats, None, None)
+        return PairInfo(target.model, target.stats, draft.model, draft.stats)
+
+    async def _fetch_tokenizer(self, deadline: float | None) -> TargetTokenizer:
+        request = target_pb2.GetTokenizerRequest()
+
+        async def ask(connection: Connection, left_s: float) -> TokenizerParts:
+            parts = TokenizerParts()
+            await connection.collect(connection.target.GetTokenizer, request, left_s, parts.add)
+            return parts
+
+        return (await self._ask_target(ask, Retrying(self.settings, deadline))).tokenizer()
+
+    async def _ask_target(self, ask: Callable[[Connection, float], Awaitable[_T]], retrying: Retrying) -> _T:
+        """Return what `ask` returns, which gets the seconds that a try may take."""
+        while True:
+            connection = self.connected()
+            try:
+                return await ask(connection, retrying.try_s)
+            except grpc.RpcError as error:
+                self.connected()
+                await connection.pause(retrying.pause_after(error))
+
+
+class Text:
+    """One text: its conversation, and the streams that carry the conversation's effects out.
+
+    One thread or task takes the chunks. Any may close the text.
+    """
+
+    def __init__(self, core: Core, request: Request):
+        self._core, self._request = core, request
+        self._conversation: Conversation | None = None  # with the following, there once the text has begun
+        self._steps: Generator[Effect | Chunk, Any, GenerationResult] | None = None
+        self._target: Target | None = None
+        self._streams: dict[Link, Stream] = {}
+        self._events: Any = None  # the connection's mailbox of (stream, event), or of None to look around
+        self.result: GenerationResult | None = None  # of all chunks
+        self._is_running = self._is_over = self._has_begun_again = False
+
+    def __del__(self) -> None:
+        self._is_over = True
+        self._stop()
+
+    @property
+    def partial(self) -> GenerationResult:
+        """What has been generated so far."""
+        if self.result is not None:
+            return self.result
+        return self._request.nothing_yet() if self._conversation is None else self._conversation.result()
+
+    async def target(self) -> Target:
+        """Return what the target says of itself; an error has the empty part of the text that it ends."""
+        with before_the_text(self._request):
+            return await self._core.described_target(self._request.deadline)
+
+    async def finish(self) -> GenerationResult:
+        """Take all chunks; return the result."""
+        while await self.next_chunk() is not None:
+            pass
+        if self.result is None:
+            raise ClientClosedError("the text was closed before it ended", self.partial)
+        return self.result
+
+    async def next_chunk(self) -> Chunk | None:
+        """Return the next chunk; None when the text has ended, or was closed, by whomever."""
+        if self._is_running:
+            raise RuntimeError("another thread or task takes the chunks of this text")
+        chunk, self._is_running = None, True
+        try:
+            if not self._is_over:
+                chunk = await self._next_of_this_or_another_target()
+        finally:
+            self._is_running = False
+            if chunk is None:
+                self.close()
+        return chunk
+
+    def close(self) -> None:
+        """End the text: the services stop working on it, and there are no more chunks."""
+        self._is_over = True
+        self._stop()
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Stop the services' work for this text, and end the wait for an event; from any thread."""
+        self._close_streams()
+        if self._events is not None:
+            self._events.put(None)
+
+    def _stop(self) -> None:
+        self._close_streams()
+        if self._steps is not None and not self._is_running:
+            self._steps.close()
+
+    def _close_streams(self) -> None:
+        for stream in list(self._streams.values()):
+            stream.close()
+
+    async def _next_of_this_or_another_target(self) -> Chunk | None:
+        try:
+            if self._steps is None:
+                self._target = await self.target()
+                await self._begin()
+            return await self._next_chunk()
+        except ModelChangedError as error:
+            if self._has_begun_again:
+                raise
+            self._has_begun_again = True
+            await self._take_other_target(error)
+            return await self._next_chunk()
+
+    async def _begin(self) -> None:
+        core, target = self._core, self._target
+        assert target is not None
+        connection, request = core.connected(), self._request
+        self._events = connection.mailbox()
+        if request.is_chat:
+            request = await connection.in_thread(request.rendered, target)
+        self._conversation = begin_conversation(core.settings, core.speeds, target, request, core.breaker)
+        self._steps = self._conversation.run()
+
+    async def _take_other_target(self, error: ModelChangedError) -> None:
+        """Begin again with the model that has taken the place of another, or raise `error`."""
+        self._close_streams()
+        before = self._target
+        assert before is not None
+        self._core.forget(before)
+        self._target = await self.target()
+        check_same_prompt(self._request, error, before, self._target)
+        await self._begin()
+
+    async def _next_chunk(self) -> Chunk | None:
+        """Carry effects out up to the next chunk."""
+        steps, answer = self._steps, None
+        assert steps is not None
+        try:
+            while not self._is_over:
+                effect = steps.send(answer)
+                if isinstance(effect, Chunk):
+                    return effect
+                try:
+                    answer = await self._answer_to(effect)
+                except OutriderError as error:
+                    steps.throw(error)
+        except StopIteration as stop:
+            self.result = stop.value
+        return None
+
+    async def _answer_to(self, effect: Effect) -> Any:
+        match effect:
+            case Send(link, message):
+                self._streams[link].send(message)
+            case Wait(timeout_s):
+                return await self._next_event(timeout_s)
+            case Open(link, message):
+                self._close(link)
+                self._open(link, message)
+            case Close(link):
+                self._close(link)
+                if link is Link.DRAFT:
+                    self._core.draft_info = None
+            case Describe():
+                return await self._describe_draft()
+        return None
+
+    def _open(self, link: Link, message: Any) -> None:
+        stream = self._streams[link] = self._core.connected().stream(link, self._events)
+        try:
+            stream.begin(message, left_until(self._request.deadline))
+        except ValueError:  # what gRPC says of a channel that is closed meanwhile
+            self._core.check_open()
+            raise
+
+    def _close(self, link: Link) -> None:
+        stream = self._streams.pop(link, None)
+        if stream:
+            stream.close()
+
+    async def _next_event(self, timeout_s: float | None) -> Event | None:
+        """Return the next event of a stream that is still ours; raises as `Core.connected` does."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            item = await self._core.connected().next_item(self._events, until)
+            self._core.connected()
+            if item is None:
+                return None
+            stream, event = item
+            stream.on_read()
+            if stream in self._streams.values():
+                if isinstance(event, Broken) and event.link is Link.DRAFT:
+                    self._core.draft_info = None
+                return event
+
+    async def _describe_draft(self) -> common_pb2.ModelInfo | Broken:
+        info = self._core.draft_info
+        if info is None:
+            description = await self._core.until_closed(self._core.describe_draft(self._request.deadline))
+            if isinstance(description, Broken):
+                return description
+            info = self._core.draft_info = description.model
+        return info
+
+
+class TextView:
+    """What a stream of either client shows of its text."""
+
+    def __init__(self, text: Text):
+        self._text = text
+
+    @property
+    def result(self) -> GenerationResult:
+        """The finished generation; raises RuntimeError before the last chunk has been taken."""
+        if self._text.result is None:
+            raise RuntimeError("the generation has not finished: take all chunks first")
+        return self._text.result
+
+    @property
+    def partial(self) -> GenerationResult:
+        """What has been generated so far, whether or not it has finished."""
+        return self._text.partial
