@@ -20,7 +20,6 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
-from outrider_client.controller import FixedLength
 from outrider_client.conversation.committed import Task
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Broken, Close, Describe, Link, Open, Received, Send, Wait
@@ -29,6 +28,7 @@ from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.rules.acceptance import Proposal, TargetRow, decide
 from outrider_client.rules.rules import rule_of
+from outrider_client.speculation_length import FixedLength
 from outrider_client.text.text import TextStream
 
 from outrider.protocol import wire

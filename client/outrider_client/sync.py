@@ -34,7 +34,6 @@ from outrider_client.connection import (
     readable,
     time_for_draft,
 )
-from outrider_client.controller import PairSpeeds
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Broken, Close, Describe, Event, Link, Open, Received, Send, Wait
 from outrider_client.conversation.patience import Patience
@@ -42,6 +41,7 @@ from outrider_client.errors import ClientClosedError, ModelChangedError, Outride
 from outrider_client.pair import PairInfo, check_model
 from outrider_client.params import SamplingParams
 from outrider_client.results import Chunk, GenerationResult
+from outrider_client.speculation_length import PairSpeeds
 from outrider_client.text.text import TargetTokenizer
 
 LONGEST_DEAFNESS_S = 0.5  # of a wait: a signal that comes just before it begins does not end it

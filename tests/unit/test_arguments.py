@@ -15,9 +15,9 @@ import pytest
 import torch
 from outrider_client.arguments import prompt_of
 from outrider_client.connection import ConnectionSettings, Target, begin_conversation, deadline_after, left_until
-from outrider_client.controller import PairSpeeds
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import MOST_STOP_CHARACTERS
+from outrider_client.speculation_length import PairSpeeds
 from outrider_client.text.text import TargetTokenizer
 
 from outrider import AsyncSpeculativeClient, Patience, SamplingParams, SpeculationParams, SpeculativeClient
