@@ -28,6 +28,10 @@ from typing import Any
 
 import click
 import torch
+from rich import box
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from outrider_client.bench.formatting import figure, spread_text
 from outrider_client.bench.grid import run_grid
 from outrider_client.bench.metrics import Spread, Timeline
@@ -42,9 +46,6 @@ from outrider_client.cli.options import as_json, out, print_json, shows_errors
 from outrider_client.params import AUTO
 from outrider_client.results import GenerationStats, RoundStats
 from outrider_client.sync import SpeculativeClient
-from rich import box
-from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
 LEAST_RATIO = 0.95  # of the target alone
 DEFAULTS = {"max_new_tokens": 256, "num_prompts": 6, "rule": "rejection"}

@@ -31,9 +31,6 @@ from typing import Any
 
 import click
 import torch
-from outrider_client.cli.bench.options import NumberList
-from outrider_client.params import AUTO
-from outrider_client.results import GenerationStats
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +42,9 @@ from outrider.engine.backends.choice import CacheOptions
 from outrider.engine.engine import Demand, Engine, Sequence
 from outrider.engine.models.loader import DTYPES, ModelOptions, load
 from outrider.protocol.tokens import TokenLog
+from outrider_client.cli.bench.options import NumberList
+from outrider_client.params import AUTO
+from outrider_client.results import GenerationStats
 
 NUM_CACHED = 200  # tokens in front of every measured pass
 PASS_SIZES = (1, 4, 8)

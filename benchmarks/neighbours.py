@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks.attacks import ATTACKS
 from outrider_client.bench.formatting import figure
 from outrider_client.bench.prompts import read_prompts
 from outrider_client.cli.options import as_json, err, out, print_json, shows_errors
 from outrider_client.errors import DeadlineExceededError, OutriderError
 from outrider_client.params import SamplingParams
 from outrider_client.sync import SpeculativeClient
-from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
-from benchmarks.attacks import ATTACKS
 
 LEAST_SHARE = 1 / 3  # of the speed alone
 TEXT_TOKENS = 64

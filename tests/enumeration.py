@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from outrider_client.rules.acceptance import Decision, Proposal, TargetRow
 
 from outrider.protocol.scales import round_down
 from outrider.sampling.distribution import DistributionParams
+from outrider_client.rules.acceptance import Decision, Proposal, TargetRow
 from tests.rows import draft_tokens, probability_rows, read_logits
 
 VOCAB_SIZE = 5

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from outrider_draft.servicer import SERVICE_NAME as DRAFT_NAME
-from outrider_draft.servicer import DraftServicer
-from outrider_target.servicer import SERVICE_NAME as TARGET_NAME
-from outrider_target.servicer import TargetServicer
 
 from outrider.serving.options import ServiceOptions
 from outrider.serving.server import Server
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from outrider_draft.servicer import SERVICE_NAME as DRAFT_NAME
+from outrider_draft.servicer import DraftServicer
+from outrider_target.servicer import SERVICE_NAME as TARGET_NAME
+from outrider_target.servicer import TargetServicer
 
 PATIENCE_S = 120.0  # until a test gives up what should come at once; nothing asserts a time
 

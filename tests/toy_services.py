@@ -20,16 +20,6 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
-from outrider_client.controller import FixedLength
-from outrider_client.conversation.committed import Task
-from outrider_client.conversation.conversation import Conversation
-from outrider_client.conversation.effects import Broken, Close, Describe, Link, Open, Received, Send, Wait
-from outrider_client.conversation.patience import Patience
-from outrider_client.params import SamplingParams, SpeculationParams
-from outrider_client.results import Chunk, GenerationResult
-from outrider_client.rules.acceptance import Proposal, TargetRow, decide
-from outrider_client.rules.rules import rule_of
-from outrider_client.text.text import TextStream
 
 from outrider.protocol import wire
 from outrider.protocol.errors import FailedPreconditionError
@@ -41,6 +31,16 @@ from outrider.sampling.messages import params_from_proto
 from outrider.sampling.race import arrival_times
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from outrider_client.conversation.committed import Task
+from outrider_client.conversation.conversation import Conversation
+from outrider_client.conversation.effects import Broken, Close, Describe, Link, Open, Received, Send, Wait
+from outrider_client.conversation.patience import Patience
+from outrider_client.params import SamplingParams, SpeculationParams
+from outrider_client.results import Chunk, GenerationResult
+from outrider_client.rules.acceptance import Proposal, TargetRow, decide
+from outrider_client.rules.rules import rule_of
+from outrider_client.speculation_length import FixedLength
+from outrider_client.text.text import TextStream
 from tests.processors import processed
 
 LONGEST_WAIT_S = 55.0  # of what is not for the target: Patience.round_s

@@ -22,7 +22,6 @@ from outrider.protocol.errors import ERROR_DOMAIN
 from outrider.sampling.rng import seed_of_text
 from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from outrider_client import arguments
-from outrider_client.controller import FixedLength, LengthController, PairSpeeds
 from outrider_client.conversation.committed import Task
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Broken, Link
@@ -38,6 +37,7 @@ from outrider_client.errors import (
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import GenerationResult, GenerationStats
 from outrider_client.rules.rules import Rule, rule_of
+from outrider_client.speculation_length import FixedLength, LengthController, PairSpeeds
 from outrider_client.text.chat_template import checked_messages
 from outrider_client.text.text import TargetTokenizer, TextStream, prompt_to_ids
 

@@ -36,12 +36,12 @@ from outrider_client.connection import (
     requests_of,
     time_for_draft,
 )
-from outrider_client.controller import PairSpeeds
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Broken, Close, Describe, Effect, Event, Link, Open, Send, Wait
 from outrider_client.errors import ClientClosedError, ModelChangedError, OutriderError
 from outrider_client.pair import PairInfo, check_model
 from outrider_client.results import Chunk, GenerationResult
+from outrider_client.speculation_length import PairSpeeds
 from outrider_client.text.text import TargetTokenizer
 
 MOST_AT_ONCE = 32  # texts of one call

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from outrider_client.core import Core
 
 from outrider import AsyncSpeculativeClient, InvalidRequestError, SamplingParams, SpeculativeClient
+from outrider_client.core import Core
 from tests import tiny_models
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+
 from outrider_client.__main__ import main
 from outrider_client.bench.samples import PEER_METHODS
 

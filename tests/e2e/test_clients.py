@@ -14,8 +14,6 @@ from typing import Any
 
 import grpc
 import pytest
-from outrider_client import connection
-from outrider_client.conversation.effects import BROKEN_LINK, COME_AGAIN
 
 from outrider import (
     AsyncSpeculativeClient,
@@ -31,6 +29,8 @@ from outrider import (
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from outrider.sampling.rng import seed_of_text
 from outrider.v1 import common_pb2, target_pb2
+from outrider_client import connection
+from outrider_client.conversation.effects import BROKEN_LINK, COME_AGAIN
 from tests import tiny_models
 from tests import toy_services as toys
 from tests.e2e.conftest import FAMILY

@@ -9,9 +9,9 @@ import sys
 import grpc
 import pytest
 from click.testing import CliRunner
-from outrider_client.__main__ import main
 
 from outrider.v1 import draft_pb2, draft_pb2_grpc
+from outrider_client.__main__ import main
 from tests.toy_servers import ToyServer
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from outrider_client.cli.local_pair import local_pair
 
 from outrider import SamplingParams, SpeculativeClient
+from outrider_client.cli.local_pair import local_pair
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 
 PROMPT = "Once upon a time, there was a little girl"

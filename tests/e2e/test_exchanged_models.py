@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from outrider_client.results import GenerationResult
 
 from outrider import ModelChangedError, SamplingParams, SpeculativeClient
+from outrider_client.results import GenerationResult
 from tests import tiny_models
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, Services

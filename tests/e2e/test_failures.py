@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-import outrider_draft.servicer
-import outrider_target.servicer
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import outrider_draft.servicer
+import outrider_target.servicer
 from outrider import (
     Chunk,
     DeadlineExceededError,

@@ -17,7 +17,6 @@ import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from outrider_client.results import GenerationResult
 
 from outrider import (
     AsyncSpeculativeClient,
@@ -33,6 +32,7 @@ from outrider import (
 )
 from outrider.protocol.errors import SessionIdleError
 from outrider.v1 import common_pb2, draft_pb2
+from outrider_client.results import GenerationResult
 from tests import toy_servers, toy_services
 from tests.servers import shared_services
 from tests.toy_servers import ToyServer, abort, honest_draft, honest_target, info_of, wait_until_gone

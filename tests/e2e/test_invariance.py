@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from outrider_draft.drafter import Drafter
 
 from outrider import Chunk, SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.sampling.rng import AddressedUniforms
+from outrider_draft.drafter import Drafter
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RunningServer, Services, eventually

@@ -16,12 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import outrider_client.rules.acceptance
-import outrider_draft.drafter
-import outrider_target.scheduler
 import pytest
 import torch
-from outrider_client.aio import AsyncSpeculativeClient
 from scipy.stats import chi2
 from transformers import (
     LogitsProcessorList,
@@ -31,9 +27,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import outrider_client.rules.acceptance
+import outrider_draft.drafter
+import outrider_target.scheduler
 from outrider import SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.rng import AddressedUniforms, Noise, SharedNoise
+from outrider_client.aio import AsyncSpeculativeClient
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.processors import EVERY_PROCESSOR, processed

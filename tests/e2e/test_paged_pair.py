@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from outrider_draft.drafter import Drafter
 
 from outrider import SamplingParams, SpeculativeClient
 from outrider.engine.backends.paged.runner import PagedRunner
+from outrider_draft.drafter import Drafter
 from tests import tiny_models
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RunningServer

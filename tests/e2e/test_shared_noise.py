@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import pytest
+
 import outrider_draft.session
 import outrider_target.scheduler
-import pytest
-from outrider_client.results import GenerationResult
-
 from outrider import Patience, SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.sampling.rng import Noise, SharedNoise
+from outrider_client.results import GenerationResult
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RunningServer, Services

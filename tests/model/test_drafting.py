@@ -8,14 +8,14 @@ from random import Random
 
 import pytest
 import torch
-from outrider_draft import session as session_module
-from outrider_draft.drafter import Drafter
-from outrider_draft.session import Drafted, DraftOptions, Session
 
 from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 from outrider.engine.engine import Engine
 from outrider.protocol.tokens import TokenLog
 from outrider.sampling.distribution import DistributionParams
+from outrider_draft import session as session_module
+from outrider_draft.drafter import Drafter
+from outrider_draft.session import Drafted, DraftOptions, Session
 from tests.model.against_transformers import spec_of
 from tests.model.test_compiled import STORAGES, exact_in, with_tiles
 from tests.tiny_models import VOCAB_SIZE, make_model

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from outrider_client.bench.samples import PEER_METHODS, Cell, Settings
 from outrider_client.bench.transformers_peer import PeerOptions, TransformersPeer, draft_config, load_peer
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import SamplingParams
-from transformers import AutoModelForCausalLM
-
 from tests import tiny_models
 
 PROMPT = [5, 40, 33]

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from outrider_draft import drafter
 
 from outrider.protocol.tokens import TokenLog
+from outrider_draft import drafter
 from tests.servers import DRAFT, RawStream
 from tests.service.conftest import (
     CONTEXT_LENGTH,

@@ -12,13 +12,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from outrider_draft import drafter
-from outrider_target import scheduler
 
 import outrider.serving.service
 from outrider.engine.models.loader import ModelRefusedError
 from outrider.serving.health import HealthServicer
 from outrider.serving.server import _unless_signalled
+from outrider_draft import drafter
+from outrider_target import scheduler
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import KINDS, open_proposals, open_verification, round_of, span
 from tests.service.test_status_codes import reason_of

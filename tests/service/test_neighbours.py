@@ -10,23 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import grpc
-import outrider_draft.servicer
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
-from outrider_draft.drafter import Drafter
-from outrider_draft.servicer import MOST_UNAPPLIED, MOST_UNSENT
 
 import outrider.serving.health
 import outrider.serving.reflection
 import outrider.serving.service
+import outrider_draft.servicer
 from outrider.common.mailbox import Mailbox
 from outrider.protocol.errors import SessionIdleError
 from outrider.serving.calls import Call
 from outrider.serving.service import MOST_QUESTIONS, ModelHost
 from outrider.v1 import target_pb2
+from outrider_draft.drafter import Drafter
+from outrider_draft.servicer import MOST_UNAPPLIED, MOST_UNSENT
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import (
     CONTEXT_LENGTH,

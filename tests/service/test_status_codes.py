@@ -9,12 +9,12 @@ import pytest
 import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from outrider_draft import drafter
-from outrider_target import scheduler
 
 from outrider.engine.backends.runner import ModelRunner
 from outrider.protocol import wire
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from outrider_draft import drafter
+from outrider_target import scheduler
 from tests import tiny_models
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream
 from tests.service.conftest import (

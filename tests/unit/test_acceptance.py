@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from outrider_client.rules.acceptance import (
     Decision,
     InvalidProposalError,

@@ -9,10 +9,6 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from outrider_draft import session as session_module
-from outrider_draft.alternatives import Alternative, likely_alternatives
-from outrider_draft.drafter import Drafter
-from outrider_draft.session import Commit, Drafted, DraftOptions, Path, Prepared, Session
 
 from outrider.engine.engine import Engine
 from outrider.protocol import wire
@@ -21,6 +17,10 @@ from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.draws import Draft
 from outrider.sampling.messages import params_to_proto
 from outrider.v1 import common_pb2
+from outrider_draft import session as session_module
+from outrider_draft.alternatives import Alternative, likely_alternatives
+from outrider_draft.drafter import Drafter
+from outrider_draft.session import Commit, Drafted, DraftOptions, Path, Prepared, Session
 from tests import toy_services as toys
 from tests.unit.test_toy_services import SEED, TableRunner
 

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from outrider import AsyncSpeculativeClient, Patience, SamplingParams, SpeculationParams, SpeculativeClient
+from outrider.v1 import common_pb2
 from outrider_client.arguments import prompt_of
 from outrider_client.connection import (
     ConnectionSettings,
@@ -22,13 +25,10 @@ from outrider_client.connection import (
     request_of,
     requests_of,
 )
-from outrider_client.controller import PairSpeeds
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import MOST_STOP_CHARACTERS, SpeculationFields
+from outrider_client.speculation_length import PairSpeeds
 from outrider_client.text.text import TargetTokenizer
-
-from outrider import AsyncSpeculativeClient, Patience, SamplingParams, SpeculationParams, SpeculativeClient
-from outrider.v1 import common_pb2
 from tests.tiny_models import byte_tokenizer
 
 NOBODY = "127.0.0.1:1"

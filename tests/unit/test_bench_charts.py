@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from outrider_client.bench.charts import draw, speedup_figure, throughput_figure, time_figure
 from outrider_client.bench.samples import Cell
 from outrider_client.bench.summary import summarise
-
 from tests.unit.bench_samples import AR, HF, PAIR, VOCAB_SIZE, ar_sample, make_result, pair_sample, peer_sample
 
 WIDER = replace(PAIR, num_speculative_tokens=4)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from outrider_client.__main__ import main
 from outrider_client.bench.metrics import DEFINITIONS
 from outrider_client.bench.result_file import write
 from outrider_client.cli.bench import bench
-
 from tests.unit.bench_samples import ar_sample, make_result, pair_sample
 
 

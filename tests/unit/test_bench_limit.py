@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from random import Random
 
 import pytest
+
 from outrider_client.bench.limit import Costs, expected_tokens, ideal_round_s, ideal_tokens_per_s
 
 EVERY_K = (1, 2, 3, 5, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from outrider_client.bench.metrics import Distribution, Spread, Timeline
 
 ONE_BY_ONE = Timeline([0.5, 0.6, 0.8], [1, 1, 1], 1.0)

@@ -7,12 +7,12 @@ import json
 from dataclasses import replace
 
 import pytest
+
 from outrider_client.bench.differences import compare_results
 from outrider_client.bench.result_file import SCHEMA, Result, new_result, num_cores, read, write, write_csv
 from outrider_client.bench.samples import Settings
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import SamplingParams
-
 from tests.unit.bench_samples import AR, HF, PAIR, ar_sample, make_result, pair_sample, peer_sample
 
 SAMPLES = [*map(ar_sample, (0, 1)), *map(pair_sample, (0, 1)), *map(peer_sample, (0, 1))]

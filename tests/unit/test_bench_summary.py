@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from outrider_client.bench.limit import Costs, ideal_tokens_per_s
 from outrider_client.bench.metrics import Distribution, Spread
 from outrider_client.bench.rounds import summarise_rounds
@@ -18,7 +19,6 @@ from outrider_client.bench.summary import (
     rates_by_repetition,
     summarise,
 )
-
 from tests.unit.bench_samples import AR, ASSISTED, HF, PAIR, VOCAB_SIZE, ar_sample, pair_sample, peer_sample
 
 SAMPLES = [

@@ -6,6 +6,9 @@ import io
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
+from rich.table import Table
+
 from outrider_client.bench.differences import CellDifference, Difference
 from outrider_client.bench.formatting import METHOD_LABELS, figure, num_digits, spread_text
 from outrider_client.bench.limit import Costs
@@ -26,9 +29,6 @@ from outrider_client.bench.tables import (
     time_table,
 )
 from outrider_client.cli.bench.presenting import tables_of
-from rich.console import Console
-from rich.table import Table
-
 from tests.unit.bench_samples import AR, HF, PAIR, ar_sample, make_result, pair_sample, peer_sample
 
 COLUMNS = 80

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
+
 from outrider_client.bench.grid import make_grid, run_grid, turned
 from outrider_client.bench.metrics import Timeline
 from outrider_client.bench.samples import Cell, Settings
@@ -14,7 +15,6 @@ from outrider_client.bench.services import sampling_of, speculation_of, wait_unt
 from outrider_client.bench.throughput import Made, PeerLoad, Text, arrival_times, run_loads
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import SamplingParams, SpeculationParams
-
 from tests.unit.bench_samples import AR, HF, PAIR
 
 LINE = Timeline([0.1], [1], 0.1)

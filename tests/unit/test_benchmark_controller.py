@@ -6,11 +6,6 @@ import io
 from dataclasses import replace
 
 import pytest
-from outrider_client.bench.metrics import Spread, Timeline
-from outrider_client.bench.result_file import Result
-from outrider_client.bench.samples import AUTO_METHOD, Cell, Sample
-from outrider_client.params import AUTO
-from outrider_client.results import GenerationStats, RoundStats
 from rich.console import Console
 
 from benchmarks.controller import (
@@ -22,6 +17,11 @@ from benchmarks.controller import (
     outcomes_of,
     second_halves,
 )
+from outrider_client.bench.metrics import Spread, Timeline
+from outrider_client.bench.result_file import Result
+from outrider_client.bench.samples import AUTO_METHOD, Cell, Sample
+from outrider_client.params import AUTO
+from outrider_client.results import GenerationStats, RoundStats
 from tests.unit.bench_samples import make_result
 
 ALONE, UNSEEDED = Cell("autoregressive", 1.0), Cell(AUTO_METHOD, 1.0)

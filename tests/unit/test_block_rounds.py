@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import grpc
 import pytest
+
+from outrider.sampling.rng import uniforms
 from outrider_client.conversation.draft_link import DraftLink
 from outrider_client.conversation.effects import Link
 from outrider_client.conversation.generation import Generation
 from outrider_client.rules import acceptance
-
-from outrider.sampling.rng import uniforms
 from tests import toy_services as toys
 from tests.toy_services import EVERY_K, NUM_TOKENS, Stream, World, make_conversation
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+
 from outrider_client.conversation.patience import COST_SHARE, Breaker
 
 CAUSE = ("UNAVAILABLE", "nobody is there")

@@ -11,11 +11,11 @@ from itertools import repeat
 
 import numpy as np
 import pytest
+
 from outrider_client.errors import InvalidRequestError, ServiceFailedError
 from outrider_client.text import chat_template as chat_template_module
 from outrider_client.text.chat_template import ChatTemplate
 from outrider_client.text.text import TargetTokenizer
-
 from tests.chat_templates import CONVERSATIONS, TALK, TEMPLATES, THOUGHT, USER
 from tests.tiny_models import byte_tokenizer
 

@@ -15,6 +15,8 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from outrider.v1 import draft_pb2
 from outrider_client.connection import (
     SEEDED_BLOCK_LENGTH,
     ConnectionSettings,
@@ -23,7 +25,6 @@ from outrider_client.connection import (
     lengths_for,
     request_of,
 )
-from outrider_client.controller import PairSpeeds, RoundTimes
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Describe, Link, Open, Send, Wait
 from outrider_client.conversation.patience import Patience
@@ -35,8 +36,7 @@ from outrider_client.errors import (
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.rules.rules import rule_of
-
-from outrider.v1 import draft_pb2
+from outrider_client.speculation_length import PairSpeeds, RoundTimes
 from tests import toy_services as toys
 from tests.toy_services import (
     EVERY_K,
@@ -316,8 +316,8 @@ class TestLengthsThatChange:
         rule = rule_of(params.rule, has_seed="seed" in sampling)
         speed = speeds.at(sampling.get("temperature", 1.0), rule.name)
         for _ in range(50):
-            speed.add(RoundTimes(0, 0, 0.01, 0.009, 0.0))
-            speed.add(RoundTimes(3, 0, 0.05, 0.009, 0.01))
+            speed.learn(RoundTimes(0, 0, 0.01, 0.0))
+            speed.learn(RoundTimes(3, 0, 0.05, 0.01))
         return lengths_for(params, rule, SamplingParams(**sampling), speeds)
 
 

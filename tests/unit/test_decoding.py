@@ -11,10 +11,11 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
 from outrider_client.errors import ServiceFailedError
 from outrider_client.text.decoding import UNFINISHED, Piece, Pieces, TextDecoder
 from outrider_client.text.text import TargetTokenizer, TextStream
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [
     "Once upon a time there was a cat. It didn't sit, did it?",

@@ -20,12 +20,12 @@ from typing import Any
 import click
 import pytest
 import yaml
-from outrider_client.__main__ import main as outrider
-from outrider_draft.__main__ import main as outrider_draft
-from outrider_target.__main__ import main as outrider_target
 
 from outrider.serving import healthcheck
 from outrider.v1 import draft_pb2, target_pb2
+from outrider_client.__main__ import main as outrider
+from outrider_draft.__main__ import main as outrider_draft
+from outrider_target.__main__ import main as outrider_target
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"

@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import grpc
 import pytest
+
+from outrider.protocol import wire
 from outrider_client.conversation.effects import BROKEN_LINK, COME_AGAIN, Describe, Link, Wait
 from outrider_client.conversation.patience import Patience
 from outrider_client.errors import (
@@ -18,8 +20,6 @@ from outrider_client.errors import (
     ServiceFailedError,
     ServiceUnavailableError,
 )
-
-from outrider.protocol import wire
 from tests import toy_services as toys
 from tests.toy_services import (
     EVERY_K,

@@ -6,6 +6,7 @@ from heapq import heapify, heappop, heappush
 from random import Random
 
 import pytest
+
 from outrider_target.gathering import GRACE, LATE, Gathering
 
 FLAT = (0.0047, 0.00002)  # seconds of a pass, and of each token in it: Llama-3 8B on a GPU

@@ -7,18 +7,18 @@ wants it.
 from __future__ import annotations
 
 import pytest
-from outrider_client.conversation.committed import Task
-from outrider_client.conversation.draft_link import DraftLink
-from outrider_client.conversation.generation import Generation
-from outrider_client.errors import CacheMismatchError, InvalidRequestError, ServiceFailedError
-from outrider_client.params import SpeculationParams
-from outrider_client.rules.rules import rule_of
 
 from outrider.protocol import wire
 from outrider.protocol.tokens import TokenLog
 from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.messages import params_from_proto
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from outrider_client.conversation.committed import Task
+from outrider_client.conversation.draft_link import DraftLink
+from outrider_client.conversation.generation import Generation
+from outrider_client.errors import CacheMismatchError, InvalidRequestError, ServiceFailedError
+from outrider_client.params import SpeculationParams
+from outrider_client.rules.rules import rule_of
 
 PROMPT_IDS = [10, 11, 12]
 T = len(PROMPT_IDS)  # the first undecided position

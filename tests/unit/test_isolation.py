@@ -11,12 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from outrider_draft import drafter as drafter_module
-from outrider_draft.drafter import Drafter
-from outrider_draft.session import Commit, Drafted, DraftOptions, Path
-from outrider_draft.session import Session as DraftSession
-from outrider_target import scheduler as scheduler_module
-from outrider_target.scheduler import Round, Scheduler, Span, Verdict
 
 from outrider.engine.backends.batch import Feed
 from outrider.engine.engine import Demand, Engine
@@ -27,6 +21,12 @@ from outrider.protocol.errors import InternalError, ServiceError
 from outrider.protocol.tokens import TokenLog
 from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.draws import Draft, Draws
+from outrider_draft import drafter as drafter_module
+from outrider_draft.drafter import Drafter
+from outrider_draft.session import Commit, Drafted, DraftOptions, Path
+from outrider_draft.session import Session as DraftSession
+from outrider_target import scheduler as scheduler_module
+from outrider_target.scheduler import Round, Scheduler, Span, Verdict
 from tests import toy_services as toys
 from tests.rows import draft_tokens
 from tests.unit.test_toy_services import TableRunner

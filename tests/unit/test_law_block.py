@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from outrider_client.rules import acceptance
 from outrider_client.rules.acceptance import Decision, Proposal, TargetRow, decide, decide_block
-
 from tests.enumeration import (
     NUM_TOKENS,
     PREFIXES,

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from outrider_client.rules import acceptance
-from outrider_client.rules.acceptance import Decision, Proposal, TargetRow, decide
 
 from outrider.protocol.scales import round_down
 from outrider.sampling.cpu_kernels import target_rows
@@ -22,6 +20,8 @@ from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.draws import TargetRows
 from outrider.sampling.readers import cpu
 from outrider.sampling.readers.reference import inverse_cdf
+from outrider_client.rules import acceptance
+from outrider_client.rules.acceptance import Decision, Proposal, TargetRow, decide
 from tests.enumeration import (
     DRAFT,
     NUM_TOKENS,

@@ -16,11 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from outrider_client.rules.acceptance import Proposal, TargetRow
-from outrider_draft.drafter import Drafter
-from outrider_draft.session import DraftOptions, Session
-from outrider_target import scheduler as scheduler_module
-from outrider_target.scheduler import Round, Scheduler, Span, Verdict
 from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from outrider.engine.engine import Engine
@@ -31,6 +26,11 @@ from outrider.sampling import pipeline
 from outrider.sampling.distribution import PROCESSORS, DistributionParams, History
 from outrider.sampling.logprobs import logprobs_of
 from outrider.sampling.rng import AddressedUniforms, Purpose
+from outrider_client.rules.acceptance import Proposal, TargetRow
+from outrider_draft.drafter import Drafter
+from outrider_draft.session import DraftOptions, Session
+from outrider_target import scheduler as scheduler_module
+from outrider_target.scheduler import Round, Scheduler, Span, Verdict
 from tests import toy_services as toys
 from tests.enumeration import (
     DRAFT,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from outrider_draft.drafter import Drafter
 
 from outrider.engine.backends.batch import Feed
 from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.draws import Draws
+from outrider_draft.drafter import Drafter
 from tests import toy_services as toys
 from tests.unit.test_isolation import AHEAD, PLAIN, PROMPTS, DraftService, SpoiledDraftingRunner
 

@@ -9,6 +9,7 @@ from typing import Literal
 import click
 import pytest
 from click.testing import CliRunner
+
 from outrider_client.__main__ import main
 from outrider_client.bench.samples import OF_A_CELL
 from outrider_client.cli.options import Length, options_of, params_of

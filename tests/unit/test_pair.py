@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from outrider_client.pair import PairInfo, find_mismatch
 
 from outrider.engine.models.loader import FINGERPRINT_BLOCK, TokenizerFiles
 from outrider.v1 import common_pb2
+from outrider_client.pair import PairInfo, find_mismatch
 
 
 def model_info(name: str, vocab_size: int, pieces: dict[int, str] | None = None) -> common_pb2.ModelInfo:

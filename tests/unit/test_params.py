@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from outrider_client.errors import InvalidRequestError
-from outrider_client.params import SamplingParams, SpeculationParams
 
 from outrider.sampling.distribution import DistributionParams
+from outrider_client.errors import InvalidRequestError
+from outrider_client.params import SamplingParams, SpeculationParams
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from outrider_client.results import GenerationStats
 from transformers import AutoModelForCausalLM
 
 from benchmarks import cuda, made_models, pairs
@@ -32,6 +31,7 @@ from benchmarks.cuda import (
 )
 from benchmarks.pairs import Shape
 from outrider.engine.models.loader import ModelOptions, load
+from outrider_client.results import GenerationStats
 
 TINY = {
     "gpt2": Shape("gpt2", 1, {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 97, "n_positions": 64}),

@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-import outrider_client
 import pytest
+
+import outrider_client
 from outrider_client.params import SpeculationParams
 from outrider_client.rules.acceptance import decide
 from outrider_client.rules.rules import RULES, Rejection, RuleName, rule_of
-
 from tests import toy_services as toys
 from tests.toy_services import NUM_TOKENS, SeedText, World, make_conversation
 

@@ -9,9 +9,9 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from outrider_client.conversation.effects import Link
 from outrider_client.rules.acceptance import Decision, Proposal, TargetRow, decide_shared_noise
-
 from tests import toy_services as toys
 from tests.toy_services import EVERY_K, NUM_TOKENS, Stream, World, make_conversation
 

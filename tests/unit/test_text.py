@@ -12,11 +12,11 @@ from typing import NamedTuple
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
 from outrider_client.connection import TokenizerParts
 from outrider_client.errors import InvalidRequestError, ServiceFailedError
 from outrider_client.text.text import TargetTokenizer, TextStream, prompt_to_ids
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
 from tests.tiny_models import byte_tokenizer
 
 BYTES = TargetTokenizer(byte_tokenizer().backend_tokenizer, "", {})

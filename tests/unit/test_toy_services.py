@@ -13,10 +13,6 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from outrider_draft import session as session_module
-from outrider_draft.drafter import Drafter
-from outrider_draft.session import Commit, Drafted, DraftOptions
-from outrider_target.scheduler import Round, Scheduler, Span
 
 from outrider.engine.backends.batch import Feed
 from outrider.engine.engine import Engine
@@ -27,6 +23,10 @@ from outrider.protocol.tokens import TokenLog
 from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.messages import params_to_proto
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from outrider_draft import session as session_module
+from outrider_draft.drafter import Drafter
+from outrider_draft.session import Commit, Drafted, DraftOptions
+from outrider_target.scheduler import Round, Scheduler, Span
 from tests import toy_services as toys
 
 SEED = 77

@@ -11,7 +11,6 @@ from typing import Any
 
 import grpc
 
-from outrider_client.controller import FixedLength, LengthController, RoundTimes
 from outrider_client.conversation.committed import Task
 from outrider_client.conversation.draft_session import DraftSession
 from outrider_client.conversation.effects import (
@@ -41,6 +40,7 @@ from outrider_client.errors import (
 )
 from outrider_client.results import Chunk, GenerationResult, RoundStats, Segment
 from outrider_client.rules.acceptance import Decision
+from outrider_client.speculation_length import FixedLength, LengthController, RoundTimes
 from outrider_client.text.text import TextStream
 
 
@@ -151,7 +151,7 @@ class Conversation:
             return
         last = self._stats.rounds[-1]
         draft_token_s = self._stats.draft_forward_s[-1] if self._stats.draft_forward_s else 0.0
-        times = (round_s, last.target_forward_s, draft_token_s)
+        times = (round_s, draft_token_s)
         self._lengths.learn(RoundTimes(last.num_draft_tokens, decision.num_accepted, *times, decision.overlaps))
 
     def _verify(self, num_proposals: int, length: int) -> Steps:
