@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import time
 import weakref
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ import torch
 from hypothesis import settings
 
 from outrider.engine.backends.paged.cache import PagedCache, PagePool
+
+# A shell that runs the tests in the background has them ignore SIGINT, and so would every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 

@@ -239,9 +239,10 @@ def test_a_draft_that_knows_no_processors_changes_no_law(pair, monkeypatch):
 def test_log_probabilities_are_those_of_the_targets_own_logits(pair, scenario):
     """Whatever changes them, and whether a proposal has been accepted or another token stands in its place."""
     sampling = replace(scenario.sampling, temperature=0.5, logit_bias={2: 1.0}, logprobs=2, max_new_tokens=12, seed=1)
+    how = SpeculationParams(**scenario.speculation)
     with SpeculativeClient(pair.target_address, pair.draft_address, patience=NEVER_WITHOUT_DRAFT) as client:
-        result = client.generate(PROMPT, sampling, **scenario.speculation)
-        assert client.generate(PROMPT, replace(sampling, logprobs=None), **scenario.speculation).logprobs == []
+        result = client.generate(PROMPT, sampling, how)
+        assert client.generate(PROMPT, replace(sampling, logprobs=None), how).logprobs == []
     ids = torch.tensor([[*PROMPT, *result.token_ids]])
     rows = pair.target(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1).detach()
     assert [its.token_id for its in result.logprobs] == result.token_ids

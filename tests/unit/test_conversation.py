@@ -588,7 +588,7 @@ class TestBeginning:
             self.begin(**arguments)
 
     def test_a_prompt_that_leaves_room_for_one_token_gets_it(self):
-        result, _ = World().run(self.begin(prompt=[1] * 19))
+        result, _ = World().run(self.begin(prompt=[1] * 19, sampling=SamplingParams(ignore_eos=True)))
         assert (len(result.token_ids), result.finish_reason) == (1, "length")
 
     @pytest.mark.parametrize("speculation", [{"method": "autoregressive"}, {"num_speculative_tokens": 0}])
