@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from outrider.protocol.errors import ERROR_DOMAIN
+from outrider.sampling.messages import defaults_of
 from outrider.sampling.rng import seed_of_text
 from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from outrider_client import arguments
@@ -292,7 +293,8 @@ def begin_conversation(
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
     """
-    sampling = request.sampling
+    sampling = request.sampling.resolved(defaults_of(target.info))
+    assert sampling.max_new_tokens is not None
     params, rule = request.speculation, rule_of(request.speculation.rule, has_seed=sampling.seed is not None)
     prompt_ids = prompt_to_ids(cast("str | list[int]", request.prompt), target.tokenizer, target.info.vocab_size)
     room = target.info.context_length - len(prompt_ids)
@@ -349,7 +351,7 @@ def lengths_for(
     may_be_zero = sampling.seed is None or sampling.distribution.is_greedy or not rule.depends_on_draft
     if rule.depends_on_rounds and not may_be_zero:
         return FixedLength(SEEDED_BLOCK_LENGTH)
-    return LengthController(speeds.at(sampling.temperature, rule.name), may_be_zero)
+    return LengthController(speeds.at(sampling.distribution.temperature, rule.name), may_be_zero)
 
 
 class TokenizerParts:

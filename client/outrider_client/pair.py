@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
 
+from outrider.protocol.errors import InvalidArgumentError
+from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
 from outrider_client.errors import ServiceFailedError
 
@@ -30,11 +32,21 @@ class PairInfo:
 
 
 def as_plain_dict(message: Message) -> dict[str, Any]:
-    """Return a message's fields by name, for JSON; protobuf's own form writes 64-bit numbers as strings."""
-    return {field.name: _plain(getattr(message, field.name), field.is_repeated) for field in message.DESCRIPTOR.fields}
+    """Return a message's fields by name, for JSON; protobuf's own form writes 64-bit numbers as strings.
+
+    None stands for a field that is absent.
+    """
+    return {
+        field.name: None
+        if field.has_presence and not message.HasField(field.name)
+        else _plain(getattr(message, field.name), field.is_repeated)
+        for field in message.DESCRIPTOR.fields
+    }
 
 
 def _plain(value: Any, is_repeated: bool) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
     if is_repeated:
         return [_plain(element, False) for element in value]
     return as_plain_dict(value) if isinstance(value, Message) else value
@@ -53,6 +65,11 @@ def check_model(info: common_pb2.ModelInfo) -> None:
         absurd = f"an end-of-sequence id {max(info.eos_token_ids)} in a vocabulary of {info.vocab_size} ids"
     elif info.tokenizer.num_pieces > info.vocab_size:
         absurd = f"a tokenizer of {info.tokenizer.num_pieces} pieces for a vocabulary of {info.vocab_size} ids"
+    else:
+        try:
+            defaults_of(info)
+        except InvalidArgumentError as error:
+            absurd = f"a default that cannot be ({error})"
     if absurd:
         raise ServiceFailedError(f"the target describes a model with {absurd}: is this a target service of Outrider?")
 

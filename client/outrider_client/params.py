@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
 from outrider.protocol.errors import InvalidArgumentError
@@ -31,6 +31,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 AUTO: Literal["auto"] = "auto"  # the client picks K for each round, from what it measures
 RULE_NAMES = (AUTO, *RULES)
 
+PARAMETERS = fields(DistributionParams)
+
 MOST_STOP_CHARACTERS = 1 << 16  # of all stop strings together, since every token is compared with all
 
 
@@ -43,53 +45,97 @@ _PLAIN: dict[str, Callable[[str, Any, str], Any]] = {
 }  # by the kinds of a distribution's parameters
 
 
+def _open() -> Any:
+    return field(default=None, kw_only=True)
+
+
 @dataclass(frozen=True)
 class SamplingParams(DistributionParams):
     """How text is drawn and where it ends. `DistributionParams` has the fields that make the distribution.
 
+    None in a field of `NEUTRAL` is open: it stands for what the target model's own generation_config says, as in vLLM,
+    and where that says nothing, for the value in `NEUTRAL`. Services get the `distribution`, where nothing is open.
     Any iterable of ids will do, and a mapping for `logit_bias`. A text ends at `stop_token_ids` too.
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.
     """
 
+    temperature: float | None = None  # type: ignore[assignment]
+    top_k: int | None = None  # type: ignore[assignment]
+    top_p: float | None = None  # type: ignore[assignment]
+    min_p: float | None = None  # type: ignore[assignment]
+    repetition_penalty: float | None = _open()  # type: ignore[assignment]
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = _open()  # type: ignore[assignment]
+    bad_words: Sequence[Sequence[int]] | None = _open()  # type: ignore[assignment]
+    no_repeat_ngram_size: int | None = _open()  # type: ignore[assignment]
+    min_tokens: int | None = _open()  # type: ignore[assignment]
     seed: int | None = None  # 64 bits; None draws one
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     stop: Sequence[str] = ()  # text ends before the first of these; any iterable will do
     ignore_eos: bool = False
     logprobs: int | None = None  # of the chosen tokens, and of so many likeliest ones at each position; None: none
 
     def __post_init__(self) -> None:
-        for param in fields(DistributionParams):
-            value, metadata = getattr(self, param.name), param.metadata
-            _set(self, param.name, _PLAIN[metadata["kind"]](param.name, value, metadata["remedy"]))
-        try:
-            super().__post_init__()
-        except InvalidArgumentError as error:
-            raise InvalidRequestError(str(error)) from error
+        self._check_distribution()
         if self.seed is not None:
             remedy = "None, or a whole number from 0 to 2^64 - 1"
             _set(self, "seed", arguments.whole_number("seed", self.seed, 0, (1 << 64) - 1, remedy))
-        remedy = "a whole number, 1 or more"
-        _set(self, "max_new_tokens", arguments.whole_number("max_new_tokens", self.max_new_tokens, 1, None, remedy))
+        if self.max_new_tokens is not None:
+            remedy = "None, or a whole number, 1 or more"
+            _set(self, "max_new_tokens", arguments.whole_number("max_new_tokens", self.max_new_tokens, 1, None, remedy))
         _set(self, "stop", arguments.strings("stop", self.stop, MOST_STOP_CHARACTERS))
         _set(self, "ignore_eos", arguments.flag("ignore_eos", self.ignore_eos))
         if self.logprobs is not None:
             remedy = f"None, or a whole number from 0 to {MOST_LOGPROBS}"
             _set(self, "logprobs", arguments.whole_number("logprobs", self.logprobs, 0, MOST_LOGPROBS, remedy))
-        if self.min_tokens > self.max_new_tokens:
+        if (self.min_tokens or 0) > (self.max_new_tokens or math.inf):
             raise InvalidRequestError(
                 f"min_tokens is {self.min_tokens}: give at most max_new_tokens, which is {self.max_new_tokens}"
             )
 
+    def _check_distribution(self) -> None:
+        given = {param.name: param.metadata for param in PARAMETERS if not self._is_open(param.name)}
+        for name, metadata in given.items():
+            _set(self, name, _PLAIN[metadata["kind"]](name, getattr(self, name), metadata["remedy"]))
+        try:
+            distribution = self.distribution
+        except InvalidArgumentError as error:
+            raise InvalidRequestError(str(error)) from error
+        for name in given:
+            _set(self, name, getattr(distribution, name))
+
+    def _is_open(self, name: str) -> bool:
+        return name in NEUTRAL and getattr(self, name) is None
+
     @property
     def distribution(self) -> DistributionParams:
-        """What the services have to know of these."""
-        return DistributionParams(**{param.name: getattr(self, param.name) for param in fields(DistributionParams)})
+        """What the services have to know of these; what is open has the neutral value."""
+        names = [param.name for param in PARAMETERS if not self._is_open(param.name)]
+        return DistributionParams(**{name: getattr(self, name) for name in names})
+
+    def resolved(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return these with a value in each field that is open: that of `defaults`, the model's, or the neutral one.
+
+        A text that is shorter than the model's own `min_tokens` is asked for as it is.
+
+        Raises:
+            InvalidRequestError: the caller's `min_tokens` is more than the default of `max_new_tokens`.
+        """
+        values = NEUTRAL | dict(defaults)
+        most = values["max_new_tokens"] if self.max_new_tokens is None else self.max_new_tokens
+        values["min_tokens"] = min(values["min_tokens"], most)
+        return replace(self, **{name: value for name, value in values.items() if self._is_open(name)})
 
     def seed_or_new(self) -> int:
         """Return the seed, or a fresh one from the system."""
         return secrets.randbits(64) if self.seed is None else self.seed
+
+
+# What is meant where neither the caller nor the target's model says anything.
+NEUTRAL: dict[str, Any] = {"max_new_tokens": 128} | {
+    param.name: param.default for param in PARAMETERS if getattr(SamplingParams, param.name) is None
+}
 
 
 class SpeculationFields(TypedDict, total=False):

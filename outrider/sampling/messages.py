@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import fields
 from typing import Any
 
 from outrider.protocol import wire
-from outrider.sampling.distribution import BIASES, IDS, SEQUENCES, DistributionParams
+from outrider.protocol.errors import InvalidArgumentError
+from outrider.sampling.distribution import BIASES, IDS, MOST_TOP_K, SEQUENCES, DistributionParams
 from outrider.v1 import common_pb2
 
-_TO_PROTO: dict[str, Callable[[Any], Any]] = {
+_TO_PROTO: dict[str | None, Callable[[Any], Any]] = {
     SEQUENCES: lambda words: [common_pb2.TokenSequence(token_ids=word) for word in words],
     BIASES: dict,
 }  # by kinds of parameters, where the message has something else
@@ -25,24 +26,58 @@ def params_from_proto(message: common_pb2.SamplingParams, vocab_size: int | None
     Raises:
         InvalidArgumentError: a field is out of range; its name is told.
     """
-    values: dict[str, Any] = {}
-    for param in fields(DistributionParams):
-        if not _can_be_unset(param.name) or message.HasField(param.name):  # type: ignore[arg-type]
-            value = getattr(message, param.name)
-            is_of_messages = param.metadata["kind"] == SEQUENCES
-            values[param.name] = [each.token_ids for each in value] if is_of_messages else value
-    params = DistributionParams(**values)
+    params = DistributionParams(**_values_of(message))
     if vocab_size is not None:
-        _check_ids(params, vocab_size)
+        check_ids(params, vocab_size)
     return params
 
 
-def _can_be_unset(name: str) -> bool:
-    """Return whether a field knows that it is not set, and stands for the default then."""
-    return bool(common_pb2.SamplingParams.DESCRIPTOR.fields_by_name[name].has_presence)
+def defaults_of(info: common_pb2.ModelInfo) -> dict[str, Any]:
+    """Return what the model sets of the parameters that a caller leaves open, by their names in `DistributionParams`.
+
+    `max_new_tokens` may be there too.
+
+    Raises:
+        InvalidArgumentError: a field is out of range; the message names it.
+    """
+    message = info.generation_defaults
+    given = {name: value for name, value in _values_of(message).items() if not isinstance(value, Sized) or len(value)}
+    params = DistributionParams(**given)
+    check_ids(params, info.vocab_size)
+    defaults = {name: getattr(params, name) for name in given}
+    if message.HasField("max_new_tokens"):
+        check_max_new_tokens(message.max_new_tokens)
+        defaults["max_new_tokens"] = message.max_new_tokens
+    return defaults
 
 
-def _check_ids(params: DistributionParams, vocab_size: int) -> None:
+def defaults_to_proto(defaults: Mapping[str, Any], unused: Sequence[str]) -> common_pb2.GenerationDefaults:
+    """Return the message of what `defaults_of` returns, with what of a generation_config is not used."""
+    kinds = {param.name: param.metadata["kind"] for param in fields(DistributionParams)}
+    values = {name: _to_proto(kinds.get(name), value) for name, value in defaults.items()}
+    return common_pb2.GenerationDefaults(**values, unused=unused)
+
+
+def check_max_new_tokens(value: int) -> None:
+    """Raise InvalidArgumentError for what cannot be a model's own limit of a text."""
+    if not 1 <= value <= MOST_TOP_K:
+        raise InvalidArgumentError(f"max_new_tokens is {value}: give a number from 1 to {MOST_TOP_K}")
+
+
+def _values_of(message: Any) -> dict[str, Any]:
+    """Return the parameters that a message has fields for, by name, but those that it knows not to be set."""
+    values: dict[str, Any] = {}
+    for param in fields(DistributionParams):
+        field = message.DESCRIPTOR.fields_by_name.get(param.name)
+        if field and not (field.has_presence and not message.HasField(param.name)):
+            value = getattr(message, param.name)
+            is_of_messages = param.metadata["kind"] == SEQUENCES
+            values[param.name] = [each.token_ids for each in value] if is_of_messages else value
+    return values
+
+
+def check_ids(params: DistributionParams, vocab_size: int) -> None:
+    """Raise InvalidArgumentError for an id that a model of so many does not have."""
     ids_by_kind: dict[str, Callable[[Any], list[int]]] = {
         IDS: list,
         SEQUENCES: lambda words: [token_id for word in words for token_id in word],
@@ -55,7 +90,11 @@ def _check_ids(params: DistributionParams, vocab_size: int) -> None:
 
 def params_to_proto(params: DistributionParams, shares_noise: bool = False) -> common_pb2.SamplingParams:
     values = {
-        param.name: _TO_PROTO.get(param.metadata["kind"], lambda value: value)(getattr(params, param.name))
+        param.name: _to_proto(param.metadata["kind"], getattr(params, param.name))
         for param in fields(DistributionParams)
     }
     return common_pb2.SamplingParams(shared_noise=shares_noise, **values)
+
+
+def _to_proto(kind: str | None, value: Any) -> Any:
+    return _TO_PROTO.get(kind, lambda plain: plain)(value)

@@ -21,6 +21,7 @@ from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.models.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InvalidArgumentError, ModelChangedError, UnavailableError
+from outrider.sampling.messages import defaults_to_proto
 from outrider.serving.admission import Places, Turnstile
 from outrider.serving.calls import LAST_WORD_S, Call
 from outrider.serving.messages import LONGEST_CONTEXT, MOST_OTHER_BYTES, most_bytes
@@ -256,6 +257,8 @@ class ModelHost(Generic[WorkerT]):
     def model_info(self) -> common_pb2.ModelInfo:
         """Return the description; raises UnavailableError while the model is loading."""
         model, options = self._loaded, self._options
+        defaults = model.generation_defaults
+        says_some = defaults.values or defaults.unused
         return common_pb2.ModelInfo(
             model_id=options.model,
             revision=options.revision or "",
@@ -279,6 +282,7 @@ class ModelHost(Generic[WorkerT]):
             identity=model.identity,
             backend=model.choice.backend,
             backend_notes=model.choice.notes,
+            generation_defaults=defaults_to_proto(defaults.values, defaults.unused) if says_some else None,
         )
 
     async def stats(self) -> common_pb2.ServiceStats:

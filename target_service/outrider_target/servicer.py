@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from outrider.serving.service import ModelHost
 from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
 from outrider_target.scheduler import Round, Scheduler, Session, Span, Verdict
 
+log = logging.getLogger(__name__)
+
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 TOKENIZER_PART_BYTES = 64 * 1024  # what is held for each client that does not read on
 
@@ -32,6 +35,9 @@ class TargetServicer(target_pb2_grpc.TargetServiceServicer):
 
     def load(self) -> None:
         self._host.load()
+        unused = self._host.model_info().generation_defaults.unused
+        if unused:
+            log.warning("texts are written without what the generation_config sets here: %s", "; ".join(unused))
 
     async def drain(self, grace_s: float) -> None:
         await self._host.drain(grace_s)

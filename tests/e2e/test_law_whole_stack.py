@@ -123,13 +123,14 @@ def exact_rows(model: PreTrainedModel, sampling: SamplingParams) -> list[np.ndar
     Computed by transformers' own code. Texts are in the order of the numbers that their tokens are the digits of, to
     the base V.
     """
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
-    warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-    warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    params = sampling.distribution
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
+    warpers += [TopKLogitsWarper(params.top_k)] if params.top_k else []
+    warpers += [TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
     prefixes, rows = torch.tensor([PROMPT]), []
     for _ in range(LENGTH):
         logits = [
-            processed(row, sampling, PROMPT, prefix[len(PROMPT) :])
+            processed(row, params, PROMPT, prefix[len(PROMPT) :])
             for row, prefix in zip(model(prefixes).logits[:, -1].tolist(), prefixes.tolist(), strict=True)
         ]
         rows.append(warpers(prefixes, torch.tensor(logits, dtype=torch.float64)).softmax(-1).numpy())

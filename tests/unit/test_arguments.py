@@ -64,15 +64,16 @@ NO_NUMBERS = ("1", b"1", None, True, [1], {}, 1j, Decimal("0.5"), object(), np.a
 NO_WHOLE_NUMBERS = (3.5, 3.0, NAN, "3", b"3", True, [3], Decimal(3), np.float32(3), np.array([3]), np.bool_(True), 3j,
                     *ODD)  # fmt: skip
 NO_FLAGS = (0, 1, "yes", "", [], 1.0, np.int64(1), *ODD)
+NO_NUMBERS_NOR_NONE = tuple(it for it in NO_NUMBERS if it is not None)  # None stands for the model's own
 NO_LIST = (*(it for it in NO_WHOLE_NUMBERS if it is not True), None)
 
 SAMPLING: dict[str, tuple] = {
-    "temperature": (*NO_NUMBERS, NAN, INF, -INF, -1, -0.001, 1e-4, 1001, HUGE, -HUGE, LONGER),
-    "top_k": (*NO_WHOLE_NUMBERS, None, -1, 1 << 31, HUGE, LONGER),
-    "top_p": (*NO_NUMBERS, NAN, INF, 0, 0.0, -0.1, 1.1, HUGE),
-    "min_p": (*NO_NUMBERS, NAN, INF, -0.1, 1.1, HUGE),
+    "temperature": (*NO_NUMBERS_NOR_NONE, NAN, INF, -INF, -1, -0.001, 1e-4, 1001, HUGE, -HUGE, LONGER),
+    "top_k": (*NO_WHOLE_NUMBERS, -1, 1 << 31, HUGE, LONGER),
+    "top_p": (*NO_NUMBERS_NOR_NONE, NAN, INF, 0, 0.0, -0.1, 1.1, HUGE),
+    "min_p": (*NO_NUMBERS_NOR_NONE, NAN, INF, -0.1, 1.1, HUGE),
     "seed": (*NO_WHOLE_NUMBERS, -1, 1 << 64, HUGE, np.int64(-1)),
-    "max_new_tokens": (*NO_WHOLE_NUMBERS, None, 0, -1, -HUGE, -LONGER),
+    "max_new_tokens": (*NO_WHOLE_NUMBERS, 0, -1, -HUGE, -LONGER),
     "stop": (
         None, 3, b"end", bytearray(b"end"), [b"end"], [3], [""], "", ("end", None), [["end"]], {"end": 1}, True,
         "\ud800", ["fine", "a\udfffb"], "x" * (MOST_STOP_CHARACTERS + 1), ["ab"] * MOST_STOP_CHARACTERS,
@@ -101,7 +102,7 @@ CLIENT: dict[str, tuple] = {
     "patience": (*ODD, 3.0, {"retry_s": 1}, "long", Patience, True, 0),
 }  # fmt: skip
 CALL: dict[str, tuple] = {
-    "timeout": (*(it for it in NO_NUMBERS if it is not None), NAN, INF, -INF, -1, -0.001, HUGE, 1e10),
+    "timeout": (*NO_NUMBERS_NOR_NONE, NAN, INF, -INF, -1, -0.001, HUGE, 1e10),
     "sampling": (*ODD, {"temperature": 0}, 0, "greedy", SamplingParams, [SamplingParams()], False),
     "prompt": (
         None, 5, 5.0, True, b"Once", bytearray(b"Once"), memoryview(b"Once"), [1.5], [None], [True],

@@ -230,7 +230,7 @@ def test_the_public_names_are_imported_when_they_are_used():
     program = (
         "import sys, outrider\n"
         "assert not sys.modules.keys() & {'grpc', 'numpy', 'outrider_client'}, 'nothing yet'\n"
-        "assert outrider.SamplingParams().temperature == 1.0\n"
+        "assert outrider.SamplingParams().distribution.temperature == 1.0\n"
         "assert 'grpc' not in sys.modules, 'parameters need none'\n"
         "missing = [name for name in outrider.__all__ if getattr(outrider, name, None) is None]\n"
         "print(missing, hasattr(outrider, 'nothing'))"

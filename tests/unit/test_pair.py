@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from outrider.engine.models.loader import FINGERPRINT_BLOCK, TokenizerFiles
+from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
-from outrider_client.pair import PairInfo, find_mismatch
+from outrider_client.errors import ServiceFailedError
+from outrider_client.pair import PairInfo, as_plain_dict, check_model, find_mismatch
 
 
 def model_info(name: str, vocab_size: int, pieces: dict[int, str] | None = None) -> common_pb2.ModelInfo:
@@ -75,3 +77,32 @@ def test_a_target_without_a_draft_has_nothing_to_differ_from():
     stats = common_pb2.ServiceStats()
     assert PairInfo(model_info("t", 97), stats, None, None).mismatch is None
     assert PairInfo(model_info("t", 97), stats, model_info("d", 98), stats).mismatch is not None
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": 1e-9},
+        {"top_p": 0.0},
+        {"repetition_penalty": float("nan")},
+        {"max_new_tokens": 0},
+        {"logit_bias": {97: 1.0}},
+        {"bad_words": [{"token_ids": [3, 97]}]},
+        {"bad_words": [{}]},
+    ],
+    ids=str,
+)
+def test_a_target_with_a_default_that_cannot_be_is_refused(field):
+    info = common_pb2.ModelInfo(vocab_size=97, context_length=9, generation_defaults=field)
+    with pytest.raises(ServiceFailedError, match=f"a default that cannot be .{next(iter(field))} "):
+        check_model(info)
+
+
+def test_defaults_are_plain_in_json():
+    said = {"top_p": 0.5, "logit_bias": {3: 1.5}, "bad_words": [{"token_ids": [3, 4]}], "unused": ["top_h 1: why"]}
+    info = common_pb2.ModelInfo(vocab_size=97, context_length=9, generation_defaults=said)
+    check_model(info)
+    assert defaults_of(info) == {"top_p": 0.5, "logit_bias": ((3, 1.5),), "bad_words": ((3, 4),)}
+    found = as_plain_dict(info)
+    assert found["tokenizer"] is None
+    assert {name: value for name, value in found["generation_defaults"].items() if value is not None} == said

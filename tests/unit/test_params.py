@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from outrider.sampling.distribution import DistributionParams
 from outrider_client.errors import InvalidRequestError
-from outrider_client.params import SamplingParams, SpeculationParams
+from outrider_client.params import NEUTRAL, PARAMETERS, SamplingParams, SpeculationParams
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,6 @@ from outrider_client.params import SamplingParams, SpeculationParams
         ("bad_words", [range(1025)]),
         ("no_repeat_ngram_size", -1),
         ("min_tokens", 1 << 31),
-        ("min_tokens", 129),  # more than max_new_tokens
         ("stop_token_ids", [-1]),
         ("logprobs", 21),
         ("logprobs", True),
@@ -71,6 +72,30 @@ def test_a_speculation_setting_out_of_range_is_refused_by_its_name(field, value)
         SpeculationParams(**{field: value})
 
 
+def test_fewer_tokens_than_at_most_are_asked_for_at_least():
+    """Where `max_new_tokens` is left open, this is known when the target's own is."""
+    with pytest.raises(InvalidRequestError, match=r"^min_tokens is 129: give at most max_new_tokens, which is 128"):
+        SamplingParams(min_tokens=129, max_new_tokens=128)
+    with pytest.raises(InvalidRequestError, match=r"^min_tokens is 129: give at most max_new_tokens, which is 128"):
+        SamplingParams(min_tokens=129).resolved({})
+    assert SamplingParams(min_tokens=129).resolved({"max_new_tokens": 200}).max_new_tokens == 200
+
+
+def test_what_is_left_open_is_the_models_or_else_the_neutral_value():
+    own = {"temperature": 0.7, "top_k": 5, "bad_words": ((3,),), "max_new_tokens": 50, "min_tokens": 9}
+    asked = SamplingParams(top_k=0, bad_words=(), seed=4, max_new_tokens=6).resolved(own)
+    assert asked == SamplingParams(0.7, 0, 1.0, 0.0, 4, 6, repetition_penalty=1.0, logit_bias=(), bad_words=(),
+                                   no_repeat_ngram_size=0, min_tokens=6)  # fmt: skip
+    assert SamplingParams().resolved(own).max_new_tokens == 50
+    assert asked.resolved({"top_p": 0.5}) == asked
+
+
+def test_all_parameters_of_a_distribution_can_be_asked_for():
+    defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    for param in PARAMETERS:
+        assert defaults[param.name] == (None if param.name in NEUTRAL else param.default)
+
+
 def test_refusals_are_value_errors_too():
     with pytest.raises(ValueError, match="top_p"):
         SamplingParams(top_p=2.0)
@@ -92,7 +117,8 @@ def test_lists_of_every_kind_become_plain_ones():
 def test_defaults_draw_plainly():
     params = SamplingParams()
     assert params.distribution == DistributionParams(1.0, 0, 1.0, 0.0)
-    assert (params.max_new_tokens, params.stop, params.ignore_eos) == (128, (), False)
+    assert (params.resolved({}).max_new_tokens, params.stop, params.ignore_eos) == (128, (), False)
+    assert params.resolved({}).distribution == params.distribution
 
 
 def test_one_stop_string_is_a_list_of_one():

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from outrider.sampling.messages import defaults_of
+from outrider.v1 import common_pb2
 from outrider_client.bench.metrics import Timeline
 from outrider_client.params import AUTO, METHODS, SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats, RoundStats
@@ -70,10 +72,14 @@ class Settings:
         named |= vars(self.sampling) | vars(self.speculation)
         return {name: value for name, value in named.items() if name not in OF_A_CELL}
 
-    def resolved(self) -> Settings:
-        """Return these with the rule that `auto` means for texts with seeds, so that all cells are measured by one."""
+    def resolved(self, target: common_pb2.ModelInfo) -> Settings:
+        """Return these with what `auto` and None stand for, so that all cells are measured by one.
+
+        That is the rule for texts with seeds, and the defaults of the target's model.
+        """
         rule = rule_of(self.speculation.rule, has_seed=True).name
-        return replace(self, speculation=replace(self.speculation, rule=rule))
+        sampling = self.sampling.resolved(defaults_of(target))
+        return replace(self, sampling=sampling, speculation=replace(self.speculation, rule=rule))
 
     @property
     def rule_name(self) -> str:

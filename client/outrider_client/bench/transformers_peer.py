@@ -50,7 +50,8 @@ class TransformersPeer:
     """Makes texts with transformers.
 
     A text ends at its length alone when the settings ignore the end of sequence: the model is told of no such id, which
-    costs less than forbidding it. Filters are those of the settings; transformers has others where nobody says any.
+    costs less than forbidding it. Filters and processors are those of the settings, as far as transformers has them; it
+    has other filters where nobody says any.
     """
 
     def __init__(self, options: PeerOptions, settings: Settings):
@@ -103,15 +104,21 @@ class TransformersPeer:
         return input_ids.to(self._target.device), mask.to(self._target.device)
 
     def _config(self, cell: Cell, prompt_length: int) -> transformers.GenerationConfig:
-        asked = self._settings.sampling
+        sampling = self._settings.sampling
+        assert sampling.max_new_tokens is not None
+        asked, biases = sampling.distribution, dict(sampling.distribution.logit_bias)
         filters = {"top_k": asked.top_k, "top_p": asked.top_p, "min_p": asked.min_p or None}
-        sampling = {"temperature": cell.temperature, **filters} if cell.temperature else {}
         return transformers.GenerationConfig(
             do_sample=bool(cell.temperature),
-            max_new_tokens=min(asked.max_new_tokens, self._options.context_length - prompt_length),
-            eos_token_id=None if asked.ignore_eos else list(self._options.eos_token_ids) or None,
+            max_new_tokens=min(sampling.max_new_tokens, self._options.context_length - prompt_length),
+            min_new_tokens=asked.min_tokens or None,
+            eos_token_id=None if sampling.ignore_eos else list(self._options.eos_token_ids) or None,
             pad_token_id=0,
-            **sampling,
+            repetition_penalty=asked.repetition_penalty,
+            no_repeat_ngram_size=asked.no_repeat_ngram_size,
+            bad_words_ids=[list(word) for word in asked.bad_words] or None,
+            sequence_bias=[[[token_id], bias] for token_id, bias in biases.items()] or None,
+            **({"temperature": cell.temperature, **filters} if cell.temperature else {}),
         )
 
 

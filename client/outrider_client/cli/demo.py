@@ -60,7 +60,7 @@ def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) ->
     models = values["target_model"], values["draft_model"]
     with local_pair(*models, values["threads"]) as pair, SpeculativeClient(pair.target, pair.draft) as client:
         texts = [_show(client, prompt, value, values, quiet=as_json) for value in temperature]
-        samples, vocab_size = _measure(client, prompt, temperature, values)
+        samples, vocab_size, settings = _measure(client, prompt, temperature, values)
         notice = DraftNotice(pair.draft)
         for sample in samples:
             if sample.stats:
@@ -71,7 +71,7 @@ def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) ->
         return
     out.print()
     pair_name = f"{values['target_model']} with {values['draft_model']}"
-    out.print(speed_table(rows, f"{pair_name}, {Settings().resolved().rule_name}, {values['threads']} thread each"))
+    out.print(speed_table(rows, f"{pair_name}, {settings.rule_name}, {values['threads']} thread each"))
 
 
 def _show(
@@ -103,11 +103,11 @@ def _compare(alone: GenerationResult, together: GenerationResult, temperature: f
 
 def _measure(
     client: SpeculativeClient, prompt: str, temperatures: list[float], values: dict[str, Any]
-) -> tuple[list[Sample], int]:
-    """Return the samples, and the size of the target's vocabulary."""
+) -> tuple[list[Sample], int, Settings]:
+    """Return the samples, the size of the target's vocabulary, and how the samples were made."""
     grid = make_grid(("autoregressive", "speculative"), temperatures, [values["num_speculative_tokens"]])
     sampling = SamplingParams(seed=values["seed"], max_new_tokens=values["max_new_tokens"], ignore_eos=True)
-    settings = Settings(values["repetitions"], sampling=sampling).resolved()
-    vocab_size = client.info().target.vocab_size
-    prompt_ids = prompt_to_ids(prompt, client.tokenizer, vocab_size)
-    return measure_grid(client, [prompt_ids], grid, settings), vocab_size
+    target = client.info().target
+    settings = Settings(values["repetitions"], sampling=sampling).resolved(target)
+    prompt_ids = prompt_to_ids(prompt, client.tokenizer, target.vocab_size)
+    return measure_grid(client, [prompt_ids], grid, settings), target.vocab_size, settings

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
+from outrider.protocol.errors import InvalidArgumentError
+from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
 from outrider_client.cli.options import addresses, as_json, out, print_json, shows_errors
 from outrider_client.pair import PairInfo, as_plain_dict
@@ -32,6 +36,9 @@ def info(target: str, draft: str, as_json: bool) -> None:
         for name, model in (("draft", pair.draft), ("target", pair.target)):
             for note in model.backend_notes if model else ():
                 out.print(f"The {name} does not run by {note}.", highlight=False, markup=False)
+        for note in pair.target.generation_defaults.unused:
+            told = f"Texts are written without what the target's generation_config sets here: {note}."
+            out.print(told, highlight=False, markup=False)
         out.print(f"The pair {verdict}." if verdict == "fits" else f"The pair does not work: {verdict}.")
     if verdict != "fits":
         raise SystemExit(1)
@@ -53,7 +60,17 @@ def _table(pair: PairInfo) -> Table:
     columns = [_column(model, stats) if model and stats else {} for model, stats in described]
     for name in columns[0]:
         table.add_row(name, *(column.get(name, "-") for column in columns))
+    table.add_row("defaults", _defaults(pair.target), "-")
     return table
+
+
+def _defaults(target: common_pb2.ModelInfo) -> str:
+    """Return what the target's model sets of the parameters that a caller leaves open, one a line."""
+    try:
+        defaults = defaults_of(target)
+    except InvalidArgumentError as error:
+        return escape(f"none can be used: {error}")
+    return escape("\n".join(f"{name} {reprlib.repr(value)}" for name, value in defaults.items())) or "none"
 
 
 def _column(model: common_pb2.ModelInfo, stats: common_pb2.ServiceStats) -> dict[str, str]:

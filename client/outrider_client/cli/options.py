@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from outrider_client.errors import OutriderError
-from outrider_client.params import AUTO, SamplingParams, SpeculationParams
+from outrider_client.params import AUTO, NEUTRAL, PARAMETERS, SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats
 
 _Params = TypeVar("_Params", SamplingParams, SpeculationParams)
@@ -77,6 +77,7 @@ def _with_ids(pairs: list[tuple[str, Any]]) -> dict[str | int, Any]:
     return {int(key) if key.isdecimal() else key: value for key, value in pairs}
 
 
+_REMEDIES = {param.name: param.metadata["remedy"] for param in PARAMETERS}
 # What an option says beside its name; one without a text here says what to give.
 HELP = {
     "temperature": "0 is greedy.",
@@ -103,16 +104,19 @@ def options_of(params: type, without: Collection[str] = (), **defaults: Any) -> 
     types = get_type_hints(params)
     return add_options(
         *(
-            _option(
-                field.name,
-                types[field.name],
-                defaults.get(field.name, field.default),
-                HELP.get(field.name) or field.metadata.get("remedy"),
-            )
+            _option(field.name, types[field.name], defaults.get(field.name, field.default), _help(field.name))
             for field in fields(params)
             if field.name not in without
         )
     )
+
+
+def _help(name: str) -> str | None:
+    """Return what the option of a field says, with its default where the target's model may have one."""
+    text = HELP.get(name) or _REMEDIES.get(name, "")
+    if name in NEUTRAL:
+        text = f"{text.removesuffix('.')}. By default the model's own, else {NEUTRAL[name]}.".removeprefix(". ")
+    return text.replace("else ().", "else none.") or None
 
 
 def _option(name: str, hint: Any, default: Any, text: str | None) -> Callable:

@@ -20,6 +20,7 @@ from outrider.engine.backends.choice import CacheOptions, Choice, Machine, choos
 from outrider.engine.backends.runner import ModelRunner
 from outrider.engine.models.checkpoint import TOKENIZER_FILES, ModelRefusedError, Source, one_line, placed, read_model
 from outrider.engine.models.configuration import context_length_of, eos_token_ids_of, hold_rotary_factors
+from outrider.engine.models.generation import GenerationDefaults, generation_defaults_of
 from outrider.engine.models.identity import identity_of
 from outrider.engine.models.probe import Probe, expected_rows, probe_text, rows_of, why_different, why_disturbed
 from outrider.engine.models.spec import DecoderSpec
@@ -87,6 +88,7 @@ class LoadedModel:
     device: str
     accelerator: str  # identifies it anywhere; empty for a CPU
     dtype: str
+    generation_defaults: GenerationDefaults
 
 
 def load(options: ModelOptions) -> LoadedModel:
@@ -118,6 +120,7 @@ def _load(options: ModelOptions) -> LoadedModel:
         "device": str(spec.device),
         "accelerator": _accelerator_id(spec.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "generation_defaults": generation_defaults_of(model, vocab_size, eos_token_ids),
     }
     del model  # a backend of our own has the weights: their memory is for the caches
     try:

@@ -58,10 +58,11 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
         charts_module()
     sampling = params_of(SamplingParams, values, OF_A_CELL)
     speculation = params_of(SpeculationParams, values, OF_A_CELL)
-    settings = Settings(values["repetitions"], values["warm_up"], sampling, speculation).resolved()
+    settings = Settings(values["repetitions"], values["warm_up"], sampling, speculation)
     prompts = read_prompts(values["prompt_file"], values["num_prompts"])
     with _pair(values) as addresses, SpeculativeClient(addresses.target, addresses.draft) as client:
         info = _checked_info(client)
+        settings = settings.resolved(info.target)
         ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
         peer = _peer(peer_module, info, settings, values["peer_threads"]) if peer_module else None
         gc.collect()
