@@ -45,6 +45,15 @@ def peer(paths) -> TransformersPeer:
     return make_peer(paths)
 
 
+def test_it_has_the_processors_of_the_settings(paths):
+    asked = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_tokens": 2}
+    sampling = SamplingParams(max_new_tokens=LENGTH, bad_words=[[3], [4, 5]], logit_bias={6: 1.5}, **asked)
+    options = PeerOptions(paths["target"], paths["draft"], "float64", "cpu", 128, (), threads=1)
+    config = load_peer(options, Settings(sampling=sampling))._config(Cell("transformers", 0.0), len(PROMPT))
+    assert (config.repetition_penalty, config.no_repeat_ngram_size, config.min_new_tokens) == (1.3, 3, 2)
+    assert (config.bad_words_ids, config.sequence_bias) == ([[3], [4, 5]], [[[6], 1.5]])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("method", PEER_METHODS)
 def test_every_method_makes_texts_of_the_length_asked_for(peer, method, temperature):
