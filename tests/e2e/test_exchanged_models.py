@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -75,6 +77,19 @@ def test_another_target_in_mid_text_ends_the_text_and_the_next_begins_afresh(pai
     with SpeculativeClient(pair.running["target"].address) as fresh:
         assert (after.text, after.token_ids) == as_pair(fresh.generate(PROMPT, SAMPLING, method="autoregressive"))
     assert after.text != alone.text
+
+
+def test_a_text_keeps_the_defaults_that_it_began_with(pair, paths, tmp_path):
+    """In the target's place comes the same model, whose generation_config sets other defaults."""
+    copied = shutil.copytree(paths["target"], tmp_path / "copied")
+    file = copied / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.8, "top_k": 2}))
+    alone = pair.write(method="autoregressive")
+    result = pair.write(lambda: pair.exchange("target", str(copied)))
+    assert as_pair(result) == as_pair(alone)
+    assert result.stats.num_target_retries > 0
+    with SpeculativeClient(pair.running["target"].address) as fresh:
+        assert fresh.generate(PROMPT, SAMPLING, method="autoregressive").token_ids != alone.token_ids
 
 
 def as_pair(result: GenerationResult) -> tuple[str, list[int]]:
