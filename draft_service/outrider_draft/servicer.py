@@ -15,7 +15,7 @@ from outrider.sampling.draws import Draft
 from outrider.sampling.messages import params_from_proto
 from outrider.serving.calls import Call
 from outrider.serving.options import ServiceOptions
-from outrider.serving.service import ModelHost
+from outrider.serving.service import HostedServicer
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc
 from outrider_draft.drafter import Drafter
 from outrider_draft.session import Commit, Drafted, DraftOptions, Session
@@ -48,28 +48,11 @@ class _EndOfStream:
 Outbox = Mailbox[Drafted | ServiceError | _EndOfStream]
 
 
-class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
+class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer):
     """One draft model, many sessions."""
 
     def __init__(self, options: ServiceOptions):
-        self._options = options
-        self._host = ModelHost(options, Drafter)
-
-    def load(self) -> None:
-        self._host.load()
-
-    async def drain(self, grace_s: float) -> None:
-        await self._host.drain(grace_s)
-
-    def close(self) -> None:
-        self._host.close()
-
-    @property
-    def most_message_bytes(self) -> int:
-        return self._host.most_message_bytes
-
-    def check_message_size(self, num_bytes: int) -> None:
-        self._host.check_message_size(num_bytes)
+        super().__init__(options, Drafter)
 
     async def GetModelInfo(self, request, context) -> draft_pb2.DraftServiceGetModelInfoResponse:
         async with self._host.answer(context):

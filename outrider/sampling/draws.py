@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -26,6 +27,15 @@ def noise_addresses(numbers: Sequence[object]) -> np.ndarray:
     ).reshape(-1, 4)
 
 
+def _temperatures(params: Sequence[DistributionParams]) -> np.ndarray:
+    return np.array([its.temperature for its in params], dtype=np.float64)
+
+
+def _uniforms(numbers: Sequence[float | Noise]) -> np.ndarray:
+    """Return `[N]` float64, 0 in the place of noise."""
+    return np.array([0.0 if isinstance(number, Noise) else number for number in numbers], dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class RowNumbers:
     """How a token is drawn from each of N rows: the numbers that every reader needs."""
@@ -37,9 +47,7 @@ class RowNumbers:
     @classmethod
     def of(cls, params: Sequence[DistributionParams], numbers: Sequence[float | Noise]) -> RowNumbers:
         """Return them for rows that are drawn from with a uniform, or the noise of their positions."""
-        temperatures = np.array([its.temperature for its in params], dtype=np.float64)
-        uniforms = np.array([0.0 if isinstance(number, Noise) else number for number in numbers], dtype=np.float64)
-        return cls(temperatures, uniforms, noise_addresses(numbers))
+        return cls(_temperatures(params), _uniforms(numbers), noise_addresses(numbers))
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -71,16 +79,16 @@ class Draws:
         num_others: int = 0,
     ) -> Draws:
         """Return them for `numbers` `[n, N]`."""
-        each = [RowNumbers.of(params, its) for its in numbers]
+        flat, shape = list(chain.from_iterable(numbers)), (len(numbers), len(params))
         return cls(
             np.array(vocab_sizes),
-            each[0].temperatures,
+            _temperatures(params),
             np.array([its.top_k for its in params]),
             np.array([its.top_p for its in params], dtype=np.float64),
             np.array([its.min_p for its in params], dtype=np.float64),
             np.array(max_supports),
-            np.stack([its.uniforms for its in each]),
-            np.stack([its.noises for its in each]),
+            _uniforms(flat).reshape(shape),
+            noise_addresses(flat).reshape(*shape, 4),
             num_others,
         )
 

@@ -313,6 +313,30 @@ def _fingerprint(tokenizer: TokenizerFiles) -> common_pb2.TokenizerFingerprint:
     return common_pb2.TokenizerFingerprint(num_pieces=len(tokenizer.pieces), block_digests=tokenizer.block_digests())
 
 
+class HostedServicer(Generic[WorkerT]):
+    """What the servicers of both services have: a host, which does what the server asks of them (ModelServicer)."""
+
+    def __init__(self, options: ServiceOptions, make_worker: Callable[[Engine, int], WorkerT]):
+        """`make_worker` as for ModelHost."""
+        self._options, self._host = options, ModelHost(options, make_worker)
+
+    def load(self) -> None:
+        self._host.load()
+
+    async def drain(self, grace_s: float) -> None:
+        await self._host.drain(grace_s)
+
+    def close(self) -> None:
+        self._host.close()
+
+    @property
+    def most_message_bytes(self) -> int:
+        return self._host.most_message_bytes
+
+    def check_message_size(self, num_bytes: int) -> None:
+        self._host.check_message_size(num_bytes)
+
+
 def serve(options: ServiceOptions, service_name: str, servicer, register: Callable) -> None:
     """Run one service until SIGTERM or SIGINT; a second one ends it at once, with 128 and its number as exit status.
 

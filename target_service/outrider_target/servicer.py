@@ -16,7 +16,7 @@ from outrider.sampling.distribution import MOST_LOGPROBS
 from outrider.sampling.logprobs import Logprobs
 from outrider.sampling.messages import params_from_proto
 from outrider.serving.options import ServiceOptions
-from outrider.serving.service import ModelHost
+from outrider.serving.service import HostedServicer
 from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
 from outrider_target.scheduler import Round, Scheduler, Session, Span, Verdict
 
@@ -26,31 +26,17 @@ SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 TOKENIZER_PART_BYTES = 64 * 1024  # what is held for each client that does not read on
 
 
-class TargetServicer(target_pb2_grpc.TargetServiceServicer):
+class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceServicer):
     """One target model, many sessions."""
 
     def __init__(self, options: ServiceOptions):
-        self._options = options
-        self._host = ModelHost(options, Scheduler)
+        super().__init__(options, Scheduler)
 
     def load(self) -> None:
-        self._host.load()
+        super().load()
         unused = self._host.model_info().generation_defaults.unused
         if unused:
             log.warning("texts are written without what the generation_config sets here: %s", "; ".join(unused))
-
-    async def drain(self, grace_s: float) -> None:
-        await self._host.drain(grace_s)
-
-    def close(self) -> None:
-        self._host.close()
-
-    @property
-    def most_message_bytes(self) -> int:
-        return self._host.most_message_bytes
-
-    def check_message_size(self, num_bytes: int) -> None:
-        self._host.check_message_size(num_bytes)
 
     async def GetModelInfo(self, request, context) -> target_pb2.TargetServiceGetModelInfoResponse:
         async with self._host.answer(context):
