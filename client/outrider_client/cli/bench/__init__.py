@@ -1,19 +1,14 @@
 """`outrider bench` and its subcommands.
 
 Knows: click and `outrider_client.bench`. Does not know: how anything is measured.
-Begin with `running.py`.
+Begin with `commands.py`; `running.py` has what all measurements share.
 """
 
 from __future__ import annotations
 
 import click
 
-from outrider_client.bench.metrics import DEFINITIONS
-from outrider_client.cli.bench.latency import latency
-from outrider_client.cli.bench.report import report
-from outrider_client.cli.bench.rpc import rpc
-from outrider_client.cli.bench.sweep import sweep
-from outrider_client.cli.bench.throughput import throughput
+from outrider_client.cli.bench.commands import DEFINITIONS_TEXT, latency, report, rpc, sweep, throughput
 
 
 class SweepByDefault(click.Group):
@@ -25,13 +20,13 @@ class SweepByDefault(click.Group):
         return super().parse_args(context, arguments)
 
 
-@click.group(cls=SweepByDefault, epilog="\n\n".join(f"{name}: {text}" for name, text in DEFINITIONS.items()))
+@click.group(cls=SweepByDefault, epilog=DEFINITIONS_TEXT)
 def bench() -> None:
-    """Measure the pair, in one run, alternating; without a subcommand: sweep.
+    """Measure the pair and compare; without a subcommand: sweep.
 
-    Without --target and --draft, both services are started here with the embedded pair. What is measured is alternated
-    with what it is compared with, on the same prompts and lengths, after a warm-up that does not count. Figures are
-    medians over repetitions, with their standard deviation.
+    Without --target and --draft, both services are started here with the embedded pair. Cells alternate, on the same
+    prompts and lengths, after a warm-up that does not count. Figures are medians over repetitions, with their standard
+    deviation.
 
     Options of all subcommands are environment variables too: OUTRIDER_BENCH_ and the option.
     """

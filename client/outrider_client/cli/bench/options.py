@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ import click
 from outrider_client.bench.samples import OF_A_CELL
 from outrider_client.cli.options import add_options, address_options, as_json, options_of
 from outrider_client.params import AUTO, METHODS, SamplingParams, SpeculationParams
-
-COMMAND_SETTINGS = {"show_default": True, "auto_envvar_prefix": "OUTRIDER_BENCH"}
 
 
 class NumberList(click.ParamType):
@@ -77,15 +75,6 @@ text_options = add_options(
     options_of(SpeculationParams, OF_A_CELL),
 )  # fmt: skip
 
-methods_option = click.option("--methods", type=MethodList(), default="autoregressive,speculative", help="Any of autoregressive, speculative, draft.")  # fmt: skip
-
-temperature_option = click.option("--temperature", type=NumberList(float), default="0,1", help="Values of the temperature.")  # fmt: skip
-
-compare_options = add_options(
-    click.option("--compare", type=click.Choice(["transformers"]), help="Measure transformers' own generate beside, with the same two models in this process (extra: serve)."),
-    click.option("--peer-threads", type=click.IntRange(0), default=0, help="CPU threads of what is compared with; 0 takes all cores."),
-)  # fmt: skip
-
 plot_option = click.option("--plot", "plot_folder", type=click.Path(file_okay=False, path_type=Path), help="Draw charts into this folder (extra: plot).")  # fmt: skip
 
 csv_option = click.option("--csv", "csv_file", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write the summary to this file, one line a cell.")  # fmt: skip
@@ -100,11 +89,19 @@ output_options = add_options(
 
 def lengths_option(default: str, least: int = 1) -> Any:
     """Return the option of the values of K."""
-    kind = LengthList(least)
     text = "Values of K; `auto` lets the client pick it, round by round, and takes no seed."
-    return click.option("-k", "--num-speculative-tokens", type=kind, default=default, help=text)
+    return click.option("-k", "--num-speculative-tokens", type=LengthList(least), default=default, help=text)
 
 
-def with_peers(methods: Sequence[str], compare: str | None, peers: Sequence[str]) -> list[str]:
-    """Return the methods to measure."""
-    return [*methods, *(peers if compare else ())]
+def method_options(lengths: str) -> Callable:
+    """Return the options of a subcommand that measures methods; `lengths` are the values of K by default."""
+    return add_options(
+        pair_options,
+        click.option("--methods", type=MethodList(), default="autoregressive,speculative", help="Any of autoregressive, speculative, draft."),
+        lengths_option(lengths),
+        click.option("--temperature", type=NumberList(float), default="0,1", help="Values of the temperature."),
+        text_options,
+        click.option("--compare", type=click.Choice(["transformers"]), help="Measure transformers' own generate too, with the same two models in this process (extra: serve)."),
+        click.option("--peer-threads", type=click.IntRange(0), default=0, help="CPU threads of what is compared with; 0 takes all cores."),
+        output_options,
+    )  # fmt: skip

@@ -111,11 +111,11 @@ def hand_out(kind: Kind, bench: Bench, samples: Sequence[Sample], values: dict[s
             notice.say(sample.stats)
     if values["save_result"]:
         result_file.write(result, values["save_result"])
-    hand_out_again(result, values)
+    show_again(result, values)
 
 
-def hand_out_again(result: Result, values: dict[str, Any]) -> None:
-    """Do with a result what can be done with a saved one too."""
+def show_again(result: Result, values: dict[str, Any]) -> None:
+    """Write, draw and show a result, fresh or saved, as a command's values ask for."""
     if values["csv_file"]:
         result_file.write_csv(result, values["csv_file"])
     if values["plot_folder"]:
