@@ -145,7 +145,7 @@ def test_a_draft_that_fails_is_told_once_and_the_text_is_the_targets(addresses, 
         result = run(*arguments, text="Hi\nMore\n\n" if command == "chat" else None)
     told = [line for line in result.stderr.splitlines() if "draft at" in line]
     assert told == [
-        f"the draft at {draft.address} failed: PERMISSION_DENIED: not for you; the text goes on with the target alone"
+        f"the draft at {draft.address} failed: PERMISSION_DENIED: not for you; the text goes on with the target only"
     ]
     if command == "generate as json":
         document = json.loads(result.stdout)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from outrider_client.bench.grid import make_grid, run_grid, turned
+from outrider_client.bench.grid import make_grid, rotated, run_grid
 from outrider_client.bench.metrics import Timeline
 from outrider_client.bench.samples import Cell, Settings
 from outrider_client.bench.services import sampling_of, speculation_of, wait_until_quiet
@@ -112,7 +112,7 @@ class TestGrid:
 
     def test_every_cell_has_its_turn(self):
         cells = [Cell("speculative", 0.0, length) for length in range(5)]
-        assert {next(turned(cells, repetition)) for repetition in range(5)} == set(cells)
+        assert {rotated(cells, repetition)[0] for repetition in range(5)} == set(cells)
 
 
 def test_loads_get_as_many_texts_as_their_cell_asks_for():

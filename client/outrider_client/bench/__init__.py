@@ -1,5 +1,5 @@
-"""The benchmark behind `outrider bench` and `outrider demo`: what is run, in which order, and what is made of it.
+"""The benchmark behind `outrider bench` and `outrider demo`: what runs, in which order, and how samples become figures.
 
-Knows: the blocking client and its figures. Does not know: click, or how a table is asked for.
+Knows: the clients and their statistics. Does not know: click, or the command line.
 Begin with `grid.py` and `samples.py`; `tables.py` and `charts.py` show the result.
 """

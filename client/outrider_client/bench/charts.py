@@ -1,10 +1,11 @@
-"""Charts of a result, as PNG files. The one module of the client that imports matplotlib (extra: plot)."""
+"""Charts of a result, as PNG files. Only this module of the client imports matplotlib (extra: plot)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from outrider_client.bench.result_file import Result
 from outrider_client.bench.samples import BASELINE
 from outrider_client.bench.summary import TIME_PARTS, Row
 
-# Okabe and Ito's palette, which readers who see colours differently can tell apart.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 _METHOD_COLOURS = {
     "autoregressive": "#000000",
     "speculative": "#0072B2",
@@ -34,7 +35,7 @@ _IDEAL_COLOUR = "#0072B2"
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
-    """Draw what a result of its kind shows, and return the files: `speedup.png`, `throughput.png`, `time.png`."""
+    """Draw the charts of a result's kind and return the files: `speedup.png`, `throughput.png`, `time.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = result.rows()
     figures = {"time": time_figure(rows, result.title)}
@@ -50,9 +51,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 
 def speedup_figure(rows: Sequence[Row], title: str) -> Figure:
-    """Return speed-up against K, one panel a temperature, with the ideal pair and what has no K as level lines."""
+    """Return speed-up against K, one panel per temperature; methods without K are level lines."""
     temperatures = _temperatures(rows)
-    chart, panels = _panels(len(temperatures), f"Speed-up over the target alone: {title}")
+    chart, panels = _panels(len(temperatures), f"Speed-up over the target only: {title}")
     for axes, temperature in zip(panels, temperatures, strict=True):
         own = [row for row in rows if row.cell.temperature == temperature and row.speedup]
         for method in dict.fromkeys(row.cell.method for row in own if row.cell.num_speculative_tokens):
@@ -64,12 +65,12 @@ def speedup_figure(rows: Sequence[Row], title: str) -> Figure:
         _label_lengths(axes, sorted({row.cell.num_speculative_tokens for row in own} - {0}))
         axes.set_title(f"temperature {temperature:g}", fontsize=10)
         axes.set_ylim(bottom=0)
-    panels[0].set_ylabel("tokens/s over tokens/s of the target alone")
+    panels[0].set_ylabel("tokens/s over tokens/s of the target only")
     return _with_legend(chart, panels)
 
 
 def throughput_figure(rows: Sequence[Row], title: str) -> Figure:
-    """Return time per token against tokens per second in all, one panel a temperature, a point for each load."""
+    """Return time per token against total tokens per second, one panel per temperature and one point per load."""
     temperatures = _temperatures(rows)
     chart, panels = _panels(len(temperatures), f"Latency against throughput: {title}")
     for axes, temperature in zip(panels, temperatures, strict=True):
@@ -87,7 +88,7 @@ def throughput_figure(rows: Sequence[Row], title: str) -> Figure:
 
 
 def time_figure(rows: Sequence[Row], title: str) -> Figure:
-    """Return where the time of a round goes: one bar for each cell that has rounds, one panel a temperature."""
+    """Return where the time of a round goes: one panel per temperature, one bar per cell that has rounds."""
     rows = [row for row in rows if row.time_split and row.speculation]
     temperatures = _temperatures(rows)
     most = max((sum(row.cell.temperature == temperature for row in rows) for temperature in temperatures), default=1)
@@ -114,12 +115,12 @@ def _draw_speedups(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_ideal(axes: Axes, rows: Sequence[Row]) -> None:
-    """Draw the ideal pair's speed over that of the target alone."""
-    alone = [row.tokens_per_s.median for row in rows if row.cell.method == BASELINE]
+    """Draw the ideal pair's speed-up over the target only."""
+    baseline = [row.tokens_per_s.median for row in rows if row.cell.method == BASELINE]
     points = [
-        (row.cell.num_speculative_tokens, row.ideal_tokens_per_s / alone[0])
+        (row.cell.num_speculative_tokens, row.ideal_tokens_per_s / baseline[0])
         for row in rows
-        if row.ideal_tokens_per_s and alone
+        if row.ideal_tokens_per_s and baseline
     ]
     if points:
         axes.plot(*zip(*points, strict=True), "--", color=_IDEAL_COLOUR, marker=".", alpha=0.6, label="ideal pair")
@@ -142,7 +143,7 @@ def _draw_loads(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
-    """Draw one stacked bar a row, the first on top."""
+    """Draw one stacked bar per row, the first on top."""
     names = [_bar_name(row) for row in rows]
     left = [0.0] * len(rows)
     for part, colour in _PART_COLOURS.items():
@@ -161,7 +162,7 @@ def _bar_name(row: Row) -> str:
 
 
 def _round_ms(row: Row, part: str) -> float:
-    """Return the milliseconds of a part for a round, as many tokens as it commits; nothing below 0 can be drawn."""
+    """Return the milliseconds of a part in an average round; negative ones are drawn as 0."""
     assert row.time_split
     assert row.speculation
     per_token = row.time_split.rest_ms if part == "rest" else row.time_split.parts_ms[part]
@@ -169,7 +170,7 @@ def _round_ms(row: Row, part: str) -> float:
 
 
 def _label_lengths(axes: Axes, lengths: Sequence[int]) -> None:
-    """Mark the values of K that were measured, and no others."""
+    """Mark only the values of K that were measured."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -183,7 +184,7 @@ def _temperatures(rows: Sequence[Row]) -> list[float]:
 
 
 def _panels(number: int, title: str, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """Return a figure with panels side by side that share their axes."""
+    """Return a figure with panels side by side and shared axes."""
     chart = Figure(figsize=(1.2 + 4.2 * max(1, number), height), layout="constrained")
     chart.suptitle(title, fontsize=11)
     panels = list(chart.subplots(1, max(1, number), sharex=True, sharey=True, squeeze=False)[0])
@@ -196,13 +197,12 @@ def _panels(number: int, title: str, height: float = 4.2) -> tuple[Figure, list[
 
 def _with_legend(chart: Figure, panels: Sequence[Axes], note: str | None = None) -> Figure:
     """Put one legend for all panels below them."""
-    entries: dict[str, Artist] = {}
+    handles: dict[str, Artist] = {}
     for axes in panels:
-        entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    handles, labels = list(entries.values()), list(entries)
-    num_lines = math.ceil(len(entries) / (3 * len(panels)))
-    num_columns = math.ceil(len(entries) / max(1, num_lines))
-    legend = chart.legend(handles, labels, loc="outside lower center", ncols=num_columns, fontsize=9, frameon=False)
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    num_lines = math.ceil(len(handles) / (3 * len(panels)))
+    layout: dict[str, Any] = {"loc": "outside lower center", "ncols": math.ceil(len(handles) / max(1, num_lines))}
+    legend = chart.legend(list(handles.values()), list(handles), fontsize=9, frameon=False, **layout)
     if note:
         legend.set_title(note)
         legend.get_title().set_fontsize(8)

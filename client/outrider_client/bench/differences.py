@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class CellDifference:
 
     @property
     def exceeds_spread(self) -> bool:
-        """Whether the medians are further apart than both standard deviations together."""
+        """Whether the medians differ by more than the sum of the standard deviations."""
         return abs(self.second.median - self.first.median) > self.first.std + self.second.std
 
 
@@ -37,7 +37,7 @@ class Difference:
     """Two results side by side."""
 
     made_at: tuple[str, str]
-    conditions: dict[str, tuple[Any, Any]]  # what was not the same, by name
+    conditions: dict[str, tuple[Any, Any]]  # those that differ, by name
     cells: list[CellDifference]  # those that both have
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,7 +57,10 @@ def compare_results(first: Result, second: Result) -> Difference:
     cells = [CellDifference(row.cell, row.tokens_per_s, rates[row.cell]) for row in first.rows() if row.cell in rates]
     if not cells:
         raise InvalidRequestError("the two results have no cell in common: nothing can be compared")
-    return Difference((first.made_at, second.made_at), _differing(_conditions(first), _conditions(second)), cells)
+    ours, theirs = _conditions(first), _conditions(second)
+    conditions = {name: (ours.get(name), theirs.get(name)) for name in ours | theirs}
+    differing = {name: values for name, values in conditions.items() if values[0] != values[1]}
+    return Difference((first.made_at, second.made_at), differing, cells)
 
 
 def _conditions(result: Result) -> dict[str, Any]:
@@ -72,16 +75,5 @@ def _conditions(result: Result) -> dict[str, Any]:
         flat |= {
             f"{role}.{name}": model[name] for name in ("model_id", "revision", "device", "dtype", "service_version")
         }
-    return flat | {"prompts": f"{len(result.prompts)} prompts, {_digest(result.prompts)}"}
-
-
-def _digest(prompts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:8]
-
-
-def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {
-        name: (first.get(name), second.get(name))
-        for name in dict.fromkeys([*first, *second])
-        if first.get(name) != second.get(name)
-    }
+    digest = hashlib.sha256("\0".join(result.prompts).encode()).hexdigest()[:8]
+    return flat | {"prompts": f"{len(result.prompts)} prompts, {digest}"}

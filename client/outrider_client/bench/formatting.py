@@ -1,4 +1,4 @@
-"""Figures and names as people read them, in tables and charts."""
+"""How tables and charts write figures and names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHOD_LABELS = {
 
 
 def cell_name(cell: Cell) -> str:
-    """Return the method, with K where it has one."""
+    """Return the method's label, with K if it has one."""
     length = f" K {cell.num_speculative_tokens}" if cell.num_speculative_tokens else ""
     return METHOD_LABELS[cell.method] + length
 
@@ -27,21 +27,17 @@ def optional(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def optional_figure(value: float | None) -> str:
-    return "" if value is None else figure(value)
-
-
 def figure(value: float) -> str:
-    """Return a value with three figures."""
+    """Return a value with three significant figures."""
     return f"{value:,.{num_digits(value)}f}"
 
 
 def spread_text(spread: Spread) -> str:
-    """Return median and deviation with as many digits as three figures of the median need."""
+    """Return median and deviation with the digits that three significant figures of the median need."""
     digits = num_digits(spread.median)
     return f"{spread.median:,.{digits}f} ± {spread.std:,.{digits}f}"
 
 
 def num_digits(value: float) -> int:
-    """Return how many digits after the point show three figures of a value; none from 100 on, two at most."""
+    """Return how many decimals show three significant figures of a value: none from 100 on, at most two."""
     return 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0

@@ -1,8 +1,8 @@
-"""Runs a grid of cells, alternating, so that all of them meet the same machine."""
+"""Runs a grid of cells, alternating, so that drift of the machine's speed affects all of them alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from outrider_client.bench.metrics import Timeline
@@ -12,19 +12,19 @@ from outrider_client.results import GenerationStats
 
 
 class Runner(Protocol):
-    """Makes texts by one or several methods."""
+    """Generates texts by one or several methods."""
 
     def prepare(self) -> None:
-        """Take the machine over from another runner: return when that one has come to rest."""
+        """Wait until the runner before has stopped using the CPU."""
 
     def generate(self, prompt_ids: Sequence[int], cell: Cell, seed: int) -> tuple[Timeline, GenerationStats | None]:
-        """Make one text by the cell's method."""
+        """Generate one text by the cell's method."""
 
 
 def make_grid(
     methods: Sequence[str], temperatures: Sequence[float], num_speculative_tokens: Sequence[int | Literal["auto"]]
 ) -> list[Cell]:
-    """Return every cell, the baseline of each temperature first; K = `auto` is a method of its own."""
+    """Return all cells, the baseline of each temperature first; K = `auto` is a method of its own."""
     lengths = [length for length in num_speculative_tokens if length != AUTO]
     if "speculative" in methods and len(lengths) < len(num_speculative_tokens):
         methods = [*methods, AUTO_METHOD]
@@ -42,10 +42,9 @@ def run_grid(
     settings: Settings,
     advance: Callable[[Cell], None],
 ) -> list[Sample]:
-    """Run every cell on every prompt, again and again, and return the samples that count.
+    """Run all cells on all prompts in each repetition; return the samples, without the warm-up.
 
-    Cells alternate within a prompt, in an order that turns with each repetition, so that drift of the machine's speed
-    falls on all alike.
+    Cells alternate within a prompt, in an order that rotates with each repetition.
 
     Args:
         runners: by method.
@@ -55,7 +54,7 @@ def run_grid(
     samples, last_runner = [], None
     for repetition in range(-settings.warm_up, settings.repetitions):
         for prompt_index, prompt_ids in enumerate(prompts):
-            for cell in turned(grid, repetition):
+            for cell in rotated(grid, repetition):
                 advance(cell)
                 runner = runners[cell.method]
                 if runner is not last_runner:
@@ -67,8 +66,7 @@ def run_grid(
     return samples
 
 
-def turned(grid: Sequence[Cell], repetition: int) -> Iterator[Cell]:
-    """Yield the cells, beginning with another one in each repetition."""
+def rotated(grid: Sequence[Cell], repetition: int) -> list[Cell]:
+    """Return the cells, starting with another one in each repetition."""
     start = repetition % len(grid)
-    yield from grid[start:]
-    yield from grid[:start]
+    return [*grid[start:], *grid[:start]]

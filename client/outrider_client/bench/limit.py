@@ -1,7 +1,7 @@
-"""The speed of an ideal pair: the same two models, drafting while they verify, with messages that take no time.
+"""The speed of an ideal pair: the same two models, drafting during verification, with messages that take no time.
 
-Pure functions. K is the number of proposals in a round, E the tokens that a round commits on average, t_d the draft's
-time for one token, T_v(n) the target's time for one forward pass that feeds n tokens.
+Pure functions. K is the number of proposals in a round, E the mean number of tokens that a round commits, t_d the
+draft's time for one token, T_v(n) the target's time for a forward pass of n tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Costs:
-    """What the models take, as a run has measured it."""
+    """The models' times, as measured in a run."""
 
     draft_token_s: float  # t_d
-    verify_s: Mapping[int, float]  # T_v, by the number of tokens fed
+    verify_s: Mapping[int, float]  # T_v, by number of tokens
 
     def verify(self, num_tokens: int) -> float:
-        """Return T_v(num_tokens), interpolated between measured numbers; beyond them the nearest one's.
+        """Return T_v(num_tokens), interpolated between measured numbers and constant beyond them.
 
         Raises:
             ValueError: nothing was measured.
@@ -32,34 +32,32 @@ class Costs:
 
 
 def expected_tokens(accepted_shares: Sequence[float]) -> float:
-    """Return E, the tokens that a round of K proposals commits on average.
+    """Return E for rounds of K proposals.
 
-    With A accepted proposals a round commits A + 1 tokens, the last of them the target's own, but K when all are
+    With A accepted proposals a round commits A + 1 tokens, the last of them the target's own, but only K when all are
     accepted: there is no bonus token. So E = E[A] + 1 - P(A = K) = 1 + P(A >= 1) + ... + P(A >= K - 1).
 
     Args:
-        accepted_shares: `[K]`: P(A >= i) for i from 1 on, the share of the rounds in which the first i proposals were
-            accepted. Not the chance of the i-th given those before it: that is the ratio of two neighbours here.
+        accepted_shares: `[K]`: P(A >= i) for i = 1 … K, the share of rounds whose first i proposals were accepted.
     """
     return 1.0 + sum(accepted_shares[:-1])
 
 
 def ideal_round_s(share_all_accepted: float, num_proposals: int, costs: Costs) -> float:
-    """Return the time of a round of the ideal pair on average.
+    """Return the mean time of a round of the ideal pair.
 
-    Verification begins when the round's K proposals are there and takes T_v(K). Meanwhile the draft goes on, as if
-    all were to be accepted, and at the decision one of two things holds.
+    Verification starts when the round's K proposals are ready and takes T_v(K). Meanwhile the draft goes on as if all
+    of them were accepted.
 
-    * A proposal was rejected. What was drafted meanwhile stands on it and is void. The draft starts afresh at this
-      moment, and the next round takes K t_d + T_v(K).
-    * All were accepted. The draft has been working on the next proposals for T_v(K) already, and the next round
-      takes max(0, K t_d - T_v(K)) + T_v(K) = max(K t_d, T_v(K)).
+    * If one is rejected, what was drafted meanwhile is void, and the next round takes K t_d + T_v(K).
+    * If all are accepted, the draft is T_v(K) ahead, and the next round takes
+      max(0, K t_d - T_v(K)) + T_v(K) = max(K t_d, T_v(K)).
 
-    A round is of the second kind as often as the one before it was accepted in full, so that over a long text the
-    average is (1 - f) (K t_d + T_v(K)) + f max(K t_d, T_v(K)), whether or not rounds depend on each other.
+    So the mean over a long text is (1 - f) (K t_d + T_v(K)) + f max(K t_d, T_v(K)), whether or not rounds are
+    independent.
 
     Args:
-        share_all_accepted: f, the share of the rounds in which all proposals were accepted.
+        share_all_accepted: f, the share of rounds in which all proposals were accepted.
     """
     drafting_s, verifying_s = num_proposals * costs.draft_token_s, costs.verify(num_proposals)
     after_rejection_s, after_success_s = drafting_s + verifying_s, max(drafting_s, verifying_s)
@@ -67,10 +65,9 @@ def ideal_round_s(share_all_accepted: float, num_proposals: int, costs: Costs) -
 
 
 def ideal_tokens_per_s(accepted_shares: Sequence[float], costs: Costs) -> float:
-    """Return the tokens per second of the ideal pair with K proposals a round, K being the number of shares.
+    """Return the ideal pair's tokens per second: E over the mean time of a round.
 
-    That is E over the average time of a round. Whatever else a real pair does counts against it: messages, sampling,
-    the client, the prompt, and the first round, which nothing was drafted for.
+    It leaves out messages, sampling, the client, the prompt, and the first round, for which nothing was drafted.
 
     Args:
         accepted_shares: `[K]`, K at least 1, as for expected_tokens.

@@ -1,6 +1,6 @@
-"""The field's figures of one generation, and how many of them become one. Pure functions.
+"""The usual metrics of one generation, and their aggregation. Pure functions.
 
-DEFINITIONS is what `--help` and docs/benchmarks.md say of them.
+`--help` and docs/benchmarks.md show DEFINITIONS.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the tokens of one text reached the caller.
+    """When the tokens of one text reached the caller, in chunks: tokens that arrived together.
 
-    Chunks are tokens that arrived together, in order; each has at least one token, and there is at least one chunk.
+    There is at least one chunk, and each has at least one token.
     """
 
-    arrivals_s: list[float]  # of each chunk, since the call
+    arrivals_s: list[float]  # one per chunk, since the call
     num_tokens_per_chunk: list[int]
     wall_s: float  # from the call to the text's end
 
@@ -63,7 +63,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Many values as four; percentiles are interpolated between the two nearest values."""
+    """Mean and percentiles of many values; percentiles are interpolated linearly."""
 
     mean: float
     median: float
@@ -72,7 +72,7 @@ class Distribution:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Distribution | None:
-        """Return None when there is no value."""
+        """Return the distribution of some values; None if there are none."""
         if not values:
             return None
         return cls(float(np.mean(values)), *(float(np.percentile(values, share)) for share in (50, 90, 99)))
@@ -80,7 +80,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Spread:
-    """One value a repetition as two: their median and their sample standard deviation, 0 when there is one."""
+    """Median and sample standard deviation over repetitions; the deviation of one value is 0."""
 
     median: float
     std: float

@@ -1,4 +1,4 @@
-"""Prompts for a benchmark: from a file, or the ready-made set."""
+"""Prompts for a benchmark, from a file or from the set that comes with the package."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from outrider_client.errors import InvalidRequestError
 def read_prompts(path: Path | None, limit: int) -> list[str]:
     """Return at most `limit` prompts; 0 takes all.
 
-    A `.jsonl` file has one object a line, with `prompt` or alpaca's `instruction` and `input`; any other file one
-    prompt a line. Without a path, the beginnings of stories that come with the package.
+    A `.jsonl` file has one object per line, with `prompt` or alpaca's `instruction` and `input`; any other file has
+    one prompt per line. Without a path: the beginnings of stories that come with the package.
 
     Raises:
-        InvalidRequestError: a line is no such object, or there is no prompt at all.
+        InvalidRequestError: a line is not such an object, or there is no prompt.
     """
     text = (
         files("outrider_client.bench").joinpath("prompts.txt").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def read_prompts(path: Path | None, limit: int) -> list[str]:
     if path is not None and path.suffix == ".jsonl":
         lines = [_prompt_of(line, number) for number, line in enumerate(lines, start=1)]
     if not lines:
-        raise InvalidRequestError(f"{path} holds no prompt: give one a line")
+        raise InvalidRequestError(f"{path} holds no prompt: give one per line")
     return lines[: limit or None]
 
 

@@ -1,4 +1,4 @@
-"""A benchmark's result: samples with everything that is needed to understand and to repeat them, as JSON and as CSV."""
+"""A benchmark's result: samples and all that is needed to understand and repeat them, as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Result:
     kind: Kind
     settings: Settings
     prompts: Sequence[str]
-    pair: dict[str, Any]  # the services' own descriptions, by role
+    pair: dict[str, Any]  # the models' descriptions, by role
     samples: Sequence[Sample]
-    threads: dict[str, int | None]  # CPU threads of a service started here, and of the peer; None: not known
+    threads: dict[str, int | None]  # CPU threads of each service started here, and of the peer; None: unknown
     versions: dict[str, str | None]
     machine: dict[str, Any]
     made_at: str
@@ -60,7 +60,7 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """Return the result with its summary, for JSON."""
         summary = summarise_rounds(self.samples) if self.kind == "rpc" else self.rows()
-        costs = measured_costs(self.samples) if self.order == "sequential" else None  # of passes for one text
+        costs = measured_costs(self.samples) if self.order == "sequential" else None
         fields = {name: getattr(self, name) for name in ("kind", "made_at", "pair", "threads", "versions", "machine")}
         return {
             "schema": SCHEMA,
@@ -74,11 +74,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Result:
-        """Return the result that `as_dict` wrote.
-
-        Raises:
-            InvalidRequestError: it is no such document, or one of another schema.
-        """
+        """Return the result that `as_dict` wrote; raises InvalidRequestError for any other document."""
         if document.get("schema") != SCHEMA or document.get("kind") not in get_args(Kind):
             raise InvalidRequestError(
                 f"schema is {document.get('schema')!r}: this version reads results of schema {SCHEMA}; measure again"
@@ -97,7 +93,7 @@ def new_result(
     threads: dict[str, int | None],
     samples: Sequence[Sample],
 ) -> Result:
-    """Return a result of now and of this machine."""
+    """Return a result made now, on this machine."""
     versions = {name: _version(name) for name in REPORTED_PACKAGES} | {"python": platform.python_version()}
     made_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return Result(kind, settings, prompts, pair, samples, threads, versions, machine(), made_at)
@@ -108,7 +104,7 @@ def write(result: Result, path: Path) -> None:
 
 
 def read(path: Path) -> Result:
-    """Return a saved result; raises InvalidRequestError when the file holds none."""
+    """Return a saved result; raises InvalidRequestError if the file holds none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -119,7 +115,7 @@ def read(path: Path) -> Result:
 
 
 def write_csv(result: Result, path: Path) -> None:
-    """Write the summary, one line a cell; nested figures are named as in `ttft_ms.median`."""
+    """Write the summary, one line per cell; names of nested figures are dotted: `ttft_ms.median`."""
     records = [_flat(row) for row in result.as_dict()["summary"]]
     names = list(dict.fromkeys(name for record in records for name in record))
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -146,7 +142,7 @@ def _version(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Return what is known of the client's machine."""
+    """Describe the client's machine."""
     return {"system": platform.platform(), "processor": _processor(), "num_cores": num_cores()}
 
 

@@ -18,7 +18,7 @@ class RoundRow:
     cell: Cell
     num_rounds: int
     forward_ms: Distribution  # on the target's clock
-    beyond_ms: Distribution  # from sending a round to having its answer, less the forward pass
+    beyond_ms: Distribution  # from request to response, less the forward pass
     queue_ms: Distribution  # the part of it before the forward pass, on the target's clock
     draft_wait_ms: Distribution
 
@@ -27,16 +27,16 @@ class RoundRow:
 
 
 def summarise_rounds(samples: Sequence[Sample]) -> list[RoundRow]:
-    """Return one row a cell that has full rounds, in the order of Cell.order."""
+    """Return one row for each cell that has full rounds, in the order of Cell.order."""
     cells = sorted({sample.cell for sample in samples}, key=lambda cell: cell.order)
     rows = [_row(cell, full_rounds([sample for sample in samples if sample.cell == cell])) for cell in cells]
     return [row for row in rows if row]
 
 
 def full_rounds(samples: Sequence[Sample]) -> list[RoundStats]:
-    """Return the rounds that had all the proposals that their cell asks for.
+    """Return the rounds that have their cell's K proposals.
 
-    The first round of a text is left out: it waits for the prompt. A cell that leaves K to the client asks for none.
+    The first round of each text is left out, since it waits for the prompt; so are cells in which the client picks K.
     """
     return [
         one

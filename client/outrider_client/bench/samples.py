@@ -1,4 +1,4 @@
-"""What is measured: cells, their settings, and one sample for each text."""
+"""What a benchmark measures: cells, their settings, and one sample per text."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ BASELINE = "autoregressive"
 AUTO_METHOD = f"speculative-{AUTO}"  # the client picks K
 OWN_METHODS = (*METHODS, AUTO_METHOD)
 PEER_METHODS = ("transformers", "transformers-assisted", "transformers-dynamic", "transformers-heuristic")
-ALL_METHODS = (*OWN_METHODS, *PEER_METHODS)  # in this order in tables, but for the baseline, which comes first
+ALL_METHODS = (*OWN_METHODS, *PEER_METHODS)  # in the order of tables, where the baseline comes first
 METHODS_WITH_K = ("speculative", "transformers-assisted")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration that is measured."""
+    """One measured configuration."""
 
     method: str  # one of ALL_METHODS
     temperature: float
-    num_speculative_tokens: int = 0  # K; 0 for the methods that have none
-    num_users: int = 1  # texts at once, each user beginning one when the last has ended; of a peer: its batch
-    request_rate: float = 0.0  # texts that begin in a second, whatever still runs; 0: as `num_users` says
+    num_speculative_tokens: int = 0  # K; 0 for methods without one
+    num_users: int = 1  # texts at once: each user begins one when the last has ended; for a peer, the batch size
+    request_rate: float = 0.0  # texts that begin per second, whatever still runs; 0: as `num_users` says
 
     @property
     def baseline(self) -> Cell:
-        """The target alone under the same conditions."""
+        """The target only, under the same conditions."""
         return Cell(BASELINE, self.temperature, 0, self.num_users, self.request_rate)
 
     @property
     def order(self) -> tuple:
-        """What tables are sorted by."""
+        """The sort key of tables."""
         rank = 0 if self.method == BASELINE else 1 + ALL_METHODS.index(self.method)
         return self.temperature, rank, self.num_speculative_tokens, self.num_users, self.request_rate
 
 
-# Fields of SamplingParams and SpeculationParams that each cell says itself.
+# Fields of SamplingParams and SpeculationParams that each cell sets itself.
 OF_A_CELL = ("temperature", "method", "num_speculative_tokens")
 
 _SAMPLING = SamplingParams(seed=0, ignore_eos=True)  # all texts have one length, so that rates compare
@@ -55,7 +55,7 @@ class Settings:
     """What all cells have in common."""
 
     repetitions: int = 5
-    warm_up: int = 1  # rounds over the grid that are not counted
+    warm_up: int = 1  # repetitions beforehand that do not count
     sampling: SamplingParams = _SAMPLING
     speculation: SpeculationParams = _SPECULATION
 
@@ -67,23 +67,20 @@ class Settings:
 
     @property
     def flat(self) -> dict[str, Any]:
-        """All of them by name, without those that cells say themselves."""
+        """All of them by name, without the fields that cells set themselves."""
         named = {"repetitions": self.repetitions, "warm_up": self.warm_up}
         named |= vars(self.sampling) | vars(self.speculation)
         return {name: value for name, value in named.items() if name not in OF_A_CELL}
 
     def resolved(self, target: common_pb2.ModelInfo) -> Settings:
-        """Return these with what `auto` and None stand for, so that all cells are measured by one.
-
-        That is the rule for texts with seeds, and the defaults of the target's model.
-        """
+        """Return these with `auto` and None resolved: the rule for seeded texts, and the target model's defaults."""
         rule = rule_of(self.speculation.rule, has_seed=True).name
         sampling = self.sampling.resolved(defaults_of(target))
         return replace(self, sampling=sampling, speculation=replace(self.speculation, rule=rule))
 
     @property
     def rule_name(self) -> str:
-        """How proposals are judged, in words."""
+        """The rule, as titles name it."""
         rule = self.speculation.rule
         return "shared noise where seeded" if rule == AUTO else rule.replace("_", " ")
 
@@ -100,8 +97,8 @@ class Sample:
     repetition: int
     prompt_index: int
     timeline: Timeline
-    stats: GenerationStats | None = None  # None of a peer's text
-    begun_s: float = 0.0  # when it was asked for, in the time of its cell and repetition
+    stats: GenerationStats | None = None  # None for a peer's text
+    begun_s: float = 0.0  # when it was requested, since its cell and repetition began
 
     def as_dict(self) -> dict[str, Any]:
         """Return the sample for JSON, rounds as columns."""

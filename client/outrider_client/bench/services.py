@@ -1,4 +1,4 @@
-"""Our own methods, one text at a time, through the blocking client."""
+"""Generates texts with the two services, one at a time, through the blocking client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PATIENCE_S = 2.0
 
 
 class ServicesRunner:
-    """Makes texts with the two services."""
+    """Generates texts with the two services."""
 
     def __init__(self, client: SpeculativeClient, settings: Settings):
         self._client, self._settings = client, settings
@@ -30,16 +30,15 @@ class ServicesRunner:
 
     def generate(self, prompt_ids: Sequence[int], cell: Cell, seed: int) -> tuple[Timeline, GenerationStats]:
         clock = Stopwatch()
-        stream = self._client.stream(
-            prompt_ids, sampling_of(cell, seed, self._settings), speculation_of(cell, self._settings)
-        )
+        sampling = sampling_of(cell, seed, self._settings)
+        stream = self._client.stream(prompt_ids, sampling, speculation_of(cell, self._settings))
         for chunk in stream:
             clock.note(chunk)
         return clock.timeline(), stream.result.stats
 
 
 class Stopwatch:
-    """Notes when chunks arrive, in seconds since it was made or since the moment it was given."""
+    """Notes when chunks arrive, in seconds since `begun_at` (`time.perf_counter`), by default since it was made."""
 
     def __init__(self, begun_at: float | None = None):
         self._begun_at = time.perf_counter() if begun_at is None else begun_at
@@ -56,13 +55,13 @@ class Stopwatch:
 
 
 def sampling_of(cell: Cell, seed: int, settings: Settings) -> SamplingParams:
-    """Return the cell's sampling; where the client picks K there is no seed, so that K = 0 is among its choices."""
+    """Return the cell's sampling. Where the client picks K there is no seed, so that it may pick 0."""
     its_seed = None if cell.method == AUTO_METHOD else seed
     return replace(settings.sampling, temperature=cell.temperature, seed=its_seed)
 
 
 def speculation_of(cell: Cell, settings: Settings) -> SpeculationParams:
-    """Return how the pair works on the cell's texts; a window is of a K that is set."""
+    """Return the cell's speculation. Only cells with a fixed K have a window."""
     if cell.method == AUTO_METHOD:
         return replace(settings.speculation, window=None)
     method = cast("Method", cell.method)
@@ -72,16 +71,15 @@ def speculation_of(cell: Cell, settings: Settings) -> SpeculationParams:
 
 
 def wait_until_quiet(process_time: Callable[[], float], sleep: Callable[[float], None]) -> None:
-    """Return when this process computes nothing any more.
+    """Return when this process is idle.
 
-    Threads of OpenMP go on spinning after their work, some milliseconds by default; they would take a core from the
-    services.
+    OpenMP threads spin for some milliseconds after their work and would take a core from the services.
 
     Args:
         process_time: CPU seconds of all threads of the process.
 
     Raises:
-        InvalidRequestError: the threads do not come to rest.
+        InvalidRequestError: the process does not become idle.
     """
     for _ in range(round(_PATIENCE_S / _QUIET_WINDOW_S)):
         used_before = process_time()
@@ -89,6 +87,6 @@ def wait_until_quiet(process_time: Callable[[], float], sleep: Callable[[float],
         if process_time() - used_before < _QUIET_SHARE * _QUIET_WINDOW_S:
             return
     raise InvalidRequestError(
-        "this process keeps a core busy while the services are to be measured: unset OMP_WAIT_POLICY and "
-        "GOMP_SPINCOUNT, which can make threads spin without end"
+        "this process keeps a core busy, which would slow the services: unset OMP_WAIT_POLICY and GOMP_SPINCOUNT, "
+        "which can make threads spin without end"
     )

@@ -1,4 +1,4 @@
-"""From samples to the figures of tables, charts and files. Pure functions."""
+"""Aggregates samples into the figures of tables, charts and files. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outrider_client.bench.rounds import full_rounds
 from outrider_client.bench.samples import OWN_METHODS, Cell, Sample
 from outrider_client.results import GenerationStats
 
-Order = Literal["sequential", "concurrent"]  # how the texts of a cell and repetition were made
+Order = Literal["sequential", "concurrent"]  # how the texts of a cell and repetition ran
 
 TIME_PARTS = ("draft wait", "queue", "forward", "wire", "client")
 _FAMILIES = {method: method for method in OWN_METHODS} | {
@@ -28,7 +28,7 @@ COMPARED = (
     ("speculative", "assisted"),
     ("autoregressive", "transformers"),
 )  # families of methods
-LARGEST_REST = 0.03  # of the wall clock that the parts may leave unexplained
+LARGEST_REST = 0.03  # of wall clock that the parts may leave unexplained
 FLOAT32_BYTES = 4
 
 
@@ -36,8 +36,8 @@ FLOAT32_BYTES = 4
 class TimeSplit:
     """Where the time of a token went, in milliseconds.
 
-    The wall clock is read around the whole call, the waits inside it, and the target's queue and forward passes on the
-    target's own clock. So the parts need not add up, and what they leave is the rest.
+    Wall clock and waits are measured by the client, queue and forward passes by the target. So the parts need not add
+    up to the whole.
     """
 
     wall_ms: float
@@ -45,7 +45,7 @@ class TimeSplit:
 
     @property
     def rest_ms(self) -> float:
-        """What the parts leave of the wall clock; a negative part hides as much elsewhere and counts as nothing."""
+        """Wall clock less the parts; a negative part counts as 0, since it hides as much elsewhere."""
         return self.wall_ms - sum(max(0.0, part) for part in self.parts_ms.values())
 
     @property
@@ -55,12 +55,12 @@ class TimeSplit:
 
 @dataclass(frozen=True)
 class Speculation:
-    """What the rounds of a cell did; of the methods that have rounds."""
+    """What the rounds of a cell did."""
 
     tokens_per_target_pass: float  # also the mean acceptance length
     acceptance_rate: float | None  # None where nothing was drafted
     acceptance_per_position: list[float]  # share of the proposals at each index of a round that were accepted
-    dense_bytes_per_token: float | None  # what dense rows would have cost; None where nothing was drafted
+    dense_bytes_per_token: float | None  # as `dense_bytes`; None where nothing was drafted
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class Row:
 
     cell: Cell
     tokens_per_s: Spread  # of all texts together, by repetition
-    speedup: Spread | None  # over the target alone in the same repetition; None where it was not measured
+    speedup: Spread | None  # over the target only in the same repetition; None where that was not measured
     user_tokens_per_s: Distribution
     ttft_ms: Distribution
     tpot_ms: Distribution | None  # None for texts of one token
     itl_ms: Distribution | None
-    bytes_per_token: float | None  # both links, both ways; None of a peer
-    speculation: Speculation | None  # None of a peer and of the draft alone
-    time_split: TimeSplit | None  # None of a peer
-    ideal_tokens_per_s: float | None  # of the overlapped pair with this K
+    bytes_per_token: float | None  # both links, both ways; None for a peer
+    speculation: Speculation | None  # None for methods without rounds
+    time_split: TimeSplit | None  # None for a peer
+    ideal_tokens_per_s: float | None  # of the ideal pair with this K
 
     @property
     def share_of_ideal(self) -> float | None:
@@ -91,11 +91,7 @@ class Row:
 
 
 def summarise(samples: Sequence[Sample], vocab_size: int, order: Order = "sequential") -> list[Row]:
-    """Return one row a cell, in the order of Cell.order.
-
-    Args:
-        vocab_size: of the target, for what dense rows would have cost.
-    """
+    """Return one row per cell, in the order of Cell.order; `vocab_size` is the target's."""
     by_cell, rates = _by_cell(samples), _rates_by_cell(samples, order)
     costs = measured_costs(samples) if order == "sequential" else None
     return [
@@ -104,7 +100,7 @@ def summarise(samples: Sequence[Sample], vocab_size: int, order: Order = "sequen
 
 
 def rates_by_repetition(samples: Sequence[Sample], order: Order) -> dict[int, float]:
-    """Return tokens per second of one cell by repetition: all its tokens over the time in which they were made."""
+    """Return tokens per second of one cell by repetition: all its tokens over the time that they took together."""
     by_repetition: dict[int, list[Sample]] = {}
     for sample in samples:
         by_repetition.setdefault(sample.repetition, []).append(sample)
@@ -125,13 +121,13 @@ def _span_s(samples: Sequence[Sample]) -> float:
 
 
 def ratio(ours: dict[int, float], theirs: dict[int, float]) -> Spread:
-    """Return the spread of one rate over another, repetition by repetition: what drifts falls on both."""
+    """Return the spread of the ratio of two rates, taken within repetitions, so that drift cancels."""
     return Spread.of([ours[repetition] / theirs[repetition] for repetition in ours if repetition in theirs])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many times as fast as another cell one is."""
+    """How many times as fast one cell is as another."""
 
     faster: Cell
     than: Cell
@@ -139,7 +135,7 @@ class Comparison:
 
 
 def compare_methods(samples: Sequence[Sample], order: Order = "sequential") -> list[Comparison]:
-    """Return our methods over the others under the same conditions, each method with its fastest K."""
+    """Compare our methods with the others under the same conditions, each method with its fastest K."""
     rates = _rates_by_cell(samples, order)
     fastest: dict[tuple, Cell] = {}
     for cell, own in rates.items():
@@ -156,13 +152,12 @@ def compare_methods(samples: Sequence[Sample], order: Order = "sequential") -> l
 
 
 def compare_with_one_user(samples: Sequence[Sample]) -> list[Comparison]:
-    """Return each method with several users over itself with one."""
+    """Compare each method with several users with itself with one."""
     rates = _rates_by_cell(samples, "concurrent")
-    alone = {cell: replace(cell, num_users=1) for cell in sorted(rates, key=lambda cell: cell.order)}
     return [
-        Comparison(cell, one, ratio(rates[cell], rates[one]))
-        for cell, one in alone.items()
-        if cell != one and one in rates
+        Comparison(cell, single, ratio(rates[cell], rates[single]))
+        for cell in sorted(rates, key=lambda cell: cell.order)
+        if (single := replace(cell, num_users=1)) != cell and single in rates
     ]
 
 
@@ -182,11 +177,10 @@ def _by_cell(samples: Sequence[Sample]) -> dict[Cell, list[Sample]]:
 
 
 def measured_costs(samples: Sequence[Sample]) -> Costs | None:
-    """Return what the models took in a run, as medians; None when nothing was drafted.
+    """Return the median times of the models' forward passes; None when nothing was drafted.
 
-    Times are those of forward passes alone, which bound from below what a token of the draft and a verification take.
-    Both are of texts on which draft and target worked at once, as the ideal pair's do. The target's are of full rounds,
-    by the number of tokens that they fed.
+    They are lower bounds for a draft token and for a verification, taken from texts on which both models worked at
+    once, as in the ideal pair. The target's are of full rounds, by number of tokens.
     """
     speculative = [sample for sample in samples if sample.cell.method == "speculative"]
     draft_s = [seconds for sample in speculative if sample.stats for seconds in sample.stats.draft_forward_s]
@@ -209,8 +203,9 @@ def _row(
     stats = [sample.stats for sample in samples if sample.stats]
     baseline = rates.get(cell.baseline)
     speculation = _speculation(stats, vocab_size) if any(one.num_rounds for one in stats) else None
-    ttft, user = Distribution.of([1000 * one.ttft_s for one in timelines]), [one.tokens_per_s for one in timelines]
-    user_tokens_per_s = Distribution.of(user)
+    num_bytes = _sum(stats, "num_bytes_sent") + _sum(stats, "num_bytes_received")
+    ttft = Distribution.of([1000 * one.ttft_s for one in timelines])
+    user_tokens_per_s = Distribution.of([one.tokens_per_s for one in timelines])
     assert ttft
     assert user_tokens_per_s
     return Row(
@@ -221,7 +216,7 @@ def _row(
         ttft_ms=ttft,
         tpot_ms=Distribution.of([1000 * one.tpot_s for one in timelines if one.tpot_s is not None]),
         itl_ms=Distribution.of([1000 * latency for one in timelines for latency in one.itl_s]),
-        bytes_per_token=_bytes_per_token(stats) if stats else None,
+        bytes_per_token=num_bytes / _sum(stats, "num_generated_tokens") if stats else None,
         speculation=speculation,
         time_split=_time_split(timelines, stats) if stats else None,
         ideal_tokens_per_s=_ideal(cell, speculation, costs),
@@ -238,17 +233,8 @@ def _speculation(stats: Sequence[GenerationStats], vocab_size: int) -> Speculati
     )
 
 
-def _bytes_per_token(stats: Sequence[GenerationStats]) -> float:
-    num_bytes = _sum(stats, "num_bytes_sent") + _sum(stats, "num_bytes_received")
-    return num_bytes / _sum(stats, "num_generated_tokens")
-
-
 def dense_bytes(num_draft_tokens: int, vocab_size: int) -> int:
-    """Return the bytes of these proposals if each row [V] travelled whole.
-
-    Each proposal needs two rows of V float32: the draft's, to be drawn from and weighed, and the target's, to weigh
-    it against. That is 2 * K * V * 4 bytes a round.
-    """
+    """Return the bytes of these proposals if dense rows travelled: the draft's and the target's, `[V]` float32 each."""
     return 2 * num_draft_tokens * vocab_size * FLOAT32_BYTES
 
 

@@ -1,4 +1,4 @@
-"""Figures as tables for a terminal of 80 columns: no cell is ever cut short."""
+"""Tables for a terminal of 80 columns. No cell is cut short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from outrider_client.bench.differences import Difference
-from outrider_client.bench.formatting import METHOD_LABELS, cell_name, figure, optional, optional_figure, spread_text
+from outrider_client.bench.formatting import METHOD_LABELS, cell_name, figure, optional, spread_text
 from outrider_client.bench.limit import Costs
 from outrider_client.bench.metrics import Distribution
 from outrider_client.bench.rounds import RoundRow
@@ -19,7 +19,7 @@ from outrider_client.bench.summary import LARGEST_REST, TIME_PARTS, Comparison, 
 
 TIMES_NOTE = "TTFT, TPOT, ITL in milliseconds; --help defines them."
 SPREAD_NOTE = "Median ± standard deviation over repetitions."
-_MOST_SPREADS = 3  # columns of them that a table has room for
+_MOST_SPREADS = 3  # columns of them that fit a table
 
 
 class _HasCell(Protocol):
@@ -50,19 +50,20 @@ def speed_table(rows: Sequence[Row], title: str) -> Table:
 def limit_table(rows: Sequence[Row], costs: Costs) -> Table:
     """Return the table of the ideal pair, and of what decides its speed."""
     table = _table(
-        "An ideal pair: drafts while it verifies, all but its forward passes free",
+        "An ideal pair: drafts while it verifies, only forward passes take time",
         ("ideal\ntokens/s", "share\nof it", "bytes\n/token", "dense\n/token", "accepted at position\n1, 2, …"),
-        _costs_text(costs) + " Dense: bytes, had the rows of probabilities travelled whole.",
+        _costs_text(costs) + " Dense: bytes if whole rows of probabilities travelled.",
         without_method=True,
     )
     table.columns[-1].justify = "left"
     for row in _in_sections(table, [row for row in rows if row.ideal_tokens_per_s is not None]):
         assert row.speculation
+        assert row.ideal_tokens_per_s is not None
         temperature, _, length = _cell(row.cell)
         table.add_row(
             temperature,
             length,
-            optional_figure(row.ideal_tokens_per_s),
+            figure(row.ideal_tokens_per_s),
             optional(row.share_of_ideal, ".2f"),
             optional(row.bytes_per_token, ",.0f"),
             optional(row.speculation.dense_bytes_per_token, ",.0f"),
@@ -136,8 +137,8 @@ def throughput_table(rows: Sequence[Row], title: str) -> Table:
 def rounds_table(rows: Sequence[RoundRow], title: str) -> Table:
     """Return the table of what a round costs beyond its forward pass."""
     note = (
-        "Beyond: from sending a round to having its answer, less the forward pass: queue, messages, handlers. "
-        "Full rounds of K proposals; K empty: the target alone. The first round of each text is left out."
+        "Beyond: from request to response, less the forward pass: queue, messages, handlers. "
+        "Full rounds of K proposals; K empty: target only. The first round of each text is left out."
     )
     beyond = ("beyond\nmean", "\nmedian", "\np90", "\np99")
     columns = ("rounds", "forward\nmedian", *beyond, "queue\nmedian", "draft\nwait\nmedian")
@@ -175,7 +176,7 @@ def scaling_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def _fill_by_load(table: Table, names: Mapping[Comparison, tuple[str, ...]], loads: Sequence[str]) -> Table:
-    """Add a column for each load, and a row for each name with its ratios; spreads where there is room for them."""
+    """Add a column for each load, and a row for each name with its ratios; spreads where they fit."""
     for load in loads:
         table.add_column(load, justify="right", vertical="bottom", overflow="fold")
     show = spread_text if len(loads) <= _MOST_SPREADS else lambda spread: figure(spread.median)
@@ -195,7 +196,7 @@ def _ratio_note(loads: Sequence[str]) -> str:
 
 def difference_table(difference: Difference) -> Table:
     """Return the table of two results, cell by cell."""
-    note = f"Tokens/s. {SPREAD_NOTE} Yes: the medians are further apart than both deviations together."
+    note = f"Tokens/s. {SPREAD_NOTE} Yes: the medians differ by more than the sum of the deviations."
     columns = ("load", "first", "second", "second\n/first", "beyond\nspread")
     table = _table(f"{difference.made_at[0]} and {difference.made_at[1]}", columns, note)
     for one in _in_sections(table, difference.cells):
@@ -211,8 +212,8 @@ def difference_table(difference: Difference) -> Table:
 
 
 def settings_table(difference: Difference) -> Table:
-    """Return the table of what was not the same in two results."""
-    table = _new_table("Not the same in both", None)
+    """Return the table of the conditions in which two results differ."""
+    table = _new_table("Conditions that differ", None)
     for name in ("", "first", "second"):
         table.add_column(name, overflow="fold")
     for name, values in difference.conditions.items():
@@ -221,14 +222,14 @@ def settings_table(difference: Difference) -> Table:
 
 
 def _methods_note(rows: Sequence[Row]) -> str:
-    note = "AR: autoregressive, the target alone."
+    note = "AR: autoregressive, target only."
     if any(row.cell.method in PEER_METHODS for row in rows):
         note += " hf: transformers in one process; assisted: constant K; dynamic, heuristic: its own schedules."
     return note
 
 
 def _load(cell: Cell) -> str:
-    """Return how many texts are made at once, for the head of a column or for a cell."""
+    """Return the load, for the head of a column or for a cell."""
     if cell.request_rate:
         return f"{cell.request_rate:g}/s"
     return "1 user" if cell.num_users == 1 else f"{cell.num_users} users"
@@ -258,7 +259,7 @@ def _distribution(distribution: Distribution) -> list[str]:
 def _new_table(title: str, caption: str | None) -> Table:
     return Table(
         title=title,
-        caption=f"\n{caption}" if caption else None,  # set apart, since not every terminal shows it in italics
+        caption=f"\n{caption}" if caption else None,  # a gap, since not every terminal shows italics
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
@@ -278,7 +279,7 @@ def _table(title: str, columns: Sequence[str], caption: str | None = None, witho
 
 
 def _in_sections(table: Table, rows: Sequence[_R]) -> Iterator[_R]:
-    """Yield the rows, with a gap in the table before each further temperature."""
+    """Yield the rows; each further temperature begins a section of the table."""
     for temperature, group in groupby(rows, key=lambda row: row.cell.temperature):
         if temperature != rows[0].cell.temperature:
             table.add_section()

@@ -1,4 +1,4 @@
-"""Many texts at once: users who each begin a text when their last has ended, or texts that begin at random times."""
+"""Many texts at once: users who each begin a text when the last has ended, or texts that begin at random times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from outrider_client.aio import AsyncSpeculativeClient
-from outrider_client.bench.grid import turned
+from outrider_client.bench.grid import rotated
 from outrider_client.bench.metrics import Timeline
 from outrider_client.bench.samples import Cell, Sample, Settings
 from outrider_client.bench.services import Stopwatch, sampling_of, speculation_of, wait_until_quiet
@@ -21,7 +21,7 @@ from outrider_client.results import GenerationStats
 
 @dataclass(frozen=True)
 class Text:
-    """One text to be made."""
+    """One text to generate."""
 
     prompt_index: int
     prompt_ids: Sequence[int]
@@ -30,7 +30,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Made:
-    """One text that was made; `begun_s` since the first was asked for."""
+    """One generated text; `begun_s` counts from the first request of the load."""
 
     begun_s: float
     timeline: Timeline
@@ -38,17 +38,13 @@ class Made:
 
 
 class LoadRunner(Protocol):
-    """Makes many texts by one or several methods."""
+    """Generates many texts by one or several methods."""
 
     def prepare(self) -> None:
-        """As in client.bench.grid.Runner."""
+        """As in bench.grid.Runner."""
 
     def run(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
-        """Make all texts as the cell says and return them in their order.
-
-        Args:
-            seed: of the arrivals.
-        """
+        """Generate all texts as the cell says and return them in order; `seed` draws the arrivals."""
 
 
 def run_loads(
@@ -59,10 +55,10 @@ def run_loads(
     settings: Settings,
     advance: Callable[[Cell], None],
 ) -> list[Sample]:
-    """Run every cell, again and again, as run_grid does, and return the samples that count."""
+    """Run all cells in each repetition, as run_grid does; return the samples, without the warm-up."""
     samples, last_runner = [], None
     for repetition in range(-settings.warm_up, settings.repetitions):
-        for cell in turned(cells, repetition):
+        for cell in rotated(cells, repetition):
             advance(cell)
             runner = runners[cell.method]
             if runner is not last_runner:
@@ -82,27 +78,23 @@ def run_loads(
 
 
 def arrival_times(rate: float, num_texts: int, seed: int) -> list[float]:
-    """Return when texts begin, in seconds: a Poisson process of `rate` arrivals a second, whose first is at 0."""
+    """Return when texts begin, in seconds: a Poisson process of `rate` arrivals per second, the first at 0."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, num_texts - 1)
     return [0.0, *np.cumsum(gaps).tolist()]
 
 
 class ServicesLoad:
-    """Makes texts with the two services, all from one event loop."""
+    """Generates texts with the two services, all from one event loop."""
 
     def __init__(self, target: str, draft: str, settings: Settings, loop: asyncio.AbstractEventLoop):
-        """Addresses are HOST:PORT. gRPC wants one loop per process, so it is the caller's."""
+        """gRPC wants one loop per process, so it is the caller's."""
         self._settings, self._loop = settings, loop
-        self._client = self._loop.run_until_complete(self._connect(target, draft))
-
-    async def _connect(self, target: str, draft: str) -> AsyncSpeculativeClient:
-        return AsyncSpeculativeClient(target, draft)
+        self._client = AsyncSpeculativeClient(target, draft)
 
     def close(self) -> None:
-        """Close the connections."""
         self._loop.run_until_complete(self._client.close())
-        # grpc.aio keeps a closed channel's connections for as long as anything refers to its calls, and would report on
-        # standard error that the services, which may end now, have hung up.
+        # grpc.aio keeps a closed channel's connections while anything refers to its calls, and prints an error when the
+        # services end.
         del self._client
         gc.collect()
 
@@ -114,7 +106,7 @@ class ServicesLoad:
         return self._loop.run_until_complete(run(texts, cell, seed))
 
     async def _closed_loop(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
-        """User u makes the texts u, u + the number of users, and so on, one after another."""
+        """User u generates the texts u, u + num_users, and so on, one after another."""
         began_at = time.perf_counter()
 
         async def use(user: int) -> list[Made]:
@@ -125,7 +117,7 @@ class ServicesLoad:
         return [by_user[index % cell.num_users][index // cell.num_users] for index in range(len(texts))]
 
     async def _open_loop(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
-        """Times count from the moment at which a text was due, so that a late start is part of them."""
+        """Times count from the moment at which a text was due, so they include a late start."""
         began_at = time.perf_counter()
 
         async def make_at(text: Text, due_s: float) -> Made:
@@ -145,7 +137,7 @@ class ServicesLoad:
 
 
 class BatchGenerator(Protocol):
-    """What PeerLoad needs of client.bench.transformers_peer.TransformersPeer, which is not imported here."""
+    """What PeerLoad needs of transformers_peer.TransformersPeer, which imports torch."""
 
     def prepare(self) -> None: ...
 
@@ -153,7 +145,7 @@ class BatchGenerator(Protocol):
 
 
 class PeerLoad:
-    """Makes texts in batches, as large as there are users."""
+    """Generates texts in batches of `num_users`."""
 
     def __init__(self, peer: BatchGenerator):
         self._peer = peer

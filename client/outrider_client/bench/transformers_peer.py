@@ -1,6 +1,6 @@
-"""The same two models in this process, as transformers' own `generate` runs them: what we compare ourselves with.
+"""The same two models in this process under transformers' own `generate`, for comparison.
 
-The one module of the client that imports torch; `--compare transformers` alone imports it.
+Only this module of the client imports torch, and only `--compare transformers` imports it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from outrider_client.bench.metrics import Timeline
 from outrider_client.bench.samples import Cell, Settings
 from outrider_client.errors import InvalidRequestError
 
-_SETTLE_S = 0.05  # for threads of the services that spin after their work; OpenMP's default is some milliseconds
+_SETTLE_S = 0.05  # the services' OpenMP threads spin for some milliseconds after their work
 
 
 @dataclass(frozen=True)
 class PeerOptions:
-    """What the peer runs; the fields of a service's ModelInfo."""
+    """What the peer runs; most are fields of a service's ModelInfo."""
 
     target_model: str
     draft_model: str
@@ -35,11 +35,7 @@ class PeerOptions:
 
 
 def load_peer(options: PeerOptions, settings: Settings) -> TransformersPeer:
-    """Load both models.
-
-    Raises:
-        InvalidRequestError: one cannot be loaded here.
-    """
+    """Load both models; raises InvalidRequestError when one cannot be loaded here."""
     try:
         return TransformersPeer(options, settings)
     except ModelRefusedError as error:
@@ -47,19 +43,14 @@ def load_peer(options: PeerOptions, settings: Settings) -> TransformersPeer:
 
 
 class TransformersPeer:
-    """Makes texts with transformers.
+    """Generates texts with transformers.
 
-    A text ends at its length alone when the settings ignore the end of sequence: the model is told of no such id, which
-    costs less than forbidding it. Filters and processors are those of the settings, as far as transformers has them; it
-    has other filters where nobody says any.
+    To ignore the end of sequence, the model gets no such id, which costs less than masking it. Filters and processors
+    are those of the settings, as far as transformers has them.
     """
 
     def __init__(self, options: PeerOptions, settings: Settings):
-        """Load both models.
-
-        Raises:
-            ModelRefusedError: one cannot be loaded.
-        """
+        """Load both models; raises ModelRefusedError."""
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(options.threads)
@@ -79,7 +70,7 @@ class TransformersPeer:
 
     @torch.inference_mode()
     def generate_batch(self, prompts: Sequence[Sequence[int]], cell: Cell, seed: int) -> list[Timeline]:
-        """Make texts of one length together; their prompts are padded on the left."""
+        """Generate texts of one length together; prompts are padded on the left."""
         assistant = None
         if cell.method != "transformers":
             self._draft.generation_config = self._draft_configs.setdefault(cell, draft_config(cell))
@@ -123,12 +114,11 @@ class TransformersPeer:
 
 
 def draft_config(cell: Cell) -> transformers.GenerationConfig:
-    """Return what makes assisted generation follow the cell's method; transformers reads it from the draft model.
+    """Return the config by which assisted generation follows the cell's method; transformers reads it from the draft.
 
-    `transformers-assisted` proposes K tokens in each round. `transformers-dynamic` is what transformers does when
-    nobody says anything: up to 20 tokens, ended by the first that the draft is not sure of. `transformers-heuristic` is
-    its schedule of that name: two more after a round that was accepted in full, one less after another, kept from text
-    to text.
+    `transformers-assisted` proposes K tokens in each round. `transformers-dynamic` is transformers' default: up to 20
+    tokens, ended by the first below a confidence threshold. `transformers-heuristic` is its schedule of that name: two
+    more after a round that was accepted in full, else one less, kept from text to text.
     """
     if cell.method == "transformers-assisted":
         return transformers.GenerationConfig(
@@ -144,7 +134,7 @@ def draft_config(cell: Cell) -> transformers.GenerationConfig:
 
 
 class _Arrivals(BaseStreamer):
-    """Notes when `generate` hands tokens over; the first it hands over is the prompt."""
+    """Notes when `generate` delivers tokens; the first delivery is the prompt."""
 
     def __init__(self, batch_size: int):
         self._batch_size, self._begun_at = batch_size, time.perf_counter()

@@ -26,11 +26,11 @@ from outrider_client.sync import SpeculativeClient
 @addresses
 @sampling_options
 @speculation_options
-@click.option("--system", help="A system message to begin with.")
-@click.option("--plain", is_flag=True, help="For models without a chat template: each line continues one text.")
+@click.option("--system", help="A system message at the start.")
+@click.option("--plain", is_flag=True, help="For models without a chat template: each line continues the same text.")
 @shows_errors
 def chat(system: str | None, plain: bool, **values: Any) -> None:
-    """Talk with the target model, line by line; an empty line or end of input ends."""
+    """Chat with the target model, line by line; an empty line or end of input ends."""
     sampling, speculation = params_of(SamplingParams, values), params_of(SpeculationParams, values)
     with SpeculativeClient(values["target"], values["draft"]) as client:
         conversation = _PlainText(client) if plain else _Messages(client, system)
@@ -70,7 +70,7 @@ class _Messages:
 
 
 class _PlainText:
-    """One growing text, for models that only continue."""
+    """One growing text, for models without a chat template."""
 
     def __init__(self, client: SpeculativeClient):
         if client.tokenizer is None:

@@ -24,7 +24,6 @@ from outrider_client.cli.options import (
     shows_errors,
 )
 from outrider_client.params import SamplingParams, SpeculationParams
-from outrider_client.results import GenerationResult
 from outrider_client.sync import SpeculativeClient
 from outrider_client.text.text import prompt_to_ids
 
@@ -38,24 +37,22 @@ TARGET_ONLY = SpeculationParams(method="autoregressive")
     "--temperature",
     type=NumberList(float),
     default="0,1",
-    help="Values of the temperature; at each both texts must be the same.",
+    help="Values of the temperature; at each, both texts must be the same.",
 )
 @click.option("-k", "--num-speculative-tokens", type=click.IntRange(1), default=4, help="K: most proposals in a round.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=160)
 @click.option("--seed", type=int, default=1)
-@click.option(
-    "--repetitions", type=click.IntRange(1), default=3, help="Measurements of each, after the text has been shown."
-)
+@click.option("--repetitions", type=click.IntRange(1), default=3, help="Measurements of each, after the texts.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each service.")
 @click.option("--target-model", default="builtin:target")
 @click.option("--draft-model", default="builtin:draft")
 @as_json
 @shows_errors
 def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) -> None:  # fmt: skip
-    """See the embedded pair write a story, with the target alone beside it.
+    """See the embedded pair write a story, next to the target only.
 
-    Starts both services on free loopback ports, shows the text as it comes, measures both methods alternately, and
-    shuts everything down.
+    Starts both services on free loopback ports, shows the texts as they come, measures both methods alternately, and
+    stops the services.
     """
     models = values["target_model"], values["draft_model"]
     with local_pair(*models, values["threads"]) as pair, SpeculativeClient(pair.target, pair.draft) as client:
@@ -77,34 +74,30 @@ def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) ->
 def _show(
     client: SpeculativeClient, prompt: str, temperature: float, values: dict[str, Any], quiet: bool
 ) -> dict[str, Any]:
-    """Write the text with the target alone and with the pair; return both."""
+    """Write the text with the target only and with the pair; return both."""
     sampling = SamplingParams(temperature=temperature, seed=values["seed"], max_new_tokens=values["max_new_tokens"])
     pair = SpeculationParams(num_speculative_tokens=values["num_speculative_tokens"])
     if quiet:
-        alone, together = (client.generate(prompt, sampling, how) for how in (TARGET_ONLY, pair))
+        single, together = (client.generate(prompt, sampling, how) for how in (TARGET_ONLY, pair))
     else:
-        out.rule(f"target alone, temperature {temperature:g}", align="left")
-        alone = write(client, prompt, sampling, TARGET_ONLY, False)
+        out.rule(f"target only, temperature {temperature:g}", align="left")
+        single = write(client, prompt, sampling, TARGET_ONLY, False)
         out.rule(
             f"the pair, temperature {temperature:g}: [{DRAFTED_STYLE}]accepted from the draft[/], [{TARGET_STYLE}]the target's own[/]",
             align="left",
         )
         together = write(client, prompt, sampling, pair, True)
-        _compare(alone, together, temperature)
-    return {"temperature": temperature, "autoregressive": alone.as_dict(), "speculative": together.as_dict()}
-
-
-def _compare(alone: GenerationResult, together: GenerationResult, temperature: float) -> None:
-    if alone.token_ids == together.token_ids:
-        out.print(f"At temperature {temperature:g} the two texts are the same, token for token.", style="italic")
-    else:
-        out.print("The two texts differ: two tokens were equally likely up to rounding.", style="bold red")
+        if single.token_ids == together.token_ids:
+            out.print(f"At temperature {temperature:g} the two texts are the same, token for token.", style="italic")
+        else:
+            out.print("The two texts differ: two tokens were equally likely up to rounding.", style="bold red")
+    return {"temperature": temperature, "autoregressive": single.as_dict(), "speculative": together.as_dict()}
 
 
 def _measure(
     client: SpeculativeClient, prompt: str, temperatures: list[float], values: dict[str, Any]
 ) -> tuple[list[Sample], int, Settings]:
-    """Return the samples, the size of the target's vocabulary, and how the samples were made."""
+    """Return the samples, the target's vocabulary size, and the settings."""
     grid = make_grid(("autoregressive", "speculative"), temperatures, [values["num_speculative_tokens"]])
     sampling = SamplingParams(seed=values["seed"], max_new_tokens=values["max_new_tokens"], ignore_eos=True)
     target = client.info().target

@@ -22,7 +22,7 @@ from outrider_client.cli.options import (
     speculation_options,
 )
 from outrider_client.params import Prompt, SamplingParams, SpeculationParams
-from outrider_client.results import Chunk, GenerationResult, GenerationStats
+from outrider_client.results import GenerationResult, GenerationStats
 from outrider_client.sync import SpeculativeClient
 
 
@@ -31,18 +31,18 @@ from outrider_client.sync import SpeculativeClient
 @addresses
 @sampling_options
 @speculation_options
-@click.option("--timeout", type=float, help="Seconds for the whole text.")
+@click.option("--timeout", type=float, help="Seconds for the whole call.")
 @click.option("--token-ids", is_flag=True, help="Read PROMPT as token ids, separated by commas or spaces.")
 @as_json
 @shows_errors
 def generate(prompt: str, **values: Any) -> None:
-    """Write text after PROMPT with the pair, and say what speculation gained.
+    """Continue PROMPT with the pair, and report what speculation gained.
 
     On a terminal, accepted tokens are green and the target's own are yellow.
     """
     sampling, speculation = params_of(SamplingParams, values), params_of(SpeculationParams, values)
     with SpeculativeClient(values["target"], values["draft"]) as client:
-        given = parse_token_ids(prompt) if values["token_ids"] else prompt
+        given = _parse_token_ids(prompt) if values["token_ids"] else prompt
         notice = DraftNotice(values["draft"])
         if values["as_json"]:
             result = client.generate(given, sampling, speculation, timeout=values["timeout"])
@@ -54,12 +54,12 @@ def generate(prompt: str, **values: Any) -> None:
     err.print(summary(result.stats), style="dim")
 
 
-def parse_token_ids(text: str) -> list[int]:
+def _parse_token_ids(text: str) -> list[int]:
     """Return the ids of a list such as `1, 2 3`."""
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is no list of token ids", param_hint="PROMPT") from error
+        raise click.BadParameter(f"{text!r} is not a list of token ids", param_hint="PROMPT") from error
 
 
 def write(
@@ -70,24 +70,17 @@ def write(
     colour: bool,
     timeout: float | None = None,
 ) -> GenerationResult:
-    """Write a text to standard output as it comes and return the result."""
+    """Write a text to standard output as it comes; return the result."""
     stream = client.stream(prompt, sampling, speculation, timeout=timeout)
     for number, chunk in enumerate(stream):
-        if number == 0 and isinstance(prompt, str):  # not before it is clear that the services are there
+        if number == 0 and isinstance(prompt, str):  # only once the services have answered
             out.out(prompt, end="", style="dim" if colour else None)
-        write_chunk(chunk, colour)
+        for segment in chunk.segments:
+            style = (DRAFTED_STYLE if segment.is_drafted else TARGET_STYLE) if colour else ""
+            out.print(Text(segment.text, style=style), end="", soft_wrap=True)
+        out.file.flush()
     out.print()
     return stream.result
-
-
-def write_chunk(chunk: Chunk, colour: bool) -> None:
-    """Write one chunk; without a tokenizer, its ids."""
-    if not chunk.text and not any(segment.text for segment in chunk.segments):
-        return
-    for segment in chunk.segments:
-        style = (DRAFTED_STYLE if segment.is_drafted else TARGET_STYLE) if colour else ""
-        out.print(Text(segment.text, style=style), end="", soft_wrap=True)
-    out.file.flush()
 
 
 def summary(stats: GenerationStats) -> str:

@@ -22,9 +22,9 @@ from outrider_client.sync import SpeculativeClient
 @as_json
 @shows_errors
 def info(target: str, draft: str, as_json: bool) -> None:
-    """Describe both services, and say whether they fit together.
+    """Describe both services, and say whether they can work together.
 
-    Exits with 1 when they do not, or when the draft does not answer.
+    Exits with 1 if they cannot, or if the draft does not answer.
     """
     with SpeculativeClient(target, draft) as client:
         pair = client.info()
@@ -37,8 +37,8 @@ def info(target: str, draft: str, as_json: bool) -> None:
             for note in model.backend_notes if model else ():
                 out.print(f"The {name} does not run by {note}.", highlight=False, markup=False)
         for note in pair.target.generation_defaults.unused:
-            told = f"Texts are written without what the target's generation_config sets here: {note}."
-            out.print(told, highlight=False, markup=False)
+            unused = f"Texts are written without what the target's generation_config sets here: {note}."
+            out.print(unused, highlight=False, markup=False)
         out.print(f"The pair {verdict}." if verdict == "fits" else f"The pair does not work: {verdict}.")
     if verdict != "fits":
         raise SystemExit(1)
@@ -65,7 +65,7 @@ def _table(pair: PairInfo) -> Table:
 
 
 def _defaults(target: common_pb2.ModelInfo) -> str:
-    """Return what the target's model sets of the parameters that a caller leaves open, one a line."""
+    """Return the target model's defaults of parameters that a caller leaves open, one per line."""
     try:
         defaults = defaults_of(target)
     except InvalidArgumentError as error:

@@ -19,7 +19,7 @@ _STOP_S = 10.0
 
 @dataclass(frozen=True)
 class _Child:
-    """A service process; its log goes to a file, since a pipe that nobody reads would fill and stop it."""
+    """A service process. Its log goes to a file: a pipe that nobody reads would fill up and block it."""
 
     process: subprocess.Popen[str]
     log: IO[str]
@@ -38,7 +38,7 @@ def local_pair(target_model: str, draft_model: str, threads: int) -> Iterator[Pa
     """Start both services, wait until they are warm, and stop them at the end.
 
     Raises:
-        click.ClickException: a service did not come up; what it printed goes to standard error.
+        click.ClickException: a service did not start; the message holds its log.
     """
     children: list[_Child] = []
     try:
@@ -62,7 +62,7 @@ def _start(module: str, model: str, threads: int) -> _Child:
 
 
 def _address(child: _Child) -> str:
-    """Return HOST:PORT, the last word of the line that a service prints when it is warm."""
+    """Return HOST:PORT, the last word of the line that a warm service prints."""
     assert child.process.stdout is not None
     line = child.process.stdout.readline()
     if not line:

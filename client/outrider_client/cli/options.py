@@ -1,4 +1,4 @@
-"""Options that several commands share, and how errors reach a person."""
+"""Options that several commands share, and how commands report errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DRAFTED_STYLE, TARGET_STYLE = "green", "bold yellow"
 
 
 def add_options(*options: Callable) -> Callable:
-    """Return a decorator that adds options in the order given."""
+    """Return a decorator that adds options in this order."""
 
     def decorate(command: Callable) -> Callable:
         for option in reversed(options):
@@ -57,12 +57,12 @@ class Length(click.ParamType):
         if value == AUTO or (isinstance(value, int) and value >= 0):
             return value
         if not str(value).isdecimal():
-            self.fail(f"{value!r} is neither `{AUTO}` nor a whole number from 0 on", param, context)
+            self.fail(f"{value!r} is neither `{AUTO}` nor a whole number, 0 or more", param, context)
         return int(value)
 
 
 class Json(click.ParamType):
-    """A value in JSON, for fields that are no number and no text. Keys that are whole numbers become such."""
+    """A JSON value, for fields that are neither a number nor text. Keys of decimal digits become whole numbers."""
 
     name = "json"
 
@@ -70,7 +70,7 @@ class Json(click.ParamType):
         try:
             return json.loads(value, object_pairs_hook=_with_ids) if isinstance(value, str) else value
         except ValueError as error:
-            self.fail(f"{value!r} is no JSON: {error}", param, context)
+            self.fail(f"{value!r} is not JSON: {error}", param, context)
 
 
 def _with_ids(pairs: list[tuple[str, Any]]) -> dict[str | int, Any]:
@@ -78,7 +78,7 @@ def _with_ids(pairs: list[tuple[str, Any]]) -> dict[str | int, Any]:
 
 
 _REMEDIES = {param.name: param.metadata["remedy"] for param in PARAMETERS}
-# What an option says beside its name; one without a text here says what to give.
+# Help texts; options without one show the values that they take.
 HELP = {
     "temperature": "0 is greedy.",
     "top_k": "Keep this many likeliest tokens; 0 keeps all.",
@@ -87,20 +87,20 @@ HELP = {
     "seed": "The same seed gives the same text, whatever the draft does (but see --rule); without it, a new one.",
     "stop": "End before this text; may be given several times.",
     "ignore_eos": "Go on after an end-of-sequence token.",
-    "method": "The pair, the target alone, or the draft alone.",
+    "method": "The pair, the target only, or the draft only.",
     "num_speculative_tokens": "K: most proposals in a round; `auto` picks the fastest, round by round.",
-    "overlap": "Let the draft go on while the target verifies; by default unless both share an accelerator, on which they would take turns.",
+    "overlap": "Let the draft go on while the target verifies; by default, unless both share an accelerator.",
     "window": "How far the draft may be ahead of the text; 2 K with overlap, else K.",
-    "num_alternatives": "Other ends of a round that the draft prepares for meanwhile; 4, or 2 where proposals are judged by rejection.",
+    "num_alternatives": "Alternative ends of a round for which the draft prepares proposals; by default 4, or 2 under rejection.",
     "max_support": "Most tokens in a proposal's support; 0: the service's limit.",
     "min_draft_prob": "Stop drafting after a less probable token.",
     "greedy_draft": "Propose the likeliest token, with a support of one.",
-    "rule": "How proposals are judged. rejection: one by one. block: a round's together; more are kept, but a seed's text then depends on K and on where rounds end. shared_noise: draft and target draw with the same noise, and tokens alone cross the wire; a seed's text is then the target's own, with any draft or none. auto: shared_noise where a seed is given, else rejection.",
+    "rule": "How proposals are judged. rejection: one by one. block: a round's together; accepts more, but a seed's text then depends on K and on where rounds end. shared_noise: draft and target draw with the same noise, and only tokens travel; a seed's text is then the target's own, with any draft or none. auto: shared_noise with a seed, else rejection.",
 }
 
 
 def options_of(params: type, without: Collection[str] = (), **defaults: Any) -> Callable:
-    """Return the options of a dataclass's fields but for some; `defaults` are others than the fields' own."""
+    """Return options for the fields of a dataclass, except some; `defaults` override the fields' own."""
     types = get_type_hints(params)
     return add_options(
         *(
@@ -112,7 +112,7 @@ def options_of(params: type, without: Collection[str] = (), **defaults: Any) -> 
 
 
 def _help(name: str) -> str | None:
-    """Return what the option of a field says, with its default where the target's model may have one."""
+    """Return a field's help text, with the default where the target's model may set one."""
     text = HELP.get(name) or _REMEDIES.get(name, "")
     if name in NEUTRAL:
         text = f"{text.removesuffix('.')}. By default the model's own, else {NEUTRAL[name]}.".removeprefix(". ")
@@ -120,7 +120,7 @@ def _help(name: str) -> str | None:
 
 
 def _option(name: str, hint: Any, default: Any, text: str | None) -> Callable:
-    """Return the option of a field: a flag, a choice, a number, a text, several of one kind, or what JSON says."""
+    """Return the option of a field: a flag, a choice, a number, text, several of one kind, or JSON."""
     flag, names = "--" + name.replace("_", "-"), ["-k"] if name == "num_speculative_tokens" else []
     is_union = get_origin(hint) in (Union, UnionType)
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if is_union else [hint]
@@ -149,7 +149,7 @@ def params_of(params: type[_Params], values: Mapping[str, Any], without: Collect
 
 
 def shows_errors(command: Callable) -> Callable:
-    """Turn the client's errors into click's, which print one sentence and exit with 1."""
+    """Turn the client's errors into click's, which print the message and exit with 1."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -162,19 +162,19 @@ def shows_errors(command: Callable) -> Callable:
 
 
 class DraftNotice:
-    """Says on standard error that the draft failed: once, with the first reason."""
+    """Reports on standard error that the draft failed: once, with the first reason."""
 
     def __init__(self, draft: str):
         self._draft, self._is_said = draft, False
 
     def say(self, stats: GenerationStats) -> None:
-        """Look at what a text went through."""
+        """Report the first failure among these of a text, if any."""
         if stats.first_draft_failure and not self._is_said:
             self._is_said = True
             first = stats.first_draft_failure
-            click.echo(f"the draft at {self._draft} failed: {first}; the text goes on with the target alone", err=True)
+            click.echo(f"the draft at {self._draft} failed: {first}; the text goes on with the target only", err=True)
 
 
 def print_json(value: Any) -> None:
-    """Write a JSON document to standard output, as it is: no colours, no wrapping."""
+    """Write a JSON document to standard output, without colours or wrapping."""
     click.echo(json.dumps(value, indent=2))

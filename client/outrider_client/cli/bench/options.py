@@ -27,7 +27,7 @@ class NumberList(click.ParamType):
         try:
             numbers = [self._number(part) for part in value.split(",")]
         except ValueError:
-            self.fail(f"{value!r} is no list of numbers separated by commas", param, context)
+            self.fail(f"{value!r} is not a list of numbers separated by commas", param, context)
         if self._least is not None and min(numbers) < self._least:
             self.fail(f"{min(numbers)} is too small: give {self._least} or more", param, context)
         return numbers
@@ -67,7 +67,7 @@ pair_options = add_options(
 )  # fmt: skip
 
 text_options = add_options(
-    click.option("--prompts", "prompt_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text with one prompt a line, or JSONL; without it, beginnings of stories."),
+    click.option("--prompts", "prompt_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text with one prompt per line, or JSONL; without it, beginnings of stories."),
     click.option("--num-prompts", type=click.IntRange(0), default=4, help="Take this many prompts; 0 takes all."),
     click.option("--repetitions", type=click.IntRange(1), default=5),
     click.option("--warm-up", type=click.IntRange(0), default=1, help="Repetitions beforehand that do not count."),
@@ -77,7 +77,7 @@ text_options = add_options(
 
 plot_option = click.option("--plot", "plot_folder", type=click.Path(file_okay=False, path_type=Path), help="Draw charts into this folder (extra: plot).")  # fmt: skip
 
-csv_option = click.option("--csv", "csv_file", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write the summary to this file, one line a cell.")  # fmt: skip
+csv_option = click.option("--csv", "csv_file", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write the summary to this file, one line per cell.")  # fmt: skip
 
 output_options = add_options(
     click.option("--save-result", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write configuration, versions and raw samples to this JSON file."),

@@ -1,4 +1,4 @@
-"""How a result is shown and drawn."""
+"""Shows and draws results."""
 
 from __future__ import annotations
 
@@ -61,17 +61,13 @@ def draw(result: Result, folder: Path) -> None:
 
 
 def missing_extra(error: ModuleNotFoundError, option: str, extra: str) -> click.ClickException:
-    """Return the error that says what an option needs."""
+    """Return the error that names what an option needs."""
     library = (error.name or "").partition(".")[0]
     return click.ClickException(extras.missing(library, option, extra))
 
 
 def charts_module() -> ModuleType:
-    """Return `outrider_client.bench.charts`, which needs matplotlib.
-
-    Raises:
-        click.ClickException: it is not installed.
-    """
+    """Return `outrider_client.bench.charts`; raises click.ClickException without matplotlib."""
     try:
         from outrider_client.bench import charts
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What every measuring subcommand of `outrider bench` does: find the pair, measure, hand out the result."""
+"""What all measuring subcommands do: find the pair, measure, and hand out the result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from outrider_client.text.text import prompt_to_ids
 
 @dataclass(frozen=True)
 class Bench:
-    """What a measurement works with."""
+    """The pair, the settings and the prompts of a measurement."""
 
     addresses: PairAddresses
     client: SpeculativeClient
@@ -47,12 +47,12 @@ class Bench:
     @property
     def described(self) -> dict[str, Any]:
         models = {"draft": self.info.draft, "target": self.info.target}
-        return {name: as_plain_dict(model) for name, model in models.items() if model}
+        return {role: as_plain_dict(model) for role, model in models.items() if model}
 
 
 @contextmanager
 def opened(values: dict[str, Any]) -> Iterator[Bench]:
-    """Yield what a command's values ask for; what they need and is not installed is missed before anything starts."""
+    """Yield the bench that a command's values ask for. Missing extras are reported before anything starts."""
     peer_module = _peer_module() if values.get("compare") else None
     if values.get("plot_folder"):
         charts_module()
@@ -66,7 +66,7 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
         ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
         peer = _peer(peer_module, info, settings, values["peer_threads"]) if peer_module else None
         gc.collect()
-        gc.freeze()  # what torch and transformers keep would take each full collection 0.1 s, on whoever's clock it falls
+        gc.freeze()  # objects of torch and transformers would cost each full collection 0.1 s of measured time
         yield Bench(addresses, client, info, settings, prompts, ids, peer)
 
 
@@ -77,7 +77,7 @@ def measure_grid(
     settings: Settings,
     peer: Any = None,
 ) -> list[Sample]:
-    """Run the grid on prompts of token ids, one text at a time, under a progress bar on standard error."""
+    """Run the grid on prompts of token ids, one text at a time, with a progress bar on standard error."""
     runners: dict[str, Runner] = dict.fromkeys(OWN_METHODS, ServicesRunner(client, settings))
     runners |= dict.fromkeys(PEER_METHODS, peer) if peer else {}
     with progress((settings.warm_up + settings.repetitions) * len(prompts) * len(grid)) as advance:
@@ -86,9 +86,9 @@ def measure_grid(
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[Cell], None]]:
-    """Yield what is to be called before each step of the measurement."""
+    """Yield the function to call before each of `total` measurements."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # It is drawn between measurements: a thread that draws takes its time from what is measured.
+    # Drawn between measurements: a thread that draws would take CPU time from them.
     with Progress(*columns, console=err, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("measuring", total=total)
 
@@ -157,7 +157,7 @@ def _peer_module() -> ModuleType:
 
 
 def _peer(module: ModuleType, info: PairInfo, settings: Settings, threads: int) -> Any:
-    """Load the models that the services say they run, in their type and on their kind of device."""
+    """Load the models that the services run, in their dtype and on their kind of device."""
     assert info.draft
     options = module.PeerOptions(
         target_model=info.target.model_id,
