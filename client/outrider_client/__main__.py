@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# gRPC's own log would write over progress bars. The variable is read when grpc is imported.
+# gRPC's log would overwrite progress bars. grpc reads the variable when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import click

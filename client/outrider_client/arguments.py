@@ -1,6 +1,6 @@
-"""Checks of what a caller gives. Each returns the value as a plain one, or raises InvalidRequestError with its name.
+"""Checks of arguments. Each returns the value in plain Python types, or raises InvalidRequestError with its name.
 
-Numbers of numpy and of torch, and arrays of one number without axes, are taken for what they hold. A bool is no number.
+Numbers of numpy and torch, and arrays without axes, count as numbers. A bool does not.
 """
 
 from __future__ import annotations
@@ -14,51 +14,51 @@ from typing import Any
 
 from outrider_client.errors import InvalidRequestError
 
-LONGEST_S = 1e9  # seconds that something may take; timers of gRPC and of threads hold more
+LONGEST_S = 1e9  # longest timeout in seconds, within what timers of gRPC and of threads can hold
 MOST_UINT32 = (1 << 32) - 1
 _NO_NUMBERS = frozenset("mMV")  # numpy's kinds of durations, times and records
-_MOST_ITEMS = 1 << 24  # that an iterable gives before it is taken for an endless one
+_MOST_ITEMS = 1 << 24  # of an iterable; more are taken for endless
 _HOST_AND_PORT = re.compile(r"(\[[^\]/]+\]|[^:/\[\]]+)(?::(.*))?")
 _PLAIN_SCHEME = re.compile(r"(http|grpc)://")
 _SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds|passthrough):")
 
 
 def _num_axes(value: Any) -> int | None:
-    """Return how many axes an array has; None where the value is none."""
+    """Return how many axes an array has; None for anything else."""
     try:
         axes = value.ndim
-    except Exception:  # whatever an object does when it is asked
+    except Exception:  # foreign code
         return None
     return axes if isinstance(axes, int) else None
 
 
 def _plain(value: Any) -> Any:
-    """Return what an array holds, as plain numbers, and anything else as it is; None where it cannot be told.
+    """Return an array's contents as plain numbers, and any other value unchanged.
 
-    Times and records of numpy would come out as numbers, and are none.
+    None for arrays that cannot be read, and for numpy's times and records, which `tolist` would turn into numbers.
     """
     if _num_axes(value) is None:
         return value
     try:
         is_number = getattr(getattr(value, "dtype", None), "kind", None) not in _NO_NUMBERS
         return value.tolist() if is_number else None
-    except Exception:  # of an array without data, or whatever calls itself one
+    except Exception:  # an array without data, or foreign code
         return None
 
 
 def taken(name: str, values: Iterable[Any], most: int, remedy: str) -> list[Any]:
-    """Return what an iterable gives, and one more than `most` where there are more."""
+    """Return the items of an iterable, at most `most` + 1 of them."""
     try:
         return list(islice(values, most + 1))
-    except Exception as error:  # an array without axes is called iterable, and a generator may raise anything
+    except Exception as error:  # an array without axes looks iterable, and a generator may raise anything
         raise InvalidRequestError(f"{name} is {shown(values)}: give {remedy} ({type(error).__name__})") from error
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it: not more of it than helps."""
+    """Return a value's repr for a message, cut to 80 characters."""
     try:
         found = repr(value).encode(errors="backslashreplace").decode()
-    except Exception:  # whatever an object does; an integer of more than 4300 digits has none either
+    except Exception:  # foreign code, or an integer of more than 4300 digits
         found = f"of type {type(value).__name__}"
     return found if len(found) <= 80 else f"{found[:80]}…"
 
@@ -79,7 +79,7 @@ def whole_number(name: str, value: object, least: int, most: int | None, remedy:
 
 
 def real_number(name: str, value: object, least: float, most: float, remedy: str) -> float:
-    """Return a number from `least` to `most`, which NaN is not."""
+    """Return a number from `least` to `most`; NaN is refused."""
     number = _plain(value)
     if isinstance(number, bool) or not isinstance(number, Real):
         raise _refusal(name, value, remedy)
@@ -110,7 +110,7 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
 
 
 def check_text(name: str, value: str) -> None:
-    """Refuse lone surrogates: they are no characters, and UTF-8 has no bytes for them."""
+    """Refuse lone surrogates, which UTF-8 cannot encode."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -120,7 +120,7 @@ def check_text(name: str, value: str) -> None:
 
 
 def strings(name: str, value: object, most_characters: int) -> tuple[str, ...]:
-    """Return one string or an iterable of them as a tuple of non-empty ones."""
+    """Return one string, or an iterable of them, as a tuple; none may be empty."""
     if isinstance(value, str):
         value = (value,)
     if isinstance(value, bytes | bytearray | memoryview | Mapping) or not isinstance(value, Iterable):
@@ -146,7 +146,7 @@ def text(name: str, value: object) -> str:
 
 
 def prompt_of(value: object) -> str | list[int]:
-    """Return a prompt: text, or ids from 0 on, whatever the target's vocabulary is."""
+    """Return a prompt as text or token ids. Ids are not checked against a vocabulary."""
     if isinstance(value, str):
         return text("prompt", value)
     ids = token_ids("prompt", value, "text, or a list of token ids")
@@ -156,7 +156,7 @@ def prompt_of(value: object) -> str | list[int]:
 
 
 def token_ids(name: str, value: Any, remedy: str = "a list of token ids") -> list[int]:
-    """Return the whole numbers that an iterable of any kind gives, in order."""
+    """Return the whole numbers of an iterable, in order."""
     if isinstance(value, Mapping | Set | str | bytes | bytearray | memoryview):
         raise _refusal(name, value, remedy)
     given = _plain(value)
@@ -169,14 +169,14 @@ def token_ids(name: str, value: Any, remedy: str = "a list of token ids") -> lis
 
 
 def token_sequences(name: str, value: Any, remedy: str) -> list[list[int]]:
-    """Return the ids of each of several lists."""
+    """Return an iterable of lists of token ids as lists."""
     if isinstance(value, Mapping | str | bytes | bytearray | memoryview) or not isinstance(value, Iterable):
         raise _refusal(name, value, remedy)
     return [token_ids(name, each, remedy) for each in islice(value, _MOST_ITEMS)]
 
 
 def biases(name: str, value: Any, remedy: str) -> dict[int, float]:
-    """Return the numbers of a mapping from token ids, or of pairs."""
+    """Return a mapping from token ids to numbers, or such pairs, as a dict."""
     try:
         given = dict(value)
     except (TypeError, ValueError) as error:
@@ -200,19 +200,16 @@ def _token_id(name: str, index: int, value: Any) -> int:
 
 
 def is_several(prompt: Any) -> bool:
-    """Return whether this is a list of prompts, rather than one."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and bool(_is_prompt(prompt[0]))
-
-
-def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str | list | tuple) or bool(_num_axes(value))
+    """Return whether this is a list of prompts rather than one prompt."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    return isinstance(prompt[0], str | list | tuple) or bool(_num_axes(prompt[0]))
 
 
 def address(name: str, value: object, default_port: int) -> str:
-    """Return an address as gRPC knows them: HOST:PORT, or one with a scheme, such as `unix:PATH`.
+    """Return an address for gRPC: HOST:PORT, or one with a scheme that gRPC knows, such as `unix:PATH`.
 
-    Taken are HOST and HOST:PORT, each also behind `http://` or `grpc://`; a host may be an IPv6 address, in brackets
-    where a port follows.
+    HOST and HOST:PORT may follow `http://` or `grpc://`. An IPv6 address needs brackets if a port follows.
     """
     remedy = "HOST or HOST:PORT, such as localhost or [::1]:50052"
     if not isinstance(value, str) or not value.isprintable() or " " in value:

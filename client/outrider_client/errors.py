@@ -1,9 +1,9 @@
-"""What the client raises.
+"""The client's exceptions.
 
-OutriderError                  base; `partial` holds what had been generated, or None
+OutriderError                  base; `partial` holds the text so far, or None
 ├── InvalidRequestError        an argument is wrong, or a service refused a field; also a ValueError
-├── IncompatiblePairError      draft and target have different tokenizers, and the draft was to write alone
-├── ModelChangedError          a service was given another model in the middle of the text
+├── IncompatiblePairError      draft and target have different tokenizers, under the method `draft`
+├── ModelChangedError          a service changed its model in the middle of the text
 ├── ServiceUnavailableError    the target did not answer within the retry time
 ├── DeadlineExceededError      the call's own timeout passed; also a TimeoutError
 ├── ClientClosedError          the client was closed before or during the call
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OutriderError(Exception):
-    """Base of everything the client raises on purpose."""
+    """Base of all errors that the client raises on purpose."""
 
     def __init__(self, message: str, partial: GenerationResult | None = None):
         super().__init__(message)
@@ -35,7 +35,7 @@ class IncompatiblePairError(OutriderError):
 
 
 class ModelChangedError(OutriderError):
-    """A service has another model than the one that the text was begun with; ask again for a text of the new one."""
+    """A service has another model than when the text began; ask again for a text of the new model."""
 
 
 class ServiceUnavailableError(OutriderError):
@@ -55,4 +55,4 @@ class ServiceFailedError(OutriderError):
 
 
 class CacheMismatchError(Exception):
-    """A service's cache is not that of the client's tokens; the session is opened anew, and callers never see this."""
+    """A service's cache does not match the client's tokens. The session is reopened; callers never see this."""

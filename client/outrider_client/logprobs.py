@@ -1,4 +1,4 @@
-"""What the target reports of log-probabilities, for the tokens that were chosen."""
+"""Log-probabilities of committed tokens, from the target's rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from outrider_client.results import TokenLogprobs
 def logprobs_of(
     token_ids: Sequence[int], rows: Sequence[target_pb2.TargetRow], supports: Sequence[Sequence[int]], number: int
 ) -> Iterator[TokenLogprobs]:
-    """Yield those of the tokens that a round has decided, each of which is of its row's support or the one outside it.
+    """Yield the log-probabilities of a round's tokens. Each is in its row's support, or is the token outside it.
 
     Raises:
-        ServiceFailedError: the target reports other ones than it was asked for.
+        ServiceFailedError: the rows do not hold what was asked for.
     """
     for token_id, row, support in zip(token_ids, rows, supports, strict=False):
         its = row.logprobs

@@ -1,8 +1,8 @@
-"""Whether a draft and a target belong together, and in words where they differ."""
+"""Whether a draft and a target can work together, and how they differ."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,23 +18,23 @@ _BLOCK = 1024  # ids under one digest; TokenizerFingerprint in common.proto
 
 @dataclass(frozen=True)
 class PairInfo:
-    """What the two services say of themselves, as protobuf messages of outrider.v1."""
+    """The two services' descriptions of themselves, as messages of outrider.v1."""
 
     target: common_pb2.ModelInfo
     target_stats: common_pb2.ServiceStats
-    draft: common_pb2.ModelInfo | None  # None: no draft was named, or it does not answer
+    draft: common_pb2.ModelInfo | None  # None: no draft was named, or it did not answer
     draft_stats: common_pb2.ServiceStats | None
 
     @property
     def mismatch(self) -> str | None:
-        """Why the two cannot work together; None when they can, or there is no draft."""
+        """Why the two cannot work together; None if they can, or without a draft."""
         return None if self.draft is None else find_mismatch(self.draft, self.target)
 
 
 def as_plain_dict(message: Message) -> dict[str, Any]:
-    """Return a message's fields by name, for JSON; protobuf's own form writes 64-bit numbers as strings.
+    """Return a message's fields by name, for JSON; absent ones are None.
 
-    None stands for a field that is absent.
+    protobuf's own JSON form writes 64-bit numbers as strings.
     """
     return {
         field.name: None
@@ -53,11 +53,7 @@ def _plain(value: Any, is_repeated: bool) -> Any:
 
 
 def check_model(info: common_pb2.ModelInfo) -> None:
-    """Refuse what a target says of itself and cannot be.
-
-    Raises:
-        ServiceFailedError: the message says what it is.
-    """
+    """Raise ServiceFailedError if a target's description cannot be true."""
     absurd = None
     if not info.vocab_size or not info.context_length:
         absurd = f"a vocabulary of {info.vocab_size} ids and a context of {info.context_length} tokens"
@@ -75,10 +71,10 @@ def check_model(info: common_pb2.ModelInfo) -> None:
 
 
 def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> str | None:
-    """Return a sentence on how the tokenizers differ, or None when they are the same.
+    """Return a sentence on how the tokenizers differ, or None if they are the same.
 
-    Padded rows at the end of an embedding are no difference. Models without tokenizers match when their vocabularies
-    are of one size.
+    Padding rows at the end of an embedding do not matter. Models without tokenizers match if their vocabularies have
+    the same size.
     """
     names = f"draft {draft.model_id} and target {target.model_id}"
     if not draft.HasField("tokenizer") or not target.HasField("tokenizer"):
@@ -88,16 +84,10 @@ def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> 
     ours, theirs = draft.tokenizer, target.tokenizer
     if ours == theirs:
         return None
-    differing = _first_difference(ours.block_digests, theirs.block_digests)
+    pairs = list(zip(ours.block_digests, theirs.block_digests, strict=False))
+    differing = next((index for index, (left, right) in enumerate(pairs) if left != right), len(pairs))
     sizes = f"{ours.num_pieces} and {theirs.num_pieces} pieces"
     return (
         f"{names} have different tokenizers: {sizes}, first differing between ids {differing * _BLOCK} and "
         f"{(differing + 1) * _BLOCK - 1}; use a draft of the target's own family"
     )
-
-
-def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    for index, (left, right) in enumerate(zip(ours, theirs, strict=False)):
-        if left != right:
-            return index
-    return min(len(ours), len(theirs))

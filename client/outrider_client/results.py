@@ -1,4 +1,4 @@
-"""What a generation yields: chunks as it goes, a result at its end, and the numbers behind both."""
+"""What a generation yields: chunks, a result at its end, and statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Segment:
-    """Text that one token released."""
+    """The text that one token released."""
 
     text: str
     is_drafted: bool  # an accepted proposal; otherwise the target's own token
@@ -22,8 +22,8 @@ class Chunk:
 
     token_ids: list[int]
     segments: list[Segment]
-    # The target's probability of each token, under the sampling parameters; None where it is not known, as of a draft's
-    # own text. Of an accepted proposal it is rounded down to a multiple of 2^-18.
+    # The target's probability of each token under the sampling parameters, rounded down to a multiple of 2^-18 for
+    # accepted proposals; None where it is unknown, as under the method `draft`.
     token_probs: list[float | None] = field(default_factory=list)
 
     @property
@@ -33,60 +33,61 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class RoundStats:
-    """What one round did and where its time went; failed tries are part of the waits."""
+    """What one round did and where its time went. Waits include failed tries."""
 
-    num_draft_tokens: int  # proposals sent; the target was fed these many tokens, or one without any
+    num_draft_tokens: int  # proposals sent; the target's pass had as many tokens, or one if there were none
     num_committed_tokens: int
     draft_wait_s: float
-    target_wait_s: float  # from sending the round to having its answer
+    target_wait_s: float  # from request to response
     target_queue_s: float
     target_forward_s: float
 
 
 @dataclass
 class GenerationStats:
-    """Counters and seconds of one generation, counted after the text was cut at its end."""
+    """Counters and seconds of one generation, without tokens behind the end of the text."""
 
     num_generated_tokens: int = 0
     num_rounds: int = 0
     num_draft_tokens: int = 0  # proposals that were verified
-    num_alternatives_used: int = 0  # rejections whose outcome the draft had prepared for
+    num_alternatives_used: int = 0  # rejections for which the draft had prepared
     num_accepted_tokens: int = 0
     num_draft_tokens_per_position: list[int] = field(default_factory=list)  # by index in the round
     num_accepted_tokens_per_position: list[int] = field(default_factory=list)
     total_s: float = 0.0  # without the time the caller spent between chunks
     first_token_s: float = 0.0
     draft_wait_s: float = 0.0
-    target_wait_s: float = 0.0  # holds the queue, the forward passes and the wire
+    target_wait_s: float = 0.0  # includes the queue, the forward passes and the wire
     target_queue_s: float = 0.0
     target_forward_s: float = 0.0
     num_bytes_sent: int = 0
     num_bytes_received: int = 0
     num_rounds_without_draft: int = 0  # of a speculative generation
-    draft_failures: dict[str, int] = field(default_factory=dict)  # how often the draft failed, by reason
-    first_draft_failure: str = ""  # in words
+    draft_failures: dict[str, int] = field(default_factory=dict)  # by reason
+    first_draft_failure: str = ""  # its reason and details
     num_target_retries: int = 0
     num_cache_mismatches: int = 0
     rounds: list[RoundStats] = field(default_factory=list)
-    draft_forward_s: list[float] = field(default_factory=list)  # of one token, a mean over a message of proposals alone
+    draft_forward_s: list[float] = field(
+        default_factory=list
+    )  # per token, one mean for each message without alternatives
 
     @property
     def num_draft_failures(self) -> int:
         return sum(self.draft_failures.values())
 
     def add_draft_failure(self, reason: str, details: str) -> None:
-        """Count a failure of the draft."""
         self.draft_failures[reason] = self.draft_failures.get(reason, 0) + 1
         self.first_draft_failure = self.first_draft_failure or f"{reason}: {details}"
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over drafted tokens; 0 when nothing was drafted."""
+        """Accepted over drafted tokens; 0 if nothing was drafted."""
         return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Committed tokens per round; 0 when there was none."""
+        """Committed tokens per round; 0 without rounds."""
         return self.num_generated_tokens / self.num_rounds if self.num_rounds else 0.0
 
     @property
@@ -97,7 +98,7 @@ class GenerationStats:
 
     @property
     def client_s(self) -> float:
-        """Seconds that were neither waiting for drafts nor for the target."""
+        """Seconds outside the waits for the draft and the target."""
         return self.total_s - self.draft_wait_s - self.target_wait_s
 
     @property
@@ -105,11 +106,11 @@ class GenerationStats:
         return self.num_generated_tokens / self.total_s if self.total_s else 0.0
 
     def waits_s(self) -> tuple[float, float, float, float]:
-        """Return the seconds that RoundStats divides among rounds, in its order."""
+        """Return the totals of the seconds in RoundStats, in its order."""
         return self.draft_wait_s, self.target_wait_s, self.target_queue_s, self.target_forward_s
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every counter and every derived figure, for JSON; single rounds and messages are left out."""
+        """Return all counters and derived figures, for JSON, without single rounds and messages."""
         derived = (
             "num_draft_failures",
             "acceptance_rate",
@@ -124,19 +125,16 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms of the target's probabilities at one position, before anything changes its logits.
-
-    None is below -9999.
-    """
+    """Natural logarithms of the target's raw probabilities at one position, at least -9999."""
 
     token_id: int
     logprob: float
-    likeliest: list[tuple[int, float]]  # (token id, logprob), the likeliest first
+    likeliest: list[tuple[int, float]]  # (token id, logprob), in descending order
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A finished generation, or what there was when an error ended it."""
+    """A generation that finished, or that an error ended."""
 
     text: str
     token_ids: list[int]
@@ -144,7 +142,7 @@ class GenerationResult:
     seed: int
     prompt_token_ids: list[int]
     stats: GenerationStats
-    token_probs: list[float | None] = field(default_factory=list)  # of token_ids, as Chunk says
+    token_probs: list[float | None] = field(default_factory=list)  # of token_ids, as in Chunk
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of token_ids, where SamplingParams asks for them
 
     def as_dict(self) -> dict[str, Any]:
