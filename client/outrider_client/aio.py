@@ -1,4 +1,4 @@
-"""The asyncio client: its front, and the connection that waits on the event loop, with grpc.aio."""
+"""The asyncio client, and its connection, which waits on the event loop and uses grpc.aio."""
 
 from __future__ import annotations
 
@@ -38,18 +38,16 @@ _T = TypeVar("_T")
 class AsyncSpeculativeClient:
     """Generates text with a draft service and a target service, from one event loop.
 
-    One client serves many generations at once, each in a task of its own. Use it as an async context manager, or
-    close it. It belongs to the first loop that uses it, and another loop needs a client of its own.
+    One client serves many generations at once, each in its own task. Use it as an async context manager, or close it.
+    It belongs to the first loop that uses it; another loop needs its own client.
     """
 
     def __init__(
         self, target: str, draft: str | None = None, *, patience: Patience | None = None, connect_timeout: float = 10.0
     ):
         """Arguments as for SpeculativeClient. Nothing is sent before the first use."""
-        self._core = Core(
-            ConnectionSettings.of(target, draft, connect_timeout, patience),
-            _LoopConnection,
-        )
+        settings = ConnectionSettings.of(target, draft, connect_timeout, patience)
+        self._core = Core(settings, _LoopConnection)
 
     async def __aenter__(self) -> AsyncSpeculativeClient:
         return self
@@ -58,7 +56,7 @@ class AsyncSpeculativeClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections; calls that are running end with ClientClosedError. The second time nothing happens."""
+        """Close the connections; running calls end with ClientClosedError. A second call does nothing."""
         connection = self._core.end()
         if isinstance(connection, _LoopConnection):
             await connection.close()
@@ -109,22 +107,22 @@ class AsyncSpeculativeClient:
         timeout: float | None = None,
         **fields: Unpack[SpeculationFields],
     ) -> AsyncGenerationStream:
-        """Return an iterator over the chunks of one text; arguments as for generate. Work begins with the first."""
+        """Return an iterator over the chunks of one text; arguments as for generate. The first `anext` starts it."""
         return AsyncGenerationStream(self._core.stream(prompt, sampling, speculation, timeout, fields))
 
     async def info(self) -> PairInfo:
-        """Return what both services say of themselves now; errors as for SpeculativeClient.info."""
+        """Ask both services to describe themselves; errors as for SpeculativeClient.info."""
         return await self._core.info()
 
     async def tokenizer(self) -> TargetTokenizer | None:
-        """Return the target's tokenizer, or None when it has none."""
+        """Return the target's tokenizer, or None if it has none."""
         return (await self._core.described_target()).tokenizer
 
 
 class AsyncGenerationStream(TextView, AsyncIterator[Chunk]):
     """The chunks of one generation.
 
-    When stopping early, leave its context or await `aclose`, and the services stop working on it.
+    To stop early, leave its context or await `aclose`: the services then stop working on it.
     """
 
     async def __aenter__(self) -> AsyncGenerationStream:
@@ -148,23 +146,23 @@ class AsyncGenerationStream(TextView, AsyncIterator[Chunk]):
 
 
 class _LoopConnection(Connection):
-    """A connection of the loop that runs now."""
+    """A connection of the running loop."""
 
     mailbox = Mailbox
 
     def __init__(self, settings: ConnectionSettings):
         super().__init__(settings, grpc.aio.insecure_channel)
         self.loop = asyncio.get_running_loop()
-        self._closing: asyncio.Future[None] = self.loop.create_future()  # done when the client is closed
+        self._closing: asyncio.Future[None] = self.loop.create_future()  # done once the client is closed
         self.describing = asyncio.Lock()
 
     @property
     def is_lost(self) -> bool:
-        """Also those of a loop that has ended, which are closed already."""
+        """Whether the channels belong to another process, or to a loop that has ended, which closed them."""
         return super().is_lost or not self.loop.is_running()
 
     def check_caller(self) -> None:
-        """Raise InvalidRequestError in another loop too."""
+        """Raise InvalidRequestError in a forked child, and in another loop."""
         super().check_caller()
         if self.loop is not asyncio.get_running_loop():
             raise InvalidRequestError(
@@ -205,7 +203,7 @@ class _LoopConnection(Connection):
         await asyncio.sleep(seconds)
 
     async def lock(self, timeout: float) -> bool:
-        """Become the one call that describes; whoever waits is ended by `until_closed` when its time is over."""
+        """Take `describing`; `until_closed` ends the wait when its time is over."""
         return await self.describing.acquire()
 
     async def until_closed(self, work: Coroutine[Any, Any, _T], deadline: float | None) -> _T:
@@ -226,17 +224,17 @@ class _LoopConnection(Connection):
         return await asyncio.to_thread(function, *given)
 
     async def gather(self, works: Sequence[Callable[[], Coroutine[Any, Any, _T]]], num_at_once: int) -> list[_T]:
-        places = asyncio.Semaphore(num_at_once)
+        slots = asyncio.Semaphore(num_at_once)
 
         async def run(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-            async with places:
+            async with slots:
                 return await work()
 
         return await asyncio.gather(*map(run, works))
 
 
 class _Stream:
-    """One bidirectional call, and the two tasks that write to it and read from it."""
+    """One bidirectional call, with a task that writes and one that reads."""
 
     def __init__(self, link: Link, method: Any, mailbox: Mailbox[Any]):
         self._link, self._method, self._mailbox = link, method, mailbox
@@ -288,10 +286,10 @@ class _Stream:
             self._call.cancel()
 
     def _keep_status(self, call: Any) -> None:
-        """Keep what the call was ended with.
+        """Keep the status with which the call ended.
 
-        A message that is written at that moment is lost, and then grpc.aio puts an INTERNAL of its own in the place of
-        the status (grpc/grpc#36066).
+        If a message is being written at that moment, grpc.aio replaces the status by its own INTERNAL
+        (grpc/grpc#36066).
         """
         if self._status is None:
             code, details, trailing = (run_now(part()) for part in (call.code, call.details, call.trailing_metadata))

@@ -1,4 +1,4 @@
-"""The blocking client: its front, and the connection that blocks, with gRPC's threads."""
+"""The blocking client, and its connection, which blocks and uses gRPC's threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from outrider_client.text.text import TargetTokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-LONGEST_DEAFNESS_S = 0.5  # of a wait: a signal that comes just before it begins does not end it
+LONGEST_WAIT_S = 0.5  # at once: a signal that arrives just before a wait begins does not interrupt it
 
 _T = TypeVar("_T")
 
@@ -32,8 +32,8 @@ _T = TypeVar("_T")
 class SpeculativeClient:
     """Generates text with a draft service and a target service.
 
-    One client serves many generations at once, each from a thread of its own. Use it as a context manager, or close
-    it, from any thread. After a fork, the child makes a client of its own.
+    One client serves many generations at once, each from its own thread. Use it as a context manager, or close it, from
+    any thread. A forked child needs its own client.
     """
 
     def __init__(
@@ -42,18 +42,16 @@ class SpeculativeClient:
         """Nothing is sent before the first use.
 
         Args:
-            target: HOST or HOST:PORT of the target service; its port is 50052 unless given.
-            draft: the same of the draft service, whose port is 50051; without one only `method="autoregressive"` works.
-            patience: how long to wait for whom.
-            connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged.
+            target: HOST or HOST:PORT of the target service; the default port is 50052.
+            draft: the same of the draft service, default port 50051; without it only `method="autoregressive"` works.
+            patience: how long to wait for each service.
+            connect_timeout: seconds to wait for the target at first use; after one second the wait is logged.
 
         Raises:
             InvalidRequestError: an argument is wrong.
         """
-        self._core = Core(
-            ConnectionSettings.of(target, draft, connect_timeout, patience),
-            _ThreadConnection,
-        )
+        settings = ConnectionSettings.of(target, draft, connect_timeout, patience)
+        self._core = Core(settings, _ThreadConnection)
 
     def __enter__(self) -> SpeculativeClient:
         return self
@@ -62,7 +60,7 @@ class SpeculativeClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connections; calls that are running end with ClientClosedError. The second time nothing happens."""
+        """Close the connections; running calls end with ClientClosedError. A second call does nothing."""
         connection = self._core.end()
         if isinstance(connection, _ThreadConnection):
             connection.close()
@@ -101,24 +99,23 @@ class SpeculativeClient:
         timeout: Any = None,
         **fields: Any,
     ) -> Any:
-        """Return the finished text; a list of texts for a list of prompts, or when `n` is given.
+        """Return the finished text, or a list of texts for a list of prompts or a given `n`.
 
-        Several texts are written at once, and returned prompt by prompt. The first error ends them all.
+        Several texts run concurrently and are returned prompt by prompt. The first error ends them all.
 
         Args:
-            prompt: text, a list of token ids, or a list of chat messages (dicts with role and content), which are
-                written in the model's own chat format; or a list of any of these.
-            sampling: how text is drawn and where it ends. All prompts have its seed: each text is what its prompt
-                alone would have.
+            prompt: text, a list of token ids, or a list of chat messages (dicts with role and content), to which the
+                model's chat template is applied; or a list of any of these.
+            sampling: how text is sampled and where it ends. Its seed holds for each prompt, so a prompt's text does
+                not depend on the others.
             speculation: how the pair works.
-            n: texts of each prompt. The first has the seed of `sampling`, text i the seed
-                `outrider.sampling.rng.seed_of_text(seed, i)`; without a seed each draws one. `result.seed` says which
-                it was.
+            n: texts for each prompt. The first has the seed of `sampling`, text i the seed
+                `outrider.sampling.rng.seed_of_text(seed, i)`; without a seed each draws one. `result.seed` holds it.
             timeout: seconds for the whole call.
-            fields: the commonest fields of SpeculationParams, in place of those of `speculation`.
+            fields: the commonest fields of SpeculationParams; they override those of `speculation`.
 
         Raises:
-            OutriderError: `outrider_client.errors` has the tree; `partial` holds what had been generated.
+            OutriderError: `outrider_client.errors` shows the tree; `partial` holds the text so far.
         """
         return run_now(self._core.generate(prompt, n, sampling, speculation, timeout, fields))
 
@@ -131,27 +128,23 @@ class SpeculativeClient:
         timeout: float | None = None,
         **fields: Unpack[SpeculationFields],
     ) -> GenerationStream:
-        """Return an iterator over the chunks of one text; arguments as for generate. Work begins with the first."""
+        """Return an iterator over the chunks of one text; arguments as for generate. The first `next` starts it."""
         return GenerationStream(self._core.stream(prompt, sampling, speculation, timeout, fields))
 
     def info(self) -> PairInfo:
-        """Return what both services say of themselves now.
-
-        Raises:
-            ServiceUnavailableError: the target does not answer.
-        """
+        """Ask both services to describe themselves; raises ServiceUnavailableError if the target does not answer."""
         return run_now(self._core.info())
 
     @property
     def tokenizer(self) -> TargetTokenizer | None:
-        """The target's tokenizer, or None when it has none."""
+        """The target's tokenizer, or None if it has none."""
         return run_now(self._core.described_target()).tokenizer
 
 
 class GenerationStream(TextView, Iterator[Chunk]):
     """The chunks of one generation.
 
-    Stopping early is allowed: leave its context, close it, or let it go, and the services stop working on it.
+    To stop early, leave its context, close it or drop it: the services then stop working on it.
     """
 
     def __enter__(self) -> GenerationStream:
@@ -170,12 +163,12 @@ class GenerationStream(TextView, Iterator[Chunk]):
         return chunk
 
     def close(self) -> None:
-        """End the generation; from any thread."""
+        """End the generation, from any thread."""
         self._text.close()
 
 
 class _ThreadConnection(Connection):
-    """A connection whose coroutines block. `run_now` runs them."""
+    """A connection whose coroutines block, for `run_now`."""
 
     mailbox = queue.SimpleQueue
 
@@ -207,21 +200,21 @@ class _ThreadConnection(Connection):
         while True:
             left = math.inf if until is None else until - time.monotonic()
             try:
-                return mailbox.get(timeout=min(max(0.0, left), LONGEST_DEAFNESS_S))
+                return mailbox.get(timeout=min(max(0.0, left), LONGEST_WAIT_S))
             except queue.Empty:
-                if left <= LONGEST_DEAFNESS_S:
+                if left <= LONGEST_WAIT_S:
                     return None
 
     async def pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not self._closing.wait(min(left, LONGEST_DEAFNESS_S)):
+        while (left := until - time.monotonic()) > 0 and not self._closing.wait(min(left, LONGEST_WAIT_S)):
             pass
 
     async def lock(self, timeout: float) -> bool:
-        return self.describing.acquire(timeout=min(timeout, LONGEST_DEAFNESS_S))
+        return self.describing.acquire(timeout=min(timeout, LONGEST_WAIT_S))
 
     async def until_closed(self, work: Coroutine[Any, Any, _T], deadline: float | None) -> _T:
-        """Return what `work` returns: what it waits for ends with the channels, and looks at the deadline itself."""
+        """All that `work` waits for ends with the channels and observes the deadline itself."""
         return await work
 
     async def in_thread(self, function: Callable[..., _T], *given: Any) -> _T:
@@ -233,7 +226,7 @@ class _ThreadConnection(Connection):
             futures = [pool.submit(lambda work: run_now(work()), work) for work in works]
             running = set(futures)
             while running:
-                ended, running = wait(running, LONGEST_DEAFNESS_S, FIRST_EXCEPTION)
+                ended, running = wait(running, LONGEST_WAIT_S, FIRST_EXCEPTION)
                 for future in ended:
                     future.result()
             return [future.result() for future in futures]
@@ -242,7 +235,7 @@ class _ThreadConnection(Connection):
 
 
 class _Stream:
-    """One bidirectional call: a queue of what is to be sent, and a thread that reads."""
+    """One bidirectional call, with a queue of messages to send and a thread that reads."""
 
     def __init__(self, link: Link, method: Any, mailbox: queue.SimpleQueue[Any]):
         self._link, self._method, self._mailbox = link, method, mailbox
@@ -259,10 +252,10 @@ class _Stream:
         self._outgoing.put(message)
 
     def close(self) -> None:
-        self._outgoing.put(None)  # ends even a call of which nobody knows
+        self._outgoing.put(None)  # ends the call even if `begin` was interrupted before it kept it
         if self._call:
             self._call.cancel()
-        self.on_read()  # by nobody; lets the reader see that the call is over
+        self.on_read()  # so that the reader sees the end of the call
 
     def on_read(self) -> None:
         self._unread.release()

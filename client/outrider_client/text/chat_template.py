@@ -1,4 +1,4 @@
-"""The target's chat template: messages to the text that the model knows conversations by."""
+"""The target's chat template, which turns messages into the model's own text form of a conversation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from outrider.common import extras
 from outrider_client.arguments import check_text, shown, taken
 from outrider_client.errors import InvalidRequestError, ServiceFailedError
 
-MOST_MESSAGES = 1 << 20  # before an iterable of them is taken for an endless one
-LONGEST_S = 5.0  # for one text; they take milliseconds
-_LONGEST_START_S = 60.0  # of a process, on a machine that is busy
+MOST_MESSAGES = 1 << 20  # of an iterable; more are taken for endless
+LONGEST_S = 5.0  # for one text; milliseconds are usual
+_LONGEST_START_S = 60.0  # of a process on a busy machine
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _BOOTSTRAP = """
 import json, sys
@@ -31,10 +31,7 @@ main(int(sys.argv[2]))
 
 
 class ChatTemplate:
-    """Renders one template, in a process that is begun at first use and ended with this object.
-
-    It may be used from any thread; while a text is rendered, the thread waits.
-    """
+    """Renders one template, in a process that starts at first use and ends with this object. Thread-safe."""
 
     def __init__(self, source: str, longest_s: float = LONGEST_S):
         self._source, self._longest_s = source, longest_s
@@ -45,8 +42,8 @@ class ChatTemplate:
         """Return the text of a conversation, up to where the model's answer begins.
 
         Raises:
-            InvalidRequestError: messages are none, or the template itself refuses them.
-            ServiceFailedError: the template fails, or takes too long, or makes too long a text.
+            InvalidRequestError: the messages are malformed, or the template refuses them.
+            ServiceFailedError: the template fails, takes too long, or writes too much.
         """
         variables = {
             **special_tokens,
@@ -70,7 +67,7 @@ class ChatTemplate:
             )
         try:
             answer["text"].encode()
-        except UnicodeEncodeError as error:  # of the messages, or of the template's own making
+        except UnicodeEncodeError as error:  # from the messages, or from the template
             check_text("messages", json.dumps(variables["messages"], ensure_ascii=False))
             raise ServiceFailedError("the target's chat template failed: its text has a lone surrogate") from error
         return answer["text"]
@@ -115,7 +112,7 @@ class _Worker:
             raise InvalidRequestError("chat needs a process of its own for the template, and it does not start")
 
     def ask(self, request: str, longest_s: float) -> dict[str, str] | None:
-        """Return the answer; None when the process took too long or is gone."""
+        """Return the answer; None if the process took too long or has ended."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(request.encode() + b"\n")
@@ -133,7 +130,7 @@ class _Worker:
 
 
 def _read(process: subprocess.Popen, answers: queue.SimpleQueue[bytes]) -> None:
-    """Pass lines on; an empty one says that there are no more."""
+    """Queue each line; an empty one marks the end."""
     assert process.stdout is not None
     with process.stdout as lines:
         for line in lines:
@@ -145,15 +142,15 @@ def _end(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
     assert process.stdin is not None
-    with suppress(OSError):  # it had not read what was written last
+    with suppress(OSError):  # the process had not read everything
         process.stdin.close()
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return messages as templates see them: dicts without what is None, and reasoning by each of its names.
+    """Return messages as templates see them: dicts without None, with reasoning under each of its usual names.
 
     Raises:
-        InvalidRequestError: they are no messages.
+        InvalidRequestError: they are malformed.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise InvalidRequestError(f"messages is {shown(messages)}: give a list of dicts with role and content")

@@ -1,10 +1,10 @@
-"""Renders chat templates in a process of its own, as transformers runs them; `chat_template` starts it.
+"""Renders chat templates in its own process, as transformers does; `chat_template` starts it.
 
-A template comes from the target, and no sandbox bounds what it may compute: `10 ** 10 ** 10` is one instruction. So it
-runs where it can be ended, and in memory that is limited.
+A template comes from the target, and no sandbox limits its computation: `10 ** 10 ** 10` is one expression. So it runs
+where it can be killed, with limited memory.
 
-Each line of standard input is a request, a JSON object with `template` and `variables`; each line of standard output
-the answer to one, with `text`, or `refused` for what the template itself raised, or `failed`.
+Each line of standard input is a request: a JSON object with `template` and `variables`. Each line of standard output
+answers one, with `text`, with `refused` if the template itself raised an error, or with `failed`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from jinja2.utils import Namespace
 
 MEMORY_BYTES = 1 << 29
 LONGEST_TEXT = 1 << 24  # characters; no context holds more
-LONGEST_REASON = 500  # characters of why there is none
+LONGEST_REASON = 500  # characters of an error message
 
 
 class Refused(TemplateError):
-    """What a template raises by `raise_exception`."""
+    """A template called `raise_exception`."""
 
 
 class Generation(Extension):
-    """`{% generation %}`, which marks what a model has written; it changes nothing in the text."""
+    """`{% generation %}`, which marks what a model has written; it leaves the text as it is."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -58,7 +58,7 @@ class DictMaker:
 
 
 class PlainNamespace(Namespace):
-    """`namespace` for templates, which may not hold names that Python keeps for itself."""
+    """`namespace` for templates, without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any):
         self, given = args[0], args[1:]
@@ -88,13 +88,12 @@ def _strftime_now(form: str) -> str:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as it is: jinja2's own filter writes it for HTML."""
+    """Return plain JSON; jinja2's own filter escapes it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @lru_cache(maxsize=4)
 def compiled(source: str) -> Template:
-    """Return the template, compiled once."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -109,7 +108,7 @@ def compiled(source: str) -> Template:
 
 
 def answer_to(request: dict[str, Any]) -> dict[str, str]:
-    """Return what the module's docstring says."""
+    """Return the answer to a request, as in the module's docstring."""
     pieces: list[str] = []
     left = LONGEST_TEXT
     try:
@@ -121,13 +120,13 @@ def answer_to(request: dict[str, Any]) -> dict[str, str]:
         return {"text": "".join(pieces)}
     except Refused as error:
         return {"refused": str(error.message)[:LONGEST_REASON]}
-    except Exception as error:  # whatever a template does: RecursionError and MemoryError are among them
+    except Exception as error:  # including RecursionError and MemoryError
         pieces.clear()
         return {"failed": f"{type(error).__name__}: {str(error)[:LONGEST_REASON]}"}
 
 
 def limit_memory() -> None:
-    """Let allocations fail where the system knows such limits, before the machine's memory is full."""
+    """Limit this process's memory, where the system can."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -135,11 +134,11 @@ def limit_memory() -> None:
 
 
 def main(longest_s: int) -> None:
-    """Answer requests until standard input ends; one that takes longer ends the process."""
+    """Answer requests until standard input ends; a request that takes longer ends the process."""
     limit_memory()
     sys.set_int_max_str_digits(4300)
     for line in sys.stdin.buffer:
-        if hasattr(signal, "alarm"):  # should the client be gone meanwhile
+        if hasattr(signal, "alarm"):  # in case the client has gone
             signal.alarm(longest_s)
         answer = json.dumps(answer_to(json.loads(line)))
         sys.stdout.write(f"{answer}\n")

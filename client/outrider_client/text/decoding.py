@@ -1,15 +1,13 @@
-"""Tokens to text, one by one: what has been shown never changes, and at the end all of it has been.
+"""Decodes tokens to text incrementally: text that has been released never changes, and in the end all is released.
 
-The text of a continuation is what `decode` makes of its tokens behind the prompt, less what it makes of the prompt. So
-a first word keeps the space that decoders drop where a text begins, and a continuation of a prompt without visible
-tokens loses it, as a text of its own does. Where prompt and continuation share a character's bytes, neither has it: the
-prompt counts up to its last token that is a text by itself, and bytes behind it are replacement characters on both
-sides.
+The text of a continuation is `decode(prompt + continuation)` without its prefix `decode(prompt)`. So the first word
+keeps the space that decoders drop at the start of a text, unless the prompt has no visible tokens. If prompt and
+continuation share the bytes of a character, neither has it: the prompt counts up to its last token that is text by
+itself, and the bytes behind it become replacement characters on both sides.
 
-Only `decode` itself knows what a decoder does, so it is asked again for every token, about the last few; what stands
-before them is no longer touched. What it says of the last ones may change with the next: a character whose bytes are
-not all there, and a run of byte tokens (`<0x0A>`), which is replacement characters from end to end when one byte of it
-is no text. That is held back until it is settled.
+Only `decode` knows what a decoder does, so each token decodes the last few again. Their text may change with the next
+token: a character may lack bytes, and a run of byte tokens (`<0x0A>`) becomes replacement characters throughout if one
+of its bytes is invalid. Such text is held back until it is settled.
 """
 
 from __future__ import annotations
@@ -25,23 +23,23 @@ from tokenizers import Tokenizer
 
 from outrider_client.errors import ServiceFailedError
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
-_NUM_ASKED = 6  # tokens, before all but the last are forgotten
-_NUM_KEPT = 2  # where the text is settled: the second has what a decoder does where a text begins behind it
-_NUM_KEPT_UNSETTLED = 5  # an unfinished character has 3 at most
-_LONGEST_PEEK = 64  # bytes of a run that is looked into before its end
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # for bytes that do not make a whole character
+_MOST_WINDOW = 6  # tokens, before all but the last are dropped
+_NUM_KEPT = 2  # of settled text: the second is decoded as it is behind other text
+_NUM_KEPT_UNSETTLED = 5  # an unfinished character has at most 3
+_LONGEST_PEEK = 64  # bytes of an unfinished run that `peek` decodes
 
 
 class Piece(Enum):
-    """What a token is to a decoder."""
+    """How a decoder treats a token."""
 
-    NOTHING = 0  # special, or no token
-    BYTE = 1  # a byte whose run decides what it is
+    NOTHING = 0  # special, or not a token
+    BYTE = 1  # a byte, which is decoded with its run
     TEXT = 2
 
 
 class Pieces:
-    """What the tokens of a tokenizer are to its decoder."""
+    """How a tokenizer's decoder treats its tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -62,11 +60,7 @@ class Pieces:
         return Piece.BYTE if is_byte and self._has_bytes else Piece.TEXT
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of visible tokens.
-
-        Raises:
-            ServiceFailedError: the target's tokenizer cannot.
-        """
+        """Return the text of visible tokens; raises ServiceFailedError if the tokenizer fails."""
         if not token_ids:
             return ""
         try:
@@ -92,20 +86,20 @@ class Pieces:
 
     @cached_property
     def num_unsettled(self) -> int:
-        """How many of the last characters may change because a pattern that is replaced may begin there."""
+        """How many of the last characters may change, because a pattern to replace may begin there."""
         return max((len(pattern) - 1 for pattern in map(_pattern_of, self._of_whole_text) if pattern), default=0)
 
     @cached_property
     def settle(self) -> bool:
-        """Whether the beginning of a text is settled long before its end, and stays what it is by its last tokens.
+        """Whether text settles as it grows, so that the last few tokens suffice to decode the next.
 
-        Stages that see the whole text may drop what it begins with, and replace a string. A longer one is found again
-        in the last tokens when two of its places cannot overlap, and when no other stage changes the text it is in.
+        Stages that see the whole text may strip its start and replace a string. A string of several characters is found
+        again in the last tokens only if its occurrences cannot overlap and no other stage changes the text.
         """
         if any(stage["type"] == "Strip" and stage["stop"] for stage in self._stages):
-            return False  # it panics on what is shorter
+            return False  # it panics on shorter text
         if any(stage["type"] == "CTC" for stage in self._stages[1:]):
-            return False  # it looks for repetitions in what others make of the last token
+            return False  # it drops repetitions in the output of other stages
         others = [stage for stage in self._of_whole_text if stage["type"] != "Fuse"]
         if not all(stage["type"] == "Strip" or _pattern_of(stage) for stage in others):
             return False
@@ -114,20 +108,20 @@ class Pieces:
 
     @cached_property
     def _of_whole_text(self) -> list[dict[str, Any]]:
-        """The stages behind the first one that makes one text of the tokens."""
+        """The stages behind the first that joins the tokens."""
         kinds = [stage["type"] for stage in self._stages]
         first = next((index for index, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")), len(kinds))
         return self._stages[first + 1 :]
 
     @cached_property
     def _stages(self) -> list[dict[str, Any]]:
-        """The decoder's settings, stage by stage."""
+        """The settings of the decoder's stages."""
         decoder = self.tokenizer.decoder
         return _flat(json.loads(decoder.__getstate__())) if decoder else []  # type: ignore[attr-defined]
 
 
 def raise_if_failed(what: str, error: BaseException) -> None:
-    """Raise ServiceFailedError if the tokenizers library raised an error or panicked; its panics are no Exceptions."""
+    """Raise ServiceFailedError for errors and panics of the tokenizers library; its panics are not Exceptions."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         raise ServiceFailedError(f"the target's tokenizer cannot {what}: {error}") from error
 
@@ -139,7 +133,7 @@ def _flat(stage: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _pattern_of(stage: dict[str, Any]) -> str | None:
-    """Return the string that a stage replaces; None where it replaces none, or a regular expression."""
+    """Return the string that a stage replaces; None if it replaces a regular expression or nothing."""
     return stage["pattern"].get("String") if stage["type"] == "Replace" else None
 
 
@@ -152,12 +146,12 @@ class TextDecoder:
 
     def __init__(self, pieces: Pieces, prompt_ids: Sequence[int] = ()):
         self._pieces = pieces
-        self._window = _context_ids(pieces, prompt_ids)  # visible tokens alone
-        self._num_shown = len(pieces.decode(self._window))  # characters of the window's text
+        self._window = _context_ids(pieces, prompt_ids)  # visible tokens only
+        self._num_shown = len(pieces.decode(self._window))  # released characters of the window's text
         self._run_length = 0
 
     def step(self, token_id: int) -> str:
-        """Return the text that is settled now."""
+        """Take a token and return the text that it settles."""
         kind = self._pieces.kind(token_id)
         if kind is Piece.NOTHING:
             return ""
@@ -172,22 +166,22 @@ class TextDecoder:
         end = max(self._num_shown, len(text) - self._pieces.num_unsettled - text.endswith(UNFINISHED))
         shown = text[self._num_shown : end]
         self._num_shown = end
-        if len(self._window) > _NUM_ASKED:
+        if len(self._window) > _MOST_WINDOW:
             self._forget(len(text) - self._num_shown)
         return shown
 
     def peek(self) -> str:
-        """Return the text of the bytes that are held back, as far as they are one now."""
+        """Return the text of the bytes that are held back, as far as they are valid so far."""
         if not 0 < self._run_length <= _LONGEST_PEEK:
             return ""
         return self._pieces.decode(self._window)[self._num_shown :].rstrip(UNFINISHED)
 
     def end(self) -> str:
-        """Return what has been held back; nothing comes behind it."""
+        """Return the text that is held back, at the end of the tokens."""
         return self._pieces.decode(self._window)[self._num_shown :]
 
     def _forget(self, num_held: int) -> None:
-        """Keep the last tokens alone, if some of their text has been shown: all that is held back is theirs then."""
+        """Keep only the last tokens, if some of their text was released: then all text held back is theirs."""
         kept = self._window[-(_NUM_KEPT_UNSETTLED if num_held else _NUM_KEPT) :]
         num_shown = len(self._pieces.decode(kept)) - num_held
         if num_shown > 0:
@@ -195,9 +189,9 @@ class TextDecoder:
 
 
 def _context_ids(pieces: Pieces, prompt_ids: Sequence[int]) -> list[int]:
-    """Return the last visible tokens of the prompt, up to the last one that is a text by itself; all if none settles.
+    """Return the prompt's last visible tokens, up to the last that is text by itself; all if text does not settle.
 
-    None where the decoder panics on them: a beginning may be what it cannot decode.
+    Without those on which the decoder panics, as it may at the start of a text: then there are none.
     """
     for end in range(len(prompt_ids), 0, -1):
         if pieces.is_text_by_itself(prompt_ids[end - 1]):

@@ -1,4 +1,4 @@
-"""Tokens to text as they come, and the one place that decides where a text ends."""
+"""Turns tokens into text as they come, and decides where a text ends."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ class TargetTokenizer:
 
     @classmethod
     def from_parts(cls, tokenizer_json: bytes, chat_template: str, special_tokens_json: str) -> TargetTokenizer:
-        """Return it from what GetTokenizer sends.
-
-        A tokenizer may be told to cut texts, to fill them up, or to leave out merges by chance, as it was when a model
-        was trained; nothing of it is done here.
+        """Return the tokenizer that GetTokenizer sent, without truncation, padding and BPE dropout.
 
         Raises:
             ServiceFailedError: it cannot be used.
@@ -43,7 +40,7 @@ class TargetTokenizer:
             raise_if_failed("be read", error)
             raise
         if not isinstance(special_tokens, dict):
-            raise ServiceFailedError("the target's special tokens are no JSON object")
+            raise ServiceFailedError("the target's special tokens are not a JSON object")
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if isinstance(tokenizer.model, BPE):
@@ -59,9 +56,7 @@ class TargetTokenizer:
         return Pieces(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text that is to be continued.
-
-        What the tokenizer puts behind a text, such as an end of sequence, is left out: nothing would come behind it.
+        """Return the ids of a text to continue, without special tokens at its end, such as an end of sequence.
 
         Raises:
             InvalidRequestError: the text holds a lone surrogate.
@@ -74,7 +69,7 @@ class TargetTokenizer:
         return encoding.ids[: end or 1]
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Return the text of some ids, without special tokens; raises InvalidRequestError for what are no ids."""
+        """Return the text of some ids, without special tokens; raises InvalidRequestError for invalid ids."""
         ids = arguments.token_ids("token_ids", token_ids)
         if ids and not 0 <= min(ids) <= max(ids) <= arguments.MOST_UINT32:
             raise InvalidRequestError(f"token_ids holds ids below 0 or above {arguments.MOST_UINT32}: give token ids")
@@ -92,12 +87,12 @@ class TargetTokenizer:
         """Return the ids of a conversation in the model's own chat format, up to where its answer begins.
 
         Args:
-            messages: dicts with `role`, `content` and whatever else the template knows.
+            messages: dicts with `role`, `content` and whatever else the template reads.
 
         Raises:
-            InvalidRequestError: the model has no chat template, or jinja2 is not installed, or messages are none, or
+            InvalidRequestError: the model has no chat template, jinja2 is not installed, the messages are malformed, or
                 the template refuses them.
-            ServiceFailedError: the template cannot be used, or takes too long, or makes too long a text.
+            ServiceFailedError: the template fails, takes too long, or writes too much.
         """
         if not self.chat_template:
             raise InvalidRequestError(
@@ -108,9 +103,9 @@ class TargetTokenizer:
 
 
 class TextStream:
-    """Grows a text token by token and finds its end: end-of-sequence ids, stop strings, and the longest length.
+    """Grows a text token by token and finds its end: an end-of-sequence id, a stop string, or the length limit.
 
-    Text that may be the beginning of a stop string is held back until it is clear whether it is one.
+    Text that may begin a stop string is held back until that is decided.
     """
 
     def __init__(
@@ -133,11 +128,11 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All text released so far."""
+        """The text released so far."""
         return "".join(self._released)
 
     def take(self, token_ids: Sequence[int]) -> list[str]:
-        """Take tokens up to the end of the text, and return what each of those taken released."""
+        """Take tokens up to the end of the text; return the text that each of them released."""
         texts: list[str] = []
         for token_id in token_ids:
             if self.finish_reason is not None:
@@ -146,7 +141,7 @@ class TextStream:
         return texts
 
     def end_at_limit(self) -> str:
-        """End the text because nothing more fits, although it is shorter than asked for; return what was held back."""
+        """End the text because no more tokens fit the model's context; return the text that was held back."""
         return self._finish("length")
 
     def _take_one(self, token_id: int) -> str:
@@ -163,7 +158,7 @@ class TextStream:
         return self._release(len(self._held) - _longest_overlap(self._held, self._stop))
 
     def _finish(self, reason: FinishReason) -> str:
-        """End the text and release what was held, with what is left of an unfinished character."""
+        """End the text and release all text held back, with any unfinished character."""
         if self._decoder:
             self._held += self._decoder.end()
         if not self._cut_at_stop(self._held):
@@ -171,7 +166,7 @@ class TextStream:
         return self._release(len(self._held))
 
     def _cut_at_stop(self, text: str) -> bool:
-        """End the text before the first stop string of `text`, which is what is held, if there is one."""
+        """End the text before the first stop string in `text`, the text held back, if there is one."""
         found = _earliest(text, self._stop)
         if found is None:
             return False
@@ -186,13 +181,13 @@ class TextStream:
 
 
 def _earliest(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the first of the stop strings begins in `text`, or None."""
+    """Return the index at which the first stop string begins in `text`, or None."""
     starts = [start for start in (text.find(string) for string in stop) if start >= 0]
     return min(starts, default=None)
 
 
 def _longest_overlap(text: str, stop: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` with which a stop string begins."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of a stop string."""
     longest = 0
     for string in stop:
         for length in range(min(len(string) - 1, len(text)), longest, -1):
@@ -206,9 +201,9 @@ def prompt_to_ids(prompt: str | Iterable[int], tokenizer: TargetTokenizer | None
     """Return a prompt's ids.
 
     Raises:
-        InvalidRequestError: it is empty or no prompt, holds an id outside the vocabulary, or is text and there is no
+        InvalidRequestError: it is empty or malformed, holds an id outside the vocabulary, or is text without a
             tokenizer.
-        ServiceFailedError: the tokenizer cannot encode it, or makes ids that the model has not.
+        ServiceFailedError: the tokenizer cannot encode it, or returns an id outside the vocabulary.
     """
     given = arguments.prompt_of(prompt)
     if isinstance(given, list):
