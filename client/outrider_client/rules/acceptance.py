@@ -1,14 +1,13 @@
-"""Acceptance sampling on sparse rows: which proposals are kept, and what replaces the first that is not.
+"""Acceptance sampling on sparse rows: which proposals are accepted, and what replaces the first that is rejected.
 
-Pure functions. `decide` judges proposal by proposal, `decide_block` all proposals of a round together;
-`decide_shared_noise` compares them with the target's own choices. All leave the target's distribution as it is.
+Pure functions. `decide` judges proposals one by one, `decide_block` all of a round together; `decide_shared_noise`
+compares them with the target's own choices. All leave the target's distribution unchanged.
 
-Notation inside formulas: p is the target, q the draft (Leviathan et al. 2023, arXiv 2211.17192). Shapes: S support, K
-proposals.
+In formulas p is the target and q the draft (Leviathan et al. 2023, arXiv 2211.17192). Shapes: S support, K proposals.
 
 The target reports its probabilities on the support of q, the mass m outside it, and one token y drawn from p outside
-it. That is enough: q is zero outside its support, so the residual norm(max(0, p − q)) has the weight max(0, p(x) −
-q(x)) on each x of the support, and m outside, where it is p itself, of which y is a draw.
+it. That suffices: q is zero outside its support, so the residual norm(max(0, p − q)) has weight max(0, p(x) − q(x)) on
+each x of the support, and m outside, where it is p itself, so that y is a draw from it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class InvalidProposalError(Exception):
 
 @dataclass(frozen=True)
 class Proposal:
-    """One drafted token and the distribution that it was drawn from, which is empty under shared noise."""
+    """A drafted token and the distribution that it was drawn from, which is empty under shared noise."""
 
     token_id: int
     support_ids: np.ndarray  # [S] int64, ascending
@@ -36,12 +35,12 @@ class Proposal:
 
     @classmethod
     def from_weights(cls, token_id: int, support_ids: np.ndarray, weights: np.ndarray) -> Proposal:
-        """Normalise the weights `[S]` that travelled.
+        """Normalise weights `[S]`.
 
         Raises:
             InvalidProposalError: the token is not in the support, or its weight is not positive.
         """
-        # numpy's search would let go of the interpreter's lock and then wait for it, longer than it searches.
+        # numpy's search releases the interpreter's lock; getting it back can take longer than the search.
         index = bisect_left(support_ids.tolist(), token_id)
         if len(weights) != len(support_ids) or index == len(support_ids) or support_ids[index] != token_id:
             raise InvalidProposalError(f"token {token_id} is not in the support of its own proposal")
@@ -51,29 +50,29 @@ class Proposal:
 
     @classmethod
     def of_token(cls, token_id: int) -> Proposal:
-        """Return a proposal without its distribution, drawn with noise that the target shares."""
+        """Return a proposal without a distribution, as under shared noise."""
         return cls(token_id, np.empty(0, np.int64), np.empty(0), index=0)
 
 
 @dataclass(frozen=True)
 class TargetRow:
-    """The target's distribution at one position, seen through a support."""
+    """The target's distribution at one position, as reported for a support."""
 
     probs: np.ndarray  # [S] float64: p on the support
     outside_mass: float  # m
     outside_token_id: int  # y
-    outside_token_prob: float | None = None  # p(y); None where the target did not report it
+    outside_token_prob: float | None = None  # p(y); None if the target did not report it
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a round yields: the first `num_accepted` tokens were proposed, a further one is the target's own."""
+    """The outcome of a round: the first `num_accepted` tokens were proposed; one more is the target's own."""
 
     token_ids: list[int]
     num_accepted: int
-    # Of each proposal up to the first rejection, as overlap() says; empty under other rules than rejection.
+    # overlap() of each proposal up to the first rejection; empty under rules other than rejection.
     overlaps: tuple[float, ...] = field(default=(), compare=False)
-    # The target's probability of each token, rounded down where it was proposed; None where it was not reported.
+    # The target's probability of each token, rounded down if it was proposed; None if it was not reported.
     token_probs: tuple[float | None, ...] = field(default=(), compare=False)
 
 
@@ -86,9 +85,7 @@ def acceptance_prob(proposal: Proposal, row: TargetRow) -> float:
 
 
 def overlap(proposal: Proposal, row: TargetRow) -> float:
-    """Return Σ min(p, q): the probability that a token drawn from q is accepted, whichever it was that was drawn.
-
-    It says more of a pair than that one was or was not.
+    """Return Σ min(p, q): the probability that a token drawn from q is accepted.
 
     Source: Leviathan et al. 2023, section 3.2, where it is β.
     """
@@ -96,7 +93,7 @@ def overlap(proposal: Proposal, row: TargetRow) -> float:
 
 
 def residual_weights(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> np.ndarray:
-    """Return max(0, scale · p − q) `[S + 1]`: a weight for each id of the support, the last for y, where q is 0."""
+    """Return max(0, scale · p − q) `[S + 1]`: a weight for each id of the support, and the last for y, where q is 0."""
     weights = np.empty(len(proposal.support_ids) + 1)
     np.maximum(scale * row.probs - proposal.draft_probs, 0.0, out=weights[:-1])
     weights[-1] = scale * row.outside_mass
@@ -104,7 +101,7 @@ def residual_weights(proposal: Proposal, row: TargetRow, scale: float = 1.0) -> 
 
 
 def token_prob(token_id: int, proposal: Proposal, row: TargetRow) -> float | None:
-    """Return what a row says of the target's probability of a token that came of it; None where it says nothing."""
+    """Return the target's probability of a token that a row led to; None if the row does not hold it."""
     if token_id == proposal.token_id and len(proposal.support_ids):
         return float(row.probs[proposal.index])
     if token_id == row.outside_token_id and row.outside_token_prob is not None:
@@ -125,13 +122,13 @@ def _decision(
     return Decision(token_ids, num_accepted, tuple(overlaps), tuple(probs))
 
 
-def _drawn_alone(row: TargetRow) -> Decision:
+def _without_proposals(row: TargetRow) -> Decision:
     """Return the decision of a round without proposals."""
     return Decision([row.outside_token_id], num_accepted=0, token_probs=(row.outside_token_prob,))
 
 
 def draw_recovered(proposal: Proposal, row: TargetRow, uniform: float, scale: float = 1.0) -> int | None:
-    """Return a token from the residual distribution; None when it is empty, which only rounding can bring about."""
+    """Return a token from the residual distribution; None if rounding left it empty."""
     cumulative = residual_weights(proposal, row, scale).cumsum()
     if not cumulative[-1] > 0:
         return None
@@ -147,15 +144,15 @@ def decide(
 ) -> Decision:
     """Accept proposals up to the first rejection, and replace that one.
 
-    With no proposals there is one row with an empty support, and its y, a plain draw from the target, is the result.
+    Without proposals there is one row with an empty support, and the result is its y, a draw from the target.
 
     Args:
         proposals: K consecutive ones.
-        rows: the target's row for each; a single one when K is 0.
+        rows: the target's row for each; one row if K is 0.
         accept_uniforms, residual_uniforms: K each, addressed by position.
     """
     if not proposals:
-        return _drawn_alone(rows[0])
+        return _without_proposals(rows[0])
     token_ids: list[int] = []
     overlaps: list[float] = []
     for proposal, row, accept, residual in zip(proposals, rows, accept_uniforms, residual_uniforms, strict=True):
@@ -169,11 +166,11 @@ def decide(
 
 
 def joint_ratios(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> list[float]:
-    """Return p_0 … p_K: p_0 = 1, and p_i = min(1, p_(i−1) p(x_i) / q(x_i)) of the prefix that ends with x_i.
+    """Return p_0 … p_K: p_0 = 1 and p_i = min(1, p_(i−1) p(x_i) / q(x_i)).
 
-    p_i is the probability that a round keeps at least i proposals, given what these i are.
+    p_i is the probability that a round accepts at least i proposals, given the first i.
 
-    Source: Sun et al. 2024 (arXiv 2403.10444), Algorithm 2, as the two functions that follow.
+    Source, also of the next two functions: Sun et al. 2024 (arXiv 2403.10444), Algorithm 2.
     """
     ratios = [1.0]
     for proposal, row in zip(proposals, rows, strict=True):
@@ -182,10 +179,9 @@ def joint_ratios(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> li
 
 
 def prefix_probs(proposals: Sequence[Proposal], rows: Sequence[TargetRow], ratios: Sequence[float]) -> list[float]:
-    """Return h_1 … h_K: the probability that a prefix is kept, given that no longer one is.
+    """Return h_1 … h_K: the probability that a prefix is accepted, given that no longer one is.
 
-    h_i is A / (A + 1 − p_i), where A sums max(0, p_i p − q) over the row behind the prefix. Behind all K there is none,
-    and none is needed: h_K is p_K.
+    h_i is A / (A + 1 − p_i), where A sums max(0, p_i p − q) over the row behind the prefix. h_K is p_K.
     """
     probs = []
     for proposal, row, ratio in zip(proposals[1:], rows[1:], ratios[1:-1], strict=True):
@@ -196,12 +192,12 @@ def prefix_probs(proposals: Sequence[Proposal], rows: Sequence[TargetRow], ratio
 
 
 def longest_kept(probs: Sequence[float], uniform: float) -> int:
-    """Return the length of the longest prefix that is kept, drawn from h_1 … h_K with one uniform."""
+    """Return the length of the longest accepted prefix, drawn from h_1 … h_K with one uniform."""
     for length in range(len(probs), 0, -1):
         prob = probs[length - 1]
         if uniform < prob:
             return length
-        uniform = (uniform - prob) / (1 - prob)  # uniform again, now that it is known not to be below
+        uniform = (uniform - prob) / (1 - prob)  # uniform again, given that it was not below `prob`
     return 0
 
 
@@ -213,15 +209,15 @@ def decide_block(
 ) -> Decision:
     """Accept the longest prefix of the proposals that passes as a whole, and replace the proposal behind it.
 
-    It keeps at least as many proposals on average as `decide` does. But what it keeps depends on all proposals of the
-    round, those behind the end too: drawing again at their positions needs other random numbers.
+    On average this accepts at least as many proposals as `decide`. But the outcome depends on all proposals of the
+    round, also on those that are dropped: their positions need new random numbers afterwards.
 
     Args:
         proposals, rows, residual_uniforms: as for `decide`.
         accept_uniform: one for the round.
     """
     if not proposals:
-        return _drawn_alone(rows[0])
+        return _without_proposals(rows[0])
     ratios = joint_ratios(proposals, rows)
     token_ids = [proposal.token_id for proposal in proposals]
     for end in range(longest_kept(prefix_probs(proposals, rows, ratios), accept_uniform), len(proposals)):
@@ -232,14 +228,14 @@ def decide_block(
 
 
 def decide_shared_noise(proposals: Sequence[Proposal], rows: Sequence[TargetRow]) -> Decision:
-    """Accept proposals while they are the target's own choices, which are the y of rows without a support.
+    """Accept proposals while they equal the target's own choices, the y of rows without a support.
 
-    So the tokens are those that the target would have chosen without a draft.
+    So the tokens are those that the target chooses without a draft.
 
     Source: Daliri et al. 2024 (arXiv 2408.07978).
     """
     choices = [row.outside_token_id for row in rows]
-    pairs = zip(proposals, choices, strict=False)  # without proposals there is one row all the same
+    pairs = zip(proposals, choices, strict=False)  # without proposals there is still one row
     num_accepted = sum(1 for _ in takewhile(lambda pair: pair[0].token_id == pair[1], pairs))
     token_ids = choices[: num_accepted + 1]
     probs = tuple(row.outside_token_prob for row in rows[: len(token_ids)])

@@ -1,10 +1,10 @@
 """How the proposals of a round become tokens of the text: one class for each rule.
 
 A rule knows what the draft sends with a proposal, what the target returns, what a seed's text depends on, and how to
-decide. Nothing else asks which rule is in force. The mathematics is in `acceptance`, as pure functions.
+decide. No other code asks which rule applies. The mathematics is in `acceptance`, as pure functions.
 
-To add a rule, write a class here, put it into `RULES` and `RuleName`, and test its distribution as
-tests/unit/test_law_formulas.py does.
+To add a rule, write a class here, add it to `RULES` and `RuleName`, and test its distribution as
+tests/unit/test_distribution_formulas.py does.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ RuleName = Literal["auto", "rejection", "block", "shared_noise"]
 
 
 class Rule(ABC):
-    """How proposals are judged, for one generation. Every rule leaves the target's distribution as it is.
+    """How one generation's proposals are judged. Every rule leaves the target's distribution unchanged.
 
-    Unless a rule says otherwise, the draft sends the support that each token was drawn from, with weights, and the
-    target returns its probabilities there and one draw from outside.
+    By default the draft sends the support that each token was drawn from, with weights, and the target returns its
+    probabilities there and one draw from outside.
     """
 
     name: ClassVar[RuleName]
-    shares_noise: ClassVar[bool] = False  # draft and target draw with the same numbers, and no supports are sent
-    depends_on_draft: ClassVar[bool] = True  # a seed's text does, and on whether a round has proposals
-    depends_on_rounds: ClassVar[bool] = False  # and on where rounds begin and end
-    num_alternatives: ClassVar[int] = 2  # other ends of a round that the draft prepares by default; 0: it cannot
+    shares_noise: ClassVar[bool] = False  # draft and target draw with the same numbers; no supports are sent
+    depends_on_draft: ClassVar[bool] = True  # a seed's text depends on the draft, and on which rounds have proposals
+    depends_on_rounds: ClassVar[bool] = False  # a seed's text also depends on where rounds begin and end
+    num_alternatives: ClassVar[int] = 2  # other ends of a round that the draft prepares by default; 0: not possible
 
     def __init__(self, seed: int):
-        """`seed` is the generation's, of 64 bits."""
+        """`seed` has 64 bits."""
         self.seed = seed
         self._accept = AddressedUniforms(seed, Purpose.ACCEPT)
         self._residual = AddressedUniforms(seed, Purpose.RESIDUAL)
@@ -50,20 +50,20 @@ class Rule(ABC):
 
         Args:
             proposals: K consecutive ones.
-            rows: the target's row for each; a single one when K is 0.
-            position: of the first token that the round decides.
+            rows: the target's row for each; one row if K is 0.
+            position: of the first token of the round.
         """
 
     def ends_branch(self, decision: Decision, num_proposals: int) -> bool:
-        """Return whether the draft must draw with new random numbers behind a round of so many proposals."""
+        """Return whether the draft must use new random numbers after a round of `num_proposals`."""
         return False
 
     def check_proposal(self, message: draft_pb2.Proposal, vocab_size: int, most_support: int) -> None:
-        """Refuse a proposal that the target would refuse, or that cannot have been drawn from what came with it.
+        """Refuse a proposal that the target would refuse, or that is not in its own support.
 
         Args:
             vocab_size: the target's.
-            most_support: tokens in a support that the target takes.
+            most_support: most tokens in a support that the target takes.
 
         Raises:
             ServiceFailedError: the message breaks the protocol.
@@ -83,13 +83,13 @@ class Rule(ABC):
             raise ServiceFailedError(f"the draft sent token {message.token_id} with a support that does not hold it")
 
     def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
-        """Return a proposal that has been checked, with the distribution that it was drawn from."""
+        """Return a checked proposal, with the distribution that it was drawn from."""
         support = wire.support_of(message.support_gaps[:], "support_gaps", vocab_size)
         return Proposal.from_weights(message.token_id, support, np.array(message.support_weights[:], dtype=np.float64))
 
 
 class Rejection(Rule):
-    """Judge one proposal after the other by their distributions, and replace the first that is rejected.
+    """Judge proposals one by one, and replace the first that is rejected.
 
     Source: Leviathan et al. 2023 (arXiv 2211.17192).
     """
@@ -103,10 +103,10 @@ class Rejection(Rule):
 
 
 class Block(Rule):
-    """Judge the proposals of a round together, which keeps at least as many of them.
+    """Judge the proposals of a round together, which accepts at least as many.
 
-    Proposals behind the end of a round take part in deciding on it. So what the draft draws in their places needs new
-    random numbers, and nothing can be prepared there.
+    The outcome also depends on the proposals that are dropped. So their positions need new random numbers, and the
+    draft can prepare nothing there.
 
     Source: Sun et al. 2024 (arXiv 2403.10444).
     """
@@ -124,9 +124,9 @@ class Block(Rule):
 
 
 class SharedNoise(Rule):
-    """Accept proposals while they are what the target itself chooses with the noise that both draw with.
+    """Accept proposals while they equal what the target chooses with the same noise.
 
-    Proposals and rows cross the wire without supports, and a seed's text is the target's own.
+    Proposals and rows travel without supports, and a seed's text is the target's own.
 
     Source: Daliri et al. 2024 (arXiv 2408.07978).
     """
@@ -153,9 +153,9 @@ RULES: dict[RuleName, type[Rule]] = {rule.name: rule for rule in (Rejection, Blo
 
 
 def rule_of(name: RuleName, has_seed: bool) -> type[Rule]:
-    """Return the rule of a name; `auto` is shared noise for a text with a seed of its own, and else rejection.
+    """Return the rule of a name; `auto` is shared noise for texts with a seed, else rejection.
 
-    A seed asks for one text, so it gets the one that no draft can change. Without a seed rejection accepts more.
+    A seed asks for one text, so it gets the one that no draft can change. Without a seed, rejection accepts more.
     """
     if name == "auto":
         return SharedNoise if has_seed else Rejection
