@@ -1,4 +1,4 @@
-"""What a caller asks for, checked where it is said."""
+"""Sampling and speculation parameters, checked when they are made."""
 
 from __future__ import annotations
 
@@ -30,11 +30,8 @@ Method = Literal["speculative", "autoregressive", "draft"]
 METHODS: tuple[str, ...] = get_args(Method)
 AUTO: Literal["auto"] = "auto"  # the client picks K for each round, from what it measures
 RULE_NAMES = (AUTO, *RULES)
-
 PARAMETERS = fields(DistributionParams)
-
-MOST_STOP_CHARACTERS = 1 << 16  # of all stop strings together, since every token is compared with all
-
+MOST_STOP_CHARACTERS = 1 << 16  # of all stop strings together: each token is compared with all of them
 
 _PLAIN: dict[str, Callable[[str, Any, str], Any]] = {
     NUMBER: lambda name, value, _: arguments.real_number(name, value, -math.inf, math.inf, "a number"),
@@ -51,11 +48,11 @@ def _open() -> Any:
 
 @dataclass(frozen=True)
 class SamplingParams(DistributionParams):
-    """How text is drawn and where it ends. `DistributionParams` has the fields that make the distribution.
+    """How text is sampled and where it ends. `DistributionParams` documents the fields that make the distribution.
 
-    None in a field of `NEUTRAL` is open: it stands for what the target model's own generation_config says, as in vLLM,
-    and where that says nothing, for the value in `NEUTRAL`. Services get the `distribution`, where nothing is open.
-    Any iterable of ids will do, and a mapping for `logit_bias`. A text ends at `stop_token_ids` too.
+    None in a field of `NEUTRAL` is open: it takes the default of the target model's generation_config, as in vLLM, or
+    else the value in `NEUTRAL`. Services get the `distribution`, in which nothing is open. Ids may be any iterable,
+    `logit_bias` also a mapping. A text ends at `stop_token_ids` too.
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.
@@ -72,9 +69,9 @@ class SamplingParams(DistributionParams):
     min_tokens: int | None = _open()  # type: ignore[assignment]
     seed: int | None = None  # 64 bits; None draws one
     max_new_tokens: int | None = None
-    stop: Sequence[str] = ()  # text ends before the first of these; any iterable will do
+    stop: Sequence[str] = ()  # text ends before the first of these; any iterable
     ignore_eos: bool = False
-    logprobs: int | None = None  # of the chosen tokens, and of so many likeliest ones at each position; None: none
+    logprobs: int | None = None  # of the chosen tokens, and of this many likeliest ones at each position; None: none
 
     def __post_init__(self) -> None:
         self._check_distribution()
@@ -110,17 +107,17 @@ class SamplingParams(DistributionParams):
 
     @property
     def distribution(self) -> DistributionParams:
-        """What the services have to know of these; what is open has the neutral value."""
+        """The part that services need; open fields have their neutral values."""
         names = [param.name for param in PARAMETERS if not self._is_open(param.name)]
         return DistributionParams(**{name: getattr(self, name) for name in names})
 
     def resolved(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Return these with a value in each field that is open: that of `defaults`, the model's, or the neutral one.
+        """Return these with all open fields set, from the model's `defaults` or else to neutral values.
 
-        A text that is shorter than the model's own `min_tokens` is asked for as it is.
+        The model's own `min_tokens` is cut to `max_new_tokens`.
 
         Raises:
-            InvalidRequestError: the caller's `min_tokens` is more than the default of `max_new_tokens`.
+            InvalidRequestError: the caller's `min_tokens` exceeds the default of `max_new_tokens`.
         """
         values = NEUTRAL | dict(defaults)
         most = values["max_new_tokens"] if self.max_new_tokens is None else self.max_new_tokens
@@ -128,18 +125,18 @@ class SamplingParams(DistributionParams):
         return replace(self, **{name: value for name, value in values.items() if self._is_open(name)})
 
     def seed_or_new(self) -> int:
-        """Return the seed, or a fresh one from the system."""
+        """Return the seed, or a random one."""
         return secrets.randbits(64) if self.seed is None else self.seed
 
 
-# What is meant where neither the caller nor the target's model says anything.
+# Values of open fields for which the target's model has no default either.
 NEUTRAL: dict[str, Any] = {"max_new_tokens": 128} | {
     param.name: param.default for param in PARAMETERS if getattr(SamplingParams, param.name) is None
 }
 
 
 class SpeculationFields(TypedDict, total=False):
-    """The commonest fields of SpeculationParams, which calls take as keywords too."""
+    """The commonest fields of SpeculationParams, which calls also take as keywords."""
 
     method: Method
     num_speculative_tokens: int | Literal["auto"]
@@ -151,26 +148,29 @@ class SpeculationFields(TypedDict, total=False):
 class SpeculationParams:
     """How the pair works on one generation. Nothing here changes the distribution of the text.
 
-    `rule` says how proposals are judged, and so what a seed's text depends on (`outrider_client.rules`). `rejection`
-    judges one after the other: the text depends on the draft, but on no K from 1 on, window or timing. `block` judges
-    those of a round together and keeps at least as many: the text depends on where rounds begin and end too: on K, the
-    window, `min_draft_prob`, and on rounds that find the draft late. `shared_noise` may keep fewer, but no supports
-    cross the wire, and the text is the target's own, with any draft or none. `auto` is `shared_noise` where a seed is
-    given, and `rejection` otherwise.
+    `rule` says how proposals are judged, and so what a seed's text depends on (`outrider_client.rules`):
+
+    * `rejection`: one by one. The text depends on the draft, but not on K (from 1 on), the window or timing.
+    * `block`: a round's proposals together, which accepts at least as many. The text also depends on where rounds begin
+      and end: on K, the window, `min_draft_prob`, and on rounds for which the draft was late.
+    * `shared_noise`: may accept fewer, but sends no supports, and the text is the target's own, with any draft or none.
+    * `auto`: `shared_noise` with a seed, else `rejection`.
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.
     """
 
     method: Method = "speculative"
-    num_speculative_tokens: int | Literal["auto"] = AUTO  # K: most proposals in a round; 0 is the method autoregressive
+    num_speculative_tokens: int | Literal["auto"] = AUTO  # K: most proposals in a round; 0: target only
     overlap: bool | None = None  # the draft goes on while the target verifies; None: unless they share an accelerator
-    window: int | None = None  # positions the draft may be ahead of the committed text; None: 2 K with overlap, else K
+    window: int | None = (
+        None  # positions that the draft may be ahead of the committed text; None: 2 K with overlap, else K
+    )
     max_support: int = 0  # 0: the draft service's own limit
     min_draft_prob: float = 0.0
     greedy_draft: bool = False
     rule: RuleName = AUTO
-    num_alternatives: int | None = None  # other ends of a round that the draft prepares for; None: as the rule says
+    num_alternatives: int | None = None  # other ends of a round that the draft prepares; None: as the rule says
 
     def __post_init__(self) -> None:
         arguments.one_of("method", self.method, METHODS)
@@ -189,7 +189,7 @@ class SpeculationParams:
             _set(self, "overlap", arguments.flag("overlap", self.overlap, "None, True or False"))
 
     def with_fields(self, keywords: Mapping[str, Any]) -> SpeculationParams:
-        """Return these with the keywords of a call; raises InvalidRequestError for one that no call takes."""
+        """Return these with the keywords of a call; raises InvalidRequestError for an unknown one."""
         for name in keywords:
             if name not in SpeculationFields.__annotations__:
                 known = ", ".join(SpeculationFields.__annotations__)
@@ -207,16 +207,16 @@ class SpeculationParams:
         return self.method == "draft" or (self.method == "speculative" and self.num_speculative_tokens != 0)
 
     def overlaps(self, have_one_accelerator: bool) -> bool:
-        """Return whether the draft goes on while the target verifies: on one accelerator they would take turns."""
+        """Return whether the draft goes on while the target verifies; on one accelerator they would take turns."""
         return not have_one_accelerator if self.overlap is None else self.overlap
 
     def num_ahead(self, num_speculative_tokens: int, overlaps: bool) -> int:
-        """Return how far beyond the committed text the draft may go when rounds have so many proposals."""
+        """Return how far ahead of the committed text the draft may be, in rounds of so many proposals."""
         if self.window is not None:
             return self.window
         return num_speculative_tokens * (2 if overlaps else 1)
 
 
 def _set(params: Any, name: str, value: object) -> None:
-    """Write a field of frozen parameters, as the plain value that it stands for."""
+    """Set a field of frozen parameters."""
     object.__setattr__(params, name, value)

@@ -1,8 +1,8 @@
-"""What a generation is asked for, and the tokens that it has committed. Knows no sockets.
+"""A generation's task, and its committed tokens. Knows no sockets.
 
-The client owns the truth: only it holds the committed tokens. A service holds a cache of some prefix of them, and every
-message names absolute positions, so that reopening a stream is the same as continuing it. The last committed token is
-always pending: it is in neither cache until the round after it.
+Only the client holds the committed tokens. Services cache some prefix of them, and every message names absolute
+positions, so reopening a stream is the same as continuing it. The last committed token is always pending: it is in
+neither cache until the round after it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from outrider_client.rules.rules import Rule
 
 @dataclass(frozen=True)
 class Task:
-    """What a generation is asked for, and of which target: the same from its first message to its last."""
+    """What to generate, and with which target. It does not change during a generation."""
 
     prompt_ids: Sequence[int]
     distribution: DistributionParams
@@ -34,7 +34,7 @@ class Task:
 
     @property
     def sampling(self) -> common_pb2.SamplingParams:
-        """How both services draw. They need to know what ends the text where that may not come too soon."""
+        """How both services draw. Under `min_tokens` they also need the ids that end the text."""
         params, ends = self.distribution, list[int]()
         if params.min_tokens:
             ends = [*dict.fromkeys((*params.stop_token_ids, *self.target_info.eos_token_ids))][:MOST_STOP_IDS]
@@ -42,7 +42,7 @@ class Task:
 
 
 class Committed:
-    """The committed tokens of one sequence, to be read."""
+    """The committed tokens of one sequence, read-only."""
 
     def __init__(self, prompt_ids: Sequence[int]):
         self._tokens = TokenLog(prompt_ids)
@@ -62,7 +62,7 @@ class Committed:
         )
 
     def check_cache(self, cache: common_pb2.CacheState, ahead: Sequence[int]) -> None:
-        """Raise CacheMismatchError unless `cache` belongs to the committed tokens followed by some of `ahead`."""
+        """Raise CacheMismatchError unless `cache` holds a prefix of the committed tokens followed by `ahead`."""
         num_ahead = cache.num_cached_tokens - len(self)
         if num_ahead > len(ahead):
             raise CacheMismatchError
@@ -74,7 +74,7 @@ class Committed:
 
 
 class CommittedTokens(Committed):
-    """The committed tokens as their generation holds them: only it adds to them."""
+    """The committed tokens as their generation, which alone adds to them, holds them."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
         self._tokens.extend(token_ids)

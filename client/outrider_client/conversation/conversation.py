@@ -1,7 +1,7 @@
 """The conversation of one generation with the two services, as a generator.
 
-It yields effects and chunks, and is sent events. It decides on order, waiting, retries and failures, and has no
-sockets, threads or clocks of its own. What it says to the draft, and when, is `draft_session`'s.
+It yields effects and chunks, and receives events. It decides on order, waiting, retries and failures, and has no
+sockets, threads or clocks of its own. `draft_session` decides what the draft is sent, and when.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Conversation:
         jitter: Callable[[], float] = lambda: 0.0,
         breaker: Breaker | None = None,
     ):
-        """`lengths` chooses K for each round, `deadline` is in the time of `clock`, and `jitter` draws from [0, 1).
+        """`lengths` chooses K for each round; `deadline` is in the time of `clock`; `jitter` draws from [0, 1).
 
-        `breaker` is what all generations of a client know of their draft.
+        All generations of a client share a `breaker`.
         """
         self._task, self._text, self._lengths = task, text, lengths
         self._patience, self._clock, self._deadline, self._jitter = patience, clock, deadline, jitter
@@ -69,11 +69,11 @@ class Conversation:
         self._draft = DraftSession(task, self._generation.draft, self._stats, patience, clock, breaker)
         self._is_draft_needed = False  # in this round, or soon
         self._token_probs: list[float | None] = []
-        self._is_asking = False  # a round is with the target
+        self._is_asking = False  # the target has a round
         self._response: Any = None
         self._failure: Broken | None = None
         self._started_at = 0.0
-        self._away_s = 0.0  # seconds that the caller kept a chunk
+        self._away_s = 0.0  # seconds that the caller took for chunks
 
     def run(self) -> Steps:
         """Yield effects and chunks until the text ends; return the GenerationResult.
@@ -109,7 +109,7 @@ class Conversation:
 
     @property
     def _worked_s(self) -> float:
-        """Seconds since the start, without those that the caller kept chunks."""
+        """Seconds since the start, without those that the caller took for chunks."""
         return self._clock() - self._started_at - self._away_s
 
     # Rounds with the target.
@@ -120,7 +120,7 @@ class Conversation:
         learned_at = self._worked_s
         while self._text.finish_reason is None:
             before, num_failures = self._stats.waits_s(), self._num_failures
-            num_proposals = yield from self._gather_proposals(length)
+            num_proposals = yield from self._await_proposals(length)
             decision = yield from self._verify(num_proposals, length)
             texts = self._text.take(decision.token_ids)
             num_kept = len(texts)
@@ -143,9 +143,9 @@ class Conversation:
         return stats.num_draft_failures + stats.num_target_retries + stats.num_cache_mismatches
 
     def _learn(self, decision: Decision, round_s: float) -> None:
-        """Report a round to the chooser of K, but not the first, which has the prompt to process.
+        """Report a round to `lengths`, except the first, which processes the prompt.
 
-        A round lasts from the end of the one before it, so that all time belongs to some round.
+        A round lasts from the end of the one before it, so rounds cover all time.
         """
         if len(self._stats.rounds) == 1:
             return
@@ -155,7 +155,7 @@ class Conversation:
         self._lengths.learn(RoundTimes(last.num_draft_tokens, decision.num_accepted, *times, decision.overlaps))
 
     def _verify(self, num_proposals: int, length: int) -> Steps:
-        """Have a round verified, opening new sessions as often as patience allows; return its decision."""
+        """Have a round verified and return its decision; reopen sessions as often as patience allows."""
         request = self._target.begin_round(self._generation.draft.proposals[:num_proposals])
         num_failures, failed_at = 0, 0.0
         while True:
@@ -171,8 +171,8 @@ class Conversation:
                     )
             num_failures += 1
             failed_at = failed_at if num_failures > 1 else self._clock()
-            yield Close(Link.TARGET)  # what it says late is no answer to what is asked next
-            was_idle = failure.reason == Reason.SESSION_IDLE  # the caller took its time, which is no failure
+            yield Close(Link.TARGET)  # a late response must not answer the next request
+            was_idle = failure.reason == Reason.SESSION_IDLE  # because of the caller, which is not a failure
             if num_failures > 1 or not was_idle:
                 yield from self._sleep(self._pause_after(failure, num_failures, failed_at))
                 self._stats.num_target_retries += 1
@@ -180,7 +180,7 @@ class Conversation:
             request = self._target.round_request()
 
     def _ask_target(self, request: Any, length: int) -> Steps:
-        """Send a round and wait for its answer; return the failure, or None when `_response` holds the answer."""
+        """Send a round and wait for its response; return the failure, or None if `_response` holds the response."""
         started_at = self._clock()
         self._response = None
         if self._failure is None:
@@ -206,9 +206,9 @@ class Conversation:
         return failure
 
     def _pause_after(self, failure: Broken, num_failures: int, failed_at: float) -> float:
-        """Return how long to pause before the next try, or raise when there is no next try.
+        """Return how long to pause before the next try, or raise if there is none.
 
-        `failed_at` is when the first of these failures was.
+        `failed_at` is the time of the first of these failures.
         """
         if failure.reason == Reason.MODEL_CHANGED:
             raise ModelChangedError("the target service has another model than when the text began")
@@ -226,7 +226,7 @@ class Conversation:
         return pause
 
     def _sleep(self, seconds: float) -> Steps:
-        """Let time pass, taking what the draft sends meanwhile."""
+        """Let time pass, and take what the draft sends meanwhile."""
         until = self._clock() + seconds
         while self._clock() < until:
             yield from self._wait(until - self._clock())
@@ -234,26 +234,26 @@ class Conversation:
 
     # Proposals from the draft.
 
-    def _gather_proposals(self, length: int) -> Steps:
-        """Wait for the proposals of a round, at most `length`, and return how many it shall have."""
+    def _await_proposals(self, length: int) -> Steps:
+        """Wait for a round's proposals, at most `length`; return how many to use."""
         if not self._task.speculation.uses_draft or not length:
             return 0
         link, waited_from = self._generation.draft, self._clock()
         while (yield from self._poll()):
             pass
-        if not link.proposals:  # what there is stays of use, and opening again would void it
+        if not link.proposals:  # else they are still of use, and reopening would void them
             yield from self._draft.reopen(length)
         wanted = link.num_wanted(length)
         if len(link.proposals) >= wanted * self._lengths.least_share:
             wanted = min(wanted, len(link.proposals))
-        waited_since = self._clock()  # without what asking the draft for its description took
+        waited_since = self._clock()  # without the time that the draft's description took
         while self._is_worth_waiting(wanted):
             left = waited_since + self._patience.draft_wait_s - self._clock()
             if left <= 0:
                 yield from self._draft.on_silence(self._clock() - waited_since)
                 break
             yield from self._wait(left)
-            if not self._draft.is_open:  # it broke meanwhile, and may be back already
+            if not self._draft.is_open:  # it broke, and may be back already
                 yield from self._draft.reopen(length)
                 wanted = link.num_wanted(length)
         if self._draft.is_open and 0 < wanted <= len(link.proposals):
@@ -264,14 +264,14 @@ class Conversation:
     def _is_worth_waiting(self, wanted: int) -> bool:
         """Return whether to wait for more proposals.
 
-        A target whose stream has broken, but is asked again, changes nothing: a round without proposals would draw
-        other tokens than the seed's.
+        Also while the target's stream is broken, if it will be retried: a round without proposals would draw other
+        tokens than the seed's.
         """
         is_over = self._failure is not None and self._failure.is_final
         return not is_over and self._draft.is_worth_waiting_for(wanted)
 
     def _prepare_draft(self, length: int) -> Steps:
-        """While the target is at work on the round before the first with proposals, have the draft process the text."""
+        """Have the draft process the text while the target works on the last round without proposals."""
         was_needed = self._is_draft_needed
         self._is_draft_needed = length > 0 or (self._task.speculation.uses_draft and self._lengths.needs_draft)
         if self._is_draft_needed and not was_needed and not length:
@@ -305,7 +305,7 @@ class Conversation:
             token_ids = [proposal.token_id for proposal in link.proposals]
             segments = [Segment(text, True) for text in self._text.take(token_ids)]
             self._generation.commit_drafts(len(segments))
-            unknown: list[float | None] = [None] * len(segments)  # the target has not been asked
+            unknown: list[float | None] = [None] * len(segments)  # there is no target
             yield from self._hand_over(Chunk(token_ids[: len(segments)], segments, unknown))
 
     # Chunks and events.
@@ -319,7 +319,7 @@ class Conversation:
         self._away_s += self._clock() - handed_at
 
     def _poll(self) -> Steps:
-        """Take an event that is there already; return whether there was one."""
+        """Take an event that has already come; return whether there was one."""
         event = yield Wait(0.0)
         yield from self._take(event)
         return event is not None

@@ -1,7 +1,7 @@
-"""The draft's buffer of one generation: what it has proposed, and what it has been sent. Knows no sockets.
+"""The draft's side of one generation: its proposals, and what it has been sent. Knows no sockets.
 
-`t` is the first undecided position, the number of committed tokens. `length` is K of the next round, as far as the
-text's end and the services' limits allow it.
+`t` is the first undecided position, which is the number of committed tokens. `length` is K of the next round, before
+the text's end and the services' limits cut it.
 """
 
 from __future__ import annotations
@@ -14,40 +14,38 @@ from outrider.v1 import common_pb2, draft_pb2
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.errors import ServiceFailedError
 
-GREEDY_ALTERNATIVES = 4  # by default, where the draft or the target takes its likeliest token
+GREEDY_ALTERNATIVES = 4  # by default, if the draft or the target is greedy
 
 
 class DraftLink:
     """What the draft service has proposed and been sent.
 
-    Responses come in order, and each names the last commit that was applied. So the client knows what the draft
-    did: it truncates at a commit exactly if the commit contradicts what it had drafted by then, and everything it
-    drafted before has arrived here before anything that it drafts afterwards.
+    Responses come in order, and each names the last commit that the draft has applied. A commit truncates the draft's
+    tokens exactly if it contradicts them, and all that was drafted before arrives before all that is drafted after.
+    So the client knows which tokens each response continues.
     """
 
     def __init__(self, task: Task, committed: Committed):
         self._task, self._committed = task, committed
         self.proposals: list[draft_pb2.Proposal] = []  # at t, t + 1, …
-        self.has_stopped = False  # nothing more comes until the next commit
+        self.has_stopped = False  # until the next commit
         self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
-        self.is_on_trial = (
-            False  # after a failure, or far behind: rounds do not wait for it until it has sent something
-        )
-        self._valid_from = 0  # proposals drafted under earlier commits are void
-        self._branch = 0  # under which the draft draws; OpenProposals.branch in draft.proto
-        self._num_sent = 0  # committed tokens that the draft knows
-        self.num_alternatives_used = 0  # rejections whose outcome the draft had prepared for
+        self.is_on_trial = False  # after a failure, or far behind: rounds do not wait for it until it has responded
+        self._valid_from = 0  # the commit before which proposals are void
+        self._branch = 0  # OpenProposals.branch in draft.proto
+        self._num_sent = 0  # committed tokens that the draft has been sent
+        self.num_alternatives_used = 0  # rejections for which the draft had prepared
         self._alternatives: dict[tuple[int, int], draft_pb2.Alternative] = {}  # by position and token
-        self._overruled_at = -1  # position at which a token contradicted a proposal, while alternatives to it may come
-        self._commit_starts: list[int] = []  # first positions of the commits sent, from the first on, ascending
+        self._overruled_at = -1  # where a token contradicted a proposal, while alternatives to it may come
+        self._commit_starts: list[int] = []  # first position of each commit sent, ascending
         self._last_applied = 0  # the commit that the last response named
-        self._end: float = math.inf  # no window of the session reached further
-        self._credit = math.inf  # what may still come: each message, proposal and alternative counts
+        self._end: float = math.inf  # of the session's furthest window
+        self._credit = math.inf  # messages, proposals and alternatives that may still come
 
     # Messages to the draft.
 
     def open(self, length: int) -> draft_pb2.ProposeRequest:
-        """Return the message that opens a session with all committed tokens; what was proposed before is void."""
+        """Return the message that opens a session with all committed tokens; earlier proposals become void."""
         task, target = self._task, self._task.target_info
         assert self.info is not None
         self.proposals, self.has_stopped = [], False
@@ -78,7 +76,7 @@ class DraftLink:
         )
 
     def commit(self, length: int) -> draft_pb2.ProposeRequest:
-        """Return the message that sends the draft what has been committed since the last."""
+        """Return the message with the tokens committed since the last one."""
         self.has_stopped, self._alternatives = False, {}
         self._commit_starts.append(self._num_sent)
         span = self._committed.span_from(self._num_sent)
@@ -98,14 +96,14 @@ class DraftLink:
 
     @property
     def can_follow(self) -> bool:
-        """Whether the draft can go on from the committed tokens: they fit its context and its vocabulary."""
+        """Whether the committed tokens fit the draft's context and vocabulary."""
         if self.info is None:
             return False
         unsent = self._committed[self._num_sent :]
         return len(self._committed) < self.info.context_length and max(unsent, default=0) < self.info.vocab_size
 
     def num_wanted(self, length: int) -> int:
-        """Return how many proposals the next round should have: 0 where the draft cannot follow."""
+        """Return how many proposals the next round should have; 0 if the draft cannot follow."""
         if self.info is None or not self.can_follow:
             return 0
         limit = self._task.target_info.limits.max_proposals or length
@@ -123,29 +121,26 @@ class DraftLink:
         return min(len(self._committed) + ahead, self._task.max_length, self.info.context_length)
 
     def _batch_until(self, length: int) -> int:
-        """The next round waits for all its proposals, so they come together. Without a target each is shown at once."""
+        """A round needs all its proposals, so they may come together. Under the method `draft` each comes at once."""
         if self._task.speculation.method == "draft":
             return 0
         return len(self._committed) + self.num_wanted(length)
 
     def _most_support(self) -> int:
-        """Return the most tokens in a support that the caller wants and both services take; 0: no limit."""
+        """Return the most tokens in a support, by the caller's and both services' limits; 0: no limit."""
         assert self.info is not None
         limits = (it.limits.max_support for it in (self.info, self._task.target_info))
         return min(filter(None, (self._task.speculation.max_support, *limits)), default=0)
 
     @property
     def _min_draft_prob(self) -> float:
-        """Without a target the draft must not stop, since only a commit would make it go on."""
+        """0 under the method `draft`, where no commit would make a stopped draft go on."""
         speculation = self._task.speculation
         return 0.0 if speculation.method == "draft" else speculation.min_draft_prob
 
     @property
     def _max_alternatives(self) -> int:
-        """How many alternatives the draft is asked for: none without overlap, or under a rule that allows none.
-
-        By default fewer where they are harder to guess and supports make their messages long.
-        """
+        """How many alternatives to ask the draft for: none without overlap, or under a rule that allows none."""
         speculation, most = self._task.speculation, self._task.rule.num_alternatives
         if speculation.method != "speculative" or not self._overlaps or not most:
             return 0
@@ -163,20 +158,20 @@ class DraftLink:
 
     @property
     def _num_left(self) -> int:
-        """Tokens that may still come."""
+        """Tokens until the longest length."""
         return self._task.max_length - len(self._committed)
 
     def _grant(self, start: int) -> None:
-        """Allow for all that may come of a message to the draft that lets it propose from a position on."""
+        """Add credit for all responses to a message that lets the draft propose from `start` on."""
         num_tokens = self._end - start
         self._credit += 2 + 2 * num_tokens + self._max_alternatives * (2 + num_tokens)
 
     # Commits and responses.
 
     def on_committed(self, start: int, token_ids: Sequence[int]) -> None:
-        """Drop the proposals that a commit decides, and all of them when it contradicts one.
+        """Drop the proposals that a commit decides, or all if it contradicts one.
 
-        When it ends with the token of an alternative, the alternative's proposals replace them.
+        If it contradicts one with the token of an alternative, the alternative's proposals replace them.
         """
         for position, (token_id, proposal) in enumerate(zip(token_ids, self.proposals, strict=False), start):
             if proposal.token_id != token_id:
@@ -188,23 +183,23 @@ class DraftLink:
         del self.proposals[: len(token_ids)]
 
     def void(self) -> None:
-        """Drop all proposals, and those to come from before the next commit."""
+        """Drop all proposals, including those that arrive before the next commit."""
         self._void(len(self._committed))
 
     def begin_branch(self) -> None:
-        """Have the draft draw with new random numbers from here on; what it has drawn so far is void."""
+        """Have the draft use new random numbers from here on; its proposals become void."""
         self._branch = len(self._committed)
         self.void()
 
     def on_response(self, response: draft_pb2.ProposeResponse) -> None:
-        """Take the proposals of a response that stand on what is committed.
+        """Take the proposals of a response that continue the committed tokens.
 
         Raises:
             CacheMismatchError: the draft's cache is not that of these tokens.
             ServiceFailedError: the response breaks the protocol.
         """
         self._check(response)
-        self.is_on_trial = False  # it speaks, even if what it says is void by now
+        self.is_on_trial = False  # it responds, even if with void proposals
         if response.commit_index >= self._valid_from:
             self._take_proposals(response)
         for alternative in response.alternatives:
@@ -219,7 +214,7 @@ class DraftLink:
             self._committed.check_cache(response.cache, [proposal.token_id for proposal in self.proposals])
 
     def _take_agreeing(self, start: int, messages: Sequence[draft_pb2.Proposal]) -> bool:
-        """Take those of some proposals that are undecided; return False when another is not what was committed."""
+        """Take undecided proposals; return False if a decided one differs from the committed token."""
         decided = self._committed[start : start + len(messages)]
         for position, (token_id, message) in enumerate(zip(decided, messages, strict=False), start):
             if message.token_id != token_id:
@@ -230,7 +225,7 @@ class DraftLink:
         return True
 
     def _take(self, position: int, messages: Sequence[draft_pb2.Proposal]) -> None:
-        """Take proposals for undecided positions, the first of which is `position`."""
+        """Take proposals for undecided positions from `position` on."""
         if not messages:
             return
         if position != len(self._committed) + len(self.proposals):
@@ -239,7 +234,7 @@ class DraftLink:
         self.proposals += messages
 
     def _take_alternative(self, alternative: draft_pb2.Alternative, commit_index: int) -> None:
-        """Keep an alternative for when its case comes true, or use it at once where that has happened meanwhile."""
+        """Keep an alternative, or use it at once if its token has been committed meanwhile."""
         position = alternative.position
         if position >= len(self._committed):
             if commit_index == self._commit_index >= self._valid_from:
@@ -250,32 +245,31 @@ class DraftLink:
             self._use(alternative)
 
     def _use(self, alternative: draft_pb2.Alternative) -> None:
-        """Go on with an alternative whose case has come true."""
-        self._overruled_at = -1  # there is no other for the same token
+        """Go on with the proposals of an alternative whose token was committed."""
+        self._overruled_at = -1  # only one alternative has this token
         self.num_alternatives_used += self._take_agreeing(alternative.position + 1, alternative.proposals)
 
     def _overrule(self, position: int) -> None:
-        """Drop all proposals, since a committed token contradicts that for `position`.
+        """Drop all proposals, since a committed token contradicts the one for `position`.
 
-        Alternatives to it may be under way from a draft that has not heard of it, but not after a second one.
+        Alternatives to it may still come from a draft that has not received the token, but not after a second one.
         """
         valid_from = self._valid_from
         self._void(position)
         self._overruled_at = position if self._valid_from > valid_from else -1
 
     def _void(self, position: int) -> None:
-        """Drop all proposals, and those to come that were drafted before the commit that decided `position`."""
+        """Drop all proposals, including late ones drafted before the commit that decided `position`."""
         self.proposals = []
         is_unsent = position >= self._num_sent
         self._valid_from = len(self._commit_starts) + 1 if is_unsent else bisect_right(self._commit_starts, position)
 
-    # What a draft that keeps the protocol cannot send.
+    # Protocol checks.
 
     def _check(self, response: draft_pb2.ProposeResponse) -> None:
-        """Raise ServiceFailedError for what cannot come from a draft that keeps the protocol, void or not.
+        """Raise ServiceFailedError if a response, void or not, breaks the protocol.
 
-        What is not refused here is used only if it agrees with what is committed. So memory and time that a draft can
-        take are bounded by what it was asked for.
+        So the memory and time that a draft can take are bounded by what it was asked for.
         """
         if not self._last_applied <= response.commit_index <= self._commit_index:
             raise ServiceFailedError(f"the draft named commit {response.commit_index}, which it cannot have applied")

@@ -1,4 +1,4 @@
-"""The draft's stream of one generation: when it is opened, fed, waited for and given up. Knows no sockets."""
+"""The draft's stream of one generation: when to open it, wait for it and give it up. Knows no sockets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from outrider_client.errors import CacheMismatchError, IncompatiblePairError, Mo
 from outrider_client.pair import find_mismatch
 from outrider_client.results import GenerationStats
 
-# A draft that fails so may be well for other texts.
+# With these codes the draft may still work for other texts.
 CODES_OF_ONE_TEXT = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.OUT_OF_RANGE,
@@ -37,7 +37,7 @@ CODES_OF_ONE_TEXT = (
 
 
 class DraftSession:
-    """Opens the draft's stream and gives it up. Methods that return Steps yield effects, but never a Wait."""
+    """Opens the draft's stream and gives it up. Its generators yield effects, but never a Wait."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class DraftSession:
         clock: Callable[[], float],
         breaker: Breaker | None,
     ):
-        """`breaker` is what all generations of a client know of their draft; the method `draft` insists without it."""
+        """All generations of a client share a `breaker`, except those with the method `draft`, which insists."""
         self._task, self._link, self._stats, self._patience, self._clock = task, link, stats, patience, clock
         self._insists = task.speculation.method == "draft"
         self.is_open = False
@@ -64,12 +64,12 @@ class DraftSession:
         return max(self._own_breaker.retry_at, self._breaker.retry_at)
 
     def reopen(self, length: int) -> Steps:
-        """Open the stream for rounds of `length` proposals, when it is not open and it is time for another try."""
+        """Open the stream for rounds of `length` proposals, unless it is open or paused."""
         began_at = self._clock()
         if self.is_open or not self._own_breaker.may_ask(began_at):
             return
         if not self._breaker.may_ask(began_at):
-            if not self._stats.draft_failures:  # this text goes without the draft for a reason that another text met
+            if not self._stats.draft_failures:  # another text met the failure
                 self._stats.add_draft_failure(*self._breaker.cause)
             return
         self._num_noted = self._breaker.num_noted
@@ -82,12 +82,12 @@ class DraftSession:
             self._link.is_on_trial = not (self._breaker.is_trusted and self._own_breaker.is_trusted)
             self.is_open, self._has_spoken = True, False
             yield from counted(Open(Link.DRAFT, self._link.open(length)), self._stats)
-        else:  # this model never will be able to; but another may replace it
+        else:  # this model never can, but another may replace it
             self._own_breaker.rest(self._clock() + self._patience.longest_backoff_s)
             self._breaker.on_success(self._clock())
 
     def _refused_pair(self, info: common_pb2.ModelInfo) -> Broken | None:
-        """Return why a draft that describes itself so cannot be the target's; None when it can."""
+        """Return why this draft cannot work with the target; None if it can."""
         if not info.vocab_size or not info.context_length:
             return Broken.of_draft(
                 Reason.BROKE_PROTOCOL, "the draft describes a model without a vocabulary or a context"
@@ -98,12 +98,12 @@ class DraftSession:
         return Broken.of_draft(Reason.OTHER_TOKENIZER, mismatch) if mismatch else None
 
     def commit(self, length: int) -> Steps:
-        """Send what has been committed, for a next round of `length` proposals, if the draft can go on from it."""
+        """Send the committed tokens, for a next round of `length` proposals, if the draft can follow them."""
         if self.is_open and self._link.can_follow:
             yield from counted(Send(Link.DRAFT, self._link.commit(length)), self._stats)
 
     def catch_up(self) -> Steps:
-        """Have the draft process the text before it is needed; rounds go without it until it has."""
+        """Have the draft process the text before it is needed. Rounds do not wait for it meanwhile."""
         yield from (self.commit(1) if self.is_open else self.reopen(1))
         self._link.is_on_trial = True
 
@@ -115,13 +115,13 @@ class DraftSession:
         return len(link.proposals) < num_wanted and not (link.has_stopped and link.proposals)
 
     def on_delivered(self) -> None:
-        """Note that the draft has proposed what was wanted of it."""
+        """Note that the draft has proposed as many tokens as a round wanted."""
         self._num_silences = 0
         for breaker in (self._breaker, self._own_breaker):
             breaker.on_success(self._clock())
 
     def on_silence(self, waited_s: float) -> Steps:
-        """Wait no more for the draft until it speaks, and the second time in a row give its stream up."""
+        """Stop waiting for the draft until it responds; the second time in a row, give its stream up."""
         failure = Broken.of_draft(Reason.SILENT, f"it proposed too little within {self._patience.draft_wait_s:g} s")
         self._num_silences += 1
         if self._num_silences > 1:
@@ -131,9 +131,9 @@ class DraftSession:
             self._note_failure(failure, waited_s)
 
     def take(self, event: Event) -> Steps:
-        """Take what the stream says."""
+        """Take an event of the stream."""
         if not self.is_open:
-            return  # of a session that has been given up already
+            return  # from a session that was given up
         failure = event if isinstance(event, Broken) else self._take_response(event.message)
         if failure is not None:
             yield from self._fail(failure)
@@ -148,12 +148,12 @@ class DraftSession:
             return Broken.of_draft(Reason.BROKE_PROTOCOL, str(error))
         self._has_spoken = True
         num_drafted = len(response.proposals)
-        if num_drafted and not response.alternatives:  # which the same passes have drafted
+        if num_drafted and not response.alternatives:  # which share the passes
             self._stats.draft_forward_s.append(seconds_of(response.timing.forward_ms) / num_drafted)
         return None
 
     def _fail(self, failure: Broken, held_up_s: float = 0.0) -> Steps:
-        """Go on without the draft for now. What it has proposed stands, unless it is not to be believed."""
+        """Go on without the draft for now. Its proposals stay, unless the failure makes them invalid."""
         if self._insists:
             _raise_if_final(failure)
         self.is_open = False
@@ -164,7 +164,7 @@ class DraftSession:
         yield Close(Link.DRAFT)
 
     def _note_failure(self, failure: Broken, held_up_s: float) -> None:
-        """Count a failure and pause. If other texts may meet it too, they pause as well."""
+        """Count a failure and pause the draft; for other texts too, if they may meet the same failure."""
         self._stats.add_draft_failure(*failure.cause)
         now, delay_s = self._clock(), self._patience.bounded(failure.retry_delay_s)
         self._own_breaker.on_failure(now, self._own_breaker.num_noted, failure.cause, held_up_s, delay_s)
@@ -173,7 +173,7 @@ class DraftSession:
 
 
 def _raise_if_final(failure: Broken) -> None:
-    """Raise an error for a failure of the draft where there is no target, unless the failure may pass."""
+    """Under the method `draft`: raise an error for a failure of the draft that will not pass."""
     if failure.reason == Reason.BROKE_PROTOCOL:
         raise ServiceFailedError(failure.details)
     if failure.reason == Reason.MODEL_CHANGED:

@@ -1,4 +1,4 @@
-"""What a conversation asks of its transport, and what comes back. Knows no sockets.
+"""What a conversation asks of its transport, and what it gets back. Knows no sockets.
 
 `outrider_client.sync` and `outrider_client.aio` carry the effects out with blocking and with asyncio gRPC.
 """
@@ -17,21 +17,21 @@ from outrider.protocol import errors
 from outrider_client.results import Chunk, GenerationStats
 
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.UNIMPLEMENTED)
-# Whoever says so: the service is not ready, is full, or holds another text than the client.
+# From services and proxies alike: the service is not ready, is full, or holds another text than the client.
 COME_AGAIN = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.FAILED_PRECONDITION,
 )
-# Without the service's reason: the stream broke on its way, or something there gave it up.
+# Without a service's reason: something between client and service broke the stream.
 BROKEN_LINK = (
     grpc.StatusCode.OK,  # an end in mid-text
-    grpc.StatusCode.CANCELLED,  # not by us: a server that shuts down cancels what its grace time did not let end
+    grpc.StatusCode.CANCELLED,  # not by us: a server cancels calls when the grace time of its shutdown ends
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.DATA_LOSS,
-    grpc.StatusCode.DEADLINE_EXCEEDED,  # of a proxy; the conversation keeps the caller's own
+    grpc.StatusCode.DEADLINE_EXCEEDED,  # a proxy's; the conversation observes the caller's
 )
 ASKS_WHO = "something before the service wants to know who asks, and clients send no credentials"
 MEANINGS = {
@@ -42,12 +42,12 @@ MEANINGS = {
 
 
 class Reason:
-    """Why a stream broke, where more is to be done about it than to count it. Others have a service's own reason."""
+    """Reasons for a broken stream that the client treats specially. Services have others."""
 
-    # Of a service; outrider.protocol.errors.
+    # Reported by a service; outrider.protocol.errors.
     MODEL_CHANGED, SESSION_IDLE = errors.ModelChangedError.reason, errors.SessionIdleError.reason
     MODEL_FAILED = errors.InternalError.reason
-    # Of the client, about what a service did.
+    # Found by the client.
     ENDED, SILENT, BROKE_PROTOCOL, OTHER_CACHE = "ENDED", "SILENT", "BROKE_PROTOCOL", "OTHER_CACHE"
     OTHER_TOKENIZER = "OTHER_TOKENIZER"
 
@@ -61,7 +61,7 @@ class Link(Enum):
 
 @dataclass(frozen=True)
 class Open:
-    """Effect: open a new stream on a link, dropping the one before, and send its first message."""
+    """Effect: open a new stream on a link in place of the last, and send its first message."""
 
     link: Link
     message: Any
@@ -77,21 +77,21 @@ class Send:
 
 @dataclass(frozen=True)
 class Close:
-    """Effect: drop a link's stream with whatever it may still say, and what is known of its service."""
+    """Effect: drop a link's stream, with all that it may still receive, and its service's description."""
 
     link: Link
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Effect: answer with the next event, or None when `timeout_s` passes first."""
+    """Effect: answer with the next event, or None if `timeout_s` passes first."""
 
     timeout_s: float | None
 
 
 @dataclass(frozen=True)
 class Describe:
-    """Effect: answer with the draft's ModelInfo if it can be had at once, else with a Broken that says why not."""
+    """Effect: answer with the draft's ModelInfo, or with a Broken that says why there is none."""
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,32 @@ class Received:
 
 @dataclass(frozen=True)
 class Broken:
-    """Event: a stream ended; `code` is OK when the service ended it without an error."""
+    """Event: a stream ended; `code` is OK if the service ended it without an error."""
 
     link: Link
     code: grpc.StatusCode
     details: str
     retry_delay_s: float | None = None
-    reason: str | None = None  # of the service's own ErrorInfo; None: something between here and there ended it
+    reason: str | None = (
+        None  # from the service's ErrorInfo; None: something between client and service ended the stream
+    )
 
     @classmethod
     def of_draft(cls, reason: str, details: str) -> Broken:
-        """Return a failure of the draft that no stream has reported."""
+        """Return a failure of the draft that the client found itself."""
         return cls(Link.DRAFT, grpc.StatusCode.ABORTED, details, reason=reason)
 
     @property
     def cause(self) -> tuple[str, str]:
-        """What it is counted as, and its details."""
+        """The reason under which it is counted, and its details."""
         return self.reason or (Reason.ENDED if self.code is grpc.StatusCode.OK else self.code.name), self.details
 
     @property
     def is_final(self) -> bool:
-        """Whether the same would come of asking again.
+        """Whether a retry would fail in the same way.
 
-        A service names the reason of each of its errors; what comes without one is of the way to it, and a proxy says
-        INTERNAL where a connection broke, and other codes for what it could not do.
+        Services give a reason with each error. Errors without one come from between: proxies report INTERNAL for broken
+        connections.
         """
         if self.code in COME_AGAIN:
             return False
@@ -135,12 +137,12 @@ class Broken:
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the service does not take the request."""
+        """Whether the service refused the request."""
         return self.code in REFUSALS
 
     @property
     def explained(self) -> str:
-        """The details, and what they mean where the service itself has not spoken."""
+        """The details, with their usual meaning if they are not the service's own."""
         meaning = MEANINGS.get(self.code) if self.reason is None else None
         return f"{self.details} ({meaning})" if meaning else self.details
 
@@ -157,5 +159,5 @@ def counted(effect: Open | Send, stats: GenerationStats) -> Steps:
 
 
 def seconds_of(milliseconds: float) -> float:
-    """Return in seconds what a service says it took; 0 for what is no time."""
+    """Return a service's milliseconds in seconds; 0 for invalid ones."""
     return max(milliseconds / 1000, 0.0) if math.isfinite(milliseconds) else 0.0

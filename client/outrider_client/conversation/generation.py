@@ -1,4 +1,4 @@
-"""One generation: its committed tokens, what each service has of it, and what came of its rounds. Knows no sockets."""
+"""One generation: its committed tokens, its links to both services, and its statistics. Knows no sockets."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from outrider_client.rules.acceptance import Decision
 
 
 class Generation:
-    """Commits tokens and counts them. The two links read what is committed; neither knows the generation."""
+    """Commits tokens and counts them. The two links only read the committed tokens."""
 
     def __init__(self, task: Task):
         self.task, self.stats = task, GenerationStats()
-        self.logprobs: list[TokenLogprobs] = []  # of the output, where they are asked for
+        self.logprobs: list[TokenLogprobs] = []  # of the output, if asked for
         self.committed = CommittedTokens(task.prompt_ids)
         self.target = TargetLink(task, self.committed)
         self.draft = DraftLink(task, self.committed)
 
     def commit_round(self, decision: Decision, num_kept: int) -> None:
-        """Commit the first `num_kept` tokens of a decision and count them; the rest lies behind the end of the text."""
+        """Commit and count the first `num_kept` tokens of a decision; the rest lies behind the end of the text."""
         num_proposals = self.target.num_proposals
         is_cut = num_kept < len(decision.token_ids)
         num_drafted = min(num_proposals, num_kept) if is_cut else num_proposals
@@ -48,7 +48,7 @@ class Generation:
                 counts[index] += 1
 
     def commit_drafts(self, num_kept: int) -> None:
-        """Commit the draft's own first `num_kept` tokens: the method `draft`."""
+        """Commit the first `num_kept` proposals, under the method `draft`."""
         self.stats.num_generated_tokens += num_kept
         self.stats.num_draft_tokens += num_kept
         self._commit([proposal.token_id for proposal in self.draft.proposals[:num_kept]])

@@ -1,4 +1,4 @@
-"""How long a generation waits for whom, and when it asks again. Knows no sockets; clocks are arguments."""
+"""How long a generation waits for each service, and when it retries. Knows no sockets; clocks are arguments."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass, fields
 from outrider_client.arguments import seconds
 
 COST_SHARE = 0.1  # of the time may be lost to asking a draft that does not answer
-ROUND_TOKEN_S = 0.02  # that the slowest target takes to read a token, of a long prompt or after its cache was dropped
-PAUSES = 12  # times the longest backoff: the longest time that a draft is left alone
+ROUND_TOKEN_S = 0.02  # per token of the slowest target's prefill
+PAUSES = 12  # times the longest backoff: the longest pause of a draft
 
 
 class Breaker:
-    """Leaves a draft alone that has failed, longer each time, and then has one generation ask for all.
+    """Pauses a draft that has failed, longer each time; after a pause one generation tries it for all.
 
-    The first time there is no pause: most breaks are over when they are noticed. Failures are forgotten once the draft
-    has worked for as long as it had been left alone.
+    The first failure brings no pause: most breaks are over when they are noticed. Failures are forgotten once the draft
+    has worked for as long as the last pause.
     """
 
     def __init__(self, first_s: float, longest_s: float, steady_s: float):
-        """Pauses are doubled from `first_s` up to `longest_s`; what has worked for `steady_s` is no longer suspect."""
+        """Pauses double from `first_s` up to `longest_s`. Failures are not forgotten before `steady_s` of work."""
         self._first_s, self._longest_s, self._steady_s = first_s, longest_s, steady_s
         self._num_failures = self._num_noted = 0
         self._failed_at = self._retry_at = -math.inf
@@ -31,7 +31,7 @@ class Breaker:
 
     @property
     def is_trusted(self) -> bool:
-        """Whether the draft, once it is asked again, may be waited for: it has not failed twice in a row."""
+        """Whether rounds may wait for the draft after it is reopened: it has not failed twice in a row."""
         return self._num_failures <= 1
 
     @property
@@ -46,11 +46,11 @@ class Breaker:
 
     @property
     def num_noted(self) -> int:
-        """Failures so far; `on_failure` wants the number of when an attempt began."""
+        """Failures so far. `on_failure` takes the number at the start of an attempt."""
         return self._num_noted
 
     def may_ask(self, now: float) -> bool:
-        """Return whether to ask now. After repeated failures one may, and the others wait for what comes of it."""
+        """Return whether to try now. After repeated failures one may, and others wait for its outcome."""
         with self._lock:
             if now < self._retry_at:
                 return False
@@ -69,10 +69,10 @@ class Breaker:
         """Note a failure.
 
         Args:
+            num_noted: at the start of the attempt. Failures noted since then were the same one, seen by others.
             cause: its reason and its details.
-            num_noted: of when the attempt began. What has been noted since then was the same failure, seen by another.
-            held_up_s: seconds that it took from a text.
-            retry_delay_s: when the service wants to be asked again; believed up to the longest pause.
+            held_up_s: seconds that it delayed a text.
+            retry_delay_s: the delay that the service asked for, cut to the longest pause.
         """
         with self._lock:
             if num_noted < self._num_noted:
@@ -86,51 +86,51 @@ class Breaker:
             self._retry_at = now + self._pause_s
 
     def on_success(self, now: float) -> None:
-        """Note that the draft did what it was asked for."""
+        """Note that the draft delivered."""
         with self._lock:
             self._retry_at = min(self._retry_at, now)
             if now - self._failed_at >= max(self._pause_s, self._steady_s):
                 self._num_failures = 0
 
     def rest(self, until: float) -> None:
-        """Do not ask before a point in time, without a failure."""
+        """Do not try before a point in time, without counting a failure."""
         with self._lock:
             self._retry_at = max(self._retry_at, until)
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a conversation waits for whom, in seconds: numbers from 0 to 1e9.
+    """How long a conversation waits, in seconds: numbers from 0 to 1e9.
 
     Raises:
         InvalidRequestError: a value is not such a number; the message names the field.
     """
 
-    draft_wait_s: float = 2.0  # for proposals, before a round goes without
-    describe_draft_s: float = 1.0  # for the draft's description, before rounds go without for a while
+    draft_wait_s: float = 2.0  # for proposals; then the round goes without
+    describe_draft_s: float = 1.0  # for the draft's description; then rounds go without for a while
     retry_s: float = 30.0  # for the target, since it first failed a round
     first_backoff_s: float = 0.1
     longest_backoff_s: float = 5.0
-    round_s: float = 60.0  # for the answer to a round, and ROUND_TOKEN_S more for each token of the text
+    round_s: float = 60.0  # for the response to a round, plus ROUND_TOKEN_S for each token of the text
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, seconds(f"patience.{field.name}", getattr(self, field.name)))
 
     def bounded(self, retry_delay_s: float | None) -> float:
-        """Return the pause that a service wants, cut to the longest backoff; 0 if it names none."""
+        """Return the delay that a service asked for, cut to the longest backoff; 0 without one."""
         return min(max(retry_delay_s or 0.0, 0.0), self.longest_backoff_s)
 
     def breaker(self) -> Breaker:
-        """Return what decides when a draft that has failed is asked again."""
+        """Return a new breaker with these times."""
         longest_s = self.longest_backoff_s
         return Breaker(self.first_backoff_s, PAUSES * longest_s, steady_s=longest_s)
 
     def pause(self, num_failures: int, retry_delay_s: float | None, jitter: float) -> float:
         """Return the seconds before another try.
 
-        The first try is made at once, since another replica may be ready. Later ones double, unless the service
-        says when to come; `jitter`, from [0, 1), keeps apart those who failed together.
+        The first retry is immediate, since another replica may be ready. Later pauses double, unless the service asks
+        for a delay. `jitter`, from [0, 1), spreads clients that failed together.
         """
         is_first, longest_s = num_failures == 1, self.longest_backoff_s
         if retry_delay_s is not None:

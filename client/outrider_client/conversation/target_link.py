@@ -1,4 +1,4 @@
-"""The rounds that one generation has its target verify. Knows no sockets."""
+"""The target's side of one generation: its rounds. Knows no sockets."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from outrider_client.logprobs import logprobs_of
 from outrider_client.results import TokenLogprobs
 from outrider_client.rules.acceptance import Decision, Proposal, TargetRow
 
-MASS_SLACK = 2.0**-10  # of a row: logits become probabilities in float32
+MASS_SLACK = 2.0**-10  # a row's probabilities are computed in float32
 
 
 class TargetLink:
-    """What the target service is sent, and what its answers decide."""
+    """Builds the target's requests and decides rounds from its responses."""
 
     def __init__(self, task: Task, committed: Committed):
         self._task, self._committed = task, committed
         self._round_index = 0
-        self._round_start = 0  # position of the first token that the round decides
-        self._span_start = 0  # committed tokens that the target has when the round comes
+        self._round_start = 0  # position of the first token of the round
+        self._span_start = 0  # committed tokens that the target has before the round
         self._in_round: Sequence[draft_pb2.Proposal] = ()
         self._read: list[Proposal] | None = None  # those in the round, with their distributions
-        self.round_logprobs: list[TokenLogprobs] = []  # of what the last round decided, where they are asked for
+        self.round_logprobs: list[TokenLogprobs] = []  # of the last round's tokens, if asked for
 
     def open(self) -> target_pb2.VerifyRequest:
         """Return the message that opens a session with all committed tokens."""
@@ -51,11 +51,11 @@ class TargetLink:
 
     @property
     def num_proposals(self) -> int:
-        """How many proposals the present round has."""
+        """How many proposals the current round has."""
         return len(self._in_round)
 
     def round_request(self) -> target_pb2.VerifyRequest:
-        """Return the present round's request; sending it again is safe, and so is sending it to a new session."""
+        """Return the current round's request. It may be sent again, to this session or a new one."""
         return target_pb2.VerifyRequest(
             round=target_pb2.Round(
                 round_index=self._round_index,
@@ -68,9 +68,9 @@ class TargetLink:
         )
 
     def read_round(self) -> list[Proposal]:
-        """Return the proposals of the present round with their distributions, which are read once.
+        """Return the current round's proposals with their distributions, parsed once.
 
-        The request does not need them, so they can be read while the target is at work.
+        The request does not need them, so this can run while the target works.
         """
         if self._read is None:
             rule, vocab_size = self._task.rule, self._task.target_info.vocab_size
@@ -78,7 +78,7 @@ class TargetLink:
         return self._read
 
     def decide_round(self, response: target_pb2.VerifyResponse) -> Decision:
-        """Return what the rows of the present round decide; nothing is committed yet.
+        """Return the decision of the current round, without committing it.
 
         Raises:
             CacheMismatchError: the target's cache is not that of these tokens.
@@ -117,7 +117,7 @@ def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[P
 
 
 def _check_row(row: TargetRow, index: int, vocab_size: int) -> None:
-    """Raise ServiceFailedError for a row that is no distribution over the target's own vocabulary."""
+    """Raise ServiceFailedError unless a row is a distribution over the target's vocabulary."""
     if not 0 <= row.outside_mass <= 1 + MASS_SLACK:  # false for NaN
         raise ServiceFailedError(
             f"the target sent rows[{index}].outside_mass {row.outside_mass}, which is no probability"
@@ -132,5 +132,5 @@ def _check_row(row: TargetRow, index: int, vocab_size: int) -> None:
 
 
 def _known_prob(prob: float) -> float | None:
-    """Return a probability that the target reports beside what decides; None where it does not."""
-    return min(prob, 1.0) if prob > 0 else None  # NaN is not positive
+    """Return a reported probability; None if it was not reported."""
+    return min(prob, 1.0) if prob > 0 else None  # None for NaN too
