@@ -120,7 +120,7 @@ class Conversation:
         learned_at = self._worked_s
         while self._text.finish_reason is None:
             before, num_failures = self._stats.waits_s(), self._num_failures
-            num_proposals = yield from self._await_proposals(length)
+            num_proposals = yield from self._gather_proposals(length)
             decision = yield from self._verify(num_proposals, length)
             texts = self._text.take(decision.token_ids)
             num_kept = len(texts)
@@ -234,7 +234,7 @@ class Conversation:
 
     # Proposals from the draft.
 
-    def _await_proposals(self, length: int) -> Steps:
+    def _gather_proposals(self, length: int) -> Steps:
         """Wait for a round's proposals, at most `length`; return how many to use."""
         if not self._task.speculation.uses_draft or not length:
             return 0
