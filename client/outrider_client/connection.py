@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 CHANNEL_OPTIONS = (
-    ("grpc.enable_http_proxy", 0),  # the services stand beside the client, not behind its proxy to the web
-    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is inflated has no bound
+    ("grpc.enable_http_proxy", 0),  # the services are not behind the client's web proxy
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: inflated messages have no size limit
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.max_send_message_length", 64 * 1024 * 1024),
     ("grpc.keepalive_time_ms", 20_000),
@@ -61,22 +61,22 @@ CHANNEL_OPTIONS = (
 )
 DRAFT_CHANNEL_OPTIONS = (
     *(option for option in CHANNEL_OPTIONS if option[0] != "grpc.max_receive_message_length"),
-    ("grpc.max_receive_message_length", 8 * 1024 * 1024),  # 128 proposals with supports of 4,096 ids have 2 MiB
+    ("grpc.max_receive_message_length", 8 * 1024 * 1024),  # 128 proposals with supports of 4,096 ids take 2 MiB
 )
-MOST_UNREAD = 64  # messages of a stream that wait for the conversation; more are left to HTTP/2's own windows
-TARGET_PORT, DRAFT_PORT = 50052, 50051  # where an address names none
+MOST_UNREAD = 64  # messages of a stream that wait for the conversation; beyond, HTTP/2's flow control holds them back
+TARGET_PORT, DRAFT_PORT = 50052, 50051  # by default
 CLOSED = "the client is closed: make another"
 OTHERS_ASKED = "other calls have asked it in vain"
-MAX_TOKENIZER_BYTES = 256 * 1024 * 1024  # ten times the largest there are
-TOKENIZER_PART_BYTES = 256  # that a part takes here besides what it holds
-NOTICE_S = 1.0  # that a call waits for the target before it says so
-FIRST_PAUSE_S = 0.1  # before a description is asked for again
+MAX_TOKENIZER_BYTES = 256 * 1024 * 1024  # ten times the largest known
+TOKENIZER_PART_BYTES = 256  # overhead of a part in memory
+NOTICE_S = 1.0  # after which a wait for the target is logged
+FIRST_PAUSE_S = 0.1  # before a description is requested again
 SEEDED_BLOCK_LENGTH = 5  # K where `auto` may not choose
 
 
 @dataclass(frozen=True)
 class ConnectionSettings:
-    """Whom a client talks to and how long it waits."""
+    """A client's services, and how long it waits for them."""
 
     target: str  # HOST or HOST:PORT
     draft: str | None = None
@@ -86,11 +86,11 @@ class ConnectionSettings:
 
     @classmethod
     def of(cls, target: str, draft: str | None, connect_s: float, patience: Patience | None) -> ConnectionSettings:
-        """Return the settings that the arguments of a client mean."""
+        """Return settings from a client's arguments."""
         return cls(target, draft, connect_s, Patience() if patience is None else patience)
 
     def __post_init__(self) -> None:
-        """Raise InvalidRequestError, which names the field, for what is none."""
+        """Raise InvalidRequestError, which names the field, for invalid values."""
         object.__setattr__(self, "target", arguments.address("target", self.target, TARGET_PORT))
         if self.draft is not None:
             object.__setattr__(self, "draft", arguments.address("draft", self.draft, DRAFT_PORT))
@@ -100,28 +100,28 @@ class ConnectionSettings:
 
 
 class Stream(Protocol):
-    """One bidirectional call. What it receives goes to a mailbox, with the stream itself; so does its end."""
+    """One bidirectional call. It puts (stream, event) into a mailbox for each message, and for its end."""
 
     def begin(self, message: Any, timeout: float | None) -> None:
-        """Open the call with its first message. Whoever is interrupted in this has the stream, and can close it."""
+        """Open the call with its first message. If this is interrupted, `close` still ends the call."""
 
     def send(self, message: Any) -> None: ...
 
     def on_read(self) -> None:
-        """Note that an event has been taken, so that more may be read."""
+        """Note that an event was taken, so that more may be read."""
 
     def close(self) -> None:
-        """End the call; from any thread."""
+        """End the call, from any thread."""
 
 
 class Connection(ABC):
-    """The channels to both services, their stubs, and all ways to wait for something.
+    """The channels to both services, their stubs, and all kinds of waiting.
 
-    Made at a client's first use and not before, since channels belong to a process, and those of asyncio to a loop.
+    Made at a client's first use, since channels belong to a process, and those of asyncio to a loop.
     """
 
     mailbox: Callable[[], Any]  # makes a queue with `put`
-    describing: Any  # the lock of the one call that asks the target what it is
+    describing: Any  # the lock of the call that fetches the target's description
 
     def __init__(self, settings: ConnectionSettings, open_channel: Callable[..., Any]):
         """`open_channel` is `insecure_channel` of grpc or of grpc.aio."""
@@ -134,11 +134,11 @@ class Connection(ABC):
 
     @property
     def is_lost(self) -> bool:
-        """Whether the channels can no longer be used, nor closed: those of the process that this one is forked from."""
+        """Whether the channels can be neither used nor closed, since they belong to the process that forked this."""
         return os.getpid() != self._pid
 
     def check_caller(self) -> None:
-        """Raise InvalidRequestError in a child of the process that uses the channels."""
+        """Raise InvalidRequestError in a forked child."""
         if os.getpid() != self._pid:
             raise InvalidRequestError(
                 "the client was in use before this process was forked: make another client in the child"
@@ -154,40 +154,40 @@ class Connection(ABC):
 
     @abstractmethod
     async def collect(self, method: Any, request: Any, timeout: float, take: Callable[[Any], None]) -> None:
-        """Have `take` take each message of a streamed answer; raises grpc.RpcError and what it raises."""
+        """Call `take` with each message of a streamed answer; raises grpc.RpcError, and what `take` raises."""
 
     @abstractmethod
     def stream(self, link: Link, mailbox: Any) -> Stream:
-        """Return a call that is still to be begun; (stream, event) go to the mailbox."""
+        """Return a call that has not begun; it puts (stream, event) into the mailbox."""
 
     @abstractmethod
     async def next_item(self, mailbox: Any, until: float | None) -> Any:
-        """Return the next item; None when `until` has come, in the time of `time.monotonic`, or None was put."""
+        """Return the next item; None after `until`, in the time of `time.monotonic`, or if None was put."""
 
     @abstractmethod
     async def pause(self, seconds: float) -> None:
-        """Let time pass; less when the client is closed."""
+        """Let time pass, less if the client is closed."""
 
     @abstractmethod
     async def lock(self, timeout: float) -> bool:
-        """Take `describing`; return False when that could not be within the time, or a part of it."""
+        """Take `describing`; return False if that fails within the time, or part of it."""
 
     @abstractmethod
     async def until_closed(self, work: Coroutine[Any, Any, _T], deadline: float | None) -> _T:
-        """Return what `work` returns, or end it when the client is closed or the deadline has come."""
+        """Return what `work` returns, or end it when the client is closed or the deadline passes."""
 
     @abstractmethod
     async def in_thread(self, function: Callable[..., _T], *given: Any) -> _T:
-        """Return what a function returns that may take its time."""
+        """Return the result of a slow function."""
 
     @abstractmethod
     async def gather(self, works: Sequence[Callable[[], Coroutine[Any, Any, _T]]], num_at_once: int) -> list[_T]:
-        """Return what all works return, in order; the first error is raised, and ends the wait for the others."""
+        """Return all results in order; the first error is raised and ends the wait for the others."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of the target once per client."""
+    """The target's description, fetched once per client."""
 
     info: common_pb2.ModelInfo
     tokenizer: TargetTokenizer | None
@@ -195,7 +195,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Request:
-    """What one text is asked for with, checked as far as that takes no target."""
+    """The arguments of one text, checked as far as possible without the target."""
 
     prompt: str | list[int] | list[dict[str, Any]]  # text, token ids, or chat messages
     sampling: SamplingParams
@@ -204,11 +204,11 @@ class Request:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the prompt is one of chat messages, and not rendered yet."""
+        """Whether the prompt is chat messages, not yet rendered."""
         return not isinstance(self.prompt, str) and isinstance(self.prompt[0], dict)
 
     def rendered(self, target: Target) -> Request:
-        """Return this with chat messages as token ids, as the target's chat template has them.
+        """Return this with chat messages rendered to token ids by the target's chat template.
 
         Raises:
             InvalidRequestError: the target has no tokenizer or no chat template, or the template refuses them.
@@ -220,7 +220,7 @@ class Request:
         return replace(self, prompt=target.tokenizer.render_chat(messages))
 
     def nothing_yet(self) -> GenerationResult:
-        """Return the text as it is before its first token."""
+        """Return the text before its first token."""
         return GenerationResult("", [], None, self.sampling.seed_or_new(), [], GenerationStats())
 
 
@@ -232,9 +232,9 @@ def request_of(
     timeout: float | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Request:
-    """Check the arguments of a call as far as that takes no target.
+    """Check the arguments of a call as far as possible without the target.
 
-    `fields` are keywords of the call, which take the place of the fields of `speculation` of those names.
+    `fields` are keywords of the call; they override the fields of `speculation`.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
@@ -255,7 +255,7 @@ def request_of(
 
 
 def requests_of(settings: ConnectionSettings, prompt: Any, n: int | None, *given: Any) -> list[Request]:
-    """Return a request for each of `n` texts of each of several prompts, or of one; `given` as for request_of.
+    """Return `n` requests for each prompt; `given` as for request_of.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
@@ -270,7 +270,7 @@ def requests_of(settings: ConnectionSettings, prompt: Any, n: int | None, *given
 
 
 def _sampling_of_text(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Return the sampling of one of several texts of a prompt: the first has the seed itself, if there is one."""
+    """Return the sampling of text `index` of a prompt; text 0 has the seed itself."""
     if not index or sampling.seed is None:
         return sampling
     return replace(sampling, seed=seed_of_text(sampling.seed, index))
@@ -285,10 +285,9 @@ def _one_prompt(prompt: Any) -> str | list[int] | list[dict[str, Any]]:
 def begin_conversation(
     settings: ConnectionSettings, speeds: PairSpeeds, target: Target, request: Request, breaker: Breaker | None = None
 ) -> Conversation:
-    """Check a caller's arguments against the target and return the conversation.
+    """Check a request against the target and return the conversation.
 
-    `speeds` is what the client has learned of the pair so far, `breaker` when to ask its draft; the conversation adds
-    to both.
+    The client's conversations share `speeds` and `breaker`.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
@@ -297,12 +296,12 @@ def begin_conversation(
     assert sampling.max_new_tokens is not None
     params, rule = request.speculation, rule_of(request.speculation.rule, has_seed=sampling.seed is not None)
     prompt_ids = prompt_to_ids(cast("str | list[int]", request.prompt), target.tokenizer, target.info.vocab_size)
-    room = target.info.context_length - len(prompt_ids)
-    if room < 1:
+    num_left = target.info.context_length - len(prompt_ids)
+    if num_left < 1:
         raise InvalidRequestError(
             f"prompt has {len(prompt_ids)} tokens: the target's context has {target.info.context_length}"
         )
-    max_new_tokens, seed = min(sampling.max_new_tokens, room), sampling.seed_or_new()
+    max_new_tokens, seed = min(sampling.max_new_tokens, num_left), sampling.seed_or_new()
     max_length = len(prompt_ids) + max_new_tokens
     asked = (prompt_ids, sampling.distribution, rule(seed), params, max_length)
     task = Task(*asked, target.info, sampling.logprobs)
@@ -314,19 +313,19 @@ def begin_conversation(
 
 
 def left_until(deadline: float | None) -> float | None:
-    """Return the seconds that are left until a deadline, at least 0; None when there is none."""
+    """Return the seconds until a deadline, at least 0; None without one."""
     return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def time_for_draft(settings: ConnectionSettings, deadline: float | None) -> float:
-    """Return the seconds that the draft has to describe itself."""
+    """Return the seconds for the draft's description."""
     left_s, most_s = left_until(deadline), settings.patience.describe_draft_s
     return most_s if left_s is None else min(most_s, left_s)
 
 
 @contextmanager
 def before_the_text(request: Request) -> Iterator[None]:
-    """Give errors from before a text begins the empty part that it has by then; an argument's error has none."""
+    """Set `partial` of errors before a text begins to the empty text, except for invalid arguments."""
     try:
         yield
     except InvalidRequestError:
@@ -341,8 +340,8 @@ def lengths_for(
 ) -> FixedLength | LengthController:
     """Return what chooses K.
 
-    A seed's text must not depend on the clock. Where it depends on the draft, a round with K = 0 would draw another
-    token, so those are kept for texts without a seed; where it depends on the rounds as well, a seed has a fixed K.
+    A seed's text must not depend on the clock. If the rule makes it depend on the draft, a round with K = 0 would draw
+    another token, so only texts without a seed have such rounds. If it also depends on the rounds, K is fixed for seeds.
     """
     if not params.uses_draft or params.method == "draft":
         return FixedLength(0)
@@ -355,21 +354,21 @@ def lengths_for(
 
 
 class TokenizerParts:
-    """What GetTokenizer has sent so far."""
+    """The parts that GetTokenizer has sent."""
 
     def __init__(self) -> None:
         self._parts: list[target_pb2.GetTokenizerResponse] = []
         self._num_bytes = 0
 
     def add(self, part: target_pb2.GetTokenizerResponse) -> None:
-        """Keep a part; raises ServiceFailedError when there is no end to them."""
+        """Keep a part; raises ServiceFailedError if they are too large together."""
         self._num_bytes += part.ByteSize() + TOKENIZER_PART_BYTES
         if self._num_bytes > MAX_TOKENIZER_BYTES:
             raise ServiceFailedError(f"the target sent a tokenizer of more than {MAX_TOKENIZER_BYTES >> 20} MiB")
         self._parts.append(part)
 
     def tokenizer(self) -> TargetTokenizer:
-        """Return the tokenizer; raises ServiceFailedError when nothing has come."""
+        """Return the tokenizer; raises ServiceFailedError if there are no parts."""
         if not self._parts:
             raise ServiceFailedError("the target says that it has a tokenizer, and sent none")
         return TargetTokenizer.from_parts(
@@ -380,10 +379,9 @@ class TokenizerParts:
 
 
 def check_same_prompt(request: Request, error: ModelChangedError, before: Target, now: Target) -> None:
-    """Raise `error` unless a text may begin again with the model that has taken the place of another.
+    """Raise `error` unless a text may begin again with the target's new model.
 
-    It may when nothing has been written, and the prompt still means what it did: as text or messages, or by the same
-    tokenizer.
+    It may if it is still empty, and its prompt is text or messages, or the tokenizer is the same.
     """
     has_begun = error.partial is not None and error.partial.token_ids
     is_of_ids = not isinstance(request.prompt, str) and not request.is_chat
@@ -392,15 +390,15 @@ def check_same_prompt(request: Request, error: ModelChangedError, before: Target
 
 
 def broken(link: Link, error: Any) -> Broken:
-    """Return the event that an RPC's error stands for; clients branch on codes and reasons, never on text."""
+    """Return the event for an RPC's error. Callers branch on codes and reasons, never on texts."""
     retry_delay_s, reason = error_details(error)
     return Broken(link, error.code(), error.details() or "the stream ended", retry_delay_s, reason)
 
 
 def error_details(error: Any) -> tuple[float | None, str | None]:
-    """Return the seconds of the error's google.rpc.RetryInfo and its ErrorInfo's reason; None for what it lacks.
+    """Return the seconds of an error's google.rpc.RetryInfo and the reason of its ErrorInfo.
 
-    Whoever sends the error writes both, so what cannot be read is lacking.
+    Each is None if it is missing or cannot be read.
     """
     retry_info, error_info = error_details_pb2.RetryInfo(), error_details_pb2.ErrorInfo()
     retry_delay_s: float | None = None
@@ -416,7 +414,7 @@ def error_details(error: Any) -> tuple[float | None, str | None]:
 
 
 class UnreadableError(grpc.RpcError):
-    """What an answer is that is no message, and that gRPC hands over as None although all is well."""
+    """An answer cannot be parsed. gRPC returns None for it, with the status OK."""
 
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.INTERNAL
@@ -436,16 +434,16 @@ def readable(answer: Any) -> Any:
 
 
 class Retrying:
-    """The time that a call has to get the target's description, and when to ask again for what did not come."""
+    """The time that a call has for the target's description, and its retries."""
 
     def __init__(self, settings: ConnectionSettings, deadline: float | None, notice_s: float = math.inf):
-        """`deadline` is that of the call, in the time of `time.monotonic`; after `notice_s` the wait is logged."""
+        """`deadline` is the call's, in the time of `time.monotonic`; after `notice_s` the wait is logged."""
         self._settings, self.deadline = settings, deadline
         self._until = time.monotonic() + settings.connect_s
         self._notice_at = time.monotonic() + notice_s
 
     def pause_after(self, error: Any) -> float:
-        """Return how long to pause; raises when the error is final or the time is over."""
+        """Return how long to pause; raises if the error is final or the time is over."""
         failure = broken(Link.TARGET, error)
         if failure.is_final:
             raise ServiceFailedError(
@@ -459,7 +457,7 @@ class Retrying:
         return min(max(FIRST_PAUSE_S, failure.retry_delay_s or 0.0) * jitter, longest_s, self.try_s)
 
     def check(self, reason: str, cause: BaseException | None = None) -> None:
-        """Raise when the time is over; `reason` is what it went by with."""
+        """Raise if the time is over; `reason` says what it was spent on."""
         now = time.monotonic()
         if self.deadline is not None and now >= self.deadline:
             raise DeadlineExceededError("the timeout passed before the target had described itself") from cause
@@ -468,12 +466,12 @@ class Retrying:
 
     @property
     def left_s(self) -> float:
-        """Seconds that are left: a little even when the time is just over."""
+        """Seconds left; a little even when the time is just over."""
         now = time.monotonic()
         left_s = max(0.05, self._until - now)
         return left_s if self.deadline is None else min(left_s, max(0.0, self.deadline - now))
 
     @property
     def try_s(self) -> float:
-        """Seconds for the next try or pause: the first end when it is time to log the wait."""
+        """Seconds for the next try or pause, which ends in time to log the wait."""
         return min(self.left_s, max(0.05, self._notice_at - time.monotonic()))

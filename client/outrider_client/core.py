@@ -1,7 +1,7 @@
 """What both clients do, written once, as coroutines.
 
-All that they wait for is behind a `Connection`. That of the asyncio client waits on its event loop. That of the
-blocking client blocks inside, so that its coroutines never stop, and `run_now` runs them without a loop.
+All waiting is behind a `Connection`. The asyncio client's waits on its event loop. The blocking client's blocks, so its
+coroutines never suspend, and `run_now` runs them without a loop.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _T = TypeVar("_T")
 
 
 def run_now(work: Coroutine[Any, Any, _T]) -> _T:
-    """Return the result of a coroutine that has nothing to wait for."""
+    """Return the result of a coroutine that never suspends."""
     try:
         work.send(None)
     except StopIteration as stop:
@@ -59,22 +59,24 @@ def run_now(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 class Core:
-    """What a client knows and does."""
+    """The state and the calls of a client."""
 
     def __init__(self, settings: ConnectionSettings, connect: Callable[[ConnectionSettings], Connection]):
-        """`connect` makes the connection, at the first use."""
+        """`connect` makes the connection at the first use."""
         self.settings, self._connect = settings, connect
         self.speeds = PairSpeeds()
         self.breaker = settings.patience.breaker()
-        self.draft_info: common_pb2.ModelInfo | None = None  # of a draft that has not failed since
+        self.draft_info: common_pb2.ModelInfo | None = None  # None after a failure
         self._target: Target | None = None
         self._connection: Connection | None = None
         self._is_closed = False
-        self._guard = threading.RLock()  # of the connection and the texts; a signal's handler may close the client
-        self._texts: WeakSet[Text] = WeakSet()  # that may have to be told of the end
+        self._guard = (
+            threading.RLock()
+        )  # of the connection and the texts; reentrant: a signal handler may close the client
+        self._texts: WeakSet[Text] = WeakSet()  # to interrupt at the end
 
     def end(self) -> Connection | None:
-        """Refuse all further work and end the texts; return the connection, which is then to be closed, if any."""
+        """Refuse further work and end the texts; return the connection for the caller to close, if any."""
         self._is_closed = True
         with self._guard:
             connection, texts = self._connection, list(self._texts)
@@ -85,11 +87,11 @@ class Core:
         return connection
 
     def connected(self) -> Connection:
-        """Return the way to the services.
+        """Return the connection.
 
         Raises:
             ClientClosedError: the client is closed.
-            InvalidRequestError: another loop uses the client, or this process was forked from the one that does.
+            InvalidRequestError: the client is in use by another loop, or by the process that forked this one.
         """
         self.check_open()
         if self._connection is None:
@@ -105,11 +107,11 @@ class Core:
             raise ClientClosedError(CLOSED)
 
     def stream(self, *given: Any) -> Text:
-        """Return a text that is still to be begun; `given` as for request_of."""
+        """Return a text that has not begun; `given` as for request_of."""
         return self._new_text(request_of(self.settings, *given))
 
     async def generate(self, prompt: Any, n: int | None, *given: Any) -> Any:
-        """Return the finished text, or a list of them for several prompts, or where `n` is given."""
+        """Return the finished text, or a list of texts for several prompts or a given `n`."""
         texts = [self._new_text(request) for request in requests_of(self.settings, prompt, n, *given)]
         if n is None and not is_several(prompt):
             return await texts[0].finish()
@@ -129,36 +131,36 @@ class Core:
         return text
 
     async def info(self) -> PairInfo:
-        """Return what both services say of themselves now."""
+        """Ask both services to describe themselves."""
         return await self.until_closed(self._ask_pair(deadline=None))
 
     async def described_target(self, deadline: float | None = None) -> Target:
-        """Return what the target says of itself, asked for once; a call that fails leaves it to the next to ask."""
+        """Return the target's description, fetched once; after a failure the next call tries again."""
         if self._target is None:
             return await self.until_closed(self._describe_target(deadline), deadline)
         self.connected()
         return self._target
 
     async def until_closed(self, work: Coroutine[Any, Any, _T], deadline: float | None = None) -> _T:
-        """Return what `work` returns; raises ClientClosedError when the client is closed first."""
+        """Return what `work` returns; raises ClientClosedError if the client is closed first."""
         try:
             result = await self.connected().until_closed(work, deadline)
             self.check_open()
             return result
-        except (grpc.RpcError, ValueError):  # what gRPC says of a channel that is closed meanwhile
+        except (grpc.RpcError, ValueError):  # gRPC raises both for a closed channel
             self.connected()
             raise
         finally:
             work.close()
 
     def forget(self, target: Target) -> None:
-        """Have the next text begin with what the services are by then."""
+        """Forget this description of the target, so that the next text asks for a new one."""
         with self._guard:
             if self._target is target:
                 self._target, self.draft_info, self.speeds = None, None, PairSpeeds()
 
     async def describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
-        """Ask the draft what it is; a failure is counted, and returned."""
+        """Ask the draft for its description; count a failure and return it."""
         connection = self.connected()
         assert connection.draft is not None
         request, left_s = draft_pb2.DraftServiceGetModelInfoRequest(), time_for_draft(self.settings, deadline)
@@ -212,7 +214,7 @@ class Core:
         return (await self._ask_target(ask, Retrying(self.settings, deadline))).tokenizer()
 
     async def _ask_target(self, ask: Callable[[Connection, float], Awaitable[_T]], retrying: Retrying) -> _T:
-        """Return what `ask` returns, which gets the seconds that a try may take."""
+        """Return what `ask` returns, retrying. It is given the seconds of each try."""
         while True:
             connection = self.connected()
             try:
@@ -223,19 +225,19 @@ class Core:
 
 
 class Text:
-    """One text: its conversation, and the streams that carry the conversation's effects out.
+    """One text: its conversation, and the streams that carry out the conversation's effects.
 
-    One thread or task takes the chunks. Any may close the text.
+    One thread or task takes the chunks. Any thread may close the text.
     """
 
     def __init__(self, core: Core, request: Request):
         self._core, self._request = core, request
-        self._conversation: Conversation | None = None  # with the following, there once the text has begun
+        self._conversation: Conversation | None = None  # this and the next two: None until the text begins
         self._steps: Generator[Effect | Chunk, Any, GenerationResult] | None = None
         self._target: Target | None = None
         self._streams: dict[Link, Stream] = {}
-        self._events: Any = None  # the connection's mailbox of (stream, event), or of None to look around
-        self.result: GenerationResult | None = None  # of all chunks
+        self._events: Any = None  # the connection's mailbox of (stream, event); None ends a wait
+        self.result: GenerationResult | None = None  # once finished
         self._is_running = self._is_over = self._has_begun_again = False
 
     def __del__(self) -> None:
@@ -244,13 +246,13 @@ class Text:
 
     @property
     def partial(self) -> GenerationResult:
-        """What has been generated so far."""
+        """The text so far."""
         if self.result is not None:
             return self.result
         return self._request.nothing_yet() if self._conversation is None else self._conversation.result()
 
     async def target(self) -> Target:
-        """Return what the target says of itself; an error has the empty part of the text that it ends."""
+        """Return the target's description; an error holds the empty text as `partial`."""
         with before_the_text(self._request):
             return await self._core.described_target(self._request.deadline)
 
@@ -263,7 +265,7 @@ class Text:
         return self.result
 
     async def next_chunk(self) -> Chunk | None:
-        """Return the next chunk; None when the text has ended, or was closed, by whomever."""
+        """Return the next chunk; None if the text has ended or was closed."""
         if self._is_running:
             raise RuntimeError("another thread or task takes the chunks of this text")
         chunk, self._is_running = None, True
@@ -277,13 +279,13 @@ class Text:
         return chunk
 
     def close(self) -> None:
-        """End the text: the services stop working on it, and there are no more chunks."""
+        """End the text: the services stop working on it, and no more chunks come."""
         self._is_over = True
         self._stop()
         self.interrupt()
 
     def interrupt(self) -> None:
-        """Stop the services' work for this text, and end the wait for an event; from any thread."""
+        """Close the streams and end the wait for an event, from any thread."""
         self._close_streams()
         if self._events is not None:
             self._events.put(None)
@@ -321,7 +323,7 @@ class Text:
         self._steps = self._conversation.run()
 
     async def _take_other_target(self, error: ModelChangedError) -> None:
-        """Begin again with the model that has taken the place of another, or raise `error`."""
+        """Begin again with the target's new model, or raise `error`."""
         self._close_streams()
         before = self._target
         assert before is not None
@@ -331,7 +333,7 @@ class Text:
         await self._begin()
 
     async def _next_chunk(self) -> Chunk | None:
-        """Carry effects out up to the next chunk."""
+        """Carry out effects up to the next chunk."""
         steps, answer = self._steps, None
         assert steps is not None
         try:
@@ -368,7 +370,7 @@ class Text:
         stream = self._streams[link] = self._core.connected().stream(link, self._events)
         try:
             stream.begin(message, left_until(self._request.deadline))
-        except ValueError:  # what gRPC says of a channel that is closed meanwhile
+        except ValueError:  # gRPC raises it for a closed channel
             self._core.check_open()
             raise
 
@@ -378,7 +380,7 @@ class Text:
             stream.close()
 
     async def _next_event(self, timeout_s: float | None) -> Event | None:
-        """Return the next event of a stream that is still ours; raises as `Core.connected` does."""
+        """Return the next event of a current stream, or None; raises as `Core.connected` does."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             item = await self._core.connected().next_item(self._events, until)
@@ -403,19 +405,19 @@ class Text:
 
 
 class TextView:
-    """What a stream of either client shows of its text."""
+    """The public view of a text, for the streams of both clients."""
 
     def __init__(self, text: Text):
         self._text = text
 
     @property
     def result(self) -> GenerationResult:
-        """The finished generation; raises RuntimeError before the last chunk has been taken."""
+        """The finished generation; raises RuntimeError before the last chunk was taken."""
         if self._text.result is None:
             raise RuntimeError("the generation has not finished: take all chunks first")
         return self._text.result
 
     @property
     def partial(self) -> GenerationResult:
-        """What has been generated so far, whether or not it has finished."""
+        """The text so far, finished or not."""
         return self._text.partial
