@@ -341,7 +341,7 @@ def lengths_for(
     """Return what chooses K.
 
     A seed's text must not depend on the clock. If the rule makes it depend on the draft, a round with K = 0 would draw
-    another token, so only texts without a seed have such rounds. If it also depends on the rounds, K is fixed for seeds.
+    another token, so only texts without a seed have such rounds. If it also depends on the rounds, seeds fix K.
     """
     if not params.uses_draft or params.method == "draft":
         return FixedLength(0)
