@@ -53,7 +53,7 @@ COPY_BYTES = 1 << 30
 SHARE_FOR_WEIGHTS = 0.65  # of a GPU's memory; the rest is for caches and for what loading takes
 MAX_CACHED_TOKENS = 8192
 PROMPT_LENGTH = 32
-ALONE = {"method": "autoregressive", "rule": "rejection"}  # passed to `generate`
+TARGET_ONLY = {"method": "autoregressive", "rule": "rejection"}  # passed to `generate`
 GPU_SHAPES = ("gpt2-xl", "opt-13b", "llama3-8b")
 OVERLAPS = {"on": (True,), "off": (False,), "both": (False, True)}
 
@@ -116,7 +116,7 @@ class Way:
     @property
     def settings(self) -> dict[str, Any]:
         """What is passed to `generate`; the rates that were aimed at are those of rejection sampling."""
-        return ALONE | {"method": "speculative", "num_speculative_tokens": self.length, "overlap": self.overlap}
+        return TARGET_ONLY | {"method": "speculative", "num_speculative_tokens": self.length, "overlap": self.overlap}
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def measure_texts(
         prompt = [random.randrange(2, 90) for _ in range(PROMPT_LENGTH)]
         sampling = SamplingParams(1.0, seed=repetition + 1, max_new_tokens=max_new_tokens, ignore_eos=True)
         for way, its_stats in all_stats.items():
-            settings = way.settings if way else ALONE
+            settings = way.settings if way else TARGET_ONLY
             stats = client.generate(prompt, sampling, **settings).stats
             if repetition >= 0:
                 its_stats.append(stats)
@@ -247,7 +247,7 @@ async def _rate_of_users(
 ) -> float:
     """Return the tokens per second of texts that begin together; of `auto` they have no seed, so that K may be 0."""
     random = Random(repetition)
-    settings = way.settings if way else ALONE
+    settings = way.settings if way else TARGET_ONLY
     has_seed = way is None or way.length != AUTO
     began_at = time.perf_counter()
     results = await asyncio.gather(

@@ -1,11 +1,11 @@
-"""Toy models whose laws are enumerated: every drafted string, every outcome of a round, every string of tokens.
+"""Toy models whose distributions are enumerated: every drafted string, every outcome of a round, every text.
 
 Toy models give a random row of logits for every prefix. Every drafted string and every outcome of a round is a cell:
 an interval for each of its uniforms. The cell's probability is the product of their lengths, and what it yields is
 asked of the real functions with uniforms from the middle of the intervals.
 
-The rows disagree clearly: draft and target share about half of their mass, so that broken rules move the law by more
-than 1e-3, nine orders of magnitude above the tolerance.
+The rows disagree clearly: draft and target share about half of their mass, so that broken rules move the distribution by
+more than 1e-3, nine orders of magnitude above the tolerance.
 
 Shapes: V vocabulary size, S support, K proposals.
 """
@@ -28,7 +28,7 @@ from outrider_client.rules.acceptance import Decision, Proposal, TargetRow
 from tests.rows import draft_tokens, probability_rows, read_logits
 
 VOCAB_SIZE = 5
-NUM_TOKENS = 3  # length of the strings whose law is compared
+NUM_TOKENS = 3  # length of the strings whose distribution is compared
 TOLERANCE = 1e-12  # sums of at most 10^4 cells in float64, each right to some 2^-53 = 1.1e-16 of its own size
 SABOTAGE_DISTANCE = 1e-3
 GREEDY = DistributionParams(0.0)
@@ -45,7 +45,7 @@ PARAMS = {
 DRAFT_PARAMS = {"same": None, "greedy_draft": GREEDY}  # the draft follows the target's settings unless it is greedy
 Prefix = tuple[int, ...]
 PREFIXES: list[Prefix] = list(itertools.product(range(VOCAB_SIZE), repeat=2))[::3]
-Law = dict[Prefix, float]
+Distribution = dict[Prefix, float]
 Outcomes = Callable[["Pair", Prefix, list[Proposal]], Iterator[tuple[float, Decision]]]
 
 
@@ -155,32 +155,32 @@ def rounds(pair: Pair, prefix: Prefix, num_proposals: int, outcomes: Outcomes) -
             yield draft_prob * prob, decision
 
 
-def string_law(pair: Pair, num_speculative_tokens: int, outcomes: Outcomes) -> Law:
-    """Return the law of NUM_TOKENS tokens written in rounds of at most K proposals."""
-    finished: Law = defaultdict(float)
-    by_length: list[Law] = [defaultdict(float) for _ in range(NUM_TOKENS)]
+def string_distribution(pair: Pair, num_speculative_tokens: int, outcomes: Outcomes) -> Distribution:
+    """Return the distribution of NUM_TOKENS tokens written in rounds of at most K proposals."""
+    finished: Distribution = defaultdict(float)
+    by_length: list[Distribution] = [defaultdict(float) for _ in range(NUM_TOKENS)]
     by_length[0][()] = 1.0
     for length, prefixes in enumerate(by_length):
         for prefix, prefix_prob in prefixes.items():
             for prob, decision in rounds(pair, prefix, min(num_speculative_tokens, NUM_TOKENS - length), outcomes):
                 longer = (*prefix, *decision.token_ids)
-                laws = finished if len(longer) == NUM_TOKENS else by_length[len(longer)]
-                laws[longer] += prefix_prob * prob
+                distributions = finished if len(longer) == NUM_TOKENS else by_length[len(longer)]
+                distributions[longer] += prefix_prob * prob
     return finished
 
 
-def target_law(pair: Pair) -> Law:
-    """Return the law of NUM_TOKENS tokens that the target writes alone."""
-    law = {}
+def target_distribution(pair: Pair) -> Distribution:
+    """Return the distribution of NUM_TOKENS tokens that the target writes without a draft."""
+    distribution = {}
     for string in itertools.product(range(VOCAB_SIZE), repeat=NUM_TOKENS):
-        law[string] = float(
+        distribution[string] = float(
             np.prod([pair.target_probs(string[:length])[0, token].item() for length, token in enumerate(string)])
         )
-    return law
+    return distribution
 
 
-def distance(left: Law, right: Law) -> float:
-    """Return the total variation between two laws."""
+def distance(left: Distribution, right: Distribution) -> float:
+    """Return the total variation between two distributions."""
     return sum(abs(left.get(string, 0.0) - right.get(string, 0.0)) for string in left.keys() | right.keys()) / 2
 
 

@@ -133,12 +133,12 @@ def target_row(
 ) -> target_pb2.TargetRow:
     """Return the row after the first `length` tokens on a support `[S]`."""
     probs = model.probs(tokens, length)
-    told = round_down(probs[support])
+    reported = round_down(probs[support])
     outside = probs.copy()
-    outside[support] -= told
+    outside[support] -= reported
     token_id = draw(outside, number) if outside.any() else 0
     return target_pb2.TargetRow(
-        support_units=wire.prob_units(told),
+        support_units=wire.prob_units(reported),
         outside_mass=outside.sum(),
         outside_token_id=token_id,
         outside_token_prob=probs[token_id],
@@ -475,24 +475,26 @@ class SeedText:
         accept, residual = uniforms
         return decide([proposal], [self._row(tokens, support)], [accept], [residual]).token_ids[0]
 
-    def next_token_alone(self, token_ids: Sequence[int]) -> int:
+    def next_token_target_only(self, token_ids: Sequence[int]) -> int:
         """Return the token behind `token_ids` when nothing was proposed there."""
         return self._row(TokenLog(token_ids), np.empty(0, np.int64)).outside_token_id
 
-    def text(self, num_tokens: int, prompt_ids: Sequence[int] = PROMPT_IDS, alone: bool = False) -> list[int]:
+    def text(self, num_tokens: int, prompt_ids: Sequence[int] = PROMPT_IDS, target_only: bool = False) -> list[int]:
         """Return the generated tokens, all of them with proposals or all without."""
         token_ids = list(prompt_ids)
         for _ in range(num_tokens):
-            token_ids.append(self.next_token_alone(token_ids) if alone else self.next_token(token_ids))
+            token_ids.append(self.next_token_target_only(token_ids) if target_only else self.next_token(token_ids))
         return token_ids[len(prompt_ids) :]
 
     def check(self, result: GenerationResult, world: World) -> None:
         """Assert that every token is what the seed says, given whether its round had proposals."""
         token_ids = [*result.prompt_token_ids, *result.token_ids]
         for position in range(len(result.prompt_token_ids), len(token_ids)):
-            alone = world.num_proposals_at.get(position) == 0
-            expected = self.next_token_alone if alone else self.next_token
-            assert token_ids[position] == expected(token_ids[:position]), f"position {position}, alone: {alone}"
+            target_only = world.num_proposals_at.get(position) == 0
+            expected = self.next_token_target_only if target_only else self.next_token
+            assert token_ids[position] == expected(token_ids[:position]), (
+                f"position {position}, target_only: {target_only}"
+            )
 
     def _uniform(self, purpose: Purpose, tokens: TokenLog) -> float:
         return AddressedUniforms(self.seed, purpose).at(len(tokens))
@@ -506,7 +508,7 @@ class SeedText:
 NUM_TOKENS = 24
 EVERY_K = (1, 2, 3, 5, 8)
 TEXT = SeedText().text(NUM_TOKENS)
-TEXT_ALONE = SeedText().text(NUM_TOKENS, alone=True)
+TARGET_ONLY_TEXT = SeedText().text(NUM_TOKENS, target_only=True)
 
 
 def run(world: World | None = None, **settings) -> GenerationResult:

@@ -14,8 +14,8 @@ FAMILY = (
     "gpt2"  # float64 throughout; the others keep norms or rotary angles in float32 whatever the type of the weights
 )
 
-# Rounds without proposals follow the same law, but draw other texts from one seed. So where a test compares texts, no
-# machine may be so busy that a round goes without.
+# Rounds without proposals follow the same distribution, but draw other texts from one seed. So where a test compares
+# texts, no machine may be so busy that a round goes without.
 NEVER_WITHOUT_DRAFT = Patience(draft_wait_s=PATIENCE_S, describe_draft_s=PATIENCE_S, retry_s=PATIENCE_S)
 
 

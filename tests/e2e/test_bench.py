@@ -44,7 +44,7 @@ def is_narrow(text: str) -> bool:
     return max(map(len, text.splitlines())) <= 80
 
 
-def test_sweep_is_what_bench_alone_means_and_measures_every_cell(addresses, tmp_path):
+def test_sweep_is_what_bench_by_itself_means_and_measures_every_cell(addresses, tmp_path):
     prompts, saved, table = tmp_path / "prompts.jsonl", tmp_path / "result.json", tmp_path / "result.csv"
     prompts.write_text('{"prompt": "Hello"}\n{"instruction": "Say", "input": "this"}\n')
     chosen = [f"--prompts={prompts}", "--methods=autoregressive,speculative,draft", "-k", "1,3"]

@@ -15,7 +15,7 @@ from tests.servers import DRAFT, TARGET
 LENGTH = 8
 
 
-def test_a_random_draft_belongs_to_the_embedded_target_and_agrees_with_it_by_chance_alone(services, tmp_path):
+def test_a_random_draft_belongs_to_the_embedded_target_and_agrees_with_it_only_by_chance(services, tmp_path):
     draft = services.start(DRAFT, write_random_draft(tmp_path), dtype="float32")
     target = services.start(TARGET, "builtin:target", dtype="float32")
     with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:

@@ -1,4 +1,4 @@
-"""The benchmark of bad neighbours against real services: it runs to its end, and tells each attack's share."""
+"""The benchmark of bad neighbours against real services: it runs to its end, and reports each attack's share."""
 
 from __future__ import annotations
 

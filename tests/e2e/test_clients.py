@@ -40,7 +40,7 @@ from tests.unit.test_shared_noise import own_text
 
 PROMPT = [5, 17, 3, 88, 41, 9]
 CONTEXT_LENGTH = 512
-ALONE = {"method": "autoregressive"}
+TARGET_ONLY = {"method": "autoregressive"}
 NUM_TEXTS = 40
 
 
@@ -71,7 +71,7 @@ def full(services, model_path) -> Iterator[RunningServer]:
 @pytest.fixture(scope="module")
 def seeds_texts(target) -> list[list[int]]:
     with SpeculativeClient(target.address) as client:
-        return [client.generate(PROMPT, seeded(seed), **ALONE).token_ids for seed in range(NUM_TEXTS)]
+        return [client.generate(PROMPT, seeded(seed), **TARGET_ONLY).token_ids for seed in range(NUM_TEXTS)]
 
 
 class TestFullTarget:
@@ -81,14 +81,16 @@ class TestFullTarget:
 
     def test_threads(self, full, seeds_texts):
         with SpeculativeClient(full.address, patience=self.PATIENCE) as client, ThreadPoolExecutor(NUM_TEXTS) as pool:
-            results = list(pool.map(lambda seed: client.generate(PROMPT, seeded(seed), **ALONE), range(NUM_TEXTS)))
+            results = list(
+                pool.map(lambda seed: client.generate(PROMPT, seeded(seed), **TARGET_ONLY), range(NUM_TEXTS))
+            )
         assert [result.token_ids for result in results] == seeds_texts
         assert sum(result.stats.num_target_retries for result in results) > 0
 
     def test_tasks(self, services, full, seeds_texts):
         async def all_at_once():
             async with AsyncSpeculativeClient(full.address, patience=self.PATIENCE) as client:
-                calls = (client.generate(PROMPT, seeded(seed), **ALONE) for seed in range(NUM_TEXTS))
+                calls = (client.generate(PROMPT, seeded(seed), **TARGET_ONLY) for seed in range(NUM_TEXTS))
                 return await asyncio.gather(*calls)
 
         results = services.run(all_at_once())
@@ -134,7 +136,7 @@ class Caller:
 
     def stream(self) -> tuple[list[int], Callable[[], Future]]:
         """Return the first chunk's tokens, and a function that asks for the next chunk."""
-        stream = self.call("stream", TOY_PROMPT, SEED_11, **ALONE).result(PATIENCE_S)
+        stream = self.call("stream", TOY_PROMPT, SEED_11, **TARGET_ONLY).result(PATIENCE_S)
         following = lambda: self.run(lambda _: next(stream), lambda _: anext(stream))  # noqa: E731
         return following().result(PATIENCE_S).token_ids, following
 
@@ -165,12 +167,12 @@ not_there = refusal(grpc.StatusCode.UNAVAILABLE)
 
 # What a text can wait for: the handlers that make it wait, and the call whose coming shows that it does.
 WAITS = {
-    "description": ({"TargetInfo": silence}, "TargetInfo", ALONE),
-    "target_that_is_not_there": ({"TargetInfo": not_there}, "TargetInfo", ALONE),
+    "description": ({"TargetInfo": silence}, "TargetInfo", TARGET_ONLY),
+    "target_that_is_not_there": ({"TargetInfo": not_there}, "TargetInfo", TARGET_ONLY),
     "draft_description": ({"DraftInfo": silence}, "DraftInfo", PAIR),
-    "place": ({"Verify": full_for_ever}, "Verify", ALONE),
-    "pause_between_retries": ({"Verify": not_there}, "Verify", ALONE),
-    "first_round": ({}, "Verify", ALONE),
+    "place": ({"Verify": full_for_ever}, "Verify", TARGET_ONLY),
+    "pause_between_retries": ({"Verify": not_there}, "Verify", TARGET_ONLY),
+    "first_round": ({}, "Verify", TARGET_ONLY),
     "proposals": ({}, "Propose", PAIR),
 }
 
@@ -208,7 +210,9 @@ class TestClose:
 
     def test_a_caller_that_keeps_a_chunk_learns_of_it_at_the_next(self, services, caller, target):
         made = caller(target.address)
-        stream = made.call("stream", PROMPT, SamplingParams(seed=1, max_new_tokens=400), **ALONE).result(PATIENCE_S)
+        stream = made.call("stream", PROMPT, SamplingParams(seed=1, max_new_tokens=400), **TARGET_ONLY).result(
+            PATIENCE_S
+        )
         following = lambda: made.run(lambda _: next(stream), lambda _: anext(stream))  # noqa: E731
         token_ids = following().result(PATIENCE_S).token_ids
         made.close()
@@ -219,11 +223,11 @@ class TestClose:
 
     def test_from_within_the_loop_over_a_text(self, target, caller):
         def blocking(client):
-            for _ in client.stream(PROMPT, SamplingParams(seed=1, max_new_tokens=400), **ALONE):
+            for _ in client.stream(PROMPT, SamplingParams(seed=1, max_new_tokens=400), **TARGET_ONLY):
                 client.close()
 
         async def asynchronous(client):
-            async for _ in client.stream(PROMPT, SamplingParams(seed=1, max_new_tokens=400), **ALONE):
+            async for _ in client.stream(PROMPT, SamplingParams(seed=1, max_new_tokens=400), **TARGET_ONLY):
                 await client.close()
 
         with pytest.raises(ClientClosedError):
@@ -237,16 +241,16 @@ class TestClose:
             made.close()
             made.close()
             for method, *arguments in (("generate", PROMPT), ("stream", PROMPT), ("info",)):
-                alone = ALONE if arguments else {}
+                settings = TARGET_ONLY if arguments else {}
                 with pytest.raises(ClientClosedError):
-                    made.call(method, *arguments, **alone).result(PATIENCE_S)
+                    made.call(method, *arguments, **settings).result(PATIENCE_S)
             with pytest.raises(ClientClosedError):
                 made.run(lambda client: client.tokenizer, lambda client: client.tokenizer()).result(PATIENCE_S)
 
     def test_an_error_that_leaves_the_context_ends_the_texts_in_it(self, services, caller):
         with fake_services(services) as fake:
             made = caller(fake.address)
-            running = made.generate(**ALONE)
+            running = made.generate(**TARGET_ONLY)
             eventually(lambda: fake.num_calls["Verify"] > 0, "the text waits")
 
             def blocking(client):
@@ -265,7 +269,7 @@ class TestClose:
     def test_from_another_loop(self, services):
         with fake_services(services) as fake:
             made = Caller(AsyncSpeculativeClient, services, fake.address)
-            running = made.generate(**ALONE)
+            running = made.generate(**TARGET_ONLY)
             eventually(lambda: fake.num_calls["Verify"] > 0, "the text waits")
             asyncio.run(made.client.close())
             with pytest.raises(ClientClosedError):
@@ -275,7 +279,7 @@ class TestClose:
     def test_many_texts_and_two_that_close(self, services, caller):
         with fake_services(services, Verify=rounds(1)) as fake:
             made = caller(fake.address)
-            running = [made.generate(**ALONE) for _ in range(98)]
+            running = [made.generate(**TARGET_ONLY) for _ in range(98)]
             eventually(lambda: fake.num_calls["Verify"] > 40, "texts run")
             for closing in [made.call("close"), made.call("close")]:
                 closing.result(PATIENCE_S)
@@ -296,7 +300,7 @@ def test_a_stream_that_is_interrupted_while_it_is_opened_is_closed(services, mon
         client.info()
         monkeypatch.setattr(threading.Thread, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            client.generate(TOY_PROMPT, SEED_11, **ALONE)
+            client.generate(TOY_PROMPT, SEED_11, **TARGET_ONLY)
         monkeypatch.undo()
         eventually(lambda: fake.num_ended["Verify"] == fake.num_calls["Verify"] > 0, "the service has stopped")
 
@@ -313,7 +317,7 @@ def test_a_signals_handler_may_close_the_client(services):
 
         client._core._texts = Closing()
         with pytest.raises(ClientClosedError):
-            client.generate(TOY_PROMPT, SEED_11, **ALONE)
+            client.generate(TOY_PROMPT, SEED_11, **TARGET_ONLY)
 
 
 REPLICAS = Patience(retry_s=PATIENCE_S, first_backoff_s=0.5)
@@ -322,10 +326,10 @@ REPLICAS = Patience(retry_s=PATIENCE_S, first_backoff_s=0.5)
 def test_a_replica_that_goes_is_left_for_another_at_once(services, model_path, target, caller):
     """One address names both; the channel finds the other, and the first retry has no pause to wait for it."""
     sampling = SamplingParams(seed=3, max_new_tokens=40)
-    expected = caller(target.address).call("generate", PROMPT, sampling, **ALONE).result(PATIENCE_S)
+    expected = caller(target.address).call("generate", PROMPT, sampling, **TARGET_ONLY).result(PATIENCE_S)
     replicas = [services.start(TARGET, model_path) for _ in range(2)]
     both = caller("ipv4:" + ",".join(replica.address for replica in replicas), patience=REPLICAS)
-    stream = both.call("stream", PROMPT, sampling, **ALONE).result(PATIENCE_S)
+    stream = both.call("stream", PROMPT, sampling, **TARGET_ONLY).result(PATIENCE_S)
     following = lambda: both.run(lambda _: next(stream), lambda _: anext(stream))  # noqa: E731
     token_ids = following().result(PATIENCE_S).token_ids
     (used,) = [replica for replica in replicas if replica.num_sessions]
@@ -349,7 +353,7 @@ class TestTimeout:
     def test_in_mid_text(self, services, caller):
         with fake_services(services, Verify=rounds(2)) as fake:
             with pytest.raises(DeadlineExceededError) as caught:
-                caller(fake.address).generate(timeout=1.0, **ALONE).result(PATIENCE_S)
+                caller(fake.address).generate(timeout=1.0, **TARGET_ONLY).result(PATIENCE_S)
             assert caught.value.partial.token_ids == TOY_TEXT[:2]
 
 
@@ -359,7 +363,7 @@ class TestDescription:
     def test_many_calls_at_once_ask_once(self, services, caller):
         with fake_services(services, Verify=rounds(1)) as fake:
             made = caller(fake.address)
-            running = [made.call("generate", TOY_PROMPT, ONE_TOKEN, **ALONE) for _ in range(100)]
+            running = [made.call("generate", TOY_PROMPT, ONE_TOKEN, **TARGET_ONLY) for _ in range(100)]
             assert all(call.result(PATIENCE_S).token_ids == TOY_TEXT[:1] for call in running)
             assert fake.num_calls["TargetInfo"] == 1
 
@@ -391,16 +395,16 @@ class TestDescription:
         with fake_services(services, Verify=rounds(1), TargetInfo=refusal(error)) as fake:
             made = caller(fake.address)
             with pytest.raises(ServiceFailedError, match=message):
-                made.generate(**ALONE).result(PATIENCE_S)
+                made.generate(**TARGET_ONLY).result(PATIENCE_S)
             assert fake.num_calls["TargetInfo"] == 1
             fake.on["TargetInfo"] = TARGET_INFO
-            following = made.call("generate", TOY_PROMPT, ONE_TOKEN, **ALONE)
+            following = made.call("generate", TOY_PROMPT, ONE_TOKEN, **TARGET_ONLY)
             assert following.result(PATIENCE_S).token_ids == TOY_TEXT[:1]
 
     def test_who_waits_for_others_that_ask_in_vain_gives_up_when_they_do(self, services, caller):
         with fake_services(services, TargetInfo=silence) as fake:
             made = caller(fake.address, connect_timeout=0.3)
-            for call in [made.generate(**ALONE) for _ in range(50)]:
+            for call in [made.generate(**TARGET_ONLY) for _ in range(50)]:
                 with pytest.raises(ServiceUnavailableError):
                     call.result(PATIENCE_S)
             assert fake.num_calls["TargetInfo"] < 50
@@ -420,7 +424,7 @@ class TestDescription:
         monkeypatch.setattr(connection, "MAX_TOKENIZER_BYTES", 2**20)
         monkeypatch.setattr(connection, "TOKENIZER_PART_BYTES", 2**14)
         with fake_services(services, TargetInfo=answer(with_tokenizer), GetTokenizer=tokenizer) as fake:
-            running = caller(fake.address).generate(**ALONE)
+            running = caller(fake.address).generate(**TARGET_ONLY)
             with pytest.raises(ServiceFailedError, match=message):
                 running.result(PATIENCE_S)
 
@@ -434,22 +438,22 @@ class TestDescription:
 
 
 class TestSeveralTexts:
-    """A list of prompts, or several texts of one: all at once, in order, each as it would be alone."""
+    """A list of prompts, or several texts of one: all at once, in order, each as it would be by itself."""
 
     def test_they_are_those_of_their_prompts_and_seeds_in_order(self, target, caller):
         made = caller(target.address)
-        several = made.call("generate", [PROMPT, PROMPT[:2]], seeded(7), n=3, **ALONE).result(PATIENCE_S)
+        several = made.call("generate", [PROMPT, PROMPT[:2]], seeded(7), n=3, **TARGET_ONLY).result(PATIENCE_S)
         seeds = [7, seed_of_text(7, 1), seed_of_text(7, 2)]
         for prompt, found in ((PROMPT, several[:3]), (PROMPT[:2], several[3:])):
-            alone = [made.call("generate", prompt, seeded(seed), **ALONE).result(PATIENCE_S) for seed in seeds]
-            assert [(text.seed, text.token_ids) for text in found] == [(text.seed, text.token_ids) for text in alone]
+            single = [made.call("generate", prompt, seeded(seed), **TARGET_ONLY).result(PATIENCE_S) for seed in seeds]
+            assert [(text.seed, text.token_ids) for text in found] == [(text.seed, text.token_ids) for text in single]
             assert [text.prompt_token_ids for text in found] == [prompt] * 3
         assert len({tuple(text.token_ids) for text in several}) == 6
 
     def test_what_is_a_list_stays_one(self, target, caller):
         made = caller(target.address)
-        assert len(made.call("generate", [PROMPT], seeded(7), **ALONE).result(PATIENCE_S)) == 1
-        assert len(made.call("generate", PROMPT, seeded(7), n=1, **ALONE).result(PATIENCE_S)) == 1
+        assert len(made.call("generate", [PROMPT], seeded(7), **TARGET_ONLY).result(PATIENCE_S)) == 1
+        assert len(made.call("generate", PROMPT, seeded(7), n=1, **TARGET_ONLY).result(PATIENCE_S)) == 1
 
     def test_they_are_written_at_once_but_not_more_than_the_target_has_places_for(self, services, caller):
         info = common_pb2.ModelInfo()
@@ -457,7 +461,7 @@ class TestSeveralTexts:
         info.limits.max_sessions = 3
         described = answer(target_pb2.TargetServiceGetModelInfoResponse(model=info))
         with fake_services(services, Verify=rounds(1), TargetInfo=described) as fake:
-            running = caller(fake.address).call("generate", [TOY_PROMPT] * 5, SEED_11, **ALONE)
+            running = caller(fake.address).call("generate", [TOY_PROMPT] * 5, SEED_11, **TARGET_ONLY)
             eventually(lambda: fake.num_calls["Verify"] == 3, "three texts are being written")
             assert not running.done()
 
@@ -465,14 +469,16 @@ class TestSeveralTexts:
         """Two texts get a first token and wait for ever; the third is refused."""
         handlers = [refusal(InvalidArgumentError("not this one")), rounds(1), rounds(1)]
         with fake_services(services, Verify=lambda *call: handlers.pop()(*call)) as fake:
-            running = caller(fake.address).call("generate", [TOY_PROMPT] * 3, SEED_11, **ALONE)
+            running = caller(fake.address).call("generate", [TOY_PROMPT] * 3, SEED_11, **TARGET_ONLY)
             with pytest.raises(InvalidRequestError, match="not this one"):
                 running.result(PATIENCE_S)
             eventually(lambda: fake.num_ended["Verify"] == 3, "the services have stopped")
 
     def test_one_timeout_holds_for_all(self, services, caller):
         with fake_services(services, Verify=rounds(1)) as fake, pytest.raises(DeadlineExceededError):
-            caller(fake.address).call("generate", [TOY_PROMPT] * 3, SEED_11, timeout=0.3, **ALONE).result(PATIENCE_S)
+            caller(fake.address).call("generate", [TOY_PROMPT] * 3, SEED_11, timeout=0.3, **TARGET_ONLY).result(
+                PATIENCE_S
+            )
 
 
 class TestStream:
@@ -480,14 +486,14 @@ class TestStream:
 
     def test_a_context_that_is_left_early_ends_the_text_and_keeps_what_there_was(self, services, caller):
         def blocking(client):
-            with client.stream(TOY_PROMPT, SEED_11, **ALONE) as stream:
+            with client.stream(TOY_PROMPT, SEED_11, **TARGET_ONLY) as stream:
                 before = stream.partial
                 for _ in stream:
                     break
             return before, stream.partial, list(stream), stream
 
         async def asynchronous(client):
-            async with client.stream(TOY_PROMPT, SEED_11, **ALONE) as stream:
+            async with client.stream(TOY_PROMPT, SEED_11, **TARGET_ONLY) as stream:
                 before = stream.partial
                 async for _ in stream:
                     break
@@ -504,11 +510,11 @@ class TestStream:
 
     def test_partial_is_the_result_at_the_end(self, target, caller):
         def blocking(client):
-            with client.stream(PROMPT, seeded(3), **ALONE) as stream:
+            with client.stream(PROMPT, seeded(3), **TARGET_ONLY) as stream:
                 return [chunk.token_ids for chunk in stream], stream
 
         async def asynchronous(client):
-            async with client.stream(PROMPT, seeded(3), **ALONE) as stream:
+            async with client.stream(PROMPT, seeded(3), **TARGET_ONLY) as stream:
                 return [chunk.token_ids async for chunk in stream], stream
 
         chunks, stream = caller(target.address).run(blocking, asynchronous).result(PATIENCE_S)
@@ -525,7 +531,7 @@ class TestStream:
     def test_it_ends_where_it_is_closed_while_another_waits_for_a_chunk(self, services, caller):
         with fake_services(services, Verify=rounds(1)) as fake:
             made = caller(fake.address)
-            stream = made.call("stream", TOY_PROMPT, SEED_11, **ALONE).result(PATIENCE_S)
+            stream = made.call("stream", TOY_PROMPT, SEED_11, **TARGET_ONLY).result(PATIENCE_S)
             following = lambda: made.run(lambda _: next(stream, None), lambda _: anext(stream, None))  # noqa: E731
             assert following().result(PATIENCE_S).token_ids == TOY_TEXT[:1]
             waiting = following()
@@ -537,7 +543,7 @@ class TestStream:
     def test_two_cannot_take_its_chunks_at_once(self, services, caller):
         with fake_services(services) as fake:
             made = caller(fake.address)
-            stream = made.call("stream", TOY_PROMPT, SEED_11, **ALONE).result(PATIENCE_S)
+            stream = made.call("stream", TOY_PROMPT, SEED_11, **TARGET_ONLY).result(PATIENCE_S)
             following = lambda: made.run(lambda _: next(stream, None), lambda _: anext(stream, None))  # noqa: E731
             waiting = following()
             eventually(lambda: fake.num_calls["Verify"] == 1, "a chunk is waited for")

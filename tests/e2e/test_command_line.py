@@ -41,11 +41,11 @@ def test_generate_as_json_holds_the_whole_result(addresses):
     assert 0 <= document["stats"]["acceptance_rate"] <= 1
 
 
-def test_generate_with_shared_noise_writes_what_the_target_writes_alone(addresses):
+def test_generate_with_shared_noise_writes_what_the_target_writes_without_a_draft(addresses):
     arguments = ["generate", "Hello", *addresses, "--seed=1", "--max-new-tokens=9", "--json", "--rule=shared_noise"]
-    together, alone = (json.loads(run(*arguments, *more).stdout) for more in ((), ("--method=autoregressive",)))
-    assert together["token_ids"] == alone["token_ids"]
-    assert together["stats"]["num_draft_tokens"] > alone["stats"]["num_draft_tokens"] == 0
+    together, target_only = (json.loads(run(*arguments, *more).stdout) for more in ((), ("--method=autoregressive",)))
+    assert together["token_ids"] == target_only["token_ids"]
+    assert together["stats"]["num_draft_tokens"] > target_only["stats"]["num_draft_tokens"] == 0
 
 
 def test_options_come_from_the_environment_too(addresses):
@@ -143,14 +143,14 @@ def test_a_draft_that_fails_is_told_once_and_the_text_is_the_targets(addresses, 
     with ToyServer("draft", refuse, info) as draft:
         arguments = [*commands[command], f"--draft={draft.address}", addresses[1]]
         result = run(*arguments, text="Hi\nMore\n\n" if command == "chat" else None)
-    told = [line for line in result.stderr.splitlines() if "draft at" in line]
-    assert told == [
+    lines = [line for line in result.stderr.splitlines() if "draft at" in line]
+    assert lines == [
         f"the draft at {draft.address} failed: PERMISSION_DENIED: not for you; the text goes on with the target only"
     ]
     if command == "generate as json":
         document = json.loads(result.stdout)
-        alone = json.loads(run(*arguments, "--method=autoregressive").stdout)
-        assert document["token_ids"] == alone["token_ids"]
+        target_only = json.loads(run(*arguments, "--method=autoregressive").stdout)
+        assert document["token_ids"] == target_only["token_ids"]
         assert document["stats"]["draft_failures"].keys() == {"PERMISSION_DENIED"}
         assert document["stats"]["num_draft_failures"] >= 1
 

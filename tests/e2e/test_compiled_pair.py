@@ -48,11 +48,11 @@ def test_a_seeds_text_is_the_same_for_any_number_of_proposals(client, name):
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_a_seeds_text_is_the_same_among_others(client, name):
-    alone = write(client, SAMPLINGS[name], num_speculative_tokens=4)
+    single = write(client, SAMPLINGS[name], num_speculative_tokens=4)
     with ThreadPoolExecutor(6) as pool:
         lengths = [1, 3, 4, 5, 6, 8]
         together = pool.map(lambda it: write(client, SAMPLINGS[name], num_speculative_tokens=it), lengths)
-        assert set(together) == {alone}
+        assert set(together) == {single}
 
 
 def test_seeds_differ(client):

@@ -67,16 +67,16 @@ def other(request, tmp_path_factory) -> str:
 
 
 def test_another_target_in_mid_text_ends_the_text_and_the_next_begins_afresh(pair, other):
-    alone = pair.write(method="autoregressive")
+    target_only = pair.write(method="autoregressive")
     with pytest.raises(ModelChangedError) as caught:
         pair.write(lambda: pair.exchange("target", other))
     partial = caught.value.partial.token_ids
     assert 0 < len(partial) < SAMPLING.max_new_tokens
-    assert partial == alone.token_ids[: len(partial)]
+    assert partial == target_only.token_ids[: len(partial)]
     after = pair.write(method="autoregressive")
     with SpeculativeClient(pair.running["target"].address) as fresh:
         assert (after.text, after.token_ids) == as_pair(fresh.generate(PROMPT, SAMPLING, method="autoregressive"))
-    assert after.text != alone.text
+    assert after.text != target_only.text
 
 
 def test_a_text_keeps_the_defaults_that_it_began_with(pair, paths, tmp_path):
@@ -84,12 +84,12 @@ def test_a_text_keeps_the_defaults_that_it_began_with(pair, paths, tmp_path):
     copied = shutil.copytree(paths["target"], tmp_path / "copied")
     file = copied / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.8, "top_k": 2}))
-    alone = pair.write(method="autoregressive")
+    target_only = pair.write(method="autoregressive")
     result = pair.write(lambda: pair.exchange("target", str(copied)))
-    assert as_pair(result) == as_pair(alone)
+    assert as_pair(result) == as_pair(target_only)
     assert result.stats.num_target_retries > 0
     with SpeculativeClient(pair.running["target"].address) as fresh:
-        assert fresh.generate(PROMPT, SAMPLING, method="autoregressive").token_ids != alone.token_ids
+        assert fresh.generate(PROMPT, SAMPLING, method="autoregressive").token_ids != target_only.token_ids
 
 
 def as_pair(result: GenerationResult) -> tuple[str, list[int]]:
@@ -98,12 +98,12 @@ def as_pair(result: GenerationResult) -> tuple[str, list[int]]:
 
 @pytest.mark.parametrize("in_mid_text", [True, False])
 def test_another_draft_changes_no_letter(pair, other, in_mid_text):
-    alone = pair.write(method="autoregressive")
+    target_only = pair.write(method="autoregressive")
     exchange = lambda: pair.exchange("draft", other)  # noqa: E731
     if not in_mid_text:
-        assert pair.write().token_ids == alone.token_ids
+        assert pair.write().token_ids == target_only.token_ids
         exchange()
     result = pair.write(exchange if in_mid_text else lambda: None)
-    assert as_pair(result) == as_pair(alone)
+    assert as_pair(result) == as_pair(target_only)
     assert result.stats.num_draft_failures > 0
-    assert as_pair(pair.write()) == as_pair(alone)
+    assert as_pair(pair.write()) == as_pair(target_only)

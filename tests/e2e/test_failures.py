@@ -37,11 +37,11 @@ from tests.servers import DRAFT, PATIENCE_S, TARGET, Kind, RawStream, RunningSer
 from tests.service.conftest import open_verification, round_of, span
 
 PROMPT = [5, 17, 3, 88, 41, 9]
-CONTEXT_LENGTH = 512  # room for rounds while something comes back
+CONTEXT_LENGTH = 512  # enough for rounds while something comes back
 GREEDY = SamplingParams(temperature=0, max_new_tokens=64)
 LONG = SamplingParams(temperature=1, seed=5, max_new_tokens=CONTEXT_LENGTH - len(PROMPT), ignore_eos=True)
 PAIR = {"num_speculative_tokens": 4}
-ALONE = {"method": "autoregressive"}
+TARGET_ONLY = {"method": "autoregressive"}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def processes(model_path) -> Iterator[Processes]:
 @pytest.fixture(scope="module")
 def long_text(processes) -> list[int]:
     with processes.client() as client:
-        return client.generate(PROMPT, LONG, **ALONE).token_ids
+        return client.generate(PROMPT, LONG, **TARGET_ONLY).token_ids
 
 
 def test_a_draft_that_is_killed_is_done_without_and_used_again_when_it_is_back(processes, long_text):
@@ -185,7 +185,7 @@ def draft(services, model_path) -> Iterator[RunningServer]:
 @pytest.fixture(scope="module")
 def text(target) -> list[int]:
     with SpeculativeClient(target.address) as client:
-        return client.generate(PROMPT, GREEDY, **ALONE).token_ids
+        return client.generate(PROMPT, GREEDY, **TARGET_ONLY).token_ids
 
 
 def test_a_draft_that_was_never_there_is_done_without(target, text):
@@ -230,7 +230,7 @@ def test_a_target_that_is_full_is_waited_for(services, draft, model_path, text):
 def test_a_session_that_is_given_to_another_caller_goes_on_when_there_is_room(services, model_path, text):
     target = services.start(TARGET, model_path, max_sessions=2)
     with SpeculativeClient(target.address) as client:
-        older, younger = (client.stream(PROMPT, GREEDY, **ALONE) for _ in range(2))
+        older, younger = (client.stream(PROMPT, GREEDY, **TARGET_ONLY) for _ in range(2))
         next(older), next(younger)
         own = [("grpc.use_local_subchannel_pool", 1)]
         with (
@@ -262,7 +262,7 @@ def test_a_target_that_is_gone_for_good_leaves_what_was_written(services, draft,
 
 def test_a_target_that_was_never_there_is_unavailable():
     with SpeculativeClient("127.0.0.1:1", connect_timeout=0.5) as client, pytest.raises(ServiceUnavailableError):
-        client.generate(PROMPT, GREEDY, **ALONE)
+        client.generate(PROMPT, GREEDY, **TARGET_ONLY)
 
 
 def test_a_deadline_leaves_what_was_written(target, draft, monkeypatch):
@@ -420,7 +420,7 @@ def test_whatever_fails_a_seeds_text_is_the_targets_own(services, fault_paths, m
     """Three samplings and two K, each at another moment: one fault meets six texts."""
     faulty = Faulty(services, fault_paths, monkeypatch)
     with faulty.client() as client:
-        alone = [client.generate(PROMPT, sampling, **ALONE).token_ids for sampling in FAULT_SAMPLINGS]
+        target_only = [client.generate(PROMPT, sampling, **TARGET_ONLY).token_ids for sampling in FAULT_SAMPLINGS]
         cases = [(index, length, 1 + index + length % 3) for index in range(3) for length in (2, 5)]
         streams = [client.stream(PROMPT, FAULT_SAMPLINGS[index], num_speculative_tokens=k) for index, k, _ in cases]
         for stream, (_, _, num_chunks) in zip(streams, cases, strict=True):
@@ -430,7 +430,7 @@ def test_whatever_fails_a_seeds_text_is_the_targets_own(services, fault_paths, m
         for stream, (index, _, _) in zip(streams, cases, strict=True):
             for _ in stream:
                 pass
-            assert stream.result.token_ids == alone[index]
+            assert stream.result.token_ids == target_only[index]
     faulty.close()
     if "draft" in fault:
         assert sum(stream.result.stats.num_draft_failures for stream in streams) > 0

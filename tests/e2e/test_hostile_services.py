@@ -51,7 +51,7 @@ def target() -> Iterator[ToyServer]:
 
 @pytest.fixture(scope="module")
 def texts(target) -> dict[str, list[int]]:
-    """The seed's text of the target alone, under each rule."""
+    """The seed's text of the target only, under each rule."""
     with SpeculativeClient(target.address) as client:
         return {
             rule: client.generate(PROMPT, SAMPLING, method="autoregressive", rule=rule).token_ids
@@ -218,7 +218,7 @@ HOSTILE: dict[str, tuple[toy_servers.Answer, str | None]] = {  # by what it does
     "has an unknown token": (sets_first(token_id=UNKNOWN_ID), "BROKE_PROTOCOL"),
     "has a token beyond all": (sets_first(token_id=HUGE), "BROKE_PROTOCOL"),
     "has a support nobody wants": (sets_first(support_gaps=[1], support_weights=[1]), "BROKE_PROTOCOL"),
-    "has weights alone": (sets_first(support_weights=[1]), "BROKE_PROTOCOL"),
+    "has only weights": (sets_first(support_weights=[1]), "BROKE_PROTOCOL"),
     "leaves a hole": (
         spoils(lambda it: setattr(it, "start_position", it.start_position + 1), after=1),
         "BROKE_PROTOCOL",
@@ -388,7 +388,7 @@ def test_an_honest_draft_is_used(target, texts, is_async):
 
 
 @pytest.mark.parametrize("what", ["refuses a field", "has an unknown token", "leaves a hole", "floods", "raises"])
-def test_the_draft_alone_that(target, what):
+def test_under_the_method_draft_one_that(target, what):
     """Its own text cannot be had, and the error says whose fault that is."""
     with ToyServer("draft", HOSTILE[what][0]) as draft, pytest.raises(OutriderError, match="draft") as caught:
         write(target.address, draft.address, method="draft", timeout=None)
@@ -427,7 +427,7 @@ TARGETS: dict[str, tuple[toy_servers.Answer, str]] = {
     "has no bound to its mass": (row_has(outside_mass=math.inf), "outside_mass"),
     "has a negative mass": (row_has(outside_mass=-0.1), "outside_mass"),
     "has too much mass": (row_has(outside_mass=1.5), "outside_mass"),
-    "tells a support nobody sent": (row_has(support_units=[1]), "another length than the support"),
+    "reports a support nobody sent": (row_has(support_units=[1]), "another length than the support"),
     "answers twice": (target_spoils(lambda it: [it, it]), "not asked for|answered round"),
     "answers before it is asked": (
         lambda requests, context: (row for row in [target_response()]),

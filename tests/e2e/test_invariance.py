@@ -206,7 +206,7 @@ def test_a_draft_that_restarts_in_the_middle_completes(services, pair):
         draft = services.start(DRAFT, pair.draft_path, listen=draft.address)
         token_ids += take(stream)
     draft.stop()
-    # Rounds without proposals draw other tokens: the law is the same, the text is not.
+    # Rounds without proposals draw other tokens: the distribution is the same, the text is not.
     assert len(token_ids) == NUM_NEW
     assert stream.result.stats.num_draft_failures >= 1
 
@@ -248,7 +248,7 @@ def test_another_seed_writes_another_text(pair, texts):
 
 
 def test_forks_that_draw_with_other_numbers_are_noticed(pair, texts, monkeypatch):
-    """Such a text still follows the target's law, but is another."""
+    """Such a text still follows the target's distribution, but is another."""
     monkeypatch.setattr(Drafter, "_has_time_for_forks", lambda *_: True)
     draw_forks_with_other_numbers(monkeypatch)
     with pair.client() as client:

@@ -57,7 +57,7 @@ def texts(client: SpeculativeClient, temperature: float) -> list[list[int]]:
 @pytest.mark.parametrize("num_forks", [0, 3], ids=["no_forks", "forks"])
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "no_graphs"])
 def test_texts_are_those_of_plain_caches(start, cuda_graphs, num_forks, monkeypatch):
-    """130 tokens are 9 pages of 16, where four texts need 12: caches are evicted, and nobody is told.
+    """130 tokens are 9 pages of 16, where four texts need 12: caches are evicted without notice.
 
     On a GPU several sessions would have forks, whose caches are the first to go.
     """

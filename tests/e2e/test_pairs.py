@@ -18,7 +18,7 @@ from tests.servers import DRAFT, TARGET, RunningServer
 NUM_PIECES = 258
 GREEDY = SamplingParams(temperature=0, max_new_tokens=64)
 PAIR = {"num_speculative_tokens": 4}
-ALONE = {"method": "autoregressive"}
+TARGET_ONLY = {"method": "autoregressive"}
 
 
 def swapped_tokenizer(first: int, second: int) -> PreTrainedTokenizerFast:
@@ -44,13 +44,15 @@ def byte_target(services, byte_model, tmp_path_factory) -> Iterator[RunningServe
     server.stop()
 
 
-def test_a_draft_with_another_tokenizer_is_done_without_and_refused_alone(services, byte_model, byte_target, tmp_path):
+def test_a_draft_with_another_tokenizer_is_done_without_and_refused_under_the_method_draft(
+    services, byte_model, byte_target, tmp_path
+):
     """Both say where the tokenizers differ."""
     draft = services.start(DRAFT, tiny_models.save(byte_model, tmp_path, swapped_tokenizer(70, 71)))
     with SpeculativeClient(byte_target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
         where = "258 and 258 pieces, first differing between ids 0 and 1023"
-        result, alone = (client.generate("Hello", GREEDY, **how) for how in (PAIR, ALONE))
-        assert result.token_ids == alone.token_ids
+        result, target_only = (client.generate("Hello", GREEDY, **how) for how in (PAIR, TARGET_ONLY))
+        assert result.token_ids == target_only.token_ids
         assert result.stats.draft_failures.keys() == {"OTHER_TOKENIZER"}
         assert where in result.stats.first_draft_failure
         with pytest.raises(IncompatiblePairError, match=where):
@@ -88,11 +90,11 @@ def test_a_target_with_padded_rows_works_with_a_draft_without(services, byte_mod
     draft = services.start(DRAFT, tiny_models.save(byte_model, tmp_path / "d", tokenizer))
     with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
         assert client.info().mismatch is None
-        result, alone = (client.generate("Hello", GREEDY, **how) for how in (PAIR, ALONE))
+        result, target_only = (client.generate("Hello", GREEDY, **how) for how in (PAIR, TARGET_ONLY))
     target.stop()
     draft.stop()
-    assert result.token_ids == alone.token_ids
-    assert result.text == alone.text
+    assert result.token_ids == target_only.token_ids
+    assert result.text == target_only.text
     if scale:
         assert max(result.token_ids) >= NUM_PIECES  # a draft that does not know a token cannot follow it
         assert result.stats.num_rounds_without_draft > 0
@@ -112,10 +114,10 @@ def test_a_draft_with_a_shorter_context_is_done_without_beyond_it(services, tmp_
     draft = services.start(DRAFT, tiny_models.save(short, tmp_path / "d"))
     prompt = list(range(1, 1 + num_prompt))
     with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
-        result, alone = (client.generate(prompt, GREEDY, **how) for how in (PAIR, ALONE))
+        result, target_only = (client.generate(prompt, GREEDY, **how) for how in (PAIR, TARGET_ONLY))
     target.stop()
     draft.stop()
-    assert result.token_ids == alone.token_ids
+    assert result.token_ids == target_only.token_ids
     assert result.stats.num_draft_failures == 0
     # The same model: all that the draft may propose is kept, and each token beyond takes a round.
     assert result.stats.num_accepted_tokens == max(0, draft_context - num_prompt)

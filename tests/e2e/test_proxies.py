@@ -97,7 +97,7 @@ def test_a_draft_that_is_killed_is_used_again_when_it_is_back(services, model_pa
 
 
 def test_an_error_of_the_service_itself_is_final(services, proxied, tmp_path):
-    """A proxy hands on what tells the service's own INTERNAL from that of a broken connection."""
+    """A proxy hands on what distinguishes the service's own INTERNAL from that of a broken connection."""
     model = tiny_models.make_model(FAMILY, 1)
     with torch.no_grad():
         model.get_input_embeddings().weight[PROMPT[-1]] = math.nan

@@ -69,7 +69,7 @@ def write(client: SpeculativeClient, name: str, **speculation) -> GenerationResu
 
 @pytest.fixture(scope="module")
 def texts(trio) -> dict[str, list[int]]:
-    """The text of each sampling by the target alone, from a client that knows of no draft."""
+    """The text of each sampling by the target only, from a client that knows of no draft."""
     with SpeculativeClient(trio.target.address) as client:
         return {name: write(client, name, method="autoregressive").token_ids for name in SAMPLINGS}
 

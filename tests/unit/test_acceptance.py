@@ -1,4 +1,4 @@
-"""What a round keeps, situation by situation; that the law holds is shown in test_law_formulas."""
+"""What a round keeps, situation by situation; test_distribution_formulas shows that the distribution is the target's."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def test_none_are_drafted_while_a_client_waits_for_proposals(monkeypatch):
         (replace(OPTIONS, max_alternatives=0), 2 * LENGTH),
         (OPTIONS, 1),
     ],
-    ids=["not asked for", "no room in the window"],
+    ids=["not asked for", "no space in the window"],
 )
 def test_none_are_sent_where_there_can_be_none(options, window):
     assert alternatives_of(Bench(options, window).work()) == []

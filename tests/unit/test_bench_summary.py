@@ -39,7 +39,7 @@ def test_cells_come_by_temperature_and_the_baseline_first():
 
 
 def test_rates_and_speedups_are_medians_over_repetitions():
-    """10, 8 and 5 tokens/s alone, 20 with the pair, 5 with transformers: twice, 2.5 and 4 times as fast, and so on."""
+    """10, 8 and 5 tokens/s by the target only, 20 with the pair, 5 with transformers: 2, 2.5 and 4 times as fast, etc."""
     assert rows()[AR].tokens_per_s == Spread(8.0, pytest.approx((38 / 6) ** 0.5))
     assert rows()[PAIR].tokens_per_s == Spread(20.0, 0.0)
     assert rows()[PAIR].speedup.median == 2.5
@@ -148,7 +148,7 @@ class TestComparisons:
         assert [one.than for one in compare_methods(samples)] == [dynamic]
 
     def test_ratios_are_taken_repetition_by_repetition(self):
-        """Alone 0.4, 0.5 and 0.8 s against 0.2: twice, 2.5 and 4 times as fast; over all it would be 2.83."""
+        """Target only 0.4, 0.5 and 0.8 s against 0.2: twice, 2.5 and 4 times as fast; over all it would be 2.83."""
         assert compare_methods(SAMPLES)[0].ratio.median == 2.5
 
     def test_loads_are_not_mixed(self):

@@ -44,7 +44,7 @@ class Recorder:
         return [Made(0.0, LINE)] * len(texts)
 
 
-def test_gaps_of_random_arrivals_have_mean_and_deviation_of_the_law():
+def test_gaps_of_random_arrivals_have_mean_and_deviation_of_the_distribution():
     """Exponential gaps: mean and deviation are 1 / rate. Of 20,000, both are within 5 % by seven standard errors."""
     times = arrival_times(4.0, 20_001, seed=1)
     gaps = [later - earlier for earlier, later in pairwise(times)]
@@ -150,9 +150,13 @@ class TestWhatIsAskedFor:
         expected = replace(self.SETTINGS.speculation, num_speculative_tokens=3)
         assert speculation_of(cell, self.SETTINGS) == expected
 
-    def test_the_target_alone_and_a_k_that_the_client_picks_have_no_window(self):
-        alone = speculation_of(Cell("autoregressive", 1.0), self.SETTINGS)
-        assert (alone.method, alone.num_speculative_tokens, alone.window) == ("autoregressive", 0, None)
+    def test_target_only_and_a_k_that_the_client_picks_have_no_window(self):
+        target_only = speculation_of(Cell("autoregressive", 1.0), self.SETTINGS)
+        assert (target_only.method, target_only.num_speculative_tokens, target_only.window) == (
+            "autoregressive",
+            0,
+            None,
+        )
         picked = Cell("speculative-auto", 1.0)
         assert speculation_of(picked, self.SETTINGS) == replace(self.SETTINGS.speculation, window=None)
         assert sampling_of(picked, 11, self.SETTINGS).seed is None

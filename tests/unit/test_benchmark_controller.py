@@ -24,7 +24,7 @@ from outrider_client.params import AUTO
 from outrider_client.results import GenerationStats, RoundStats
 from tests.unit.bench_samples import make_result
 
-ALONE, UNSEEDED = Cell("autoregressive", 1.0), Cell(AUTO_METHOD, 1.0)
+TARGET_ONLY, UNSEEDED = Cell("autoregressive", 1.0), Cell(AUTO_METHOD, 1.0)
 SEEDED = Cell("speculative", 1.0, AUTO)  # type: ignore[arg-type]
 
 
@@ -43,7 +43,7 @@ def lines(outcomes: list[Outcome]) -> list[str]:
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
-def test_each_temperature_has_the_target_alone_and_auto_with_and_without_a_seed_where_they_differ():
+def test_each_temperature_has_target_only_and_auto_with_and_without_a_seed_where_they_differ():
     cells = Case("a draft", num_users=16).cells([0.0, 1.0])
     assert {cell.num_users for cell in cells} == {16}
     kinds = [(cell.temperature, cell.method, cell.num_speculative_tokens) for cell in cells]
@@ -59,8 +59,8 @@ def test_each_temperature_has_the_target_alone_and_auto_with_and_without_a_seed_
 def test_an_outcome_is_taken_repetition_by_repetition():
     """Auto takes 0.5 s where the target takes 0.4 s, and 0.8 s where it takes 0.8 s: 0.8 and 1 times as fast."""
     samples = [
-        sample(ALONE, 0.4, [0] * 4),
-        sample(ALONE, 0.8, [0] * 4, repetition=1),
+        sample(TARGET_ONLY, 0.4, [0] * 4),
+        sample(TARGET_ONLY, 0.8, [0] * 4, repetition=1),
         sample(UNSEEDED, 0.5, [0, 0, 3, 1]),
         sample(UNSEEDED, 0.8, [0, 0, 0, 4], repetition=1),
     ]
@@ -101,20 +101,20 @@ def test_the_widest_row_fits_80_columns():
 def test_the_second_half_begins_with_the_arrival_of_half_the_tokens():
     """Of six tokens, the third comes with the second chunk, at 3 s."""
     timeline = Timeline([1.0, 3.0, 4.0, 7.0], [1, 3, 1, 1], wall_s=7.5)
-    [half] = second_halves([replace(sample(ALONE, 1.0, [0]), timeline=timeline)])
+    [half] = second_halves([replace(sample(TARGET_ONLY, 1.0, [0]), timeline=timeline)])
     assert half.timeline == Timeline([1.0, 4.0], [1, 1], wall_s=4.0)
     assert half.begun_s == 3.0
 
 
 def test_a_text_in_one_piece_has_no_second_half():
-    whole = replace(sample(ALONE, 1.0, [0]), timeline=Timeline([1.0], [6], wall_s=1.0))
+    whole = replace(sample(TARGET_ONLY, 1.0, [0]), timeline=Timeline([1.0], [6], wall_s=1.0))
     assert second_halves([whole]) == []
     [outcome] = outcomes_of("a case", [whole, replace(whole, cell=UNSEEDED)], "sequential")
     assert outcome.second_half_ratio is None
 
 
 def test_a_case_is_saved_as_a_result_of_the_bench():
-    samples = [sample(cell, 0.4, [0, 2, 2, 2]) for cell in (ALONE, UNSEEDED, SEEDED)]
+    samples = [sample(cell, 0.4, [0, 2, 2, 2]) for cell in (TARGET_ONLY, UNSEEDED, SEEDED)]
     document = document_of({"embedded": make_result("sweep", samples)}, outcomes_of("embedded", samples, "sequential"))
     assert Result.from_dict(document["cases"]["embedded"]).samples == samples
     assert [(one["has_seed"], one["is_fast_enough"]) for one in document["outcomes"]] == [(True, None), (False, True)]

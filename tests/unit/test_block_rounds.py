@@ -1,6 +1,6 @@
 """Rounds whose proposals are judged together: what a seed still fixes, and that no random number decides twice.
 
-Against the toy services, as in test_conversation; that the distribution stays the target's is shown in test_law_block.
+Against the toy services, as in test_conversation; test_distribution_block shows that the distribution stays the target's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_rounds_of_one_proposal_are_those_of_rejection():
 
 @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
 def test_greedy_text_is_that_of_the_target_alone(num_speculative_tokens):
-    expected = toys.SeedText(temperature=0.0).text(NUM_TOKENS, alone=True)
+    expected = toys.SeedText(temperature=0.0).text(NUM_TOKENS, target_only=True)
     assert run(temperature=0.0, num_speculative_tokens=num_speculative_tokens).token_ids == expected
 
 

@@ -41,8 +41,8 @@ from tests import toy_services as toys
 from tests.toy_services import (
     EVERY_K,
     NUM_TOKENS,
+    TARGET_ONLY_TEXT,
     TEXT,
-    TEXT_ALONE,
     SeedText,
     World,
     fail_requests,
@@ -92,8 +92,8 @@ class TestSeedInvariance:
     def test_another_seed_gives_another_text(self):
         assert run(seed=12).token_ids == SeedText(seed=12).text(NUM_TOKENS) != TEXT
 
-    def test_greedy_text_is_that_of_the_target_alone(self):
-        assert run(temperature=0.0).token_ids == SeedText(temperature=0.0).text(NUM_TOKENS, alone=True)
+    def test_greedy_text_is_that_of_the_target_only(self):
+        assert run(temperature=0.0).token_ids == SeedText(temperature=0.0).text(NUM_TOKENS, target_only=True)
 
     @settings(max_examples=25)
     @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
@@ -106,7 +106,7 @@ class TestSeedInvariance:
     def test_where_the_draft_is_late_each_token_is_what_its_round_makes_it(
         self, num_speculative_tokens, order, impatience, draft_speed, min_draft_prob
     ):
-        """A round that the draft misses draws its token alone; proposals in flight then agree with it or do not."""
+        """A round that the draft misses draws its token itself; proposals in flight then agree with it or do not."""
         world = World(order, draft_speed, impatience=impatience)
         result = run(world, num_speculative_tokens=num_speculative_tokens, min_draft_prob=min_draft_prob)
         SeedText().check(result, world)
@@ -169,7 +169,7 @@ class Scripted:
 
 
 class TestLengthsThatChange:
-    """Rounds without proposals leave the draft as it was; the next commit tells it of all of them."""
+    """Rounds without proposals leave the draft as it was; the next commit sends it all of them."""
 
     @settings(max_examples=100)
     @given(
@@ -214,8 +214,8 @@ class TestLengthsThatChange:
         steps.close()
         assert lengths.num_open == 0
 
-    def test_a_draft_that_is_to_be_asked_soon_is_told_all_tokens_once_and_never_waited_for(self):
-        """It is opened before the first round, falls behind, and is told before the rounds with proposals begin."""
+    def test_a_draft_that_is_to_be_asked_soon_is_sent_all_tokens_once_and_never_waited_for(self):
+        """It is opened before the first round, falls behind, and is sent them before the rounds with proposals begin."""
         world, seen = World(3), []
         lengths = Scripted([0] * 12 + [3] * 20, needs_draft=[1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
 
@@ -301,7 +301,7 @@ class TestLengthsThatChange:
         ],
         ids=["seed", "seed_rejection", "no_seed", "greedy", "shared_noise", "block"],
     )
-    def test_a_useless_draft_is_left_alone_unless_that_would_change_the_text(self, sampling, speculation, least):
+    def test_a_useless_draft_is_left_unused_unless_that_would_change_the_text(self, sampling, speculation, least):
         chosen = self.lengths(sampling, speculation)
         assert min(chosen.next_length() for _ in range(20)) == least
 
@@ -326,24 +326,24 @@ def test_rounds_without_draft_do_occur_when_the_draft_is_late():
     world = World(3, draft_speed=0.3, impatience=0.3)
     stats = run(world, num_speculative_tokens=3).stats
     assert 0 < stats.num_rounds_without_draft < stats.num_rounds
-    assert TEXT != TEXT_ALONE
+    assert TEXT != TARGET_ONLY_TEXT
 
 
 class TestMethods:
     @pytest.mark.parametrize(
         "settings", [{"method": "autoregressive"}, {"num_speculative_tokens": 0}], ids=["method", "k_0"]
     )
-    def test_the_target_alone_never_opens_the_draft(self, settings):
+    def test_target_only_never_opens_the_draft(self, settings):
         world = World()
         result = run(world, **settings)
-        assert result.token_ids == TEXT_ALONE
+        assert result.token_ids == TARGET_ONLY_TEXT
         assert world.num_opened == {Link.TARGET: 1, Link.DRAFT: 0}
         stats = result.stats
         assert (stats.num_rounds, stats.num_draft_tokens, stats.num_rounds_without_draft) == (NUM_TOKENS, 0, 0)
         assert stats.mean_acceptance_length == 1.0
 
     @pytest.mark.parametrize("min_draft_prob", [0.0, 0.9])
-    def test_the_draft_alone_never_opens_the_target(self, min_draft_prob):
+    def test_draft_only_never_opens_the_target(self, min_draft_prob):
         world = World()
         result = run(world, method="draft", min_draft_prob=min_draft_prob)
         uniforms = toys.AddressedUniforms(11, toys.Purpose.DRAFT)
@@ -355,7 +355,7 @@ class TestMethods:
         assert world.num_opened == {Link.TARGET: 0, Link.DRAFT: 1}
         assert (result.finish_reason, result.stats.num_rounds) == ("length", 0)
 
-    def test_the_draft_alone_comes_back_after_a_broken_stream(self):
+    def test_draft_only_comes_back_after_a_broken_stream(self):
         expected = run(method="draft").token_ids
         world = World()
         fail_responses = {2: grpc.StatusCode.UNAVAILABLE, 9: grpc.StatusCode.INTERNAL}
@@ -363,13 +363,13 @@ class TestMethods:
         assert run(world, method="draft").token_ids == expected
         assert world.num_opened[Link.DRAFT] == 3
 
-    def test_the_draft_alone_ends_at_its_context(self):
+    def test_draft_only_ends_at_its_context(self):
         world = World()
         world.draft_info = model_info(context_length=10)
         result = run(world, method="draft")
         assert (len(result.token_ids), result.finish_reason) == (7, "length")
 
-    def test_the_draft_alone_gives_up_after_the_retry_time(self):
+    def test_draft_only_gives_up_after_the_retry_time(self):
         world = World()
         world.draft_info = None
         with pytest.raises(ServiceUnavailableError, match="the draft did not answer"):
@@ -581,7 +581,7 @@ class TestBeginning:
             ({"draft": None, "method": "draft"}, "method 'draft' needs a draft"),
             ({"sampling": SamplingParams(stop="end")}, "stop needs a tokenizer"),
         ],
-        ids=["prompt_too_long", "empty", "unknown_id", "text", "no_draft", "no_draft_alone", "stop"],
+        ids=["prompt_too_long", "empty", "unknown_id", "text", "no_draft", "no_draft_draft_only", "stop"],
     )
     def test_what_cannot_be_done_is_refused_before_anything_is_sent(self, arguments, reason):
         with pytest.raises(InvalidRequestError, match=reason):
@@ -592,10 +592,10 @@ class TestBeginning:
         assert (len(result.token_ids), result.finish_reason) == (1, "length")
 
     @pytest.mark.parametrize("speculation", [{"method": "autoregressive"}, {"num_speculative_tokens": 0}])
-    def test_the_target_alone_needs_no_draft(self, speculation):
+    def test_target_only_needs_no_draft(self, speculation):
         sampling = SamplingParams(seed=11, max_new_tokens=9, ignore_eos=True)
         result, _ = World().run(self.begin(sampling=sampling, draft=None, **speculation))
-        assert result.token_ids == TEXT_ALONE[:9]
+        assert result.token_ids == TARGET_ONLY_TEXT[:9]
 
 
 class TestTime:

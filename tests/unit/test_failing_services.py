@@ -24,8 +24,8 @@ from tests import toy_services as toys
 from tests.toy_services import (
     EVERY_K,
     NUM_TOKENS,
+    TARGET_ONLY_TEXT,
     TEXT,
-    TEXT_ALONE,
     SeedText,
     World,
     fail_requests,
@@ -46,7 +46,7 @@ class TestTargetFails:
         world = World()
         fail_requests(world, Link.TARGET, {3: code}, after_answer)
         result = run(world, method=method)
-        assert result.token_ids == (TEXT_ALONE if method == "autoregressive" else TEXT)
+        assert result.token_ids == (TARGET_ONLY_TEXT if method == "autoregressive" else TEXT)
         assert world.num_opened[Link.TARGET] == 2
         assert result.stats.num_target_retries == 1
 
@@ -97,7 +97,7 @@ class TestTargetFails:
     def test_it_is_asked_again_when_it_says_so(self):
         world = World()
         fail_requests(world, Link.TARGET, {2: grpc.StatusCode.RESOURCE_EXHAUSTED}, retry_delay_s=3.0)
-        assert run(world, method="autoregressive").token_ids == TEXT_ALONE
+        assert run(world, method="autoregressive").token_ids == TARGET_ONLY_TEXT
         assert world.now - 1000 == pytest.approx(3.0)
 
     @pytest.mark.parametrize(("delay", "pauses"), [(-5.0, [0.0, 0.1, 0.1]), (0.0, [0.0, 0.1, 0.1]), (1e9, [5.0] * 3)])
@@ -106,19 +106,19 @@ class TestTargetFails:
         fail_requests(
             world, Link.TARGET, dict.fromkeys([2, 3, 4], grpc.StatusCode.RESOURCE_EXHAUSTED), retry_delay_s=delay
         )
-        assert run(world, method="autoregressive", jitter=0.0).token_ids == TEXT_ALONE
+        assert run(world, method="autoregressive", jitter=0.0).token_ids == TARGET_ONLY_TEXT
         assert world.now - 1000 == pytest.approx(sum(pauses))
 
     def test_a_delay_is_never_cut_by_jitter(self):
         world = World()
         fail_requests(world, Link.TARGET, {2: grpc.StatusCode.RESOURCE_EXHAUSTED}, retry_delay_s=3.0)
-        assert run(world, method="autoregressive", jitter=0.9).token_ids == TEXT_ALONE
+        assert run(world, method="autoregressive", jitter=0.9).token_ids == TARGET_ONLY_TEXT
         assert world.now - 1000 == pytest.approx(3.0 * 1.45)
 
     def test_a_failed_precondition_is_repaired_at_once(self):
         world = World()
         fail_requests(world, Link.TARGET, {2: grpc.StatusCode.FAILED_PRECONDITION})
-        assert run(world, method="autoregressive").token_ids == TEXT_ALONE
+        assert run(world, method="autoregressive").token_ids == TARGET_ONLY_TEXT
         assert world.now == 1000
 
     def test_failures_between_rounds_are_noticed(self):
@@ -155,7 +155,7 @@ class TestTargetFails:
         failures = dict.fromkeys(range(1, 49, 2), grpc.StatusCode.UNAVAILABLE)
         fail_requests(world, Link.TARGET, failures, retry_delay_s=1.0)
         patience = Patience(retry_s=2.0)
-        assert run(world, method="autoregressive", patience=patience).token_ids == TEXT_ALONE
+        assert run(world, method="autoregressive", patience=patience).token_ids == TARGET_ONLY_TEXT
         assert world.now - 1000 == pytest.approx(24.0)
 
     @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ class TestTargetFails:
 
         world.on_response = corrupt
         result = run(world, method="autoregressive")
-        assert result.token_ids == TEXT_ALONE
+        assert result.token_ids == TARGET_ONLY_TEXT
         assert (result.stats.num_cache_mismatches, world.num_opened[Link.TARGET]) == (2, 3)
 
     def test_a_cache_longer_than_the_text_is_a_mismatch(self):
@@ -291,16 +291,16 @@ class TestTargetFails:
                 answer = stream.session.answer
                 stream.session.answer = lambda message: late.append((stream, answer(message)))
 
-        def tell(effect):
+        def note(effect):
             while late and isinstance(effect, Wait) and effect.timeout_s < 50:
                 stream, answer = late.pop()
                 stream.to_client.append(toys.Received(Link.TARGET, answer))
 
-        world.on_arrival, world.on_effect, world.target_may_hang = hold_back, tell, True
+        world.on_arrival, world.on_effect, world.target_may_hang = hold_back, note, True
         patience = Patience(round_s=100.0, retry_s=1000.0)
         result = run(world, patience=patience, method="autoregressive")
         assert not late
-        assert result.token_ids == TEXT_ALONE
+        assert result.token_ids == TARGET_ONLY_TEXT
         assert (result.stats.num_target_retries, world.num_opened[Link.TARGET]) == (2, 3)
 
     def test_an_answer_that_nobody_asked_for_is_an_error(self):
@@ -414,7 +414,7 @@ class TestDraftFails:
         world = World()
         world.draft_info = None
         result = run(world)
-        assert result.token_ids == TEXT_ALONE
+        assert result.token_ids == TARGET_ONLY_TEXT
         assert world.now == 1000
         assert world.num_opened[Link.DRAFT] == 0
         assert result.stats.num_rounds_without_draft == NUM_TOKENS
@@ -440,7 +440,7 @@ class TestDraftFails:
         world = World()
         world.draft_is_frozen = True
         result = run(world, patience=Patience(draft_wait_s=2.0))
-        assert result.token_ids == TEXT_ALONE
+        assert result.token_ids == TARGET_ONLY_TEXT
         assert world.now - 1000 == pytest.approx(2.0)
         assert result.stats.num_rounds_without_draft == NUM_TOKENS
         assert result.stats.num_draft_failures == 1
@@ -505,17 +505,17 @@ class TestDraftFails:
         world = World()
         world.on_arrival = lambda stream, message: stream.link is Link.DRAFT and stream.end(code)
         result = run(world)
-        assert result.token_ids == TEXT_ALONE
+        assert result.token_ids == TARGET_ONLY_TEXT
         assert result.stats.draft_failures == {code.name: 2}  # time stands still, and a pause does not end
         with pytest.raises(ServiceFailedError, match=f"the draft refused the request .{code.name}"):
             run(world, method="draft")
 
-    def test_a_draft_of_another_family_is_done_without_and_refused_alone(self):
+    def test_a_draft_of_another_family_is_done_without_and_refused_under_the_method_draft(self):
         world = World()
         world.draft_info = model_info()
         world.draft_info.tokenizer.num_pieces += 1
         result = run(world)
-        assert result.token_ids == TEXT_ALONE
+        assert result.token_ids == TARGET_ONLY_TEXT
         assert result.stats.draft_failures == {"OTHER_TOKENIZER": 2}
         assert "have different tokenizers" in result.stats.first_draft_failure
         with pytest.raises(IncompatiblePairError) as caught:
@@ -531,7 +531,7 @@ class TestDraftFails:
         SeedText().check(result, world)
         assert list(world.num_proposals_at.values())[-1] > 0
 
-    def test_a_draft_that_trickles_is_left_alone_for_ten_times_what_it_cost(self):
+    def test_a_draft_that_trickles_is_paused_for_ten_times_what_it_cost(self):
         """It speaks after each wait that ran out, and so ends its trial each time."""
         world = World()
         world.draft_is_frozen = True
@@ -548,7 +548,7 @@ class TestDraftFails:
         assert len(result.token_ids) == 150
         assert world.now - 1000 <= 4.0  # two waits, and a pause that does not end within this text
 
-    def test_all_texts_of_a_client_leave_a_dead_draft_alone(self):
+    def test_all_texts_of_a_client_pause_a_dead_draft(self):
         patience, asked = Patience(), []
         breaker = patience.breaker()
         for _ in range(10):
@@ -556,7 +556,7 @@ class TestDraftFails:
             world.draft_info = None
             world.on_effect = lambda effect: asked.append(effect) if isinstance(effect, Describe) else None
             conversation = make_conversation(world, breaker=breaker)
-            assert world.run(conversation)[0].token_ids == TEXT_ALONE
+            assert world.run(conversation)[0].token_ids == TARGET_ONLY_TEXT
         assert len(asked) == 2
 
     def test_a_text_that_it_fails_on_does_not_keep_it_from_others(self):
@@ -587,7 +587,7 @@ class TestDraftFails:
         assert result.stats.draft_failures == {}
 
     @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
-    def test_beyond_its_context_the_target_goes_on_alone(self, num_speculative_tokens):
+    def test_beyond_its_context_the_target_goes_on_without_it(self, num_speculative_tokens):
         """A context of 15 holds the prompt of 3 and 12 tokens: proposals up to there, then none."""
         world = World()
         world.draft_info = model_info(context_length=15)
@@ -597,7 +597,7 @@ class TestDraftFails:
         assert all((count == 0) == (position >= 15) for position, count in world.num_proposals_at.items())
         assert world.num_timeouts == 0
 
-    def test_behind_a_token_it_does_not_know_the_target_goes_on_alone(self):
+    def test_behind_a_token_it_does_not_know_the_target_goes_on_without_it(self):
         """The draft's vocabulary lacks the last id, which the target says sooner or later."""
         last_id = toys.VOCAB_SIZE - 1
         world = World()
@@ -655,5 +655,5 @@ class TestDraftFails:
                 run(world, method="draft")
             return
         result = run(world)
-        assert result.token_ids == TEXT_ALONE
+        assert result.token_ids == TARGET_ONLY_TEXT
         assert result.stats.draft_failures.keys() == {"BROKE_PROTOCOL"}

@@ -1,4 +1,4 @@
-"""What one generation commits, counts and tells each service, message by message.
+"""What one generation commits, counts and sends each service, message by message.
 
 Proposals here have a support of one, and rows accept (p = 1) or overrule (p = 0, another token outside) as a test
 wants it.
@@ -106,16 +106,16 @@ def commit(
     num_accepted: int,
     token_id: int = 77,
     num_kept: int | None = None,
-    is_told: bool = True,
+    is_sent: bool = True,
 ) -> None:
     """Go through a round in which the target accepts `num_accepted` proposals and says `token_id` where it does not.
 
-    With `is_told`, the draft is told.
+    With `is_sent`, the draft has been sent the commit.
     """
     request = begin_round(generation, num_proposals)
     decision = generation.target.decide_round(answer(generation, request, num_accepted, token_id))
     generation.commit_round(decision, len(decision.token_ids) if num_kept is None else num_kept)
-    if is_told:
+    if is_sent:
         commit_to_draft(generation)
 
 
@@ -217,7 +217,7 @@ class TestCommitting:
         assert (generation.stats.num_rounds, generation.stats.num_rounds_without_draft) == (1, 1)
         assert generation.stats.acceptance_rate == 0.0
 
-    def test_a_target_alone_misses_no_draft(self):
+    def test_target_only_misses_no_draft(self):
         generation = make_generation(method="autoregressive")
         commit(generation, 0, 0)
         assert generation.stats.num_rounds_without_draft == 0
@@ -296,7 +296,7 @@ class TestDraftMessages:
             ({"num_speculative_tokens": 30, "max_new_tokens": 1000}, 50),
             ({"method": "draft", "max_new_tokens": 20}, T + 20),
         ],
-        ids=["overlap", "no_overlap", "window", "end_of_text", "context", "draft_alone"],
+        ids=["overlap", "no_overlap", "window", "end_of_text", "context", "draft_only"],
     )
     def test_the_window_ends_where_proposals_are_of_no_more_use(self, settings, window):
         assert open_draft(make_generation(**settings)).window == window
@@ -318,9 +318,9 @@ class TestDraftMessages:
     def test_a_commit_carries_what_is_new_and_moves_the_window(self):
         generation = make_generation(num_speculative_tokens=2)
         propose(generation, 5, 6, 7)
-        commit(generation, 2, num_accepted=1, token_id=77, is_told=False)
+        commit(generation, 2, num_accepted=1, token_id=77, is_sent=False)
         first = commit_to_draft(generation)
-        commit(generation, 0, 0, token_id=78, is_told=False)
+        commit(generation, 0, 0, token_id=78, is_sent=False)
         second = commit_to_draft(generation)
         assert [(it.commit_index, it.span.start_position, ids_of(it.span), it.window) for it in (first, second)] == [
             (1, T, [5, 77], T + 2 + 4),
@@ -331,7 +331,7 @@ class TestDraftMessages:
     def test_a_commit_carries_all_rounds_since_the_last(self):
         generation = make_generation(num_speculative_tokens=2)
         for token_id in (77, 78, 79):
-            commit(generation, 0, 0, token_id, is_told=False)
+            commit(generation, 0, 0, token_id, is_sent=False)
         message = commit_to_draft(generation)
         assert (message.commit_index, message.span.start_position) == (1, T)
         assert ids_of(message.span) == [77, 78, 79]
@@ -344,7 +344,7 @@ class TestDraftMessages:
         opening = open_draft(generation)
         assert ids_of(opening.committed) == [*PROMPT_IDS, 5]
         assert proposed(generation.draft) == []
-        commit(generation, 0, 0, is_told=False)
+        commit(generation, 0, 0, is_sent=False)
         assert commit_to_draft(generation).commit_index == 1
 
     @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ class TestDraftMessages:
 
 
 class TestProposals:
-    """The draft sends ahead of what it has been told; what it drafted on an overruled prefix must not be used."""
+    """The draft sends ahead of what it has been sent; what it drafted on an overruled prefix must not be used."""
 
     def test_pile_up_in_order(self):
         generation = make_generation()
@@ -486,10 +486,10 @@ class TestProposals:
     def test_that_contradict_a_round_the_draft_was_not_told_of_wait_for_the_next_commit(self, is_known_before):
         """Two rounds went without proposals and without a word; the draft's own 6 contradicts the second."""
         generation = make_generation()
-        commit(generation, 0, 0, token_id=5, is_told=False)
+        commit(generation, 0, 0, token_id=5, is_sent=False)
         if is_known_before:
             generation.draft.on_response(response(T, [5, 6], PROMPT_IDS))
-        commit(generation, 0, 0, token_id=77, is_told=False)
+        commit(generation, 0, 0, token_id=77, is_sent=False)
         if not is_known_before:
             generation.draft.on_response(response(T, [5, 6], PROMPT_IDS))
         generation.draft.on_response(response(T + 2, [7], [*PROMPT_IDS, 5, 6]))
@@ -560,19 +560,19 @@ class TestAlternatives:
     """Proposals for another end of the round: used when it comes about, whether they are here then or on their way."""
 
     @pytest.mark.parametrize("is_before", [True, False], ids=["here", "on their way"])
-    @pytest.mark.parametrize("is_told", [True, False], ids=["told", "not told"])
-    def test_whose_case_comes_true_are_what_is_proposed(self, is_before, is_told):
+    @pytest.mark.parametrize("is_sent", [True, False], ids=["sent", "not sent"])
+    def test_whose_case_comes_true_are_what_is_proposed(self, is_before, is_sent):
         generation = make_generation()
         propose(generation, 5, 6, 7, 8)
         if is_before:
             prepare(generation, T + 1, 77, 20, 21)
-        commit(generation, 3, num_accepted=1, token_id=77, is_told=is_told)
+        commit(generation, 3, num_accepted=1, token_id=77, is_sent=is_sent)
         if not is_before:
             assert proposed(generation.draft) == []
             prepare(generation, T + 1, 77, 20, 21)
         assert proposed(generation.draft) == [20, 21]
         assert generation.draft.num_alternatives_used == 1
-        if not is_told:
+        if not is_sent:
             commit_to_draft(generation)
         propose(generation, 22, commit_index=1)
         assert proposed(generation.draft) == [20, 21, 22]
@@ -595,17 +595,17 @@ class TestAlternatives:
         propose(generation, 5, 6, 7, 8)
         prepare(generation, T + 1, 77, 20)
         commit(generation, 2, num_accepted=2)
-        prepare(generation, T + 2, 78, 21)  # of the round before, on its way when the draft was told
+        prepare(generation, T + 2, 78, 21)  # of the round before, on its way when the draft was sent the commit
         commit(generation, 2, num_accepted=0, token_id=78)
         assert proposed(generation.draft) == []
 
     def test_are_kept_until_the_draft_is_told_of_a_commit(self):
-        """It then looks at all that was committed since it last was told."""
+        """It then looks at all that was committed since it was last sent."""
         generation = make_generation()
         propose(generation, 5, 6, 7, 8)
         prepare(generation, T + 1, 77, 20, 21)
-        commit(generation, 1, num_accepted=1, is_told=False)
-        commit(generation, 1, num_accepted=0, token_id=77, is_told=False)
+        commit(generation, 1, num_accepted=1, is_sent=False)
+        commit(generation, 1, num_accepted=0, token_id=77, is_sent=False)
         assert proposed(generation.draft) == [20, 21]
 
     def test_that_a_further_round_agrees_with_are_used_from_there(self):

@@ -1,6 +1,6 @@
 """The rules by name, what a seed's text depends on under each, and that a rule is one class.
 
-How a round is decided is shown in test_acceptance, and that distributions stay the target's in the test_law files.
+test_acceptance shows how a round is decided, the test_distribution files that distributions stay the target's.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_a_seeds_text_depends_on_what_the_rule_says(rule, monkeypatch):
 
 
 class FirstOnly(Rejection):
-    """Judge the first proposal of a round alone: exact, and slow."""
+    """Judge only the first proposal of a round: exact, and slow."""
 
     name = "first_only"
     num_alternatives = 0
@@ -79,7 +79,7 @@ def test_another_rule_is_one_class_and_one_entry(monkeypatch):
 
 
 def test_no_other_module_asks_for_a_rule_by_its_name():
-    """A name is read by `rule_of` alone; everything else asks the rule what it knows."""
+    """Only `rule_of` reads a name; everything else asks the rule what it knows."""
     folder = Path(outrider_client.__file__).parent
     asking = {
         path.name

@@ -1,6 +1,6 @@
 """With noise that draft and target share, a seed's text is the target's own, whatever happens.
 
-Against the toy services, as in test_conversation; that draws follow their law is shown in test_race.
+Against the toy services, as in test_conversation; that draws follow their distribution is shown in test_race.
 """
 
 from __future__ import annotations

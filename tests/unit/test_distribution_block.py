@@ -1,6 +1,6 @@
-"""Judging a round's proposals together must not change the target's law, and must keep at least as many of them.
+"""Judging a round's proposals together must not change the target's distribution, and must keep at least as many.
 
-Enumeration over the cells of `tests.enumeration`, without randomness, as in test_law_formulas.
+Enumeration over the cells of `tests.enumeration`, without randomness, as in test_distribution_formulas.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.enumeration import (
     SABOTAGE_DISTANCE,
     TOLERANCE,
     VOCAB_SIZE,
-    Law,
+    Distribution,
     Pair,
     Prefix,
     distance,
@@ -29,8 +29,8 @@ from tests.enumeration import (
     every_params,
     every_support_size,
     pair_of,
-    string_law,
-    target_law,
+    string_distribution,
+    target_distribution,
 )
 
 
@@ -80,16 +80,16 @@ def kept_cells(probs: list[float]) -> Iterator[tuple[int, float, float]]:
         below += prob
 
 
-def kept_masses(pair: Pair, prefix: Prefix) -> tuple[Law, Law, Law]:
+def kept_masses(pair: Pair, prefix: Prefix) -> tuple[Distribution, Distribution, Distribution]:
     """Return for every string x of 1 … K tokens the probability that it is proposed and kept, K being NUM_TOKENS.
 
     Returns:
         The enumerated one, the closed form q(x) p_i(x), and that of judging one by one, q(x) times the product of
         min(1, p / q).
     """
-    enumerated: Law = defaultdict(float)
-    closed_form: Law = defaultdict(float)
-    one_by_one: Law = defaultdict(float)
+    enumerated: Distribution = defaultdict(float)
+    closed_form: Distribution = defaultdict(float)
+    one_by_one: Distribution = defaultdict(float)
     for draft_prob, proposals in drafted_strings(pair, prefix, NUM_TOKENS):
         string = tuple(proposal.token_id for proposal in proposals)
         some_row = [position_rows[0][1] for position_rows in pair.rows_behind(prefix, proposals)]
@@ -110,19 +110,19 @@ def kept_masses(pair: Pair, prefix: Prefix) -> tuple[Law, Law, Law]:
 @pytest.mark.parametrize("num_speculative_tokens", [2, NUM_TOKENS])
 def test_whole_strings_follow_the_target(params, draft_params, max_support, num_speculative_tokens):
     pair = pair_of(params, draft_params, max_support)
-    assert distance(string_law(pair, num_speculative_tokens, outcomes), target_law(pair)) < TOLERANCE
+    assert distance(string_distribution(pair, num_speculative_tokens, outcomes), target_distribution(pair)) < TOLERANCE
 
 
 @every_params
 def test_without_proposals_the_token_is_the_targets_own_draw(params):
     pair = pair_of(params, "same", VOCAB_SIZE)
-    assert distance(string_law(pair, 0, outcomes), target_law(pair)) < TOLERANCE
+    assert distance(string_distribution(pair, 0, outcomes), target_distribution(pair)) < TOLERANCE
 
 
 @every_params
 @every_draft
 @every_support_size
-def test_one_proposal_is_judged_as_if_alone(params, draft_params, max_support):
+def test_one_proposal_is_judged_as_if_by_itself(params, draft_params, max_support):
     """To the letter: the same uniforms give the same decision."""
     pair = pair_of(params, draft_params, max_support)
     uniforms = np.linspace(0, 1 - 2**-53, 7)
@@ -202,29 +202,29 @@ BROKEN_FUNCTIONS = [
 def test_a_broken_formula_is_found(monkeypatch, name, broken, max_support):
     monkeypatch.setattr(acceptance, name, broken)
     pair = pair_of("plain", "same", max_support)
-    assert distance(string_law(pair, NUM_TOKENS, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(string_distribution(pair, NUM_TOKENS, outcomes), target_distribution(pair)) > SABOTAGE_DISTANCE
 
 
-def law_of_two(pair: Pair, is_drawn_anew: bool) -> Law:
-    """Return the law of two tokens written with K = 2.
+def distribution_of_two(pair: Pair, is_drawn_anew: bool) -> Distribution:
+    """Return the distribution of two tokens written with K = 2.
 
     Where the first round keeps nothing, the second position is drafted again: with an independent number, or with the
     one that it was drafted with before.
     """
-    law: Law = defaultdict(float)
+    distribution: Distribution = defaultdict(float)
     for first_prob, first in pair.drafts(()):
         for length, uniform in shared_cells(pair):
             proposals = [first, draw(pair, (first.token_id,), uniform)]
             for prob, decision in outcomes(pair, (), proposals):
                 prefix, prefix_prob = tuple(decision.token_ids), first_prob * length * prob
                 if len(prefix) == 2:
-                    law[prefix] += prefix_prob
+                    distribution[prefix] += prefix_prob
                     continue
                 seconds = pair.drafts(prefix) if is_drawn_anew else [(1.0, draw(pair, prefix, uniform))]
                 for second_prob, second in seconds:
                     for last_prob, last in outcomes(pair, prefix, [second]):
-                        law[(*prefix, *last.token_ids)] += prefix_prob * second_prob * last_prob
-    return law
+                        distribution[(*prefix, *last.token_ids)] += prefix_prob * second_prob * last_prob
+    return distribution
 
 
 def shared_cells(pair: Pair) -> Iterator[tuple[float, float]]:
@@ -245,9 +245,9 @@ def draw(pair: Pair, prefix: Prefix, uniform: float) -> Proposal:
 def test_proposals_behind_the_end_must_be_drawn_anew():
     """They took part in the decision that dropped them, so that their random numbers are no longer any."""
     pair = pair_of("plain", "same", VOCAB_SIZE)
-    law = {
+    distribution = {
         tokens: np.prod([pair.target_probs(tokens[:length])[0, tokens[length]].item() for length in range(2)])
         for tokens in itertools.product(range(VOCAB_SIZE), repeat=2)
     }
-    assert distance(law_of_two(pair, is_drawn_anew=True), law) < TOLERANCE
-    assert distance(law_of_two(pair, is_drawn_anew=False), law) > SABOTAGE_DISTANCE
+    assert distance(distribution_of_two(pair, is_drawn_anew=True), distribution) < TOLERANCE
+    assert distance(distribution_of_two(pair, is_drawn_anew=False), distribution) > SABOTAGE_DISTANCE

@@ -1,4 +1,4 @@
-"""Texts of the whole stack follow the target's law: thousands of seeded texts against the law by transformers alone.
+"""Texts of the whole stack follow the target's distribution: thousands of seeded texts against transformers'.
 
 The statistic is a chi-square of whole strings, with fixed seeds, so that it passes always or never. Draft and target
 disagree on a third of their mass: with near-uniform rows broken rules go unnoticed. That these tests notice them is
@@ -65,13 +65,13 @@ TRUNCATED = Scenario(
     {"num_speculative_tokens": 2, "overlap": False, "max_support": 2, "rule": "rejection"},
     with_tasks=True,
 )
-ALONE = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive", "rule": "rejection"})
+TARGET_ONLY = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive", "rule": "rejection"})
 BLOCK = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "max_support": 4, "rule": "block"})
 SHARED_NOISE = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "rule": "shared_noise"})
 SCENARIOS = {
     "plain": PLAIN,
     "filters and a truncated support": TRUNCATED,
-    "the target alone": ALONE,
+    "the target only": TARGET_ONLY,
     "proposals judged together": BLOCK,
     "noise that both share": SHARED_NOISE,
 }
@@ -103,7 +103,7 @@ class Pair:
 @pytest.fixture(scope="module", params=["float64"])
 def pair(request, services, tmp_path_factory) -> Iterator[Pair]:
     """Float32 logits are read by compiled code, and those of float64 with torch."""
-    folder = tmp_path_factory.mktemp("law")
+    folder = tmp_path_factory.mktemp("distribution")
     target, draft = (
         tiny_models.make_model(FAMILY, seed, vocab_size=VOCAB_SIZE, scale=0.7, n_layer=1) for seed in (8, 108)
     )
@@ -139,12 +139,12 @@ def exact_rows(model: PreTrainedModel, sampling: SamplingParams) -> list[np.ndar
     return rows
 
 
-def exact_law(model: PreTrainedModel, sampling: SamplingParams) -> np.ndarray:
+def exact_distribution(model: PreTrainedModel, sampling: SamplingParams) -> np.ndarray:
     """Return the probability of each text, `[V ** L] float64`."""
-    law = np.ones(1)
+    distribution = np.ones(1)
     for probs in exact_rows(model, sampling):
-        law = (law[:, None] * probs).ravel()
-    return law
+        distribution = (distribution[:, None] * probs).ravel()
+    return distribution
 
 
 def text_index(token_ids: list[int]) -> int:
@@ -186,11 +186,11 @@ def _write_with_tasks(pair: Pair, requests, speculation) -> list:
     return pair.services.run(write_all())
 
 
-def statistic_and_limit(counts: np.ndarray, law: np.ndarray) -> tuple[float, float]:
-    """Return the chi-square of `counts` `[V ** L]` against `law` `[V ** L]`, and what a right rule stays below."""
-    expected = law * counts.sum()
+def statistic_and_limit(counts: np.ndarray, distribution: np.ndarray) -> tuple[float, float]:
+    """Return the chi-square of `counts` `[V ** L]` against `distribution`, and the limit that a right rule stays below."""
+    expected = distribution * counts.sum()
     if counts[expected == 0].sum():
-        return np.inf, 1.0  # a text came that the law excludes
+        return np.inf, 1.0  # a text came that the distribution excludes
     common = expected >= LEAST_EXPECTATION
     cells = np.append(expected[common], expected[~common].sum())
     seen = np.append(counts[common], counts[~common].sum())
@@ -205,27 +205,29 @@ def test_the_models_disagree_clearly(pair):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-def test_texts_follow_the_targets_law(pair, scenario):
+def test_texts_follow_the_targets_distribution(pair, scenario):
     counts = write_texts(pair, scenario, NUM_TEXTS)
-    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario.sampling))
+    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario.sampling))
     assert statistic < limit
 
 
 @pytest.mark.parametrize("pair", ["float32"], indirect=True)
-def test_texts_of_float32_models_follow_the_targets_law(pair):
+def test_texts_of_float32_models_follow_the_targets_distribution(pair):
     """Which is that of the same models in float64: rounding them moves it by far less than the texts can show."""
-    statistic, limit = statistic_and_limit(write_texts(pair, PLAIN, NUM_TEXTS), exact_law(pair.target, PLAIN.sampling))
+    statistic, limit = statistic_and_limit(
+        write_texts(pair, PLAIN, NUM_TEXTS), exact_distribution(pair.target, PLAIN.sampling)
+    )
     assert statistic < limit
 
 
 @pytest.mark.parametrize("scenario", PROCESSED.values(), ids=PROCESSED)
-def test_processed_texts_follow_the_targets_law(pair, scenario):
+def test_processed_texts_follow_the_targets_distribution(pair, scenario):
     counts = write_texts(pair, scenario, NUM_TEXTS_PROCESSED)
-    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario.sampling))
+    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario.sampling))
     assert statistic < limit
 
 
-def test_a_draft_that_knows_no_processors_changes_no_law(pair, monkeypatch):
+def test_a_draft_that_knows_no_processors_changes_no_distribution(pair, monkeypatch):
     """It proposes what the target may not write at all; the text is as with a draft that knows them."""
     scenario, draw = PROCESSED["several"], outrider_draft.drafter.draft_tokens
 
@@ -233,10 +235,12 @@ def test_a_draft_that_knows_no_processors_changes_no_law(pair, monkeypatch):
         return draw(parts, [DistributionParams(its.temperature) for its in all_params], *arguments)
 
     monkeypatch.setattr(outrider_draft.drafter, "draft_tokens", draw_plainly)
-    test_processed_texts_follow_the_targets_law(pair, replace(scenario, speculation=PLAIN.speculation))
+    test_processed_texts_follow_the_targets_distribution(pair, replace(scenario, speculation=PLAIN.speculation))
 
 
-@pytest.mark.parametrize("scenario", [PLAIN, ALONE, BLOCK, SHARED_NOISE], ids=["plain", "alone", "block", "shared"])
+@pytest.mark.parametrize(
+    "scenario", [PLAIN, TARGET_ONLY, BLOCK, SHARED_NOISE], ids=["plain", "target_only", "block", "shared"]
+)
 def test_log_probabilities_are_those_of_the_targets_own_logits(pair, scenario):
     """Whatever changes them, and whether a proposal has been accepted or another token stands in its place."""
     sampling = replace(scenario.sampling, temperature=0.5, logit_bias={2: 1.0}, logprobs=2, max_new_tokens=12, seed=1)
@@ -278,13 +282,13 @@ def break_draft_probs(monkeypatch) -> None:
     def draw_and_tell_another(parts, all_params, max_supports, uniforms, *others):
         drawn = draw(parts, all_params, max_supports, uniforms)
         whole = draw(parts, all_params, [VOCAB_SIZE] * len(max_supports), uniforms)
-        return [replace(told, token_id=true.token_id) for told, true in zip(whole, drawn, strict=True)]
+        return [replace(reported, token_id=true.token_id) for reported, true in zip(whole, drawn, strict=True)]
 
     monkeypatch.setattr(outrider_draft.drafter, "draft_tokens", draw_and_tell_another)
 
 
 def break_joint_ratios(monkeypatch) -> None:
-    """Judge a round's proposals together by the ratio of each alone."""
+    """Judge a round's proposals together by each one's own ratio."""
 
     def single_ratios(proposals, rows) -> list[float]:
         return [1.0, *map(outrider_client.rules.acceptance.acceptance_prob, proposals, rows)]
@@ -298,7 +302,7 @@ def break_noise(monkeypatch) -> None:
 
 
 def break_histories(monkeypatch) -> None:
-    """Have processors see the committed tokens alone, without the proposals before a row."""
+    """Have processors see only the committed tokens, without the proposals before a row."""
     histories_of = outrider_target.scheduler._histories_of
     monkeypatch.setattr(outrider_target.scheduler, "_histories_of", lambda job, size: histories_of(job, 1) * size)
 
@@ -318,5 +322,5 @@ BROKEN_RULES = {
 def test_a_broken_rule_is_noticed(pair, monkeypatch, scenario, break_rule):
     break_rule(monkeypatch)
     counts = write_texts(pair, scenario, NUM_TEXTS_BROKEN)
-    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario.sampling))
+    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario.sampling))
     assert statistic > 2 * limit  # by a wide margin, not by a lucky seed

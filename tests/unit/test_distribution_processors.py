@@ -1,8 +1,8 @@
-"""Logits processors are what their definitions say, and texts follow the target's law under them, proposals or not.
+"""Logits processors are what their definitions say, and texts follow the target's distribution under them.
 
 The definitions are those of tests/processors.py, which has nothing in common with the code. What a processor sees of a
 proposed row are the committed tokens and the proposals in front of it: enumeration of all strings shows what becomes of
-the law where it does not.
+the distribution where it does not.
 
 Shapes: V vocabulary size, K proposals.
 """
@@ -43,13 +43,13 @@ from tests.enumeration import (
     distance,
     middles,
     normalised,
-    string_law,
-    target_law,
+    string_distribution,
+    target_distribution,
 )
 from tests.processors import EVERY_PROCESSOR, WITH_HISTORY, processed
 from tests.rows import probability_rows
+from tests.unit.test_distribution_formulas import outcomes
 from tests.unit.test_isolation import settle
-from tests.unit.test_law_formulas import outcomes
 from tests.unit.test_toy_services import TableRunner
 
 PROMPT = [2, 0]
@@ -103,7 +103,7 @@ def test_repetitions_are_those_of_transformers():
             assert torch.equal(actual, other(torch.from_numpy(ids)[None], row.clone())[0]), settings
 
 
-def test_a_row_is_changed_for_whoever_asks_alone():
+def test_a_row_is_changed_only_for_whoever_asks():
     logits = torch.from_numpy(np.random.default_rng(3).normal(size=(3, 6))).float()
     before = logits.clone()
     params = [PLAIN, DistributionParams(allowed_token_ids=(4,)), PLAIN]
@@ -124,7 +124,7 @@ def test_a_row_is_changed_for_whoever_asks_alone():
 class ProcessedPair(Pair):
     """A pair whose rows go through processors; the draft's as well, unless `draft_params` are plain."""
 
-    forgets_proposals: bool = False  # broken: rows see the committed tokens alone
+    forgets_proposals: bool = False  # broken: rows see only the committed tokens
 
     @functools.cache  # noqa: B019 - a test's own object
     def target_probs(self, prefix: Prefix) -> torch.Tensor:
@@ -162,25 +162,25 @@ class ProcessedPair(Pair):
 
 
 @every_processor
-@pytest.mark.parametrize("draft_knows", [True, False], ids=["draft too", "target alone"])
+@pytest.mark.parametrize("draft_knows", [True, False], ids=["draft too", "target only"])
 @pytest.mark.parametrize("num_speculative_tokens", [1, 3])
 def test_whole_strings_follow_the_target(settings, draft_knows, num_speculative_tokens):
     params = DistributionParams(**settings)
     pair = ProcessedPair(params, params if draft_knows else PLAIN, 3)
-    assert distance(string_law(pair, num_speculative_tokens, outcomes), target_law(pair)) < TOLERANCE
+    assert distance(string_distribution(pair, num_speculative_tokens, outcomes), target_distribution(pair)) < TOLERANCE
 
 
 def test_processors_come_before_temperature_and_filters():
     params = DistributionParams(0.7, 3, 0.9, frequency_penalty=1.0, repetition_penalty=1.5)
     pair = ProcessedPair(params, params, 3)
-    assert distance(string_law(pair, 3, outcomes), target_law(pair)) < TOLERANCE
+    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", WITH_HISTORY)
 def test_a_history_without_the_proposals_before_a_row_is_found(name):
     params = DistributionParams(**EVERY_PROCESSOR[name])
     pair = ProcessedPair(params, params, VOCAB_SIZE, forgets_proposals=True)
-    assert distance(string_law(pair, 3, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > SABOTAGE_DISTANCE
 
 
 # The services' own histories.
@@ -213,13 +213,13 @@ def test_rows_of_a_round_see_the_proposals_before_them(settings, num_prompt):
     params = DistributionParams(**settings)
     verdict = verify(params, TEXT, PROPOSALS, num_prompt_tokens=num_prompt)
     for index, reported in enumerate(verdict.rows.support_probs):
-        law = expected_probs(toys.TARGET_LOGITS, params, [*TEXT, *PROPOSALS[:index]], num_prompt)
-        assert (reported <= law + 1e-9).all()
-        assert (reported > law - PROB_UNIT - 1e-9).all()
+        distribution = expected_probs(toys.TARGET_LOGITS, params, [*TEXT, *PROPOSALS[:index]], num_prompt)
+        assert (reported <= distribution + 1e-9).all()
+        assert (reported > distribution - PROB_UNIT - 1e-9).all()
 
 
 @pytest.mark.parametrize("name", WITH_HISTORY)
-def test_a_round_whose_rows_see_committed_tokens_alone_is_found(monkeypatch, name):
+def test_a_round_whose_rows_see_only_committed_tokens_is_found(monkeypatch, name):
     histories_of = scheduler_module._histories_of
     monkeypatch.setattr(scheduler_module, "_histories_of", lambda job, size: histories_of(job, 1) * size)
     with pytest.raises(AssertionError):
@@ -239,8 +239,8 @@ def test_drafts_see_what_is_drafted_before_them(settings):
         pass
     tokens, numbers = list(TEXT), AddressedUniforms(7, Purpose.DRAFT)
     for draft in (draft for message in emitted for draft in message.drafts):
-        law = expected_probs(toys.DRAFT_LOGITS, params, tokens, num_prompt)
-        whole = toys.whole_weights(law[draft.support_ids])
+        distribution = expected_probs(toys.DRAFT_LOGITS, params, tokens, num_prompt)
+        whole = toys.whole_weights(distribution[draft.support_ids])
         assert draft.weights.tolist() == whole.tolist()
         assert draft.token_id == draft.support_ids[toys.draw(whole, numbers.at(len(tokens)))]
         tokens.append(draft.token_id)
@@ -259,11 +259,11 @@ class TestLogprobs:
         verdict = verify(DistributionParams(0.3, 2, logit_bias={1: 5.0}), TEXT, PROPOSALS, num_logprobs=2)
         assert verdict.rows.logprobs
         for index, its in enumerate(verdict.rows.logprobs):
-            law = np.log(expected_probs(toys.TARGET_LOGITS, PLAIN, [*TEXT, *PROPOSALS[:index]], 7))
-            assert its.support == pytest.approx(law)
-            assert its.outside_token == pytest.approx(law[verdict.rows.outside_token_ids[index]])
-            assert its.likeliest_ids == law.argsort()[::-1][:2].tolist()
-            assert its.likeliest == pytest.approx(np.sort(law)[::-1][:2])
+            distribution = np.log(expected_probs(toys.TARGET_LOGITS, PLAIN, [*TEXT, *PROPOSALS[:index]], 7))
+            assert its.support == pytest.approx(distribution)
+            assert its.outside_token == pytest.approx(distribution[verdict.rows.outside_token_ids[index]])
+            assert its.likeliest_ids == distribution.argsort()[::-1][:2].tolist()
+            assert its.likeliest == pytest.approx(np.sort(distribution)[::-1][:2])
 
     def test_nobody_gets_them_who_does_not_ask(self):
         assert verify(PLAIN, TEXT, PROPOSALS).rows.logprobs is None

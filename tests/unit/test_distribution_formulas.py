@@ -1,7 +1,7 @@
 """Speculative sampling must not change the target's distribution: enumeration, without randomness.
 
-Summed over all cells of `tests.enumeration`, the law of whole strings must be the target's own. This is the rule that
-judges proposals one by one; test_law_block has the other.
+Summed over all cells of `tests.enumeration`, the distribution of whole strings must be the target's own. This is the
+rule that judges proposals one by one; test_distribution_block has the other.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from tests.enumeration import (
     middles,
     pair_of,
     rounds,
-    string_law,
-    target_law,
+    string_distribution,
+    target_distribution,
 )
 from tests.rows import probability_rows, read_logits
 
@@ -112,10 +112,10 @@ def test_supports_of_every_size_occur():
 def test_one_position_follows_the_target(params, draft_params, max_support):
     pair = pair_of(params, draft_params, max_support)
     for prefix in PREFIXES:
-        law = np.zeros(VOCAB_SIZE)
+        distribution = np.zeros(VOCAB_SIZE)
         for prob, decision in rounds(pair, prefix, 1, outcomes):
-            law[decision.token_ids[0]] += prob
-        assert np.abs(law - pair.target_probs(prefix)[0].numpy()).max() < TOLERANCE
+            distribution[decision.token_ids[0]] += prob
+        assert np.abs(distribution - pair.target_probs(prefix)[0].numpy()).max() < TOLERANCE
 
 
 @every_params
@@ -124,7 +124,7 @@ def test_one_position_follows_the_target(params, draft_params, max_support):
 def test_a_proposal_is_accepted_with_the_mass_that_both_share(params, draft_params, max_support):
     """The probability of acceptance is the sum of min(p, q) over the support (Leviathan et al., Theorem 3.5).
 
-    Of p, what is told of it: rounded down to units.
+    Of p, what is reported of it: rounded down to units.
     """
     pair = pair_of(params, draft_params, max_support)
     for prefix in PREFIXES:
@@ -137,7 +137,7 @@ def test_a_proposal_is_accepted_with_the_mass_that_both_share(params, draft_para
 @every_params
 def test_without_proposals_the_token_is_the_targets_own_draw(params):
     pair = pair_of(params, "same", VOCAB_SIZE)
-    assert distance(string_law(pair, 0, outcomes), target_law(pair)) < TOLERANCE
+    assert distance(string_distribution(pair, 0, outcomes), target_distribution(pair)) < TOLERANCE
 
 
 @every_params
@@ -146,27 +146,27 @@ def test_without_proposals_the_token_is_the_targets_own_draw(params):
 @pytest.mark.parametrize("num_speculative_tokens", [1, 2, 3])
 def test_whole_strings_follow_the_target(params, draft_params, max_support, num_speculative_tokens):
     pair = pair_of(params, draft_params, max_support)
-    assert distance(string_law(pair, num_speculative_tokens, outcomes), target_law(pair)) < TOLERANCE
+    assert distance(string_distribution(pair, num_speculative_tokens, outcomes), target_distribution(pair)) < TOLERANCE
 
 
 @every_support_size
-def test_float32_on_the_wire_moves_the_law_by_no_more_than_its_rounding(max_support):
-    """q is exact, since the token is drawn from the weights as they travel, and so is what is told of p.
+def test_float32_on_the_wire_moves_the_distribution_by_no_more_than_its_rounding(max_support):
+    """q is exact, since the token is drawn from the weights as they travel, and so is what is reported of p.
 
     Only m is rounded, by r = 2^-24 of its size. So the residual's weight moves by r in one of its parts, and a
-    normalised law with it by at most r of total variation. The positions' variations add up.
+    normalised distribution with it by at most r of total variation. The positions' variations add up.
     """
     pair = pair_of("plain", "same", max_support, mass_dtype=np.float32)
-    moved = distance(string_law(pair, 3, outcomes), target_law(pair))
+    moved = distance(string_distribution(pair, 3, outcomes), target_distribution(pair))
     assert moved < NUM_TOKENS * 2**-24
 
 
 @pytest.mark.parametrize("params", ["plain", "cold", "hot", "greedy"])
 @pytest.mark.parametrize("max_support", [1, 2, VOCAB_SIZE])
-def test_float32_logits_move_the_law_by_no_more_than_their_rounding(params, max_support):
-    """They are read by compiled code, and the law is that of the logits in float64."""
+def test_float32_logits_move_the_distribution_by_no_more_than_their_rounding(params, max_support):
+    """They are read by compiled code, and the distribution is that of the logits in float64."""
     pair = pair_of(params, "same", max_support, dtype=torch.float32)
-    moved = distance(string_law(pair, 3, outcomes), target_law(pair))
+    moved = distance(string_distribution(pair, 3, outcomes), target_distribution(pair))
     assert moved < NUM_TOKENS * FLOAT32_DISTANCE
 
 
@@ -220,20 +220,23 @@ BROKEN_FUNCTIONS = [
 def test_a_broken_formula_is_found(monkeypatch, name, broken, num_speculative_tokens):
     monkeypatch.setattr(acceptance, name, broken)
     pair = pair_of("plain", "same", 2)
-    assert distance(string_law(pair, num_speculative_tokens, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
+    assert (
+        distance(string_distribution(pair, num_speculative_tokens, outcomes), target_distribution(pair))
+        > SABOTAGE_DISTANCE
+    )
 
 
 @pytest.mark.parametrize("max_support", [2, 3])
 def test_a_q_that_was_not_sampled_from_is_found(max_support):
     pair = pair_of("plain", "same", max_support, claimed_probs=untruncated_row)
-    assert distance(string_law(pair, 3, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > SABOTAGE_DISTANCE
 
 
 @pytest.mark.parametrize("max_support", [2, 3, VOCAB_SIZE])
 def test_a_q_from_before_rounding_is_found(max_support):
     """Rounding moves each q by at most 2^-14 = 6e-5: little, but 10^6 times the tolerance."""
     pair = pair_of("plain", "same", max_support, claimed_probs=unrounded_row)
-    assert distance(string_law(pair, 3, outcomes), target_law(pair)) > 1e-6
+    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > 1e-6
 
 
 def rows_without_remainders(
@@ -241,10 +244,10 @@ def rows_without_remainders(
 ) -> tuple[TargetRows, list[bool]]:
     """Broken: rounds p down, but forgets what that leaves on the support."""
     outside = probability_rows(logits, all_params)
-    told = round_down(outside[0, supports[0]].numpy())
+    reported = round_down(outside[0, supports[0]].numpy())
     outside[:, supports[0]] = 0.0
     drawn = inverse_cdf(outside, torch.tensor(points, dtype=torch.float64))
-    rows = TargetRows([told] * len(supports), outside.sum(-1).tolist(), drawn.tolist(), [0.0] * len(supports))
+    rows = TargetRows([reported] * len(supports), outside.sum(-1).tolist(), drawn.tolist(), [0.0] * len(supports))
     return rows, [True] * len(supports)
 
 
@@ -252,27 +255,27 @@ def rows_without_remainders(
 def test_a_remainder_that_is_forgotten_is_found(max_support):
     """It is below 2^-18 = 4e-6 of the mass an id: little, but 10^5 times the tolerance."""
     pair = pair_of("plain", "same", max_support, read_rows=rows_without_remainders)
-    assert distance(string_law(pair, 3, outcomes), target_law(pair)) > 1e-7
+    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > 1e-7
 
 
 @pytest.mark.parametrize("max_support", [1, VOCAB_SIZE])
-def test_compiled_code_of_another_law_is_found(monkeypatch, max_support):
+def test_compiled_code_of_another_distribution_is_found(monkeypatch, max_support):
     """Rows of float32 logits a tenth too hot; which shows too that compiled code reads them."""
     monkeypatch.setattr(cpu, "target_rows", lambda rows, hot, *rest: target_rows(rows, 1.1 * hot, *rest))
     pair = pair_of("plain", "same", max_support, dtype=torch.float32, read_rows=functools.partial(read_logits))
-    assert distance(string_law(pair, 3, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > SABOTAGE_DISTANCE
 
 
 def test_one_uniform_for_all_positions_is_found():
     """At one position it is right; whole strings show it."""
     pair = pair_of("plain", "same", VOCAB_SIZE)
     broken = functools.partial(outcomes, runs=with_one_uniform)
-    assert distance(string_law(pair, 1, broken), target_law(pair)) < TOLERANCE
-    assert distance(string_law(pair, 3, broken), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(string_distribution(pair, 1, broken), target_distribution(pair)) < TOLERANCE
+    assert distance(string_distribution(pair, 3, broken), target_distribution(pair)) > SABOTAGE_DISTANCE
 
 
-def test_rows_warped_otherwise_than_the_target_samples_are_found():
+def test_rows_filtered_otherwise_than_the_target_samples_are_found():
     """A temperature applied twice on the target's side, as if it had been changed in place."""
     pair = pair_of("cold", "same", VOCAB_SIZE)
     twice = Pair(DistributionParams(0.25), PARAMS["cold"])
-    assert distance(string_law(twice, 2, outcomes), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(string_distribution(twice, 2, outcomes), target_distribution(pair)) > SABOTAGE_DISTANCE
