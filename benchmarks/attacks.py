@@ -1,8 +1,8 @@
-"""What a bad neighbour does to a pair of services, with plain stubs: one attack, until the process is ended.
+"""Attacks of a bad neighbour on a pair of services, with plain stubs: one attack, until the process is killed.
 
     python -m benchmarks.attacks ATTACK DRAFT TARGET [NUMBER AT ONCE]
 
-Whatever is refused is tried again at once, or nearly: whoever attacks does not keep to a retry delay.
+Refused calls are retried almost at once: attackers do not observe a retry delay.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def draft_opening(prompt: list[int], window: int, **fields) -> draft_pb2.Propose
 
 
 async def verify(pair: Pair, prompt: list[int], num_proposals: int, num_support: int, num_rounds: int) -> None:
-    """Have the same proposals verified again and again."""
+    """Have the same proposals verified over and over."""
     proposals = [target_pb2.ProposedToken(token_id=5, support_gaps=[0] * num_support)] * num_proposals
 
     async def requests() -> AsyncIterator[target_pb2.VerifyRequest]:
@@ -76,7 +76,7 @@ async def verify(pair: Pair, prompt: list[int], num_proposals: int, num_support:
 
 
 async def draft(pair: Pair, prompt: list[int], random: Random) -> None:
-    """Commit another token each time, so that everything is drafted anew."""
+    """Commit another token each time, so that everything is drafted again."""
     end = len(prompt)
     call = pair.draft.Propose()
     await call.write(draft_opening(prompt, end + 8))
@@ -94,7 +94,7 @@ async def busy(pair: Pair, random: Random) -> None:
 
 
 async def wide(pair: Pair, random: Random) -> None:
-    """Rounds of 64 proposals whose supports are the whole vocabulary, or what the service lets pass."""
+    """Rounds of 64 proposals whose supports are the whole vocabulary, or as much as the service accepts."""
     for num_support in (pair.vocab_size, min(pair.vocab_size, pair.max_support)):
         with suppress(grpc.aio.AioRpcError):
             await verify(pair, prompt_of(random, 20), 64, num_support, 1000)
@@ -171,7 +171,7 @@ async def _again_and_again(attack: Attack, pair: Pair, random: Random) -> None:
 
 
 async def run(name: str, draft_address: str, target_address: str, number: str = "0") -> None:
-    """Attack until the process is ended; a line says when it has begun."""
+    """Attack until the process is killed; a line says when the attack has begun."""
     attack, usual_number = ATTACKS[name]
     seeds = range(int(number) or usual_number)
     async with (
@@ -187,5 +187,5 @@ async def run(name: str, draft_address: str, target_address: str, number: str = 
 
 
 if __name__ == "__main__":
-    os.nice(19)  # it stands for other machines, and is to take little of this one
+    os.nice(19)  # it stands for other machines, and should take little of this one
     asyncio.run(run(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What a GPU makes of the pair: the share of its memory bandwidth that a forward pass gets, and the speed-up of texts.
+"""The pair on a GPU: the share of memory bandwidth that forward passes reach, and the speed-up of texts.
 
     python -m benchmarks.cuda --shape llama3-8b --acceptance 0.6,0.8,0.9 --json result.json
 
@@ -263,14 +263,14 @@ async def _rate_of_users(
     return sum(result.stats.num_generated_tokens for result in results) / (time.perf_counter() - began_at)
 
 
-def _text_speed(aim: float, way: Way, stats: list[GenerationStats], alone: list[GenerationStats]) -> TextSpeed:
+def _text_speed(aim: float, way: Way, stats: list[GenerationStats], target_only: list[GenerationStats]) -> TextSpeed:
     drafted, accepted, rounds, generated = (
         sum(getattr(its, name) for its in stats)
         for name in ("num_draft_tokens", "num_accepted_tokens", "num_rounds", "num_generated_tokens")
     )
-    speeds = ([its.num_generated_tokens / its.total_s for its in which] for which in (stats, alone))
+    speeds = ([its.num_generated_tokens / its.total_s for its in which] for which in (stats, target_only))
     rates = (accepted / max(1, drafted), generated / max(1, rounds))
-    return TextSpeed(aim, way.length, way.overlap, *rates, *speeds, _round_ms(stats), _round_ms(alone))
+    return TextSpeed(aim, way.length, way.overlap, *rates, *speeds, _round_ms(stats), _round_ms(target_only))
 
 
 def _round_ms(stats: list[GenerationStats]) -> dict[str, float]:
@@ -456,28 +456,38 @@ def _print_passes(shape: str, passes: list[dict[str, Any]]) -> None:
 
 
 def _print_texts(shape: str, texts: list[dict[str, Any]]) -> None:
-    columns = ("acceptance", "K", "overlap", "accepted", "tokens/round", "ms/round", "alone", "tokens/s", "speed-up")
+    columns = (
+        "acceptance",
+        "K",
+        "overlap",
+        "accepted",
+        "tokens/round",
+        "ms/round",
+        "target only",
+        "tokens/s",
+        "speed-up",
+    )
     table = Table(*columns, title=f"{shape}: texts")
     for item in texts:
-        alone, together = (statistics.median(item[name]) for name in ("autoregressive", "speculative"))
+        single, together = (statistics.median(item[name]) for name in ("autoregressive", "speculative"))
         numbers = (
             f"{item['acceptance']:.2f}",
             f"{item['tokens_per_round']:.2f}",
             f"{item['round_ms']['all']:.1f}",
         )
-        numbers += (f"{alone:.1f}", f"{together:.1f}")
+        numbers += (f"{single:.1f}", f"{together:.1f}")
         way = (str(item["num_speculative_tokens"]), "yes" if item["overlap"] else "no")
         table.add_row(f"{item['aim']:g}", *way, *numbers, f"{item['speed_up']:.2f}")
     Console().print(table)
 
 
 def _print_users(shape: str, speeds: list[dict[str, Any]]) -> None:
-    columns = ("acceptance", "users", "K", "overlap", "alone, tokens/s", "tokens/s", "speed-up")
+    columns = ("acceptance", "users", "K", "overlap", "target only, tokens/s", "tokens/s", "speed-up")
     table = Table(*columns, title=f"{shape}: texts of many users at once")
     for item in speeds:
-        alone, together = (statistics.median(item[name]) for name in ("autoregressive", "speculative"))
+        single, together = (statistics.median(item[name]) for name in ("autoregressive", "speculative"))
         way = (str(item["num_speculative_tokens"]), "yes" if item["overlap"] else "no")
-        numbers = (f"{alone:.0f}", f"{together:.0f}", f"{item['speed_up']:.2f}")
+        numbers = (f"{single:.0f}", f"{together:.0f}", f"{item['speed_up']:.2f}")
         table.add_row(f"{item['aim']:g}", str(item["num_users"]), *way, *numbers)
     Console().print(table)
 

@@ -1,7 +1,7 @@
-"""Random models that are made where they run, so that 26 GB need not be written and read for each of them.
+"""Random models that are made where they run, so that 26 GB need not be written and read for each.
 
-A folder holds a recipe in the place of weights. `python -m benchmarks.made_models target --model FOLDER …` is the
-target service, and knows such folders; `draft` is the other one.
+A folder holds a recipe instead of weights. `python -m benchmarks.made_models target --model FOLDER …` is the
+target service with support for such folders; `draft` is the draft service.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Recipe:
     shape: Shape
     num_layers: int
     device: str  # where it is made
-    scale: float = 1.0  # of what the layers add that the draft has not
+    scale: float = 1.0  # of the output of the layers that the draft lacks
 
     def write(self, folder: Path) -> str:
-        """Write it to `folder` and return that as `--model` takes it."""
+        """Write it to `folder`; return the value for `--model`."""
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": MODEL_TYPE, "recipe": asdict(self)}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -50,13 +50,13 @@ class MadeConfig(PretrainedConfig):
 
 
 class MadeModel:
-    """What transformers asks for the model."""
+    """The model class that transformers looks up."""
 
     config_class = MadeConfig
 
     @classmethod
     def from_pretrained(cls, path: str, *arguments: Any, config: Any, dtype: Any, **settings: Any) -> Any:
-        """Return the model of the recipe in `config`, with an empty loading report where one is asked for."""
+        """Return the model of the recipe in `config`, with an empty loading report if one is asked for."""
         kind = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
         model = Recipe(**(config.recipe | {"shape": Shape(**config.recipe["shape"])})).make(kind)
         report = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": (), "error_msgs": ()}
@@ -64,7 +64,7 @@ class MadeModel:
 
 
 def register() -> None:
-    """Let transformers know of such folders."""
+    """Register such folders with transformers."""
     AutoConfig.register(MODEL_TYPE, MadeConfig, exist_ok=True)
     AutoModelForCausalLM.register(MadeConfig, MadeModel, exist_ok=True)  # type: ignore[arg-type]
 

@@ -1,11 +1,11 @@
-"""What a client is left with beside a bad neighbour: its speed alone, and under each attack.
+"""A client's speed next to a bad neighbour: undisturbed, and under each attack.
 
     python -m benchmarks.neighbours
     python -m benchmarks.neighbours --services-from ../another-checkout
 
-Both services run as processes of their own on loopback, one thread each, and are started anew for each attack; the
-attack (benchmarks.attacks) runs in another process, as nice as can be, since on one machine it takes processor time
-that other machines would have. The client's texts are measured alone, then under the attack.
+Both services run as their own processes on loopback, one thread each, and are restarted for each attack. The attack
+(benchmarks.attacks) runs in another process at the lowest priority, since it stands for other machines. The client's
+texts are measured undisturbed, then under the attack.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from outrider_client.errors import DeadlineExceededError, OutriderError
 from outrider_client.params import SamplingParams
 from outrider_client.sync import SpeculativeClient
 
-LEAST_SHARE = 1 / 3  # of the speed alone
+LEAST_SHARE = 1 / 3  # of the undisturbed speed
 TEXT_TOKENS = 64
 MODELS = {"outrider_draft": "builtin:draft", "outrider_target": "builtin:target"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A client's speed beside an attack."""
+    """A client's speed under an attack."""
 
     attack: str
     alone_tokens_per_s: float
@@ -89,7 +89,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def attacked(attack: str, addresses: Sequence[str], number: int) -> Iterator[None]:
-    """Have the services attacked meanwhile."""
+    """Attack the services inside the context."""
     command = [sys.executable, "-m", "benchmarks.attacks", attack, *addresses, str(number)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
@@ -102,7 +102,7 @@ def attacked(attack: str, addresses: Sequence[str], number: int) -> Iterator[Non
 
 
 def speed_of(client: SpeculativeClient, prompts: Sequence[str], seconds: float) -> tuple[float, int]:
-    """Return tokens per second of texts one after the other for so long, and how many of them failed."""
+    """Return tokens per second of consecutive texts over `seconds`, and how many texts failed."""
     begun_at, num_tokens, num_failures = time.perf_counter(), 0, 0
     until, index = begun_at + seconds, 0
     while time.perf_counter() < until:
@@ -126,22 +126,20 @@ def measure(attack: str, folder: Path | None, seconds: float, number: int) -> Ou
         draft, target = addresses
         with SpeculativeClient(target, draft) as client:
             speed_of(client, prompts, seconds / 4)
-            alone, _ = speed_of(client, prompts, seconds)
+            undisturbed, _ = speed_of(client, prompts, seconds)
             with attacked(attack, addresses, number):
                 speed_of(client, prompts, seconds / 4)
                 beside, num_failures = speed_of(client, prompts, seconds)
-    return Outcome(attack, alone, beside, num_failures)
+    return Outcome(attack, undisturbed, beside, num_failures)
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
-    caption = (
-        f"Share: of the speed alone, before the attack; it shall be {LEAST_SHARE:.2f} or more, and no text shall fail."
-    )
+    caption = f"Share: of the speed before the attack; it should be {LEAST_SHARE:.2f} or more, and no text should fail."
     table = Table(
         title="A client beside a bad neighbour", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
         title_justify="left", caption_justify="left",
     )  # fmt: skip
-    for name in ("attack", "alone\ntokens/s", "tokens/s", "share", "failed\ntexts"):
+    for name in ("attack", "undisturbed\ntokens/s", "tokens/s", "share", "failed\ntexts"):
         table.add_column(name, justify="left" if name == "attack" else "right", vertical="bottom")
     table.add_column(f"≥ {LEAST_SHARE:.2f}", vertical="bottom")
     for one in outcomes:
@@ -165,7 +163,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
 @as_json
 @shows_errors
 def main(chosen: tuple[str, ...], seconds: float, services_from: Path | None, number: int, as_json: bool) -> None:
-    """Measure what a client is left with beside a bad neighbour."""
+    """Measure a client's speed next to a bad neighbour."""
     names, outcomes = chosen or tuple(ATTACKS), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, auto_refresh=False) as bar:

@@ -1,12 +1,12 @@
-"""Random-weight pairs of draft and target whose acceptance rate is set, so that no weights need to be downloaded.
+"""Random-weight pairs of draft and target with a chosen acceptance rate, so that no weights need to be downloaded.
 
     python -m benchmarks.pairs --shape smollm2-135m --acceptance 0.8 pair
     outrider bench --draft-model pair/draft --target-model pair/target
 
 The draft is the target's first layers with the same embedding, final norm and head. What the target's further layers
-add to the residual stream is scaled down: by 0 both models are one, the more is left the less they have in common, and
-a bisection finds the acceptance rate that is wanted. The final norm is scaled up, so that laws are about as sharp as
-those of real models and fit into a support.
+add to the residual stream is scaled down: at 0 both models are equal, and the larger the scale, the less they agree. A
+bisection finds the scale for an acceptance rate. The final norm is scaled up, so that distributions are about as sharp
+as those of real models and fit into a support.
 
 Shapes: T tokens, V vocabulary size.
 """
@@ -38,13 +38,13 @@ ACCEPTANCE_TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class Family:
-    """Where a transformers family keeps what is changed here."""
+    """Module names of a transformers family."""
 
     layers: str
     final_norm: str
     residual_outputs: tuple[str, str]  # of a layer: the modules whose outputs are added to the residual stream
     num_layers_field: str
-    embeddings: tuple[str, ...]  # tables that a pass reads a few rows of
+    embeddings: tuple[str, ...]  # tables of which a pass reads a few rows
 
 
 FAMILIES = {
@@ -100,7 +100,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class WrittenPair:
-    """Where a pair lies, and what was made."""
+    """A pair on disk, and its properties."""
 
     target: str
     draft: str
@@ -113,7 +113,7 @@ class WrittenPair:
 def make_model(
     shape: Shape, num_layers: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> PreTrainedModel:
-    """Return a random model with so many of the target's layers.
+    """Return a random model with `num_layers` of the target's layers.
 
     Each weight is drawn by its own name, so that models of one seed agree wherever they have the same weights.
     """
@@ -140,7 +140,7 @@ def _fill(name: str, parameter: torch.Tensor, seed: int) -> None:
 
 
 def make_target(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-    """Return the random target, its further layers not yet scaled."""
+    """Return the random target, with its further layers not yet scaled."""
     return make_model(shape, shape.num_layers, dtype, device)
 
 
@@ -150,7 +150,7 @@ def make_draft(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> 
 
 
 def further_outputs(target: PreTrainedModel, shape: Shape) -> list[torch.nn.Module]:
-    """Return the modules through which the layers that the draft has not add to the residual stream."""
+    """Return the modules through which the layers that the draft lacks add to the residual stream."""
     family = FAMILIES[shape.family]
     layers = list(target.get_submodule(family.layers).children())[shape.num_draft_layers :]
     return [layer.get_submodule(name) for layer in layers for name in family.residual_outputs]
@@ -158,7 +158,7 @@ def further_outputs(target: PreTrainedModel, shape: Shape) -> list[torch.nn.Modu
 
 @contextmanager
 def scaled(modules: list[torch.nn.Module], scale: float) -> Iterator[None]:
-    """Multiply what the modules return by `scale` meanwhile."""
+    """Multiply the modules' outputs by `scale` inside the context."""
     handles = [module.register_forward_hook(lambda module, inputs, output: output * scale) for module in modules]
     try:
         yield
@@ -169,7 +169,7 @@ def scaled(modules: list[torch.nn.Module], scale: float) -> Iterator[None]:
 
 @torch.no_grad()
 def scale_weights(modules: list[torch.nn.Module], scale: float) -> None:
-    """Multiply what the modules return by `scale` for good."""
+    """Multiply the modules' outputs by `scale` permanently."""
     for module in modules:
         for parameter in module.parameters():
             parameter.mul_(scale)
@@ -179,7 +179,7 @@ def acceptance_rate(target_logits: torch.Tensor, draft_logits: torch.Tensor, max
     """Return the mean over rows of Σ min(p, q), which is how often a proposal drawn from q is accepted.
 
     Args:
-        target_logits, draft_logits: `[T, V]`; q is the draft's law truncated to its likeliest tokens, as it proposes.
+        target_logits, draft_logits: `[T, V]`; q is the draft's distribution truncated to its likeliest tokens.
     """
     target, draft = (logits.float().softmax(-1) for logits in (target_logits, draft_logits))
     likeliest, ids = draft.topk(min(max_support, draft.shape[-1]), dim=-1)
@@ -223,7 +223,7 @@ def calibrate(target: PreTrainedModel, draft: PreTrainedModel, shape: Shape, aim
 
 
 def bytes_per_pass(model: PreTrainedModel, shape: Shape) -> int:
-    """Return the bytes of weights that a forward pass reads: all but the tables of which it takes a few rows."""
+    """Return the bytes of weights that a forward pass reads: all but tables of which it reads a few rows."""
     tables = FAMILIES[shape.family].embeddings
     return sum(
         parameter.numel() * parameter.element_size()
@@ -233,7 +233,7 @@ def bytes_per_pass(model: PreTrainedModel, shape: Shape) -> int:
 
 
 def write_pair(shape: Shape, aim: float, folder: Path, dtype: torch.dtype, device: str) -> WrittenPair:
-    """Make a pair that accepts `aim` of its proposals, save it below `folder`, and note in pair.json what was made."""
+    """Make a pair that accepts `aim` of its proposals, and save it and its pair.json in `folder`."""
     target, draft = make_target(shape, dtype, device), make_draft(shape, dtype, device)
     scale, acceptance = calibrate(target, draft, shape, aim)
     scale_weights(further_outputs(target, shape), scale)

@@ -6,7 +6,7 @@ functions that the services use, for several values of `MIN_SUPPORT_PROB`. The t
 
     ids         tokens in the support
     bytes       of the ids, the draft's weights and the target's probabilities
-    truncation  Σ min(p, q) lost by drawing from the support alone
+    truncation  Σ min(p, q) lost by drawing only from the support
     lost        the same with weights and probabilities rounded as they travel
 """
 
@@ -23,7 +23,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from outrider.protocol import wire
-from outrider.sampling import probs
+from outrider.sampling.distribution import DistributionParams
+from outrider.sampling.pipeline import begin_reading, draft_tokens
+from outrider.sampling.readers import cpu
 from outrider.v1 import draft_pb2, target_pb2
 
 MODELS = Path(str(files("outrider.engine.models"))) / "builtin"
@@ -48,21 +50,22 @@ def distributions(target_path: str, draft_path: str, num_prompts: int, num_new: 
 
 
 def measure(p: torch.Tensor, q: torch.Tensor, max_support: int) -> list[str]:
-    """Return a row of the table under the present MIN_SUPPORT_PROB."""
+    """Return a row of the table for the reader's MIN_SUPPORT_PROB."""
     halves = [0.5] * len(p)
-    drafts = probs.draw_drafts(q, [max_support] * len(q), halves)
+    params = [DistributionParams()] * len(p)
+    drafts = [draft for draft in draft_tokens([q.log().float()], params, [max_support] * len(q), halves) if draft]
     supports = [draft.support_ids for draft in drafts]
-    told = probs.read_target_rows(p, supports, halves).support_probs
+    reported = begin_reading([p.log().float()], params, supports, halves)()[0].support_probs
     truncated, rounded = np.empty(len(p)), np.empty(len(p))
     for row, draft in enumerate(drafts):
         on_p, on_q = p[row].numpy()[draft.support_ids], q[row].numpy()[draft.support_ids]
         truncated[row] = np.minimum(on_p, on_q / on_q.sum()).sum()
-        rounded[row] = np.minimum(told[row], draft.weights / draft.weights.sum()).sum()
+        rounded[row] = np.minimum(reported[row], draft.weights / draft.weights.sum()).sum()
     shared = torch.minimum(p, q).sum(-1).numpy()
     fields = [
         [target_pb2.ProposedToken(support_gaps=wire.support_gaps(ids)) for ids in supports],
         [draft_pb2.Proposal(support_weights=draft.weights.tolist()) for draft in drafts],
-        [target_pb2.TargetRow(support_units=wire.prob_units(row)) for row in told],
+        [target_pb2.TargetRow(support_units=wire.prob_units(row)) for row in reported],
     ]
     error = (shared - rounded).std() / len(p) ** 0.5
     return [
@@ -85,7 +88,7 @@ def main(target: str, draft: str, num_prompts: int, max_new_tokens: int, max_sup
     title = f"{len(p)} positions that share {torch.minimum(p, q).sum(-1).mean():.4f}"
     table = Table("MIN_SUPPORT_PROB", "ids", "bytes", "truncation", "lost", title=title)
     for threshold in THRESHOLDS:
-        probs.MIN_SUPPORT_PROB = threshold
+        cpu.MIN_SUPPORT_PROB = threshold
         table.add_row(f"{threshold:g}", *measure(p, q, max_support))
     Console().print(table)
 

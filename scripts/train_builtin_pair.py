@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """Train the embedded pair: `builtin:target` and `builtin:draft`, two Llama models with one tokenizer.
 
-Each stage leaves a file in --work-dir and is skipped when that file is there, so that a run that was stopped goes on where
-it was:
+Each stage writes a file to --work-dir and is skipped if that file exists, so an interrupted run resumes:
 
     tokenizer   byte-level BPE of about 4,096 pieces, from the training stories
     target      next-token cross-entropy on the training stories
     stories     text sampled from the target, for the draft to learn on
     draft       distillation: the target's distribution at every position of those stories and of the training stories
-    polish      the same by the total variation alone, once for each of some lower learning rates
+    polish      the same with only the total variation as loss, once for each of some lower learning rates
     export      float16 safetensors, tokenizer and model card into --output
 
 Shapes: B sequences in a batch, T tokens a sequence, V pieces in the vocabulary.
@@ -342,7 +341,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
         shutil.rmtree(folder)
     model.half().save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # saved for the owner alone, which an installed package must not be
+        file.chmod(0o644)  # saved with access only for the owner, too little for an installed package
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT_LENGTH
     )

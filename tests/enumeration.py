@@ -4,8 +4,8 @@ Toy models give a random row of logits for every prefix. Every drafted string an
 an interval for each of its uniforms. The cell's probability is the product of their lengths, and what it yields is
 asked of the real functions with uniforms from the middle of the intervals.
 
-The rows disagree clearly: draft and target share about half of their mass, so that broken rules move the distribution by
-more than 1e-3, nine orders of magnitude above the tolerance.
+The rows disagree clearly: draft and target share about half of their mass, so that broken rules move the distribution
+by more than 1e-3, nine orders of magnitude above the tolerance.
 
 Shapes: V vocabulary size, S support, K proposals.
 """

@@ -428,7 +428,7 @@ class TestDescription:
             with pytest.raises(ServiceFailedError, match=message):
                 running.result(PATIENCE_S)
 
-    def test_who_waits_is_told_after_a_second_what_for(self, services, caller, caplog):
+    def test_who_waits_is_notified_after_a_second_what_for(self, services, caller, caplog):
         """Although the target would have had as long as it takes, and does not even refuse."""
         with fake_services(services, TargetInfo=at_first(silence, TARGET_INFO)) as fake:
             caller(fake.address).call("info").result(PATIENCE_S)

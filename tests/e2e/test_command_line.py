@@ -107,7 +107,7 @@ def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
     assert "no draft service answers at 127.0.0.1:1" in result.stdout
 
 
-def test_who_waits_for_a_target_is_told_after_a_second_and_not_when_it_is_given_up():
+def test_who_waits_for_a_target_is_notified_after_a_second_and_not_when_it_is_given_up():
     command = [sys.executable, "-m", "outrider_client", "info", "--target=127.0.0.1:1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline().startswith("waiting for the target service at 127.0.0.1:1: ")
@@ -121,7 +121,7 @@ def test_chat_answers_each_line_in_the_models_format(addresses):
 
 
 @pytest.mark.parametrize("command", ["generate", "generate as json", "chat", "bench"])
-def test_a_draft_that_fails_is_told_once_and_the_text_is_the_targets(addresses, command):
+def test_a_draft_that_fails_is_reported_once_and_the_text_is_the_targets(addresses, command):
     """It describes itself as it should, and refuses everything else."""
     with grpc.insecure_channel(addresses[0].partition("=")[2]) as channel:
         stub = draft_pb2_grpc.DraftServiceStub(channel)

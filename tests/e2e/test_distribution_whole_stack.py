@@ -187,7 +187,7 @@ def _write_with_tasks(pair: Pair, requests, speculation) -> list:
 
 
 def statistic_and_limit(counts: np.ndarray, distribution: np.ndarray) -> tuple[float, float]:
-    """Return the chi-square of `counts` `[V ** L]` against `distribution`, and the limit that a right rule stays below."""
+    """Return the chi-square of `counts` `[V ** L]` against `distribution`, and a right rule's limit."""
     expected = distribution * counts.sum()
     if counts[expected == 0].sum():
         return np.inf, 1.0  # a text came that the distribution excludes

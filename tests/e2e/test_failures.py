@@ -145,7 +145,7 @@ def test_a_target_that_is_killed_and_comes_back_changes_nothing(processes):
     assert stream.result.stats.num_target_retries >= 1
 
 
-def test_services_that_are_told_to_end_finish_their_sessions_first(processes, long_text):
+def test_services_that_are_asked_to_end_finish_their_sessions_first(processes, long_text):
     both = {kind: processes.running(kind) for kind in (TARGET, DRAFT)}
     with processes.client() as client:
         stream = client.stream(PROMPT, LONG, **PAIR)

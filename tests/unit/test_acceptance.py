@@ -1,4 +1,4 @@
-"""What a round keeps, situation by situation; test_distribution_formulas shows that the distribution is the target's."""
+"""What a round keeps, situation by situation; test_distribution_formulas shows that the distribution is right."""
 
 from __future__ import annotations
 

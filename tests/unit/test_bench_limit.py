@@ -84,7 +84,7 @@ def test_the_formula_is_what_the_simulation_measures(draft_token_s, num_proposal
 
 
 @pytest.mark.parametrize("num_proposals", EVERY_K)
-def test_a_pair_that_takes_turns_is_told_from_the_ideal(num_proposals):
+def test_a_pair_that_takes_turns_differs_from_the_ideal(num_proposals):
     costs, rounds = Costs(1.0, {num_proposals: 5.0}), outcomes(num_proposals, 0.8)
     _, seconds = simulate(rounds, num_proposals, costs, overlap=False)
     assert seconds == pytest.approx(len(rounds) * (num_proposals * 1.0 + 5.0))

@@ -39,7 +39,7 @@ def test_cells_come_by_temperature_and_the_baseline_first():
 
 
 def test_rates_and_speedups_are_medians_over_repetitions():
-    """10, 8 and 5 tokens/s by the target only, 20 with the pair, 5 with transformers: 2, 2.5 and 4 times as fast, etc."""
+    """10, 8 and 5 tokens/s by the target only, 20 with the pair, 5 with transformers: 2, 2.5 and 4 times as fast."""
     assert rows()[AR].tokens_per_s == Spread(8.0, pytest.approx((38 / 6) ** 0.5))
     assert rows()[PAIR].tokens_per_s == Spread(20.0, 0.0)
     assert rows()[PAIR].speedup.median == 2.5

@@ -1,6 +1,6 @@
 """Rounds whose proposals are judged together: what a seed still fixes, and that no random number decides twice.
 
-Against the toy services, as in test_conversation; test_distribution_block shows that the distribution stays the target's.
+Against the toy services, as in test_conversation; test_distribution_block shows that the distribution stays right.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def test_a_rejected_token_that_comes_back_keeps_no_proposal_behind_it(monkeypatc
         assert numbers.num_repeated == 0
 
 
-def test_a_draft_that_is_not_told_of_branches_is_noticed(monkeypatch):
+def test_a_draft_that_is_not_sent_branches_is_noticed(monkeypatch):
     monkeypatch.setattr(DraftLink, "_branch", property(lambda self: 0, lambda self, value: None), raising=False)
     numbers = Numbers(monkeypatch)
     run(num_speculative_tokens=5)

@@ -215,7 +215,7 @@ class TestLengthsThatChange:
         assert lengths.num_open == 0
 
     def test_a_draft_that_is_to_be_asked_soon_is_sent_all_tokens_once_and_never_waited_for(self):
-        """It is opened before the first round, falls behind, and is sent them before the rounds with proposals begin."""
+        """It is opened before the first round, falls behind, and is sent them before rounds with proposals begin."""
         world, seen = World(3), []
         lengths = Scripted([0] * 12 + [3] * 20, needs_draft=[1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
 
@@ -562,7 +562,7 @@ class TestBeginning:
         ignoring = SamplingParams(seed=11, max_new_tokens=12, ignore_eos=True)
         assert World().run(self.begin(sampling=ignoring))[0].token_ids == TEXT[:12]
 
-    def test_the_seed_that_was_drawn_is_told_and_gives_the_text_again(self):
+    def test_the_seed_that_was_drawn_is_reported_and_gives_the_text_again(self):
         sampling = SamplingParams(max_new_tokens=9, ignore_eos=True)
         drawn, _ = World().run(
             self.begin(sampling=sampling, num_speculative_tokens=4)

@@ -483,7 +483,7 @@ class TestProposals:
         assert proposed(generation.draft) == [9]
 
     @pytest.mark.parametrize("is_known_before", [False, True])
-    def test_that_contradict_a_round_the_draft_was_not_told_of_wait_for_the_next_commit(self, is_known_before):
+    def test_that_contradict_a_round_the_draft_was_not_sent_wait_for_the_next_commit(self, is_known_before):
         """Two rounds went without proposals and without a word; the draft's own 6 contradicts the second."""
         generation = make_generation()
         commit(generation, 0, 0, token_id=5, is_sent=False)
@@ -599,7 +599,7 @@ class TestAlternatives:
         commit(generation, 2, num_accepted=0, token_id=78)
         assert proposed(generation.draft) == []
 
-    def test_are_kept_until_the_draft_is_told_of_a_commit(self):
+    def test_are_kept_until_the_draft_is_sent_a_commit(self):
         """It then looks at all that was committed since it was last sent."""
         generation = make_generation()
         propose(generation, 5, 6, 7, 8)
