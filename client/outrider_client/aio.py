@@ -141,7 +141,6 @@ class AsyncGenerationStream(TextView, AsyncIterator[Chunk]):
         return chunk
 
     async def aclose(self) -> None:
-        """End the generation."""
         self._text.close()
 
 
@@ -170,7 +169,6 @@ class _LoopConnection(Connection):
             )
 
     async def close(self) -> None:
-        """Close the channels, from any loop."""
         if self.loop is asyncio.get_running_loop():
             await self._close()
         else:

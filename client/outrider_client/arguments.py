@@ -169,7 +169,6 @@ def token_ids(name: str, value: Any, remedy: str = "a list of token ids") -> lis
 
 
 def token_sequences(name: str, value: Any, remedy: str) -> list[list[int]]:
-    """Return an iterable of lists of token ids as lists."""
     if isinstance(value, Mapping | str | bytes | bytearray | memoryview) or not isinstance(value, Iterable):
         raise _refusal(name, value, remedy)
     return [token_ids(name, each, remedy) for each in islice(value, _MOST_ITEMS)]

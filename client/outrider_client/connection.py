@@ -86,7 +86,6 @@ class ConnectionSettings:
 
     @classmethod
     def of(cls, target: str, draft: str | None, connect_s: float, patience: Patience | None) -> ConnectionSettings:
-        """Return settings from a client's arguments."""
         return cls(target, draft, connect_s, Patience() if patience is None else patience)
 
     def __post_init__(self) -> None:
@@ -145,7 +144,6 @@ class Connection(ABC):
             )
 
     def method_of(self, link: Link) -> Any:
-        """Return the bidirectional RPC of a link."""
         return self.target.Verify if link is Link.TARGET else self.draft.Propose  # type: ignore[union-attr]
 
     @abstractmethod
@@ -318,7 +316,6 @@ def left_until(deadline: float | None) -> float | None:
 
 
 def time_for_draft(settings: ConnectionSettings, deadline: float | None) -> float:
-    """Return the seconds for the draft's description."""
     left_s, most_s = left_until(deadline), settings.patience.describe_draft_s
     return most_s if left_s is None else min(most_s, left_s)
 

@@ -62,7 +62,6 @@ class Core:
     """The state and the calls of a client."""
 
     def __init__(self, settings: ConnectionSettings, connect: Callable[[ConnectionSettings], Connection]):
-        """`connect` makes the connection at the first use."""
         self.settings, self._connect = settings, connect
         self.speeds = PairSpeeds()
         self.breaker = settings.patience.breaker()
@@ -131,7 +130,6 @@ class Core:
         return text
 
     async def info(self) -> PairInfo:
-        """Ask both services to describe themselves."""
         return await self.until_closed(self._ask_pair(deadline=None))
 
     async def described_target(self, deadline: float | None = None) -> Target:
@@ -257,7 +255,6 @@ class Text:
             return await self._core.described_target(self._request.deadline)
 
     async def finish(self) -> GenerationResult:
-        """Take all chunks; return the result."""
         while await self.next_chunk() is not None:
             pass
         if self.result is None:

@@ -218,5 +218,4 @@ class SpeculationParams:
 
 
 def _set(params: Any, name: str, value: object) -> None:
-    """Set a field of frozen parameters."""
     object.__setattr__(params, name, value)

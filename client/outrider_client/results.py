@@ -111,14 +111,7 @@ class GenerationStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all counters and derived figures, for JSON, without single rounds and messages."""
-        derived = (
-            "num_draft_failures",
-            "acceptance_rate",
-            "mean_acceptance_length",
-            "acceptance_per_position",
-            "client_s",
-            "tokens_per_s",
-        )
+        derived = [name for name, member in vars(GenerationStats).items() if isinstance(member, property)]
         counted = {name: value for name, value in asdict(self).items() if name not in ("rounds", "draft_forward_s")}
         return counted | {name: getattr(self, name) for name in derived}
 

@@ -115,7 +115,6 @@ def _draw_speedups(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_ideal(axes: Axes, rows: Sequence[Row]) -> None:
-    """Draw the ideal pair's speed-up over the target only."""
     baseline = [row.tokens_per_s.median for row in rows if row.cell.method == BASELINE]
     points = [
         (row.cell.num_speculative_tokens, row.ideal_tokens_per_s / baseline[0])
@@ -170,7 +169,6 @@ def _round_ms(row: Row, part: str) -> float:
 
 
 def _label_lengths(axes: Axes, lengths: Sequence[int]) -> None:
-    """Mark only the values of K that were measured."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -184,7 +182,6 @@ def _temperatures(rows: Sequence[Row]) -> list[float]:
 
 
 def _panels(number: int, title: str, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """Return a figure with panels side by side and shared axes."""
     chart = Figure(figsize=(1.2 + 4.2 * max(1, number), height), layout="constrained")
     chart.suptitle(title, fontsize=11)
     panels = list(chart.subplots(1, max(1, number), sharex=True, sharey=True, squeeze=False)[0])
@@ -196,7 +193,6 @@ def _panels(number: int, title: str, height: float = 4.2) -> tuple[Figure, list[
 
 
 def _with_legend(chart: Figure, panels: Sequence[Axes], note: str | None = None) -> Figure:
-    """Put one legend for all panels below them."""
     handles: dict[str, Artist] = {}
     for axes in panels:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

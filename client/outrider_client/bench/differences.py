@@ -23,7 +23,6 @@ class CellDifference:
 
     @property
     def ratio(self) -> float:
-        """Second over first."""
         return self.second.median / self.first.median
 
     @property

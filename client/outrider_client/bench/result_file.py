@@ -58,7 +58,6 @@ class Result:
         return summarise(self.samples, self.pair["target"]["vocab_size"], self.order)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result with its summary, for JSON."""
         summary = summarise_rounds(self.samples) if self.kind == "rpc" else self.rows()
         costs = measured_costs(self.samples) if self.order == "sequential" else None
         fields = {name: getattr(self, name) for name in ("kind", "made_at", "pair", "threads", "versions", "machine")}
@@ -142,7 +141,6 @@ def _version(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the client's machine."""
     return {"system": platform.platform(), "processor": _processor(), "num_cores": num_cores()}
 
 

@@ -38,7 +38,6 @@ class Cell:
 
     @property
     def order(self) -> tuple:
-        """The sort key of tables."""
         rank = 0 if self.method == BASELINE else 1 + ALL_METHODS.index(self.method)
         return self.temperature, rank, self.num_speculative_tokens, self.num_users, self.request_rate
 
@@ -61,7 +60,6 @@ class Settings:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Settings:
-        """Return the settings that `dataclasses.asdict` wrote."""
         sampling, speculation = SamplingParams(**record["sampling"]), SpeculationParams(**record["speculation"])
         return cls(record["repetitions"], record["warm_up"], sampling, speculation)
 
@@ -117,7 +115,6 @@ class Sample:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Sample:
-        """Return the sample that `as_dict` wrote."""
         timeline = Timeline(record["arrivals_s"], record["num_tokens_per_chunk"], record["wall_s"])
         cell = Cell(**{name: record[name] for name in Cell.__dataclass_fields__})
         stats = _stats_from(record)

@@ -20,8 +20,6 @@ _PATIENCE_S = 2.0
 
 
 class ServicesRunner:
-    """Generates texts with the two services."""
-
     def __init__(self, client: SpeculativeClient, settings: Settings):
         self._client, self._settings = client, settings
 

@@ -31,7 +31,6 @@ _R = TypeVar("_R", bound=_HasCell)
 
 
 def speed_table(rows: Sequence[Row], title: str) -> Table:
-    """Return the table of rates and speed-ups."""
     note = f"{SPREAD_NOTE} Speed-up: over AR, in the same repetition. {_methods_note(rows)}"
     table = _table(title, ("tokens/s", "speed-up", "tokens\n/pass", "accept-\nance", "bytes\n/token"), note)
     for row in _in_sections(table, rows):
@@ -48,7 +47,6 @@ def speed_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def limit_table(rows: Sequence[Row], costs: Costs) -> Table:
-    """Return the table of the ideal pair, and of what decides its speed."""
     table = _table(
         "An ideal pair: drafts while it verifies, only forward passes take time",
         ("ideal\ntokens/s", "share\nof it", "bytes\n/token", "dense\n/token", "accepted at position\n1, 2, …"),
@@ -73,7 +71,6 @@ def limit_table(rows: Sequence[Row], costs: Costs) -> Table:
 
 
 def time_table(rows: Sequence[Row]) -> Table:
-    """Return the table of where the time of a token goes."""
     rows = [row for row in rows if row.time_split]
     unexplained = [row for row in rows if row.time_split and not row.time_split.is_explained]
     within = f"{LARGEST_REST:.0%} of the wall clock"
@@ -94,7 +91,6 @@ def time_table(rows: Sequence[Row]) -> Table:
 
 
 def latency_table(rows: Sequence[Row]) -> Table:
-    """Return the table of TTFT, TPOT, ITL and tokens per second of single texts."""
     note = f"{TIMES_NOTE} Percentiles are of the value: of tokens/s, a high one is good."
     table = _table("Latency", ("", "mean", "median", "p90", "p99"), f"{note} {_methods_note(rows)}")
     table.columns[3].justify = "left"
@@ -115,7 +111,6 @@ def latency_table(rows: Sequence[Row]) -> Table:
 
 
 def throughput_table(rows: Sequence[Row], title: str) -> Table:
-    """Return the table of many texts at once."""
     note = f"{TIMES_NOTE} p50: median, as the tokens/s of a user are."
     columns = (_load_head(rows), "tokens/s\nin all", "of a\nuser")
     times = ("TTFT\np50", "\np99", "TPOT\np50", "\np99", "ITL\np99")
@@ -135,7 +130,6 @@ def throughput_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def rounds_table(rows: Sequence[RoundRow], title: str) -> Table:
-    """Return the table of what a round costs beyond its forward pass."""
     note = (
         "Beyond: from request to response, less the forward pass: queue, messages, handlers. "
         "Full rounds of K proposals; K empty: target only. The first round of each text is left out."
@@ -195,7 +189,6 @@ def _ratio_note(loads: Sequence[str]) -> str:
 
 
 def difference_table(difference: Difference) -> Table:
-    """Return the table of two results, cell by cell."""
     note = f"Tokens/s. {SPREAD_NOTE} Yes: the medians differ by more than the sum of the deviations."
     columns = ("load", "first", "second", "second\n/first", "beyond\nspread")
     table = _table(f"{difference.made_at[0]} and {difference.made_at[1]}", columns, note)
@@ -212,7 +205,6 @@ def difference_table(difference: Difference) -> Table:
 
 
 def settings_table(difference: Difference) -> Table:
-    """Return the table of the conditions in which two results differ."""
     table = _new_table("Conditions that differ", None)
     for name in ("", "first", "second"):
         table.add_column(name, overflow="fold")
@@ -229,7 +221,6 @@ def _methods_note(rows: Sequence[Row]) -> str:
 
 
 def _load(cell: Cell) -> str:
-    """Return the load, for the head of a column or for a cell."""
     if cell.request_rate:
         return f"{cell.request_rate:g}/s"
     return "1 user" if cell.num_users == 1 else f"{cell.num_users} users"
@@ -270,7 +261,6 @@ def _new_table(title: str, caption: str | None) -> Table:
 
 
 def _table(title: str, columns: Sequence[str], caption: str | None = None, without_method: bool = False) -> Table:
-    """Return an empty table of cells and some figures."""
     table = _new_table(title, caption)
     head = ("T", "K") if without_method else ("T", "method", "K")
     for name in (*head, *columns):
@@ -287,5 +277,4 @@ def _in_sections(table: Table, rows: Sequence[_R]) -> Iterator[_R]:
 
 
 def _cell(cell: Cell) -> list[str]:
-    """Return temperature, method and K."""
     return [f"{cell.temperature:g}", METHOD_LABELS[cell.method], str(cell.num_speculative_tokens or "")]

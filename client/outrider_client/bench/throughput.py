@@ -21,8 +21,6 @@ from outrider_client.results import GenerationStats
 
 @dataclass(frozen=True)
 class Text:
-    """One text to generate."""
-
     prompt_index: int
     prompt_ids: Sequence[int]
     seed: int
@@ -145,8 +143,6 @@ class BatchGenerator(Protocol):
 
 
 class PeerLoad:
-    """Generates texts in batches of `num_users`."""
-
     def __init__(self, peer: BatchGenerator):
         self._peer = peer
 

@@ -50,7 +50,6 @@ class TransformersPeer:
     """
 
     def __init__(self, options: PeerOptions, settings: Settings):
-        """Load both models; raises ModelRefusedError."""
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(options.threads)

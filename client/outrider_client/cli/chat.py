@@ -56,9 +56,7 @@ class _Messages:
     def __init__(self, client: SpeculativeClient, system: str | None):
         tokenizer = client.tokenizer
         if tokenizer is None or not tokenizer.chat_template:
-            raise InvalidRequestError(
-                "the target model has no chat template: use --plain, or an instruction-tuned model"
-            )
+            raise InvalidRequestError("the target has no chat template: use --plain, or an instruction-tuned model")
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def prompt(self, line: str) -> Prompt:

@@ -35,7 +35,6 @@ def add_options(*options: Callable) -> Callable:
 
 
 def address_options(default_target: str | None, default_draft: str | None) -> Callable:
-    """Return the options of the two services' addresses."""
     addresses = (("target", default_target), ("draft", default_draft))
     return add_options(
         *(

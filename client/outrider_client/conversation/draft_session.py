@@ -131,7 +131,6 @@ class DraftSession:
             self._note_failure(failure, waited_s)
 
     def take(self, event: Event) -> Steps:
-        """Take an event of the stream."""
         if not self.is_open:
             return  # from a session that was given up
         failure = event if isinstance(event, Broken) else self._take_response(event.message)

@@ -123,7 +123,6 @@ def _decision(
 
 
 def _without_proposals(row: TargetRow) -> Decision:
-    """Return the decision of a round without proposals."""
     return Decision([row.outside_token_id], num_accepted=0, token_probs=(row.outside_token_prob,))
 
 

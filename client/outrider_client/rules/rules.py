@@ -39,7 +39,6 @@ class Rule(ABC):
     num_alternatives: ClassVar[int] = 2  # other ends of a round that the draft prepares by default; 0: not possible
 
     def __init__(self, seed: int):
-        """`seed` has 64 bits."""
         self.seed = seed
         self._accept = AddressedUniforms(seed, Purpose.ACCEPT)
         self._residual = AddressedUniforms(seed, Purpose.RESIDUAL)

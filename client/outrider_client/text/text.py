@@ -95,9 +95,7 @@ class TargetTokenizer:
             ServiceFailedError: the template fails, takes too long, or writes too much.
         """
         if not self.chat_template:
-            raise InvalidRequestError(
-                "the target model has no chat template: use generate, or an instruction-tuned model"
-            )
+            raise InvalidRequestError("the target has no chat template: use generate, or an instruction-tuned model")
         text = self._template.render(messages, self.special_tokens)
         return self._encode("messages", text, add_special_tokens=False).ids
 

@@ -47,8 +47,6 @@ class LengthList(NumberList):
 
 
 class MethodList(click.ParamType):
-    """Methods separated by commas."""
-
     name = "list"
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> list[str]:
@@ -88,7 +86,6 @@ output_options = add_options(
 
 
 def lengths_option(default: str, least: int = 1) -> Any:
-    """Return the option of the values of K."""
     text = "Values of K; `auto` lets the client pick it, round by round, and takes no seed."
     return click.option("-k", "--num-speculative-tokens", type=LengthList(least), default=default, help=text)
 

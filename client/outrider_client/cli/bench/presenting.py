@@ -23,18 +23,10 @@ from outrider_client.bench.tables import (
     throughput_table,
     time_table,
 )
-from outrider_client.cli.options import err, out
-
-
-def show(result: Result) -> None:
-    """Print the result's tables."""
-    for table in tables_of(result):
-        out.print()
-        out.print(table)
+from outrider_client.cli.options import err
 
 
 def tables_of(result: Result) -> list[Table]:
-    """Return the tables of a result, by its kind."""
     if result.kind == "rpc":
         return [rounds_table(summarise_rounds(result.samples), result.title)]
     rows = result.rows()
@@ -61,7 +53,6 @@ def draw(result: Result, folder: Path) -> None:
 
 
 def missing_extra(error: ModuleNotFoundError, option: str, extra: str) -> click.ClickException:
-    """Return the error that names what an option needs."""
     library = (error.name or "").partition(".")[0]
     return click.ClickException(extras.missing(library, option, extra))
 

@@ -19,9 +19,9 @@ from outrider_client.bench.prompts import read_prompts
 from outrider_client.bench.result_file import Kind, Result
 from outrider_client.bench.samples import OF_A_CELL, OWN_METHODS, PEER_METHODS, Cell, Sample, Settings
 from outrider_client.bench.services import ServicesRunner
-from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, show
+from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, tables_of
 from outrider_client.cli.local_pair import PairAddresses, local_pair
-from outrider_client.cli.options import DraftNotice, err, params_of, print_json
+from outrider_client.cli.options import DraftNotice, err, out, params_of, print_json
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.sync import SpeculativeClient
@@ -123,7 +123,9 @@ def show_again(result: Result, values: dict[str, Any]) -> None:
     if values["as_json"]:
         print_json(result.as_dict())
     else:
-        show(result)
+        for table in tables_of(result):
+            out.print()
+            out.print(table)
 
 
 @contextmanager
