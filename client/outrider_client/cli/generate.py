@@ -59,7 +59,7 @@ def _parse_token_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a list of token ids", param_hint="PROMPT") from error
+        raise click.BadParameter(f"{text!r} is no list of token ids", param_hint="PROMPT") from error
 
 
 def write(
