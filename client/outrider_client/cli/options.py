@@ -56,7 +56,7 @@ class Length(click.ParamType):
         if value == AUTO or (isinstance(value, int) and value >= 0):
             return value
         if not str(value).isdecimal():
-            self.fail(f"{value!r} is neither `{AUTO}` nor a whole number, 0 or more", param, context)
+            self.fail(f"{value!r} is neither `{AUTO}` nor a whole number from 0 on", param, context)
         return int(value)
 
 
