@@ -19,13 +19,12 @@ from outrider.engine.engine import Demand
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.protocol.errors import FailedPreconditionError, ServiceError
 from outrider.sampling.distribution import DistributionParams, History
-from outrider.sampling.draws import Draft
+from outrider.sampling.draws import NO_SUPPORT, Draft
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider_draft.alternatives import Alternative, likely_alternatives
 
 LONGEST_HOLD_S = 0.01  # a drafted token waits for no others longer; slower drafts send each token as it comes
 NUM_OTHERS = 2  # tokens a position that alternatives are chosen from
-NO_SUPPORT = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from outrider.protocol.errors import InvalidArgumentError
 from outrider.protocol.scales import PROB_UNIT
 
 ID_BYTES = 4
+FEW = 64  # numbers that Python adds sooner than numpy begins
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:
@@ -31,7 +32,7 @@ def unpack_ids(data: bytes, field: str, vocab_size: int) -> list[int]:
     if len(data) % ID_BYTES:
         raise InvalidArgumentError(f"{field} has {len(data)} bytes: give {ID_BYTES} for each id")
     ids = list(struct.unpack(f"<{len(data) // ID_BYTES}I", data))
-    if max(ids, default=0) >= vocab_size:
+    if ids and max(ids) >= vocab_size:
         raise InvalidArgumentError(f"{field} holds id {_beyond(max(ids), vocab_size)}")
     return ids
 
@@ -49,9 +50,19 @@ def support_of(gaps: Sequence[int], field: str, vocab_size: int) -> np.ndarray:
     Raises:
         InvalidArgumentError: an id is outside the vocabulary.
     """
-    ids = (np.array(gaps, dtype=np.int64) + 1).cumsum() - 1
+    ids = np.array(_sums_of(gaps) if len(gaps) <= FEW else gaps, dtype=np.int64)
+    if len(gaps) > FEW:
+        ids = (ids + 1).cumsum() - 1
     if len(ids) and ids[-1] >= vocab_size:
         raise InvalidArgumentError(f"{field} holds id {_beyond(ids[-1], vocab_size)}")
+    return ids
+
+
+def _sums_of(gaps: Sequence[int]) -> list[int]:
+    ids, last = [], -1
+    for gap in gaps:
+        last += gap + 1
+        ids.append(last)
     return ids
 
 

@@ -18,13 +18,16 @@ from outrider.sampling.rng import Noise, key_of
 MIN_SUPPORT_PROB = 2e-4
 MOST_SUPPORT = 1024  # tokens of a support that an accelerator's reader finds: it is compiled for one size
 MOST_OTHERS = 2  # tokens beside the one that was drawn; likewise
+NO_SUPPORT = np.empty(0, np.int64)
 
 
 def noise_addresses(numbers: Sequence[object]) -> np.ndarray:
     """Return `[N, 4]` uint64: 1, the two words of its seed, and its position, for each Noise; 0 for every uniform."""
+    if Noise not in set(map(type, numbers)):
+        return np.zeros((len(numbers), 4), dtype=np.uint64)
     return np.array(
         [[1, *key_of(it.seed), it.position] if isinstance(it, Noise) else [0] * 4 for it in numbers], dtype=np.uint64
-    ).reshape(-1, 4)
+    )
 
 
 def _temperatures(params: Sequence[DistributionParams]) -> np.ndarray:
@@ -33,7 +36,9 @@ def _temperatures(params: Sequence[DistributionParams]) -> np.ndarray:
 
 def _uniforms(numbers: Sequence[float | Noise]) -> np.ndarray:
     """Return `[N]` float64, 0 in the place of noise."""
-    return np.array([0.0 if isinstance(number, Noise) else number for number in numbers], dtype=np.float64)
+    if Noise in set(map(type, numbers)):
+        numbers = [0.0 if isinstance(number, Noise) else number for number in numbers]
+    return np.array(numbers, dtype=np.float64)
 
 
 @dataclass(frozen=True)
