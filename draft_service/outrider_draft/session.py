@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,8 +73,7 @@ class Drafted:
     alternatives: list[Prepared] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(NamedTuple):
     """One drafted token that has not been sent yet."""
 
     draft: Draft
@@ -103,9 +103,10 @@ class Path:
     @property
     def wants_token(self) -> bool:
         """Whether the path is to be drafted further."""
-        if self is self.session.main:
-            return self.session.is_open and self.session.wants_token
-        return self.session.is_open and self.alternative is not None and self.length < self.end
+        session = self.session
+        if self is session.main:
+            return session.is_open and session.wants_token
+        return session.is_open and self.alternative is not None and self.length < self.end
 
     @property
     def can_run_ahead(self) -> bool:
@@ -129,15 +130,17 @@ class Path:
             else None
         )
 
-    def number_of(self, index: int) -> float | Noise:
-        """Return the random number of the token `index` positions behind the sequence's end."""
-        return self.session.numbers.at(self.length + index)
+    def numbers(self, number: int) -> list[float | Noise]:
+        """Return the random numbers of so many tokens from the sequence's end on."""
+        first, numbers = self.length, self.session.numbers
+        return [numbers.at(position) for position in range(first, first + number)]
 
-    def append(self, draft: Draft, queue_ms: float, forward_ms: float, batch_size: int) -> None:
-        """Add a drafted token."""
-        self.sequence.tokens.extend([draft.token_id])
-        self.drafts.append(draft)
-        self.held.append(_Held(draft, time.monotonic(), queue_ms, forward_ms, batch_size))
+    def append(self, drafts: Sequence[Draft], queue_ms: float, forward_ms: float, batch_size: int) -> None:
+        """Add drafted tokens."""
+        self.sequence.tokens.extend([draft.token_id for draft in drafts])
+        self.drafts += drafts
+        drawn_at = time.monotonic()
+        self.held += [_Held(draft, drawn_at, queue_ms, forward_ms, batch_size) for draft in drafts]
 
     def rewrite(self, start_position: int, token_ids: Sequence[int]) -> None:
         """Make the sequence what it was before a position, then these tokens; what is held does not agree with them."""
@@ -235,13 +238,15 @@ class Session:
 
     @property
     def wanting_forks(self) -> list[Path]:
-        return [fork for fork in self.forks if fork.wants_token]
+        return [fork for fork in self.forks if fork.alternative is not None and fork.wants_token]
 
     def append(self, path: Path, drafts: Sequence[Draft], queue_ms: float, forward_ms: float, batch_size: int) -> None:
         """Add drafted tokens to a path; `forward_ms` is that of one of them."""
-        for draft in drafts:
-            path.append(draft.with_others(self.options.num_others), queue_ms, forward_ms, batch_size)
-            self.is_stopped = draft.token_prob < self.options.min_draft_prob
+        options = self.options
+        if options.num_others < NUM_OTHERS:
+            drafts = [draft.with_others(options.num_others) for draft in drafts]
+        path.append(drafts, queue_ms, forward_ms, batch_size)
+        self.is_stopped = drafts[-1].token_prob < options.min_draft_prob
         self._note_time()
 
     def _note_time(self) -> None:

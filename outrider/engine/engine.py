@@ -221,7 +221,8 @@ class Engine:
         if sum(sizes) > self._max_batch_tokens or not self._drafting.can_draft(sizes, sampling):
             return False
         num_draws = len(sampling.uniforms)
-        costs = (_cost_of_growing(demand.sequence.cache, demand.num_left + num_draws - 1) for demand in demands)
+        caches = [demand.sequence.cache for demand in demands]
+        costs = [_cost_of_growing(cache, size + num_draws - 1) for cache, size in zip(caches, sizes, strict=True)]
         return sum(costs) <= self._free()
 
     def draft(self, demands: SequenceOf[Demand], sampling: Draws) -> list[list[Draft | None]]:
@@ -271,11 +272,13 @@ class Engine:
 
         Of a caller's sessions those come first that have been in no pass for the longest time.
         """
-        order = sorted(demands, key=_waiting_order) if len(demands) > 1 else demands
-        wishes = [(demand.sequence.caller, demand.num_left) for demand in order]
+        wanted = [demand.num_left for demand in demands]
+        wishes = [(demand.sequence.caller, number) for demand, number in zip(demands, wanted, strict=True)]
         shares = self._fair_passes.shares(wishes)
-        if order is demands:
-            return shares
+        if shares == wanted:
+            return shares  # in whatever order
+        order = sorted(demands, key=_waiting_order)
+        shares = self._fair_passes.shares([(demand.sequence.caller, demand.num_left) for demand in order])
         share_of = dict(zip(order, shares, strict=True))
         return [share_of[demand] for demand in demands]
 
@@ -302,7 +305,8 @@ class Engine:
         return shares
 
     def _free(self) -> int:
-        return self._max_cost - sum([_cost(sequence.cache) for sequence in self._sequences])
+        caches = [sequence.cache for sequence in self._sequences]
+        return self._max_cost - sum([cache.cost(cache.length) for cache in caches])
 
     def _make_room(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
         """Drop caches until `needed` is free for `demands[index]`, or none is left to drop; return what is free then.
@@ -370,4 +374,4 @@ def _cost(cache: Cache) -> int:
 
 
 def _cost_of_growing(cache: Cache, num_tokens: int) -> int:
-    return cache.cost(cache.length + num_tokens) - _cost(cache)
+    return cache.cost(cache.length + num_tokens) - cache.cost(cache.length)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,12 @@ def unpack_ids(data: bytes, field: str, vocab_size: int) -> list[int]:
 
 def support_gaps(support: np.ndarray) -> list[int]:
     """Return a support `[S] int64`, ascending, as it travels: how many ids are skipped before each id."""
-    gaps = support.copy()
-    gaps[1:] -= support[:-1] + 1
-    return gaps.tolist()
+    if len(support) > FEW:
+        gaps = support.copy()
+        gaps[1:] -= support[:-1] + 1
+        return gaps.tolist()
+    ids = support.tolist()
+    return ids[:1] + [after - before - 1 for before, after in pairwise(ids)]
 
 
 def support_of(gaps: Sequence[int], field: str, vocab_size: int) -> np.ndarray:

@@ -97,6 +97,12 @@ class Draws:
             num_others,
         )
 
+    def with_numbers(self, numbers: Sequence[Sequence[float | Noise]]) -> Draws:
+        """Return the same with other random numbers `[n, N]`, of any n."""
+        flat, shape = list(chain.from_iterable(numbers)), (len(numbers), len(self.temperatures))
+        uniforms, noises = _uniforms(flat).reshape(shape), noise_addresses(flat).reshape(*shape, 4)
+        return replace(self, uniforms=uniforms, noises=noises)
+
     @property
     def have_filters(self) -> bool:
         """Whether a row has filters; they say nothing at the temperature 0."""
@@ -125,20 +131,25 @@ def drafts_of(parts: Sequence[np.ndarray], have_noise: np.ndarray) -> list[Draft
 
     Those that were drawn with noise, as `have_noise` `[N]` says, are without their supports.
     """
-    all_ids, all_weights, *by_row = parts
+    all_ids, all_weights, sizes, indices, are_finite, others, other_probs = parts
+    if not len(all_ids):
+        return [None] * len(sizes)
+    ends = sizes.cumsum()
+    starts = ends - sizes
+    sums = np.append(0, all_weights.cumsum())
+    drawn = np.minimum(starts + indices, len(all_ids) - 1)  # a row that is not finite has no support
+    token_probs = all_weights[drawn] / np.maximum(1, sums[ends] - sums[starts])
+    columns = (starts, ends, are_finite, all_ids[drawn], token_probs, others, other_probs, have_noise)
     drafts: list[Draft | None] = []
-    end = 0
-    columns = (part.tolist() for part in (*by_row, have_noise))
-    for size, index, is_finite, others, probs, has_noise in zip(*columns, strict=True):
-        first, end = end, end + size
+    for first, end, is_finite, token_id, prob, its_others, its_probs, has_noise in zip(
+        *(column.tolist() for column in columns), strict=True
+    ):
         if not is_finite:
             drafts.append(None)
             continue
-        ids, weights = all_ids[first:end], all_weights[first:end]
-        possible = tuple((other, prob) for other, prob in zip(others, probs, strict=True) if prob)
-        token_prob = float(weights[index] / weights.sum())
-        sent = slice(0, 0) if has_noise else slice(None)
-        drafts.append(Draft(int(ids[index]), ids[sent], weights[sent], token_prob, possible))
+        possible = [other for other in zip(its_others, its_probs, strict=True) if other[1]]
+        support, weights = (NO_SUPPORT, NO_SUPPORT) if has_noise else (all_ids[first:end], all_weights[first:end])
+        drafts.append(Draft(token_id, support, weights, prob, tuple(possible)))
     return drafts
 
 
