@@ -68,19 +68,20 @@ class Rule(ABC):
         Raises:
             ServiceFailedError: the message breaks the protocol.
         """
-        gaps, weights = message.support_gaps, message.support_weights
-        if message.token_id >= vocab_size:
-            raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
-        if not 0 < len(gaps) == len(weights):
-            raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens with {len(weights)} weights")
-        if len(gaps) > most_support:
-            raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens: the target takes {most_support}")
-        if sum(gaps) + len(gaps) > vocab_size:
+        token_id, gaps, weights = message.token_id, message.support_gaps[:], message.support_weights[:]
+        size = len(gaps)
+        if token_id >= vocab_size:
+            raise ServiceFailedError(f"the draft proposed token {token_id}, which the target does not have")
+        if not 0 < size == len(weights):
+            raise ServiceFailedError(f"the draft sent a support of {size} tokens with {len(weights)} weights")
+        if size > most_support:
+            raise ServiceFailedError(f"the draft sent a support of {size} tokens: the target takes {most_support}")
+        if sum(gaps) + size > vocab_size:
             raise ServiceFailedError("the draft sent a support with a token that the target does not have")
-        if not min(weights):
+        if 0 in weights:
             raise ServiceFailedError("the draft sent a support with a weight of 0")
-        if message.token_id + 1 not in accumulate(gap + 1 for gap in gaps):
-            raise ServiceFailedError(f"the draft sent token {message.token_id} with a support that does not hold it")
+        if gaps != [token_id] and token_id + 1 not in accumulate([gap + 1 for gap in gaps]):
+            raise ServiceFailedError(f"the draft sent token {token_id} with a support that does not hold it")
 
     def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
         """Return a proposal that has been checked, with the distribution that it was drawn from."""
