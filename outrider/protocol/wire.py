@@ -81,10 +81,9 @@ def probs_of(units: Sequence[int], field: str) -> np.ndarray:
     Raises:
         InvalidArgumentError: one is above 1.
     """
-    probs = np.array(units, dtype=np.float64) * PROB_UNIT
-    if len(probs) and probs.max() > 1:
-        raise InvalidArgumentError(f"{field} holds {probs.max()}, which is no probability")
-    return probs
+    if units and max(units) * PROB_UNIT > 1:
+        raise InvalidArgumentError(f"{field} holds {max(units) * PROB_UNIT}, which is no probability")
+    return np.array(units, dtype=np.float64) * PROB_UNIT
 
 
 def _beyond(token_id: int, vocab_size: int) -> str:

@@ -294,5 +294,4 @@ class DraftLink:
         if end > self._end:
             raise ServiceFailedError(f"the draft proposed for position {end - 1}, beyond its window")
         for _, _, messages in groups:
-            for message in messages:
-                self._task.rule.check_proposal(message, self._vocab_size, self._most_taken)
+            self._task.rule.check_proposals(messages, self._vocab_size, self._most_taken)
