@@ -339,7 +339,10 @@ class Text:
                 if isinstance(effect, Chunk):
                     return effect
                 try:
-                    answer = await self._answer_to(effect)
+                    if isinstance(effect, Wait):
+                        answer = await self._next_event(effect.timeout_s)
+                    else:
+                        answer = await self._answer_to(effect)
                 except OutriderError as error:
                     steps.throw(error)
         except StopIteration as stop:
@@ -350,8 +353,6 @@ class Text:
         match effect:
             case Send(link, message):
                 self._streams[link].send(message)
-            case Wait(timeout_s):
-                return await self._next_event(timeout_s)
             case Open(link, message):
                 self._close(link)
                 self._open(link, message)
@@ -379,9 +380,10 @@ class Text:
     async def _next_event(self, timeout_s: float | None) -> Event | None:
         """Return the next event of a current stream, or None; raises as `Core.connected` does."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
+        connection = self._core.connected()
         while True:
-            item = await self._core.connected().next_item(self._events, until)
-            self._core.connected()
+            item = await connection.next_item(self._events, until)
+            self._core.check_open()
             if item is None:
                 return None
             stream, event = item

@@ -239,7 +239,9 @@ class _Stream:
 
     def __init__(self, link: Link, method: Any, mailbox: queue.SimpleQueue[Any]):
         self._link, self._method, self._mailbox = link, method, mailbox
-        self._unread = threading.Semaphore(MOST_UNREAD)
+        self._num_read = self._num_taken = 0  # messages
+        self._is_held_up = self._is_over = False  # the reader waits for some to be taken; all has ended
+        self._may_read = threading.Event()  # where the reader is held up
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._call: Any = None
 
@@ -255,16 +257,29 @@ class _Stream:
         self._outgoing.put(None)  # ends the call even if `begin` was interrupted before it kept it
         if self._call:
             self._call.cancel()
-        self.on_read()  # so that the reader sees the end of the call
+        self._is_over = True
+        self._may_read.set()  # lets the reader see that the call is over
 
     def on_read(self) -> None:
-        self._unread.release()
+        self._num_taken += 1
+        if self._is_held_up:
+            self._may_read.set()
+
+    def _wait_for_room(self) -> None:
+        self._may_read.clear()
+        self._is_held_up = True  # and then look again: who takes one looks at this afterwards
+        while not self._is_over and self._num_read - self._num_taken > MOST_UNREAD:
+            self._may_read.wait()
+            self._may_read.clear()
+        self._is_held_up = False
 
     def _read(self) -> None:
         try:
             for message in self._call:
                 self._mailbox.put((self, Received(self._link, message)))
-                self._unread.acquire()
+                self._num_read += 1
+                if self._num_read - self._num_taken > MOST_UNREAD:
+                    self._wait_for_room()
             self._mailbox.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
             self._mailbox.put((self, broken(self._link, error)))

@@ -32,15 +32,15 @@ def likely_alternatives(drafts: Sequence[Draft], accept_uniforms: Sequence[float
             number is p(x) / q(x) or more. None where the target takes its own choice, as at temperature 0 and with
             shared noise; there the others' shares are the chances that it chooses them.
     """
-    chances: dict[Alternative, float] = {}
+    chances: dict[tuple[int, int], float] = {}
     reached = 1.0
     for index, draft in enumerate(drafts):
-        rejected = sum(prob for _, prob in draft.others)
+        rejected = sum([prob for _, prob in draft.others])
         scale = 1.0
         if accept_uniforms is not None:
             rejected = accept_uniforms[index] ** REJECTION_EXPONENT
             scale = rejected / max(1e-9, 1 - draft.token_prob)
         for token_id, prob in draft.others:
-            chances[Alternative(index, token_id)] = reached * scale * prob
+            chances[index, token_id] = reached * scale * prob
         reached *= 1 - rejected
-    return sorted(chances, key=chances.__getitem__, reverse=True)
+    return [Alternative(*key) for key in sorted(chances, key=chances.__getitem__, reverse=True)]

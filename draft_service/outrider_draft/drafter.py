@@ -46,6 +46,8 @@ class Drafter:
         self.thread = ModelThread("draft-model", self._step, lambda: engine.is_quick)
         self._sessions: list[Session] = []
         self._arrivals = itertools.count()
+        self._last_options: list[DraftOptions] = []
+        self._last_draws = Draws.of([], [], [], [])
 
     def warm_up(self, vocab_size: int) -> None:
         """Draft greedily, plainly and through filters, at once and one by one; the thread must not run yet.
@@ -265,15 +267,25 @@ class Drafter:
         if not paths:
             return None
         demands = [_demand_of(path) for path in paths]
-        options = [path.session.options for path in paths]
-        draws = Draws.of(
-            [its.vocab_size for its in options],
-            [its.params for its in options],
-            [its.max_support for its in options],
-            [[path.number_of(index) for path in paths] for index in range(self._num_draws(paths))],
-            max(its.num_others for its in options),
-        )
+        draws = self._draws_of([path.session.options for path in paths])
+        num_draws = self._num_draws(paths)
+        draws = draws.with_numbers(list(zip(*(path.numbers(num_draws) for path in paths), strict=True)))
         return (demands, draws) if self._engine.can_draft(demands, draws) else None
+
+    def _draws_of(self, options: list[DraftOptions]) -> Draws:
+        """Return how tokens are drawn for paths of these options, still without numbers: mostly as the last time."""
+        if options != self._last_options:
+            self._last_options, self._last_draws = (
+                options,
+                Draws.of(
+                    [its.vocab_size for its in options],
+                    [its.params for its in options],
+                    [its.max_support for its in options],
+                    [],
+                    max(its.num_others for its in options),
+                ),
+            )
+        return self._last_draws
 
     def _num_draws(self, paths: Sequence[Path]) -> int:
         """Return how many tokens to draft in one go: a commit has to wait meanwhile."""
@@ -358,7 +370,7 @@ def _draw(paths: Sequence[Path]) -> list[Drawn]:
         [path.demand.rows[-1] for path in paths if path.demand],
         [its.params for its in options],
         [its.max_support for its in options],
-        [path.number_of(0) for path in paths],
+        [path.numbers(1)[0] for path in paths],
         max(its.num_others for its in options),
         [its.vocab_size for its in options],
         [path.history for path in paths],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,13 +20,12 @@ from outrider.engine.engine import Demand
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.protocol.errors import FailedPreconditionError, ServiceError
 from outrider.sampling.distribution import DistributionParams, History
-from outrider.sampling.draws import Draft
+from outrider.sampling.draws import NO_SUPPORT, Draft
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider_draft.alternatives import Alternative, likely_alternatives
 
 LONGEST_HOLD_S = 0.01  # a drafted token waits for no others longer; slower drafts send each token as it comes
 NUM_OTHERS = 2  # tokens a position that alternatives are chosen from
-NO_SUPPORT = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class Drafted:
     alternatives: list[Prepared] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(NamedTuple):
     """One drafted token that has not been sent yet."""
 
     draft: Draft
@@ -104,9 +103,10 @@ class Path:
     @property
     def wants_token(self) -> bool:
         """Whether the path is to be drafted further."""
-        if self is self.session.main:
-            return self.session.is_open and self.session.wants_token
-        return self.session.is_open and self.alternative is not None and self.length < self.end
+        session = self.session
+        if self is session.main:
+            return session.is_open and session.wants_token
+        return session.is_open and self.alternative is not None and self.length < self.end
 
     @property
     def can_run_ahead(self) -> bool:
@@ -130,15 +130,17 @@ class Path:
             else None
         )
 
-    def number_of(self, index: int) -> float | Noise:
-        """Return the random number of the token `index` positions behind the sequence's end."""
-        return self.session.numbers.at(self.length + index)
+    def numbers(self, number: int) -> list[float | Noise]:
+        """Return the random numbers of so many tokens from the sequence's end on."""
+        first, numbers = self.length, self.session.numbers
+        return [numbers.at(position) for position in range(first, first + number)]
 
-    def append(self, draft: Draft, queue_ms: float, forward_ms: float, batch_size: int) -> None:
-        """Add a drafted token."""
-        self.sequence.tokens.extend([draft.token_id])
-        self.drafts.append(draft)
-        self.held.append(_Held(draft, time.monotonic(), queue_ms, forward_ms, batch_size))
+    def append(self, drafts: Sequence[Draft], queue_ms: float, forward_ms: float, batch_size: int) -> None:
+        """Add drafted tokens."""
+        self.sequence.tokens.extend([draft.token_id for draft in drafts])
+        self.drafts += drafts
+        drawn_at = time.monotonic()
+        self.held += [_Held(draft, drawn_at, queue_ms, forward_ms, batch_size) for draft in drafts]
 
     def rewrite(self, start_position: int, token_ids: Sequence[int]) -> None:
         """Make the sequence what it was before a position, then these tokens; what is held does not agree with them."""
@@ -236,13 +238,15 @@ class Session:
 
     @property
     def wanting_forks(self) -> list[Path]:
-        return [fork for fork in self.forks if fork.wants_token]
+        return [fork for fork in self.forks if fork.alternative is not None and fork.wants_token]
 
     def append(self, path: Path, drafts: Sequence[Draft], queue_ms: float, forward_ms: float, batch_size: int) -> None:
         """Add drafted tokens to a path; `forward_ms` is that of one of them."""
-        for draft in drafts:
-            path.append(draft.with_others(self.options.num_others), queue_ms, forward_ms, batch_size)
-            self.is_stopped = draft.token_prob < self.options.min_draft_prob
+        options = self.options
+        if options.num_others < NUM_OTHERS:
+            drafts = [draft.with_others(options.num_others) for draft in drafts]
+        path.append(drafts, queue_ms, forward_ms, batch_size)
+        self.is_stopped = drafts[-1].token_prob < options.min_draft_prob
         self._note_time()
 
     def _note_time(self) -> None:

@@ -31,7 +31,12 @@ class Mailbox(Generic[Item]):
 
     async def get(self) -> Item:
         """Return the next item."""
-        await self._has_item(None)
+        while not self._items:
+            self._waiting = self._loop.create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
         return self._items.popleft()
 
     async def get_until(self, end: float | None) -> Item | None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -71,18 +70,13 @@ class Demand:
     batch_size: int = 0
 
     @property
-    def caller(self) -> Caller:
-        """Who asks."""
-        return self.sequence.caller
-
-    @property
     def num_left(self) -> int:
         """Tokens still to be fed."""
         return self.end - self.sequence.cache.length
 
     def num_rows_in(self, num_tokens: int) -> int:
         """Return how many rows the next `num_tokens` tokens yield that have not been read yet."""
-        num_read = sum(len(rows) for rows in self.rows)
+        num_read = sum([len(rows) for rows in self.rows]) if self.rows else 0
         first_wanted = self.end - self.num_rows + num_read
         return max(0, self.sequence.cache.length + num_tokens - first_wanted)
 
@@ -191,7 +185,7 @@ class Engine:
                     demand.rows.append(rows)
             then(finished)
 
-        with _all_or_nothing([demand for demand, _ in shares]):
+        with _AllOrNothing([demand for demand, _ in shares]):
             if self._asynchronous:
                 self._asynchronous.forward_with(feeds, hand_out)
                 ended_at = time.monotonic()
@@ -227,7 +221,8 @@ class Engine:
         if sum(sizes) > self._max_batch_tokens or not self._drafting.can_draft(sizes, sampling):
             return False
         num_draws = len(sampling.uniforms)
-        costs = (_cost_of_growing(demand.sequence.cache, demand.num_left + num_draws - 1) for demand in demands)
+        caches = [demand.sequence.cache for demand in demands]
+        costs = [_cost_of_growing(cache, size + num_draws - 1) for cache, size in zip(caches, sizes, strict=True)]
         return sum(costs) <= self._free()
 
     def draft(self, demands: SequenceOf[Demand], sampling: Draws) -> list[list[Draft | None]]:
@@ -240,7 +235,7 @@ class Engine:
         num_draws, num_sequences = sampling.uniforms.shape
         started_at = time.monotonic()
         feeds = [self._feed(demand, demand.num_left) for demand in demands]
-        with _all_or_nothing(demands):
+        with _AllOrNothing(demands):
             drafts = self._drafting.draft(feeds, sampling)
         ended_at = time.monotonic()
         self._count(feeds, ended_at - started_at, num_draws - 1)
@@ -251,31 +246,41 @@ class Engine:
 
     def _feed(self, demand: Demand, num_tokens: int) -> Feed:
         sequence, start = demand.sequence, demand.sequence.cache.length
-        self.stats.num_tokens_recomputed += max(0, min(sequence.num_evicted, start + num_tokens) - start)
-        if start + num_tokens >= sequence.num_evicted:
-            sequence.num_evicted = 0
+        if sequence.num_evicted:
+            self.stats.num_tokens_recomputed += max(0, min(sequence.num_evicted, start + num_tokens) - start)
+            if start + num_tokens >= sequence.num_evicted:
+                sequence.num_evicted = 0
         return Feed(sequence.cache, sequence.tokens[start : start + num_tokens], demand.num_rows_in(num_tokens))
 
     def _count(self, feeds: list[Feed], seconds: float, num_more: int = 0) -> None:
         """Count a pass, and `num_more` behind it of one token and one row for each of `feeds`."""
-        self.stats.num_forward_passes += 1 + num_more
-        self.stats.num_tokens_fed += sum(len(feed.token_ids) for feed in feeds) + num_more * len(feeds)
-        self.stats.num_rows += sum(feed.num_rows for feed in feeds) + num_more * len(feeds)
-        self.stats.num_passes_by_batch_size[len(feeds)] += 1 + num_more
-        self.stats.forward_seconds += seconds
+        stats, num_passes = self.stats, 1 + num_more
+        num_tokens = num_rows = num_more * len(feeds)
+        for feed in feeds:
+            num_tokens += len(feed.token_ids)
+            num_rows += feed.num_rows
+        stats.num_forward_passes += num_passes
+        stats.num_tokens_fed += num_tokens
+        stats.num_rows += num_rows
+        stats.num_passes_by_batch_size[len(feeds)] += num_passes
+        stats.forward_seconds += seconds
         self._last_s = seconds
-        num_tokens = sum(len(feed.token_ids) for feed in feeds) + num_more * len(feeds)
-        self._fair_passes.add_pass(num_tokens / (1 + num_more), seconds / (1 + num_more))
+        self._fair_passes.add_pass(num_tokens / num_passes, seconds / num_passes)
 
     def fair_shares(self, demands: SequenceOf[Demand]) -> list[int]:
         """Return how many tokens of each demand the next pass shall feed, fairly among callers and for their sessions.
 
         Of a caller's sessions those come first that have been in no pass for the longest time.
         """
-        order = sorted(range(len(demands)), key=lambda index: _waiting_order(demands[index]))
-        wishes = [(demands[index].caller, demands[index].num_left) for index in order]
-        shares = dict(zip(order, self._fair_passes.shares(wishes), strict=True))
-        return [shares[index] for index in range(len(demands))]
+        wanted = [demand.num_left for demand in demands]
+        wishes = [(demand.sequence.caller, number) for demand, number in zip(demands, wanted, strict=True)]
+        shares = self._fair_passes.shares(wishes)
+        if shares == wanted:
+            return shares  # in whatever order
+        order = sorted(demands, key=_waiting_order)
+        shares = self._fair_passes.shares([(demand.sequence.caller, demand.num_left) for demand in order])
+        share_of = dict(zip(order, shares, strict=True))
+        return [share_of[demand] for demand in demands]
 
     def _shares(self, demands: list[Demand]) -> list[tuple[Demand, int]]:
         """Return how many tokens of each demand the next pass feeds; the earliest demand always gets some."""
@@ -289,15 +294,19 @@ class Engine:
             cache = demand.sequence.cache
             if not wanted[index]:
                 continue
-            free = self._make_room(_cost_of_growing(cache, wanted[index]), free, demands, index)
-            num_tokens = max(0, min(wanted[index], cache.num_fitting(free)))
+            num_tokens, cost = wanted[index], _cost_of_growing(cache, wanted[index])
+            if cost > free:
+                free = self._make_room(cost, free, demands, index)
+                num_tokens = max(0, min(num_tokens, cache.num_fitting(free)))
+                cost = _cost_of_growing(cache, num_tokens)
             if num_tokens:
                 shares.append((demand, num_tokens))
-                free -= _cost_of_growing(cache, num_tokens)
+                free -= cost
         return shares
 
     def _free(self) -> int:
-        return self._max_cost - sum(_cost(sequence.cache) for sequence in self._sequences)
+        caches = [sequence.cache for sequence in self._sequences]
+        return self._max_cost - sum([cache.cost(cache.length) for cache in caches])
 
     def _make_room(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
         """Drop caches until `needed` is free for `demands[index]`, or none is left to drop; return what is free then.
@@ -307,8 +316,6 @@ class Engine:
         in the end. Caches of a caller who holds no more than his share go for another one only where the earliest
         demand of all finds no other room.
         """
-        if free >= needed:
-            return free
         in_use = {demand.sequence for demand in demands}
         idle = sorted(self._sequences - in_use, key=lambda sequence: (not sequence.is_spare, sequence.last_used))
         later = [demand.sequence for demand in demands[index + 1 :]]
@@ -339,17 +346,20 @@ class Engine:
         self.stats.num_evictions += 1
 
 
-@contextmanager
-def _all_or_nothing(demands: SequenceOf[Demand]) -> Iterator[None]:
-    """Have caches and demands be what they were when a pass for them raises, whatever its runner has done by then."""
-    before = [(demand, demand.sequence.cache.length, len(demand.rows)) for demand in demands]
-    try:
-        yield
-    except BaseException:
-        for demand, length, num_parts in before:
+class _AllOrNothing:
+    """Has caches and demands be what they were when a pass for them raises, whatever its runner has done by then."""
+
+    def __init__(self, demands: SequenceOf[Demand]):
+        self._before = [(demand, demand.sequence.cache.length, len(demand.rows)) for demand in demands]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            return
+        for demand, length, num_parts in self._before:
             demand.sequence.cache.truncate(length)  # gives back what was reserved
             del demand.rows[num_parts:]
-        raise
 
 
 _arrival = attrgetter("arrival")
@@ -364,4 +374,4 @@ def _cost(cache: Cache) -> int:
 
 
 def _cost_of_growing(cache: Cache, num_tokens: int) -> int:
-    return cache.cost(cache.length + num_tokens) - _cost(cache)
+    return cache.cost(cache.length + num_tokens) - cache.cost(cache.length)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 from outrider.common.averages import Average, Line
 from outrider.common.callers import Caller
@@ -28,8 +28,7 @@ ABSENCE_S = 1.0  # for which a caller without work counts: a turn is shorter, ev
 Wish = tuple[Caller, int]  # whose it is, and how many tokens it is for
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     """When a caller had work last, and tokens of it."""
 
     at: float
@@ -52,14 +51,21 @@ class FairPasses:
 
     def charge(self, caller: Caller, num_tokens: int, seconds: float) -> None:
         """Learn how long it took, beside passes, to do with tokens what a caller asks for."""
-        self._after.setdefault(caller, Average(AFTER_MEMORY)).add(seconds / num_tokens)
+        its = self._after.get(caller)
+        if its is None:
+            its = self._after[caller] = Average(AFTER_MEMORY)
+        its.add(seconds / num_tokens)
 
     def shares(self, wishes: Sequence[Wish]) -> list[int]:
         """Return how many tokens of each wish the next pass has.
 
         Where not all wishes of a caller get something, the first ones do.
         """
-        weights = self._weights({caller for caller, _ in wishes} | self._seen.keys())
+        callers = {caller for caller, _ in wishes}
+        if len(callers) == 1 and self._seen.keys() <= callers:  # alone: nobody to be weighed against
+            self._seen[wishes[0][0]] = _Seen(self._clock(), sum([num_tokens for _, num_tokens in wishes]))
+            return fair_shares_by_caller(wishes, self._max_batch_tokens)
+        weights = self._weights(callers | self._seen.keys())
         weighed = [(caller, ceil(num_tokens * weights[caller])) for caller, num_tokens in wishes]
         now = self._clock()
         self._seen |= {caller: _Seen(now, num_tokens) for caller, num_tokens in _sums(weighed).items()}
@@ -99,13 +105,14 @@ class FairPasses:
 
 def fair_shares_by_caller(wishes: Sequence[Wish], budget: int) -> list[int]:
     """Divide `budget` max-min fairly among the callers' widest circles, and what each gets among those within it."""
-    if sum(num_tokens for _, num_tokens in wishes) <= budget:
-        return [num_tokens for _, num_tokens in wishes]
+    wanted_each = [num_tokens for _, num_tokens in wishes]
+    if sum(wanted_each) <= budget:
+        return wanted_each
     circles: dict[Caller, list[int]] = {}
     for index, (caller, _) in enumerate(wishes):
         circles.setdefault(caller[:1], []).append(index)
     if len(circles) == 1 and () in circles:
-        return fair_shares([num_tokens for _, num_tokens in wishes[:budget]], budget) + [0] * (len(wishes) - budget)
+        return fair_shares(wanted_each[:budget], budget) + [0] * (len(wishes) - budget)
     shares = [0] * len(wishes)
     wanted = [sum(wishes[index][1] for index in indices) for indices in circles.values()]
     budgets = [*fair_shares(wanted[:budget], budget), *[0] * (len(wanted) - budget)]

@@ -58,12 +58,7 @@ class TokenCountedCache:
     """What caches have in common whose memory follows their length: a token costs a token."""
 
     def __init__(self) -> None:
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        """Number of tokens whose entries every layer holds."""
-        return self._length
+        self.length = 0  # tokens whose entries every layer holds; only the cache itself changes it
 
     def cost(self, num_tokens: int) -> int:
         """Return what `num_tokens` tokens of one sequence count against the cap: themselves."""
@@ -75,12 +70,12 @@ class TokenCountedCache:
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
-        assert 0 <= length <= self._length
-        self._length = length
+        assert 0 <= length <= self.length
+        self.length = length
 
     def advance(self, num_new: int) -> None:
         """Count the entries that a finished forward pass has written in every layer."""
-        self._length += num_new
+        self.length += num_new
 
 
 class SequenceCache(TokenCountedCache):
@@ -104,16 +99,16 @@ class SequenceCache(TokenCountedCache):
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""
-        self._length = 0
+        self.length = 0
         self._layers.clear()
 
     @torch.inference_mode()
     def copy_from(self, other: SequenceCache, length: int) -> None:
         """See Cache."""
-        added = slice(self._length, length)
+        added = slice(self.length, length)
         for layer, (keys, values) in other._layers.items():
             self.write(layer, keys[:, added], values[:, added])
-        self.advance(length - self._length)
+        self.advance(length - self.length)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new entries of one layer behind the cached ones, `[H, num_new, D]` each.
@@ -121,19 +116,19 @@ class SequenceCache(TokenCountedCache):
         Returns:
             Keys and values of all positions so far, `[H, length + num_new, D]`: views of the cache.
         """
-        end = self._length + keys.shape[1]
+        end = self.length + keys.shape[1]
         held = self._layers.get(layer)
         if held is None or held[0].shape[1] < end:
             held = (self._grown(held and held[0], keys, end), self._grown(held and held[1], values, end))
             self._layers[layer] = held
-        held[0][:, self._length : end] = keys
-        held[1][:, self._length : end] = values
+        held[0][:, self.length : end] = keys
+        held[1][:, self.length : end] = values
         return held[0][:, :end], held[1][:, :end]
 
     def _grown(self, held: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
         """Return a larger buffer with the cached entries; half as much again, so that growing stays linear."""
-        capacity = -(-max(end, self._length * 3 // 2) // _GROWTH) * _GROWTH
+        capacity = -(-max(end, self.length * 3 // 2) // _GROWTH) * _GROWTH
         buffer = new.new_empty((new.shape[0], capacity, new.shape[2]))
         if held is not None:
-            buffer[:, : self._length] = held[:, : self._length]
+            buffer[:, : self.length] = held[:, : self.length]
         return buffer

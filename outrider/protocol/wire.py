@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from outrider.protocol.errors import InvalidArgumentError
 from outrider.protocol.scales import PROB_UNIT
 
 ID_BYTES = 4
+FEW = 64  # numbers that Python adds sooner than numpy begins
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:
@@ -31,16 +33,19 @@ def unpack_ids(data: bytes, field: str, vocab_size: int) -> list[int]:
     if len(data) % ID_BYTES:
         raise InvalidArgumentError(f"{field} has {len(data)} bytes: give {ID_BYTES} for each id")
     ids = list(struct.unpack(f"<{len(data) // ID_BYTES}I", data))
-    if max(ids, default=0) >= vocab_size:
+    if ids and max(ids) >= vocab_size:
         raise InvalidArgumentError(f"{field} holds id {_beyond(max(ids), vocab_size)}")
     return ids
 
 
 def support_gaps(support: np.ndarray) -> list[int]:
     """Return a support `[S] int64`, ascending, as it travels: how many ids are skipped before each id."""
-    gaps = support.copy()
-    gaps[1:] -= support[:-1] + 1
-    return gaps.tolist()
+    if len(support) > FEW:
+        gaps = support.copy()
+        gaps[1:] -= support[:-1] + 1
+        return gaps.tolist()
+    ids = support.tolist()
+    return ids[:1] + [after - before - 1 for before, after in pairwise(ids)]
 
 
 def support_of(gaps: Sequence[int], field: str, vocab_size: int) -> np.ndarray:
@@ -49,9 +54,19 @@ def support_of(gaps: Sequence[int], field: str, vocab_size: int) -> np.ndarray:
     Raises:
         InvalidArgumentError: an id is outside the vocabulary.
     """
-    ids = (np.array(gaps, dtype=np.int64) + 1).cumsum() - 1
+    ids = np.array(_sums_of(gaps) if len(gaps) <= FEW else gaps, dtype=np.int64)
+    if len(gaps) > FEW:
+        ids = (ids + 1).cumsum() - 1
     if len(ids) and ids[-1] >= vocab_size:
         raise InvalidArgumentError(f"{field} holds id {_beyond(ids[-1], vocab_size)}")
+    return ids
+
+
+def _sums_of(gaps: Sequence[int]) -> list[int]:
+    ids, last = [], -1
+    for gap in gaps:
+        last += gap + 1
+        ids.append(last)
     return ids
 
 
@@ -66,10 +81,9 @@ def probs_of(units: Sequence[int], field: str) -> np.ndarray:
     Raises:
         InvalidArgumentError: one is above 1.
     """
-    probs = np.array(units, dtype=np.float64) * PROB_UNIT
-    if len(probs) and probs.max() > 1:
-        raise InvalidArgumentError(f"{field} holds {probs.max()}, which is no probability")
-    return probs
+    if units and max(units) * PROB_UNIT > 1:
+        raise InvalidArgumentError(f"{field} holds {max(units) * PROB_UNIT}, which is no probability")
+    return np.array(units, dtype=np.float64) * PROB_UNIT
 
 
 def _beyond(token_id: int, vocab_size: int) -> str:

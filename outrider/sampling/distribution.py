@@ -122,7 +122,7 @@ class DistributionParams:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
-    @property
+    @cached_property
     def has_filters(self) -> bool:
         return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 

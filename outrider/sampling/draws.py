@@ -18,13 +18,16 @@ from outrider.sampling.rng import Noise, key_of
 MIN_SUPPORT_PROB = 2e-4
 MOST_SUPPORT = 1024  # tokens of a support that an accelerator's reader finds: it is compiled for one size
 MOST_OTHERS = 2  # tokens beside the one that was drawn; likewise
+NO_SUPPORT = np.empty(0, np.int64)
 
 
 def noise_addresses(numbers: Sequence[object]) -> np.ndarray:
     """Return `[N, 4]` uint64: 1, the two words of its seed, and its position, for each Noise; 0 for every uniform."""
+    if Noise not in set(map(type, numbers)):
+        return np.zeros((len(numbers), 4), dtype=np.uint64)
     return np.array(
         [[1, *key_of(it.seed), it.position] if isinstance(it, Noise) else [0] * 4 for it in numbers], dtype=np.uint64
-    ).reshape(-1, 4)
+    )
 
 
 def _temperatures(params: Sequence[DistributionParams]) -> np.ndarray:
@@ -33,7 +36,9 @@ def _temperatures(params: Sequence[DistributionParams]) -> np.ndarray:
 
 def _uniforms(numbers: Sequence[float | Noise]) -> np.ndarray:
     """Return `[N]` float64, 0 in the place of noise."""
-    return np.array([0.0 if isinstance(number, Noise) else number for number in numbers], dtype=np.float64)
+    if Noise in set(map(type, numbers)):
+        numbers = [0.0 if isinstance(number, Noise) else number for number in numbers]
+    return np.array(numbers, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,12 @@ class Draws:
             num_others,
         )
 
+    def with_numbers(self, numbers: Sequence[Sequence[float | Noise]]) -> Draws:
+        """Return the same with other random numbers `[n, N]`, of any n."""
+        flat, shape = list(chain.from_iterable(numbers)), (len(numbers), len(self.temperatures))
+        uniforms, noises = _uniforms(flat).reshape(shape), noise_addresses(flat).reshape(*shape, 4)
+        return replace(self, uniforms=uniforms, noises=noises)
+
     @property
     def have_filters(self) -> bool:
         """Whether a row has filters; they say nothing at the temperature 0."""
@@ -120,20 +131,25 @@ def drafts_of(parts: Sequence[np.ndarray], have_noise: np.ndarray) -> list[Draft
 
     Those that were drawn with noise, as `have_noise` `[N]` says, are without their supports.
     """
-    all_ids, all_weights, *by_row = parts
+    all_ids, all_weights, sizes, indices, are_finite, others, other_probs = parts
+    if not len(all_ids):
+        return [None] * len(sizes)
+    ends = sizes.cumsum()
+    starts = ends - sizes
+    sums = np.append(0, all_weights.cumsum())
+    drawn = np.minimum(starts + indices, len(all_ids) - 1)  # a row that is not finite has no support
+    token_probs = all_weights[drawn] / np.maximum(1, sums[ends] - sums[starts])
+    columns = (starts, ends, are_finite, all_ids[drawn], token_probs, others, other_probs, have_noise)
     drafts: list[Draft | None] = []
-    end = 0
-    columns = (part.tolist() for part in (*by_row, have_noise))
-    for size, index, is_finite, others, probs, has_noise in zip(*columns, strict=True):
-        first, end = end, end + size
+    for first, end, is_finite, token_id, prob, its_others, its_probs, has_noise in zip(
+        *(column.tolist() for column in columns), strict=True
+    ):
         if not is_finite:
             drafts.append(None)
             continue
-        ids, weights = all_ids[first:end], all_weights[first:end]
-        possible = tuple((other, prob) for other, prob in zip(others, probs, strict=True) if prob)
-        token_prob = float(weights[index] / weights.sum())
-        sent = slice(0, 0) if has_noise else slice(None)
-        drafts.append(Draft(int(ids[index]), ids[sent], weights[sent], token_prob, possible))
+        possible = [other for other in zip(its_others, its_probs, strict=True) if other[1]]
+        support, weights = (NO_SUPPORT, NO_SUPPORT) if has_noise else (all_ids[first:end], all_weights[first:end])
+        drafts.append(Draft(token_id, support, weights, prob, tuple(possible)))
     return drafts
 
 

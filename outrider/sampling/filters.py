@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from outrider.sampling.cpu_kernels import filter_row
@@ -21,7 +20,7 @@ from outrider.sampling.transfers import lies_on_host
 
 
 def filter_rows(
-    logits: torch.Tensor, rows: Sequence[int], params: Sequence[DistributionParams], vocab_sizes: np.ndarray
+    logits: torch.Tensor, rows: Sequence[int], params: Sequence[DistributionParams], vocab_sizes: Sequence[int]
 ) -> None:
     """Filter some rows of `logits` `[N, V]` in place, each by its params; ids from its `vocab_sizes` on are masked.
 

@@ -48,7 +48,7 @@ def draft_tokens(
     logits = joined(parts)
     sizes = [logits.shape[1]] * len(params) if vocab_sizes is None else vocab_sizes
     draws = Draws.of(sizes, params, max_supports, [numbers], num_others)
-    logits = _shaped(logits, len(parts) > 1, params, draws.vocab_sizes, histories)
+    logits = _shaped(logits, len(parts) > 1, params, sizes, histories)
     return reader_for(logits).draft_rows(logits, draws)
 
 
@@ -69,8 +69,7 @@ def begin_reading(
     logits = joined(parts)
 
     def begin() -> Reading:
-        sizes = np.full(len(params), logits.shape[1])
-        rows = _shaped(logits, len(parts) > 1, params, sizes, histories)
+        rows = _shaped(logits, len(parts) > 1, params, None, histories)
         return reader_for(rows).begin_target_rows(rows, supports, RowNumbers.of(params, numbers))
 
     return (lambda: begin()()) if lies_on_host(logits) else begin()
@@ -85,7 +84,7 @@ def _shaped(
     logits: torch.Tensor,
     is_own: bool,
     params: Sequence[DistributionParams],
-    vocab_sizes: np.ndarray,
+    vocab_sizes: Sequence[int] | None,
     histories: Sequence[History | None] | None,
 ) -> torch.Tensor:
     """Return `logits` behind processors and filters; they are written to only where they are our own."""
@@ -93,6 +92,7 @@ def _shaped(
     filtered = [row for row, its in enumerate(params) if its.has_filters]
     if not (processed or filtered):
         return logits
+    sizes = [logits.shape[1]] * len(params) if vocab_sizes is None else vocab_sizes
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     elif not is_own:
@@ -101,7 +101,7 @@ def _shaped(
         history = histories[row] if histories else None
         assert history is not None, "processors need the tokens before a row"
         for processor in params[row].processors:
-            processor.apply(logits[row, : vocab_sizes[row]], params[row], history)
+            processor.apply(logits[row, : sizes[row]], params[row], history)
     if filtered:
-        filter_rows(logits, filtered, params, vocab_sizes)
+        filter_rows(logits, filtered, params, sizes)
     return logits

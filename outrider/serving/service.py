@@ -175,6 +175,8 @@ class ModelHost(Generic[WorkerT]):
 
     def check_message_size(self, num_bytes: int) -> None:
         """Raise InvalidArgumentError for a request that is larger than the model's context and the limits need."""
+        if num_bytes <= MOST_OTHER_BYTES:
+            return
         context_length, options = self._context_length if self._worker else 0, self._options
         most = self._most_bytes(context_length) if self._worker else MOST_OTHER_BYTES
         if num_bytes > most:

@@ -25,7 +25,7 @@ from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.sampling.distribution import FILTERED, DistributionParams, History
-from outrider.sampling.draws import Reading, TargetRows
+from outrider.sampling.draws import NO_SUPPORT, Reading, TargetRows
 from outrider.sampling.logprobs import logprobs_of
 from outrider.sampling.pipeline import begin_reading, joined
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
@@ -231,8 +231,9 @@ class Scheduler:
         return self._gathering.patience_s(len(self._jobs), time.monotonic())
 
     def _step(self) -> bool:
-        waiting = self._prefills | {session: job.demand for session, job in self._jobs.items()}
-        owners = {demand: session for session, demand in waiting.items()}
+        owners = {demand: session for session, demand in self._prefills.items()}
+        for session, job in self._jobs.items():
+            owners[job.demand] = session
         if not owners:
             return False
         began_at, num_fed = time.monotonic(), self._engine.stats.num_tokens_fed
@@ -242,8 +243,9 @@ class Scheduler:
                 self._answer(reading)
         if not self._prefills and len(passes) == 1:
             self._gathering.add_pass(self._engine.stats.num_tokens_fed - num_fed, time.monotonic() - began_at)
-        finished = {demand for its_finished, _ in passes for demand in its_finished}
-        self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
+        if self._prefills:
+            finished = {demand for its_finished, _ in passes for demand in its_finished}
+            self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
         return bool(self._prefills or self._jobs)
 
     def _run_pass(self, demands: Sequence[Demand]) -> tuple[list[Demand], _Reading | None]:
@@ -281,10 +283,10 @@ class Scheduler:
 
     def _charge(self, jobs: Sequence[_Job], seconds: float) -> None:
         """Charge what reading rounds took, to each caller by the numbers that were read for it."""
-        sizes = [IDS_OF_A_ROW * max(1, len(job.round.supports)) + sum(map(len, job.round.supports)) for job in jobs]
+        sizes = [IDS_OF_A_ROW * job.demand.num_rows + sum(map(len, job.round.supports)) for job in jobs]
+        total = sum(sizes)
         for job, size in zip(jobs, sizes, strict=True):
-            num_tokens = max(1, len(job.round.proposed_ids))
-            self._engine.charge(job.demand.caller, num_tokens, seconds * size / sum(sizes))
+            self._engine.charge(job.session.sequence.caller, job.demand.num_rows, seconds * size / total)
 
     def _verdict(self, job: _Job, rows: TargetRows | None) -> Verdict | ServiceError:
         """Return what a round is answered with; a row with NaN or infinity fails its own round alone."""
@@ -332,7 +334,9 @@ class _Reading:
     def rows_by_job(self) -> list[TargetRows | None]:
         """Wait for the rows and return each job's; None where one of them is no law."""
         rows, finite = self.result()
-        borders = pairwise([0, *accumulate(max(1, len(job.round.proposed_ids)) for job in self.jobs)])
+        if len(self.jobs) == 1:
+            return [_with_logprobs(self.jobs[0], rows) if all(finite) else None]
+        borders = pairwise([0, *accumulate(job.demand.num_rows for job in self.jobs)])
         return [
             _with_logprobs(job, rows.part(start, end)) if all(finite[start:end]) else None
             for job, (start, end) in zip(self.jobs, borders, strict=True)
@@ -353,11 +357,10 @@ def _begin_reading(jobs: Sequence[_Job]) -> Reading:
     supports: list[np.ndarray] = []
     numbers: list[float | Noise] = []
     histories: list[History | None] = []
-    no_support = np.empty(0, dtype=np.int64)
-    for job, part in zip(jobs, logits, strict=True):
-        first, size = job.round.committed.end, len(part)
+    for job in jobs:
+        first, size = job.round.committed.end, job.demand.num_rows
         params += [job.session.params] * size
-        supports += job.round.supports or [no_support]
+        supports += job.round.supports or [NO_SUPPORT]
         numbers += [job.session.numbers.at(first + offset) for offset in range(size)]
         histories += _histories_of(job, size)
     return begin_reading(logits, params, supports, numbers, histories)
@@ -376,6 +379,6 @@ def _with_logprobs(job: _Job, rows: TargetRows) -> TargetRows:
     """Return a round's rows with log-probabilities by the model's own logits, where its session asks for them."""
     if job.session.num_logprobs is None:
         return rows
-    supports = job.round.supports or [np.empty(0, dtype=np.int64)]
+    supports = job.round.supports or [NO_SUPPORT]
     logits, number = joined(job.demand.rows), job.session.num_logprobs
     return replace(rows, logprobs=logprobs_of(logits, supports, rows.outside_token_ids, number))

@@ -13,6 +13,7 @@ from outrider.common.mailbox import Mailbox
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError, NotFoundError, ServiceError
 from outrider.sampling.distribution import MOST_LOGPROBS
+from outrider.sampling.draws import NO_SUPPORT
 from outrider.sampling.logprobs import Logprobs
 from outrider.sampling.messages import params_from_proto
 from outrider.serving.options import ServiceOptions
@@ -90,47 +91,50 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
         return scheduler.open(
             params_from_proto(message.sampling, self._host.vocab_size),
             message.seed,
-            self._span(message.committed, "open.committed"),
+            self._opening_span(message.committed),
             shares_noise,
             caller,
             wire.num_prompt_tokens(message),
             message.num_logprobs if message.HasField("num_logprobs") else None,
         )
 
-    def _span(self, span: common_pb2.TokenSpan, field: str) -> Span:
-        token_ids = wire.unpack_ids(span.token_ids, f"{field}.token_ids", self._host.vocab_size)
-        if field.startswith("open") and span.start_position:
+    def _opening_span(self, span: common_pb2.TokenSpan) -> Span:
+        token_ids = wire.unpack_ids(span.token_ids, "open.committed.token_ids", self._host.vocab_size)
+        if span.start_position:
             raise InvalidArgumentError(
-                f"{field}.start_position is {span.start_position}: a session opens at position 0"
+                f"open.committed.start_position is {span.start_position}: a session opens at position 0"
             )
-        return Span(span.start_position, token_ids, span.prefix_digest)
+        return Span(0, token_ids, span.prefix_digest)
 
     def _round(self, message: target_pb2.Round, shares_noise: bool) -> Round:
-        limit = self._options.max_proposals
-        if len(message.proposals) > limit:
-            raise InvalidArgumentError(
-                f"proposals has {len(message.proposals)} elements: this service takes at most {limit}"
-            )
+        limit, proposals, span = self._options.max_proposals, message.proposals[:], message.committed
+        if len(proposals) > limit:
+            raise InvalidArgumentError(f"proposals has {len(proposals)} elements: this service takes at most {limit}")
         vocab_size = self._host.vocab_size
-        supports = []
-        for index, proposal in enumerate(message.proposals):
-            wire.check_token_id(proposal.token_id, f"proposals[{index}].token_id", vocab_size)
-            supports.append(self._support(proposal.support_gaps[:], f"proposals[{index}].support_gaps", shares_noise))
+        proposed_ids = [proposal.token_id for proposal in proposals]
+        for index, token_id in enumerate(proposed_ids):
+            if token_id >= vocab_size:
+                wire.check_token_id(token_id, f"proposals[{index}].token_id", vocab_size)
         return Round(
-            self._span(message.committed, "round.committed"),
-            [proposal.token_id for proposal in message.proposals],
-            supports,
+            Span(
+                span.start_position,
+                wire.unpack_ids(span.token_ids, "round.committed.token_ids", vocab_size),
+                span.prefix_digest,
+            ),
+            proposed_ids,
+            [self._support(proposal.support_gaps[:], index, shares_noise) for index, proposal in enumerate(proposals)],
         )
 
-    def _support(self, gaps: list[int], field: str, shares_noise: bool) -> np.ndarray:
-        limit = self._options.max_support
-        if not gaps and not shares_noise:
-            raise InvalidArgumentError(f"{field} is empty: send the ids that the proposal was drawn from")
-        if gaps and shares_noise:
-            raise InvalidArgumentError(f"{field} is not empty: with shared_noise, send the token alone")
-        if len(gaps) > limit:
+    def _support(self, gaps: list[int], index: int, shares_noise: bool) -> np.ndarray:
+        limit, vocab_size = self._options.max_support, self._host.vocab_size
+        if shares_noise == bool(gaps) or len(gaps) > limit:
+            field = f"proposals[{index}].support_gaps"
+            if not gaps:
+                raise InvalidArgumentError(f"{field} is empty: send the ids that the proposal was drawn from")
+            if shares_noise:
+                raise InvalidArgumentError(f"{field} is not empty: with shared_noise, send the token alone")
             raise InvalidArgumentError(f"{field} has {len(gaps)} ids: this service takes at most {limit}")
-        return wire.support_of(gaps, field, self._host.vocab_size)
+        return wire.support_of(gaps, f"proposals[{index}].support_gaps", vocab_size) if gaps else NO_SUPPORT
 
 
 def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:

@@ -320,8 +320,12 @@ def test_a_session_that_ends_frees_its_forks():
 
 def draw_forks_with_other_numbers(monkeypatch) -> None:
     """Broken: forks draw every token with the number of the position behind it."""
-    number_of = Path.number_of
-    monkeypatch.setattr(Path, "number_of", lambda path, index: number_of(path, index + (path.alternative is not None)))
+    numbers = Path.numbers
+
+    def shifted(path: Path, number: int):
+        return numbers(path, number + 1)[1:] if path.alternative else numbers(path, number)
+
+    monkeypatch.setattr(Path, "numbers", shifted)
 
 
 def test_forks_that_draw_with_other_numbers_are_noticed(monkeypatch):

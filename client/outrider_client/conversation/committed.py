@@ -62,13 +62,16 @@ class Committed:
         )
 
     def check_cache(self, cache: common_pb2.CacheState, ahead: Sequence[int]) -> None:
-        """Raise CacheMismatchError unless `cache` holds a prefix of the committed tokens followed by `ahead`."""
-        num_ahead = cache.num_cached_tokens - len(self)
-        if num_ahead > len(ahead):
+        """Raise CacheMismatchError unless `cache` belongs to the committed tokens followed by some of `ahead`."""
+        num_cached, num_committed = cache.num_cached_tokens, len(self._tokens)
+        if num_cached > num_committed + len(ahead):
             raise CacheMismatchError
-        digest = self._tokens.digest(min(cache.num_cached_tokens, len(self)))
-        for token_id in ahead[: max(0, num_ahead)]:
-            digest = extend_digest(digest, token_id)
+        if num_cached <= num_committed:
+            digest = self._tokens.digest(num_cached)
+        else:
+            digest = self._tokens.digest(num_committed)
+            for token_id in ahead[: num_cached - num_committed]:
+                digest = extend_digest(digest, token_id)
         if digest != cache.digest:
             raise CacheMismatchError
 

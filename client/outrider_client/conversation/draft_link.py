@@ -27,6 +27,8 @@ class DraftLink:
 
     def __init__(self, task: Task, committed: Committed):
         self._task, self._committed = task, committed
+        self._vocab_size = task.target_info.vocab_size
+        self._most_taken = task.target_info.limits.max_support or self._vocab_size  # tokens of a support
         self.proposals: list[draft_pb2.Proposal] = []  # at t, t + 1, …
         self.has_stopped = False  # until the next commit
         self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
@@ -99,16 +101,18 @@ class DraftLink:
         """Whether the committed tokens fit the draft's context and vocabulary."""
         if self.info is None:
             return False
-        unsent = self._committed[self._num_sent :]
-        return len(self._committed) < self.info.context_length and max(unsent, default=0) < self.info.vocab_size
+        info, unsent = self.info, self._committed[self._num_sent :]
+        return len(self._committed) < info.context_length and (not unsent or max(unsent) < info.vocab_size)
 
     def num_wanted(self, length: int) -> int:
         """Return how many proposals the next round should have; 0 if the draft cannot follow."""
         if self.info is None or not self.can_follow:
             return 0
-        limit = self._task.target_info.limits.max_proposals or length
-        ahead = self._task.speculation.num_ahead(length, self._overlaps)
-        return min(length, self._num_left, self.info.context_length - len(self._committed), limit, ahead)
+        task, num_committed = self._task, len(self._committed)
+        limit = task.target_info.limits.max_proposals or length
+        ahead = task.speculation.num_ahead(length, self._overlaps)
+        num_left = min(task.max_length, self.info.context_length) - num_committed
+        return min(length, num_left, limit, ahead)
 
     @property
     def _commit_index(self) -> int:
@@ -230,7 +234,6 @@ class DraftLink:
             return
         if position != len(self._committed) + len(self.proposals):
             raise ServiceFailedError(f"the draft proposed for position {position}, out of order")
-        self._check_proposals(messages)
         self.proposals += messages
 
     def _take_alternative(self, alternative: draft_pb2.Alternative, commit_index: int) -> None:
@@ -274,19 +277,15 @@ class DraftLink:
         if not self._last_applied <= response.commit_index <= self._commit_index:
             raise ServiceFailedError(f"the draft named commit {response.commit_index}, which it cannot have applied")
         self._last_applied = response.commit_index
-        lengths = [1 + len(alternative.proposals) for alternative in response.alternatives]
-        self._credit -= 1 + len(response.proposals) + sum(lengths)
+        groups = [(it.position, 1, it.proposals[:]) for it in response.alternatives]
+        groups.append((response.start_position, 0, response.proposals[:]))
+        self._credit -= 1 + sum([num_own + len(messages) for _, num_own, messages in groups])
         if self._credit < 0:
             raise ServiceFailedError("the draft sent more than it was asked for")
-        ends = [it.position + length for it, length in zip(response.alternatives, lengths, strict=True)]
-        if response.proposals:
-            ends.append(response.start_position + len(response.proposals))
-        if max(ends, default=0) > self._end:
-            raise ServiceFailedError(f"the draft proposed for position {max(ends) - 1}, beyond its window")
-        for alternative in response.alternatives:
-            self._check_proposals(alternative.proposals)
-
-    def _check_proposals(self, messages: Sequence[draft_pb2.Proposal]) -> None:
-        info, rule = self._task.target_info, self._task.rule
-        for message in messages:
-            rule.check_proposal(message, info.vocab_size, info.limits.max_support or info.vocab_size)
+        end = max(
+            [start + num_own + len(messages) for start, num_own, messages in groups if num_own or messages], default=0
+        )
+        if end > self._end:
+            raise ServiceFailedError(f"the draft proposed for position {end - 1}, beyond its window")
+        for _, _, messages in groups:
+            self._task.rule.check_proposals(messages, self._vocab_size, self._most_taken)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError
 from outrider.v1 import draft_pb2, target_pb2
@@ -122,7 +124,7 @@ def _check_row(row: TargetRow, index: int, vocab_size: int) -> None:
         raise ServiceFailedError(
             f"the target sent rows[{index}].outside_mass {row.outside_mass}, which is no probability"
         )
-    mass = float(row.probs.sum()) + row.outside_mass
+    mass = float(np.add.reduce(row.probs)) + row.outside_mass
     if abs(mass - 1) > MASS_SLACK:
         raise ServiceFailedError(f"the target sent rows[{index}] with a mass of {mass:g}, where it is 1")
     if row.outside_mass > 0 and row.outside_token_id >= vocab_size:

@@ -40,13 +40,14 @@ class Proposal:
         Raises:
             InvalidProposalError: the token is not in the support, or its weight is not positive.
         """
-        # numpy's search releases the interpreter's lock; getting it back can take longer than the search.
-        index = bisect_left(support_ids.tolist(), token_id)
-        if len(weights) != len(support_ids) or index == len(support_ids) or support_ids[index] != token_id:
+        # numpy's search would let go of the interpreter's lock and then wait for it, longer than it searches.
+        ids = support_ids.tolist()
+        index = bisect_left(ids, token_id)
+        if len(weights) != len(ids) or ids[index : index + 1] != [token_id]:
             raise InvalidProposalError(f"token {token_id} is not in the support of its own proposal")
         if not weights[index] > 0:
             raise InvalidProposalError(f"token {token_id} has no probability in its own proposal")
-        return cls(token_id, support_ids, weights / weights.sum(), index)
+        return cls(token_id, support_ids, weights / np.add.reduce(weights), index)
 
     @classmethod
     def of_token(cls, token_id: int) -> Proposal:
@@ -118,7 +119,7 @@ def _decision(
     rows: Sequence[TargetRow],
     overlaps: Sequence[float] = (),
 ) -> Decision:
-    probs = (token_prob(*each) for each in zip(token_ids, proposals, rows, strict=False))
+    probs = [token_prob(*each) for each in zip(token_ids, proposals, rows, strict=False)]
     return Decision(token_ids, num_accepted, tuple(overlaps), tuple(probs))
 
 

@@ -57,29 +57,31 @@ class Rule(ABC):
         """Return whether the draft must use new random numbers after a round of `num_proposals`."""
         return False
 
-    def check_proposal(self, message: draft_pb2.Proposal, vocab_size: int, most_support: int) -> None:
-        """Refuse a proposal that the target would refuse, or that is not in its own support.
+    def check_proposals(self, messages: Sequence[draft_pb2.Proposal], vocab_size: int, most_support: int) -> None:
+        """Refuse proposals that the target would refuse, or that cannot have been drawn from what came with them.
 
         Args:
             vocab_size: the target's.
             most_support: most tokens in a support that the target takes.
 
         Raises:
-            ServiceFailedError: the message breaks the protocol.
+            ServiceFailedError: a message breaks the protocol.
         """
-        gaps, weights = message.support_gaps, message.support_weights
-        if message.token_id >= vocab_size:
-            raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
-        if not 0 < len(gaps) == len(weights):
-            raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens with {len(weights)} weights")
-        if len(gaps) > most_support:
-            raise ServiceFailedError(f"the draft sent a support of {len(gaps)} tokens: the target takes {most_support}")
-        if sum(gaps) + len(gaps) > vocab_size:
-            raise ServiceFailedError("the draft sent a support with a token that the target does not have")
-        if not min(weights):
-            raise ServiceFailedError("the draft sent a support with a weight of 0")
-        if message.token_id + 1 not in accumulate(gap + 1 for gap in gaps):
-            raise ServiceFailedError(f"the draft sent token {message.token_id} with a support that does not hold it")
+        for message in messages:
+            token_id, gaps, weights = message.token_id, message.support_gaps[:], message.support_weights[:]
+            size = len(gaps)
+            if token_id >= vocab_size:
+                raise ServiceFailedError(f"the draft proposed token {token_id}, which the target does not have")
+            if not 0 < size == len(weights):
+                raise ServiceFailedError(f"the draft sent a support of {size} tokens with {len(weights)} weights")
+            if size > most_support:
+                raise ServiceFailedError(f"the draft sent a support of {size} tokens: the target takes {most_support}")
+            if sum(gaps) + size > vocab_size:
+                raise ServiceFailedError("the draft sent a support with a token that the target does not have")
+            if 0 in weights:
+                raise ServiceFailedError("the draft sent a support with a weight of 0")
+            if gaps != [token_id] and token_id + 1 not in accumulate([gap + 1 for gap in gaps]):
+                raise ServiceFailedError(f"the draft sent token {token_id} with a support that does not hold it")
 
     def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
         """Return a checked proposal, with the distribution that it was drawn from."""
@@ -138,11 +140,12 @@ class SharedNoise(Rule):
     def decide(self, proposals: Sequence[Proposal], rows: Sequence[TargetRow], position: int) -> Decision:
         return decide_shared_noise(proposals, rows)
 
-    def check_proposal(self, message: draft_pb2.Proposal, vocab_size: int, most_support: int) -> None:
-        if message.token_id >= vocab_size:
-            raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
-        if message.support_gaps or message.support_weights:
-            raise ServiceFailedError("the draft sent a support although it shares its noise with the target")
+    def check_proposals(self, messages: Sequence[draft_pb2.Proposal], vocab_size: int, most_support: int) -> None:
+        for message in messages:
+            if message.token_id >= vocab_size:
+                raise ServiceFailedError(f"the draft proposed token {message.token_id}, which the target does not have")
+            if message.support_gaps or message.support_weights:
+                raise ServiceFailedError("the draft sent a support although it shares its noise with the target")
 
     def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
         return Proposal.of_token(message.token_id)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,10 +38,11 @@ class Batch(NamedTuple):
             token_ids.extend(feed.token_ids)
             starts.append(len(token_ids))
             rows.extend(range(len(token_ids) - feed.num_rows, len(token_ids)))
-        parts = (token_ids, starts, [feed.cache.length for feed in feeds], rows)
-        numbers = np.array(list(chain.from_iterable(parts)), dtype=np.int64)  # one array: each costs as much by itself
-        ends = accumulate(map(len, parts), initial=0)
-        return cls(*(numbers[start:end] for start, end in pairwise(ends)))
+        lengths = [feed.cache.length for feed in feeds]
+        numbers = np.array(token_ids + starts + lengths + rows, dtype=np.int64)  # one array: each costs as much
+        first, second = len(token_ids), len(token_ids) + len(starts)
+        third = second + len(lengths)
+        return cls(numbers[:first], numbers[first:second], numbers[second:third], numbers[third:])
 
     @property
     def positions(self) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ class CpuReader:
     def draft_rows(self, logits: torch.Tensor, draws: Draws) -> list[Draft | None]:
         """See RowReader."""
         parts = draft_rows(
-            logits.float().numpy(),
+            _numpy(logits),
             draws.vocab_sizes,
             draws.temperatures,
             MIN_SUPPORT_PROB,
@@ -30,13 +31,18 @@ class CpuReader:
 
     def begin_target_rows(self, logits: torch.Tensor, supports: Sequence[np.ndarray], numbers: RowNumbers) -> Reading:
         """See RowReader; all is done at once."""
-        sizes = np.array([len(support) for support in supports])
+        sizes = [len(support) for support in supports]
         ids, (temperatures, uniforms, noises) = np.concatenate(supports), numbers.arrays
-        parts = target_rows(logits.float().numpy(), temperatures, ids, sizes, uniforms, noises)
+        parts = target_rows(_numpy(logits), temperatures, ids, np.array(sizes), uniforms, noises)
         reported, masses, token_ids, are_finite, probs = parts
-        by_row = np.split(reported, sizes.cumsum()[:-1])
+        by_row = [reported[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
         rows = TargetRows(by_row, masses.tolist(), token_ids.tolist(), probs.tolist())
         return lambda: (rows, are_finite.tolist())
+
+
+def _numpy(logits: torch.Tensor) -> np.ndarray:
+    """Return float32 rows where they are; others as float32."""
+    return (logits if logits.dtype == torch.float32 else logits.float()).numpy()
 
 
 READER = CpuReader()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 LINE = 64  # bytes
@@ -9,7 +11,7 @@ LINE = 64  # bytes
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
     """Return an array with anything in it."""
-    num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(num_bytes + LINE, dtype=np.uint8)
     first = -memory.ctypes.data % LINE
     return memory[first : first + num_bytes].view(dtype).reshape(shape)

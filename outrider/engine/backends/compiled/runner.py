@@ -108,8 +108,9 @@ class CompiledLlamaRunner:
         self._make_room(sum(len(feed.token_ids) for feed in feeds), max(lengths))
         for feed, length in zip(feeds, lengths, strict=True):
             feed.cache.reserve(length)
-        places = np.array([(feed.cache.address, feed.cache.capacity) for feed in feeds], dtype=np.int64)
-        return Batch.of(feeds), Caches(*np.ascontiguousarray(places.T))
+        places = [feed.cache.address for feed in feeds] + [feed.cache.capacity for feed in feeds]
+        numbers = np.array(places, dtype=np.int64)
+        return Batch.of(feeds), Caches(numbers[: len(feeds)], numbers[len(feeds) :])
 
     def _make_room(self, num_tokens: int, longest: int) -> None:
         if longest > len(self._weights.cosines):
