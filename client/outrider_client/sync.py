@@ -43,7 +43,9 @@ class SpeculativeClient:
 
         Args:
             target: HOST or HOST:PORT of the target service; its port is 50052 unless given.
-            draft: the same of the draft service, whose port is 50051; without one only `method="autoregressive"` works.
+            draft: the same of the draft service, whose port is 50051; or `lookup`, which needs no service: proposals
+                are looked up in the text itself. Without either, `method="autoregressive"` works, and calls that ask
+                for `lookup` or give a `prediction`.
             patience: how long to wait for whom.
             connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged.
 
