@@ -37,7 +37,7 @@ from outrider_client.errors import (
 )
 from outrider_client.lookup.experience import Experience, Experiences
 from outrider_client.lookup.lookup import Lookup
-from outrider_client.params import AUTO, SamplingParams, SpeculationParams
+from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import GenerationResult, GenerationStats
 from outrider_client.rules.rules import Rule, rule_of
 from outrider_client.speculation_length import FixedLength, LengthController, PairSpeeds
@@ -389,9 +389,10 @@ def lookup_for(
     Raises:
         InvalidRequestError: the prediction cannot be had as ids of the target's.
     """
-    is_shaped, length = _is_shaped_by_draft(rule, sampling), params.num_speculative_tokens
-    if length == AUTO:
-        length = SEEDED_BLOCK_LENGTH if is_shaped and rule.depends_on_rounds else None
+    is_shaped, asked = _is_shaped_by_draft(rule, sampling), params.num_speculative_tokens
+    length = asked if isinstance(asked, int) else None
+    if length is None and is_shaped and rule.depends_on_rounds:
+        length = SEEDED_BLOCK_LENGTH
     experience = Experience() if is_shaped else experiences.at(sampling.distribution.temperature)
     prediction, info = params.prediction or (), target.info
     given = prediction if isinstance(prediction, str) else list(prediction)

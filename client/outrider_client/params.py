@@ -208,7 +208,9 @@ class SpeculationParams:
             ids = arguments.token_ids("prediction", self.prediction, "text, or a list of token ids")
             _set(self, "prediction", tuple(ids))
         if self.lookup is False:
-            raise InvalidRequestError("prediction needs lookup, which is False: leave lookup None, or give no prediction")
+            raise InvalidRequestError(
+                "prediction needs lookup, which is False: leave lookup None, or give no prediction"
+            )
 
     def with_fields(self, keywords: Mapping[str, Any]) -> SpeculationParams:
         """Return these with the keywords of a call; raises InvalidRequestError for one that no call takes."""

@@ -158,7 +158,7 @@ class Conversation:
         if self._generation.lookup:
             counts = last.num_draft_tokens, last.num_committed_tokens
             self._generation.lookup.learn_round(*counts, round_s, is_drafts)
-        if not is_drafts and last.num_draft_tokens or bool(last.num_draft_tokens) != bool(length):
+        if (not is_drafts and last.num_draft_tokens) or bool(last.num_draft_tokens) != bool(length):
             return
         draft_token_s = self._stats.draft_forward_s[-1] if self._stats.draft_forward_s else 0.0
         times = (round_s, draft_token_s)

@@ -21,8 +21,7 @@ from operator import mul
 
 from outrider.common.averages import Average, Line
 
-# Matches of 0, 1, 2 to 3, 4 to 7, 8 to 15, 16 to 31, and more tokens. A match of 0 is the beginning of a prediction.
-PRIOR_AGREEMENT = (0.7, 0.25, 0.4, 0.6, 0.8, 0.9, 0.95)
+PRIOR_AGREEMENT = (0.4, 0.6, 0.8, 0.9, 0.95)  # of matches of 2 to 3, 4 to 7, 8 to 15, 16 to 31, and more tokens
 PRIOR_WEIGHT = 4.0  # tokens that the prior of a class is worth
 MEMORY = 1 - 1 / 256  # of a token, against the next of its class
 MEMORY_ROUNDS = 1 - 1 / 64
@@ -86,7 +85,7 @@ class Experience:
 
 
 def _class_of(match_length: int) -> int:
-    return min(match_length.bit_length(), len(PRIOR_AGREEMENT) - 1)
+    return min(max(match_length.bit_length() - 2, 0), len(PRIOR_AGREEMENT) - 1)
 
 
 class Experiences:

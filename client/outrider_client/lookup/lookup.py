@@ -20,6 +20,7 @@ from outrider_client.lookup.index import Index
 
 LOOKUP, PREDICTION = "lookup", "prediction"  # names of the two places
 LEAST_MATCH = 2  # tokens; `python -m benchmarks.lookup --sweep` has others
+PREDICTED_MATCH = 8  # tokens that the caller's word for the beginning of a prediction is worth
 MOST_PROPOSALS = 48  # in a round, where the number is not given
 
 
@@ -83,7 +84,7 @@ class Lookup:
         if prediction_ids:
             index = Index(prediction_ids)
             index.restart()
-            self._followed = _Place(PREDICTION, list(prediction_ids), index)
+            self._followed = _Place(PREDICTION, list(prediction_ids), index, match_length=PREDICTED_MATCH)
             self._places.insert(0, self._followed)
 
     def propose(self, most: int) -> Found:
@@ -117,9 +118,9 @@ class Lookup:
 
     def catch_up(self) -> None:
         """Read what has been committed since the last call; the first reads the prompt."""
-        num_prompt_tokens, start = self._num_prompt_tokens, self._num_read
-        token_ids, self._num_read = self._text[start:], len(self._text)
-        num_left_of_prompt = max(0, num_prompt_tokens - start)
+        token_ids = self._text[self._num_read :]
+        num_left_of_prompt = max(0, self._num_prompt_tokens - self._num_read)
+        self._num_read = len(self._text)
         for token_id in token_ids[:num_left_of_prompt]:
             self._own_end = self._own.index.append(token_id)
         if num_left_of_prompt and self._followed is None:

@@ -215,7 +215,7 @@ def prompt_to_ids(prompt: str | Iterable[int], tokenizer: TargetTokenizer | None
         ServiceFailedError: the tokenizer cannot encode it, or makes ids that the model has not.
     """
     given = arguments.prompt_of(prompt)
-    token_ids = _to_ids("prompt", given, tokenizer and tokenizer.encode, vocab_size)
+    token_ids = _to_ids("prompt", given, tokenizer.encode if tokenizer else None, vocab_size)
     if not token_ids:
         raise InvalidRequestError("prompt is empty: give at least one token")
     return token_ids
@@ -223,7 +223,7 @@ def prompt_to_ids(prompt: str | Iterable[int], tokenizer: TargetTokenizer | None
 
 def prediction_to_ids(prediction: str | list[int], tokenizer: TargetTokenizer | None, vocab_size: int) -> list[int]:
     """Return the ids of what may come behind a prompt; none of an empty one. Errors as for `prompt_to_ids`."""
-    return _to_ids("prediction", prediction, tokenizer and tokenizer.encode_rest, vocab_size)
+    return _to_ids("prediction", prediction, tokenizer.encode_rest if tokenizer else None, vocab_size)
 
 
 def _to_ids(name: str, given: str | list[int], encode: Callable[[str], list[int]] | None, vocab_size: int) -> list[int]:
