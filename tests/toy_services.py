@@ -35,6 +35,8 @@ from outrider_client.conversation.committed import Task
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Broken, Close, Describe, Link, Open, Received, Send, Wait
 from outrider_client.conversation.patience import Patience
+from outrider_client.lookup.experience import Experience
+from outrider_client.lookup.lookup import Lookup
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.rules.acceptance import Proposal, TargetRow, decide
@@ -436,23 +438,30 @@ def make_conversation(
     lengths: Any = None,
     jitter: float = 0.0,
     breaker: Any = None,
+    has_draft: bool = True,
+    experience: Experience | None = None,
     **speculation: Any,
 ) -> Conversation:
     """Return a conversation as client.connection makes it, on the world's clock; `lengths` chooses K, 5 by default.
+
+    Proposals are looked up where there is an `experience`, as many as K says, or as pay where it is `auto`.
 
     Proposals are judged by rejection unless `rule` says otherwise, although there is a seed.
     """
     params = SpeculationParams(**({"rule": "rejection"} | speculation))
     rule, max_length = rule_of(params.rule, has_seed=True), len(prompt_ids) + max_new_tokens
-    task = Task(
-        prompt_ids, SamplingParams(temperature).distribution, rule(seed), params, max_length, model_info(context_length)
-    )
+    asked = (prompt_ids, SamplingParams(temperature).distribution, rule(seed), params, max_length)
+    task = Task(*asked, model_info(context_length), has_draft=has_draft)
     text = TextStream(None, prompt_ids, max_new_tokens, (), eos_token_ids)
     deadline = None if timeout is None else world.now + timeout
     if lengths is None:
         lengths = FixedLength(params.num_speculative_tokens if isinstance(params.num_speculative_tokens, int) else 5)
+    lengths = lengths if has_draft else FixedLength(0)
+    number = None if params.num_speculative_tokens == "auto" else params.num_speculative_tokens
+    new_lookup = experience and (lambda it: Lookup(it, experience, number, True, params.prediction or ()))
     clock = lambda: world.now  # noqa: E731
-    return Conversation(task, text, lengths, patience or Patience(), clock, deadline, lambda: jitter, breaker)
+    others = deadline, lambda: jitter, breaker, new_lookup
+    return Conversation(task, text, lengths, patience or Patience(), clock, *others)
 
 
 @dataclass(frozen=True)

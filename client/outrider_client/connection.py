@@ -23,7 +23,7 @@ from outrider.sampling.messages import defaults_of
 from outrider.sampling.rng import seed_of_text
 from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from outrider_client import arguments
-from outrider_client.conversation.committed import Task
+from outrider_client.conversation.committed import Committed, Task
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Broken, Link
 from outrider_client.conversation.patience import Breaker, Patience
@@ -35,12 +35,14 @@ from outrider_client.errors import (
     ServiceFailedError,
     ServiceUnavailableError,
 )
+from outrider_client.lookup.experience import Experience, Experiences
+from outrider_client.lookup.lookup import Lookup
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import GenerationResult, GenerationStats
 from outrider_client.rules.rules import Rule, rule_of
 from outrider_client.speculation_length import FixedLength, LengthController, PairSpeeds
 from outrider_client.text.chat_template import checked_messages
-from outrider_client.text.text import TargetTokenizer, TextStream, prompt_to_ids
+from outrider_client.text.text import TargetTokenizer, TextStream, prediction_to_ids, prompt_to_ids
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ TOKENIZER_PART_BYTES = 256  # overhead of a part in memory
 NOTICE_S = 1.0  # after which a wait for the target is logged
 FIRST_PAUSE_S = 0.1  # before a description is requested again
 SEEDED_BLOCK_LENGTH = 5  # K where `auto` may not choose
+LOOKUP_DRAFT = "lookup"  # in place of a draft's address: proposals from the text itself
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,14 @@ class ConnectionSettings:
     connect_s: float = 10.0  # for the target's description, at first use
     patience: Patience = field(default_factory=Patience)
     jitter: Callable[[], float] = field(default_factory=lambda: Random().random)  # of pauses; from [0, 1)
+    looks_up: bool = False  # where a call does not say whether to
 
     @classmethod
     def of(cls, target: str, draft: str | None, connect_s: float, patience: Patience | None) -> ConnectionSettings:
-        return cls(target, draft, connect_s, Patience() if patience is None else patience)
+        """Return the settings that the arguments of a client mean."""
+        looks_up = isinstance(draft, str) and draft == LOOKUP_DRAFT
+        service = None if looks_up else draft
+        return cls(target, service, connect_s, Patience() if patience is None else patience, looks_up=looks_up)
 
     def __post_init__(self) -> None:
         """Raise InvalidRequestError, which names the field, for invalid values."""
@@ -244,9 +251,10 @@ def request_of(
     if timeout is not None:
         timeout = arguments.seconds("timeout", timeout)
     params = (speculation or SpeculationParams()).with_fields(fields or {})
-    if params.uses_draft and settings.draft is None:
+    if params.uses_draft and settings.draft is None and not params.looks_up(settings.looks_up):
         raise InvalidRequestError(
             f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
+            + (", or give lookup=True" if params.method == "speculative" else "")
         )
     deadline = None if timeout is None else time.monotonic() + timeout
     return Request(_one_prompt(prompt), sampling or SamplingParams(), params, deadline)
@@ -281,11 +289,17 @@ def _one_prompt(prompt: Any) -> str | list[int] | list[dict[str, Any]]:
 
 
 def begin_conversation(
-    settings: ConnectionSettings, speeds: PairSpeeds, target: Target, request: Request, breaker: Breaker | None = None
+    settings: ConnectionSettings,
+    speeds: PairSpeeds,
+    target: Target,
+    request: Request,
+    breaker: Breaker | None = None,
+    experiences: Experiences | None = None,
 ) -> Conversation:
     """Check a request against the target and return the conversation.
 
-    The client's conversations share `speeds` and `breaker`.
+    `speeds` and `experiences` are what the client has learned of the pair and of lookups so far, `breaker` when to ask
+    its draft; the conversation adds to all.
 
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
@@ -302,12 +316,15 @@ def begin_conversation(
     max_new_tokens, seed = min(sampling.max_new_tokens, num_left), sampling.seed_or_new()
     max_length = len(prompt_ids) + max_new_tokens
     asked = (prompt_ids, sampling.distribution, rule(seed), params, max_length)
-    task = Task(*asked, target.info, sampling.logprobs)
+    task = Task(*asked, target.info, sampling.logprobs, has_draft=settings.draft is not None)
     eos_token_ids = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else target.info.eos_token_ids))
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
-    lengths = lengths_for(params, rule, sampling, speeds)
+    lengths = lengths_for(params, rule, sampling, speeds) if task.has_draft else FixedLength(0)
+    new_lookup = None
+    if params.looks_up(settings.looks_up):
+        new_lookup = lookup_for(params, rule, sampling, target, experiences or Experiences())
     patience, clock, jitter = settings.patience, time.monotonic, settings.jitter
-    return Conversation(task, text, lengths, patience, clock, request.deadline, jitter, breaker)
+    return Conversation(task, text, lengths, patience, clock, request.deadline, jitter, breaker, new_lookup)
 
 
 def left_until(deadline: float | None) -> float | None:
@@ -344,10 +361,41 @@ def lengths_for(
         return FixedLength(0)
     if isinstance(params.num_speculative_tokens, int):
         return FixedLength(params.num_speculative_tokens)
-    may_be_zero = sampling.seed is None or sampling.distribution.is_greedy or not rule.depends_on_draft
+    may_be_zero = not _is_shaped_by_draft(rule, sampling)
     if rule.depends_on_rounds and not may_be_zero:
         return FixedLength(SEEDED_BLOCK_LENGTH)
     return LengthController(speeds.at(sampling.distribution.temperature, rule.name), may_be_zero)
+
+
+def _is_shaped_by_draft(rule: type[Rule], sampling: SamplingParams) -> bool:
+    """Return whether there is a seed whose text depends on what is proposed."""
+    return sampling.seed is not None and not sampling.distribution.is_greedy and rule.depends_on_draft
+
+
+def lookup_for(
+    params: SpeculationParams,
+    rule: type[Rule],
+    sampling: SamplingParams,
+    target: Target,
+    experiences: Experiences,
+) -> Callable[[Committed], Lookup]:
+    """Return what makes the lookup of one text.
+
+    Where proposals shape a seed's text, rounds have some wherever there is a match, and the text learns for itself:
+    what other texts of that seed have met would tell of the random numbers that are still to judge this one's.
+
+    Raises:
+        InvalidRequestError: the prediction cannot be had as ids of the target's.
+    """
+    is_shaped, asked = _is_shaped_by_draft(rule, sampling), params.num_speculative_tokens
+    length = asked if isinstance(asked, int) else None
+    if length is None and is_shaped and rule.depends_on_rounds:
+        length = SEEDED_BLOCK_LENGTH
+    experience = Experience() if is_shaped else experiences.at(sampling.distribution.temperature)
+    prediction, info = params.prediction or (), target.info
+    given = prediction if isinstance(prediction, str) else list(prediction)
+    prediction_ids = prediction_to_ids(given, target.tokenizer, info.vocab_size)[: info.context_length]
+    return lambda text: Lookup(text, experience, length, is_shaped, prediction_ids)
 
 
 class TokenizerParts:

@@ -39,6 +39,7 @@ from outrider_client.connection import (
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Broken, Close, Describe, Effect, Event, Link, Open, Send, Wait
 from outrider_client.errors import ClientClosedError, ModelChangedError, OutriderError
+from outrider_client.lookup.experience import Experiences
 from outrider_client.pair import PairInfo, check_model
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.speculation_length import PairSpeeds
@@ -63,7 +64,7 @@ class Core:
 
     def __init__(self, settings: ConnectionSettings, connect: Callable[[ConnectionSettings], Connection]):
         self.settings, self._connect = settings, connect
-        self.speeds = PairSpeeds()
+        self.speeds, self.experiences = PairSpeeds(), Experiences()
         self.breaker = settings.patience.breaker()
         self.draft_info: common_pb2.ModelInfo | None = None  # None after a failure
         self._target: Target | None = None
@@ -156,6 +157,7 @@ class Core:
         with self._guard:
             if self._target is target:
                 self._target, self.draft_info, self.speeds = None, None, PairSpeeds()
+                self.experiences = Experiences()
 
     async def describe_draft(self, deadline: float | None) -> draft_pb2.DraftServiceGetModelInfoResponse | Broken:
         """Ask the draft for its description; count a failure and return it."""
@@ -316,7 +318,8 @@ class Text:
         self._events = connection.mailbox()
         if request.is_chat:
             request = await connection.in_thread(request.rendered, target)
-        self._conversation = begin_conversation(core.settings, core.speeds, target, request, core.breaker)
+        learned = core.breaker, core.experiences
+        self._conversation = begin_conversation(core.settings, core.speeds, target, request, *learned)
         self._steps = self._conversation.run()
 
     async def _take_other_target(self, error: ModelChangedError) -> None:

@@ -142,6 +142,8 @@ class SpeculationFields(TypedDict, total=False):
     num_speculative_tokens: int | Literal["auto"]
     rule: RuleName
     overlap: bool | None
+    lookup: bool | None
+    prediction: str | Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,10 @@ class SpeculationParams:
       and end: on K, the window, `min_draft_prob`, and on rounds for which the draft was late.
     * `shared_noise`: may accept fewer, but sends no supports, and the text is the target's own, with any draft or none.
     * `auto`: `shared_noise` with a seed, else `rejection`.
+
+    `lookup` proposes what followed the last time that the text read as it ends now, and `prediction` what the caller
+    thinks will be written: beside a draft service the one that promises more tokens has the round, and without one they
+    are the whole draft (`outrider_client.lookup`).
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.
@@ -170,7 +176,9 @@ class SpeculationParams:
     min_draft_prob: float = 0.0
     greedy_draft: bool = False
     rule: RuleName = AUTO
-    num_alternatives: int | None = None  # other ends of a round that the draft prepares; None: as the rule says
+    num_alternatives: int | None = None  # other ends of a round that the draft prepares for; None: as the rule says
+    lookup: bool | None = None  # look up proposals in the text; None: with a prediction, or if the client's draft is so
+    prediction: str | Sequence[int] | None = None  # of the output, as text or token ids: proposals, never more
 
     def __post_init__(self) -> None:
         arguments.one_of("method", self.method, METHODS)
@@ -187,6 +195,22 @@ class SpeculationParams:
         _set(self, "greedy_draft", arguments.flag("greedy_draft", self.greedy_draft))
         if self.overlap is not None:
             _set(self, "overlap", arguments.flag("overlap", self.overlap, "None, True or False"))
+        if self.lookup is not None:
+            _set(self, "lookup", arguments.flag("lookup", self.lookup, "None, True or False"))
+        self._take_prediction()
+
+    def _take_prediction(self) -> None:
+        if self.prediction is None:
+            return
+        if isinstance(self.prediction, str):
+            _set(self, "prediction", arguments.text("prediction", self.prediction))
+        else:
+            ids = arguments.token_ids("prediction", self.prediction, "text, or a list of token ids")
+            _set(self, "prediction", tuple(ids))
+        if self.lookup is False:
+            raise InvalidRequestError(
+                "prediction needs lookup, which is False: leave lookup None, or give no prediction"
+            )
 
     def with_fields(self, keywords: Mapping[str, Any]) -> SpeculationParams:
         """Return these with the keywords of a call; raises InvalidRequestError for an unknown one."""
@@ -205,6 +229,12 @@ class SpeculationParams:
     @property
     def uses_draft(self) -> bool:
         return self.method == "draft" or (self.method == "speculative" and self.num_speculative_tokens != 0)
+
+    def looks_up(self, by_default: bool) -> bool:
+        """Return whether proposals are looked up; `by_default` where the client's draft is made of lookups."""
+        if self.method != "speculative" or self.num_speculative_tokens == 0:
+            return False
+        return (by_default or self.prediction is not None) if self.lookup is None else self.lookup
 
     def overlaps(self, have_one_accelerator: bool) -> bool:
         """Return whether the draft goes on while the target verifies; on one accelerator they would take turns."""

@@ -54,6 +54,9 @@ class GenerationStats:
     num_accepted_tokens: int = 0
     num_draft_tokens_per_position: list[int] = field(default_factory=list)  # by index in the round
     num_accepted_tokens_per_position: list[int] = field(default_factory=list)
+    # By where proposals came from: `draft` is the draft service, `lookup` the text itself, `prediction` the caller's.
+    num_draft_tokens_by_source: dict[str, int] = field(default_factory=dict)
+    num_accepted_tokens_by_source: dict[str, int] = field(default_factory=dict)
     total_s: float = 0.0  # without the time the caller spent between chunks
     first_token_s: float = 0.0
     draft_wait_s: float = 0.0

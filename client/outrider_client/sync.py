@@ -42,10 +42,12 @@ class SpeculativeClient:
         """Nothing is sent before the first use.
 
         Args:
-            target: HOST or HOST:PORT of the target service; the default port is 50052.
-            draft: the same of the draft service, default port 50051; without it only `method="autoregressive"` works.
-            patience: how long to wait for each service.
-            connect_timeout: seconds to wait for the target at first use; after one second the wait is logged.
+            target: HOST or HOST:PORT of the target service; its port is 50052 unless given.
+            draft: the same of the draft service, whose port is 50051; or `lookup`, which needs no service: proposals
+                are looked up in the text itself. Without either, `method="autoregressive"` works, and calls that ask
+                for `lookup` or give a `prediction`.
+            patience: how long to wait for whom.
+            connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged.
 
         Raises:
             InvalidRequestError: an argument is wrong.

@@ -33,7 +33,10 @@ import outrider_target.scheduler
 from outrider import SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.rng import AddressedUniforms, Noise, SharedNoise
+from outrider.v1 import draft_pb2
 from outrider_client.aio import AsyncSpeculativeClient
+from outrider_client.lookup.lookup import Lookup
+from outrider_client.rules.rules import Rule
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.processors import EVERY_PROCESSOR, processed
@@ -41,7 +44,6 @@ from tests.servers import DRAFT, TARGET, Services
 
 VOCAB_SIZE = 6
 LENGTH = 3
-PROMPT = [3, 1, 4]
 NUM_TEXTS = 1000
 NUM_TEXTS_PROCESSED = 300
 NUM_TEXTS_BROKEN = 400  # a broken rule shows with fewer than half of them
@@ -57,6 +59,8 @@ class Scenario:
     sampling: SamplingParams
     speculation: dict[str, Any] = field(default_factory=dict)
     with_tasks: bool = False  # the asyncio client; otherwise threads and the blocking one
+    prompt: tuple[int, ...] = (3, 1, 4)
+    draft: str | None = None  # in place of the pair's own
 
 
 PLAIN = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "overlap": True, "rule": "rejection"})
@@ -68,12 +72,61 @@ TRUNCATED = Scenario(
 TARGET_ONLY = Scenario(SamplingParams(temperature=1.0), {"method": "autoregressive", "rule": "rejection"})
 BLOCK = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "max_support": 4, "rule": "block"})
 SHARED_NOISE = Scenario(SamplingParams(temperature=1.0), {"num_speculative_tokens": 3, "rule": "shared_noise"})
+# A prompt in which every two tokens occur, so that there is a match wherever a text ends.
+EVERY_PAIR = (
+    0,
+    0,
+    1,
+    0,
+    2,
+    0,
+    3,
+    0,
+    4,
+    0,
+    5,
+    1,
+    1,
+    2,
+    1,
+    3,
+    1,
+    4,
+    1,
+    5,
+    2,
+    2,
+    3,
+    2,
+    4,
+    2,
+    5,
+    3,
+    3,
+    4,
+    3,
+    5,
+    4,
+    4,
+    5,
+    5,
+)
+LOOKUP = replace(PLAIN, prompt=(*EVERY_PAIR, 0, 0), draft="lookup")
+PREDICTED = Scenario(PLAIN.sampling, PLAIN.speculation | {"prediction": [2, 1, 4]}, with_tasks=True, draft="lookup")
+LOOKUP_BLOCK = replace(LOOKUP, speculation=BLOCK.speculation)
+LOOKUP_SHARED_NOISE = replace(LOOKUP, speculation=SHARED_NOISE.speculation)
+LOOKUP_BESIDE_A_DRAFT = replace(LOOKUP, speculation=PLAIN.speculation | {"lookup": True}, draft=None)
 SCENARIOS = {
     "plain": PLAIN,
     "filters and a truncated support": TRUNCATED,
     "the target only": TARGET_ONLY,
     "proposals judged together": BLOCK,
     "noise that both share": SHARED_NOISE,
+    "lookup": LOOKUP,
+    "a prediction": PREDICTED,
+    "lookup, judged together": LOOKUP_BLOCK,
+    "lookup with shared noise": LOOKUP_SHARED_NOISE,
+    "lookup by turns with a draft": LOOKUP_BESIDE_A_DRAFT,
 }
 # Each asks for one logits processor, by turns with acceptance sampling and with shared noise.
 PROCESSED = {
@@ -81,6 +134,7 @@ PROCESSED = {
     for index, (name, settings) in enumerate(EVERY_PROCESSOR.items())
 } | {
     "min_tokens": Scenario(SamplingParams(min_tokens=LENGTH, stop_token_ids=[2, 5]), PLAIN.speculation),
+    "lookup and processors": replace(LOOKUP, sampling=SamplingParams(temperature=0.8, **EVERY_PROCESSOR["several"])),
     "a processor and filters": Scenario(
         SamplingParams(temperature=0.9, top_k=4, top_p=0.9, frequency_penalty=1.5),
         TRUNCATED.speculation,
@@ -117,20 +171,20 @@ def pair(request, services, tmp_path_factory) -> Iterator[Pair]:
 
 
 @torch.no_grad()
-def exact_rows(model: PreTrainedModel, sampling: SamplingParams) -> list[np.ndarray]:
+def exact_rows(model: PreTrainedModel, scenario: Scenario) -> list[np.ndarray]:
     """Return the distribution behind every text of 0, 1, … tokens, L of `[V ** i, V] float64`.
 
     Computed by transformers' own code. Texts are in the order of the numbers that their tokens are the digits of, to
     the base V.
     """
-    params = sampling.distribution
+    params, prompt = scenario.sampling.distribution, list(scenario.prompt)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
     warpers += [TopKLogitsWarper(params.top_k)] if params.top_k else []
     warpers += [TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
-    prefixes, rows = torch.tensor([PROMPT]), []
+    prefixes, rows = torch.tensor([prompt]), []
     for _ in range(LENGTH):
         logits = [
-            processed(row, params, PROMPT, prefix[len(PROMPT) :])
+            processed(row, params, prompt, prefix[len(prompt) :])
             for row, prefix in zip(model(prefixes).logits[:, -1].tolist(), prefixes.tolist(), strict=True)
         ]
         rows.append(warpers(prefixes, torch.tensor(logits, dtype=torch.float64)).softmax(-1).numpy())
@@ -139,12 +193,12 @@ def exact_rows(model: PreTrainedModel, sampling: SamplingParams) -> list[np.ndar
     return rows
 
 
-def exact_distribution(model: PreTrainedModel, sampling: SamplingParams) -> np.ndarray:
+def exact_law(model: PreTrainedModel, scenario: Scenario) -> np.ndarray:
     """Return the probability of each text, `[V ** L] float64`."""
-    distribution = np.ones(1)
-    for probs in exact_rows(model, sampling):
-        distribution = (distribution[:, None] * probs).ravel()
-    return distribution
+    law = np.ones(1)
+    for probs in exact_rows(model, scenario):
+        law = (law[:, None] * probs).ravel()
+    return law
 
 
 def text_index(token_ids: list[int]) -> int:
@@ -157,29 +211,30 @@ def write_texts(pair: Pair, scenario: Scenario, number: int) -> np.ndarray:
     """Return how often each text came, `[V ** L]`, in `number` generations with the seeds 0, 1, …"""
     requests = [replace(scenario.sampling, seed=seed, max_new_tokens=LENGTH) for seed in range(number)]
     write = _write_with_tasks if scenario.with_tasks else _write_with_threads
-    results = write(pair, requests, scenario.speculation)
+    results = write(pair, requests, scenario)
     return np.bincount([text_index(result.token_ids) for result in results], minlength=VOCAB_SIZE**LENGTH)
 
 
-def _write_with_threads(pair: Pair, requests, speculation) -> list:
-    addresses = pair.target_address, pair.draft_address
+def _write_with_threads(pair: Pair, requests, scenario) -> list:
+    addresses = pair.target_address, scenario.draft or pair.draft_address
     with (
         SpeculativeClient(*addresses, patience=NEVER_WITHOUT_DRAFT) as client,
         ThreadPoolExecutor(NUM_AT_ONCE) as threads,
     ):
-        how = SpeculationParams(**speculation)
-        return list(threads.map(lambda sampling: client.generate(PROMPT, sampling, how), requests))
+        how = SpeculationParams(**scenario.speculation)
+        return list(threads.map(lambda sampling: client.generate(scenario.prompt, sampling, how), requests))
 
 
-def _write_with_tasks(pair: Pair, requests, speculation) -> list:
+def _write_with_tasks(pair: Pair, requests, scenario) -> list:
     async def write_all() -> list:
         limit = asyncio.Semaphore(NUM_AT_ONCE)
-        addresses = pair.target_address, pair.draft_address
+        addresses = pair.target_address, scenario.draft or pair.draft_address
+        how = SpeculationParams(**scenario.speculation)
         async with AsyncSpeculativeClient(*addresses, patience=NEVER_WITHOUT_DRAFT) as client:
 
             async def write(sampling: SamplingParams):
                 async with limit:
-                    return await client.generate(PROMPT, sampling, SpeculationParams(**speculation))
+                    return await client.generate(scenario.prompt, sampling, how)
 
             return await asyncio.gather(*map(write, requests))
 
@@ -199,31 +254,37 @@ def statistic_and_limit(counts: np.ndarray, distribution: np.ndarray) -> tuple[f
 
 
 def test_the_models_disagree_clearly(pair):
-    rows = [exact_rows(model, PLAIN.sampling) for model in (pair.target, pair.draft)]
+    rows = [exact_rows(model, PLAIN) for model in (pair.target, pair.draft)]
     distances = [np.abs(p - q).sum(-1) / 2 for p, q in zip(*rows, strict=True)]
     assert 0.3 < np.concatenate(distances).mean() < 0.6  # total variation
 
 
+@pytest.fixture
+def by_turns(monkeypatch) -> None:
+    """Where there are two sources, each has every other position, so that both decide often."""
+    is_for_lookup = lambda lookup, found: len(lookup._text) % 2 == 0  # noqa: E731
+    monkeypatch.setattr(Lookup, "is_better_than_draft", is_for_lookup)
+
+
+@pytest.mark.usefixtures("by_turns")
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_texts_follow_the_targets_distribution(pair, scenario):
     counts = write_texts(pair, scenario, NUM_TEXTS)
-    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario.sampling))
+    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario))
     assert statistic < limit
 
 
 @pytest.mark.parametrize("pair", ["float32"], indirect=True)
 def test_texts_of_float32_models_follow_the_targets_distribution(pair):
     """Which is that of the same models in float64: rounding them moves it by far less than the texts can show."""
-    statistic, limit = statistic_and_limit(
-        write_texts(pair, PLAIN, NUM_TEXTS), exact_distribution(pair.target, PLAIN.sampling)
-    )
+    statistic, limit = statistic_and_limit(write_texts(pair, PLAIN, NUM_TEXTS), exact_law(pair.target, PLAIN))
     assert statistic < limit
 
 
 @pytest.mark.parametrize("scenario", PROCESSED.values(), ids=PROCESSED)
 def test_processed_texts_follow_the_targets_distribution(pair, scenario):
     counts = write_texts(pair, scenario, NUM_TEXTS_PROCESSED)
-    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario.sampling))
+    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario))
     assert statistic < limit
 
 
@@ -246,10 +307,10 @@ def test_log_probabilities_are_those_of_the_targets_own_logits(pair, scenario):
     sampling = replace(scenario.sampling, temperature=0.5, logit_bias={2: 1.0}, logprobs=2, max_new_tokens=12, seed=1)
     how = SpeculationParams(**scenario.speculation)
     with SpeculativeClient(pair.target_address, pair.draft_address, patience=NEVER_WITHOUT_DRAFT) as client:
-        result = client.generate(PROMPT, sampling, how)
-        assert client.generate(PROMPT, replace(sampling, logprobs=None), how).logprobs == []
-    ids = torch.tensor([[*PROMPT, *result.token_ids]])
-    rows = pair.target(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1).detach()
+        result = client.generate(scenario.prompt, sampling, how)
+        assert client.generate(scenario.prompt, replace(sampling, logprobs=None), how).logprobs == []
+    ids = torch.tensor([[*scenario.prompt, *result.token_ids]])
+    rows = pair.target(ids).logits[0, len(scenario.prompt) - 1 : -1].log_softmax(-1).detach()
     assert [its.token_id for its in result.logprobs] == result.token_ids
     for row, its in zip(rows, result.logprobs, strict=True):
         assert its.logprob == pytest.approx(row[its.token_id].item(), abs=1e-5)
@@ -307,6 +368,16 @@ def break_histories(monkeypatch) -> None:
     monkeypatch.setattr(outrider_target.scheduler, "_histories_of", lambda job, size: histories_of(job, 1) * size)
 
 
+def break_certainty(monkeypatch) -> None:
+    """Say that half of the weight of what was looked up lies on another token."""
+
+    def unsure(rule, token_id: int) -> draft_pb2.Proposal:
+        gaps = [token_id, 0] if token_id + 1 < VOCAB_SIZE else [token_id - 1, 0]
+        return draft_pb2.Proposal(token_id=token_id, support_gaps=gaps, support_weights=[1, 1])
+
+    monkeypatch.setattr(Rule, "certain_proposal", unsure)
+
+
 REPEATING = Scenario(SamplingParams(frequency_penalty=2.0, no_repeat_ngram_size=2), PLAIN.speculation)
 BROKEN_RULES = {
     "processors that see no proposals": (REPEATING, break_histories),
@@ -315,6 +386,7 @@ BROKEN_RULES = {
     "draft probabilities of the untruncated row": (TRUNCATED, break_draft_probs),
     "single ratios where the joint ones belong": (BLOCK, break_joint_ratios),
     "one noise for all positions": (SHARED_NOISE, break_noise),
+    "a looked up token that is said to be drawn": (LOOKUP, break_certainty),
 }
 
 
@@ -322,5 +394,5 @@ BROKEN_RULES = {
 def test_a_broken_rule_is_noticed(pair, monkeypatch, scenario, break_rule):
     break_rule(monkeypatch)
     counts = write_texts(pair, scenario, NUM_TEXTS_BROKEN)
-    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario.sampling))
+    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario))
     assert statistic > 2 * limit  # by a wide margin, not by a lucky seed

@@ -27,7 +27,12 @@ COMPARING = "outrider_client.bench.transformers_peer"  # of the client, it alone
 # Every room, and those that it may import from. The first room whose name a module begins with is the module's.
 SHARED = {"outrider.common", "outrider.v1", "outrider.protocol", "outrider.sampling"}
 SERVICE = SHARED | {"outrider", "outrider.engine", "outrider.serving"}
-CLIENT_ROOMS = {"outrider_client.conversation", "outrider_client.rules", "outrider_client.text"}
+CLIENT_ROOMS = {
+    "outrider_client.conversation",
+    "outrider_client.lookup",
+    "outrider_client.rules",
+    "outrider_client.text",
+}
 ARROWS = {
     "outrider.common": set(),
     "outrider.v1": set(),
@@ -38,9 +43,10 @@ ARROWS = {
     "outrider": CLIENT_ROOMS | {"outrider_client"},  # the public names
     "outrider_draft": SERVICE,
     "outrider_target": SERVICE,
+    "outrider_client.lookup": {"outrider.common"},
     "outrider_client.rules": SHARED | {"outrider_client"},
     "outrider_client.text": SHARED | {"outrider_client"},
-    "outrider_client.conversation": SHARED | {"outrider_client", "outrider_client.rules", "outrider_client.text"},
+    "outrider_client.conversation": SHARED | (CLIENT_ROOMS - {"outrider_client.conversation"}) | {"outrider_client"},
     "outrider_client": SHARED | CLIENT_ROOMS | {"outrider", COMPARING},
     COMPARING: {"outrider.engine", "outrider_client"},
 }

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from outrider_client.__main__ import main
 from outrider_client.bench.samples import OF_A_CELL
-from outrider_client.cli.options import Length, options_of, params_of
+from outrider_client.cli.options import FROM_FILES, Length, options_of, params_of
 from outrider_client.params import SamplingParams, SpeculationParams
 
 
@@ -41,7 +41,9 @@ def test_every_field_is_an_option_of_bench_too(command):
     options = {option for parameter in main.commands["bench"].commands[command].params for option in parameter.opts}
     for params in (SamplingParams, SpeculationParams):
         names = {field.name for field in fields(params)} - {"method"}  # which is --methods, or none
-        assert {"--" + name.replace("_", "-") for name in names} <= options
+        flags = {name: "--" + name.replace("_", "-") for name in names}
+        flags |= {name: f"{flags[name]}-file" for name in names & set(FROM_FILES)}
+        assert set(flags.values()) <= options
         params_of(params, context.params, OF_A_CELL)
     assert (context.params["ignore_eos"], context.params["seed"]) == (True, 0)
 
@@ -95,3 +97,23 @@ def test_the_fields_of_processors_are_options_too():
     given = ["x", "--logit-bias", '{"5": -1.5}', "--bad-words", "[[1, 2]]", "--stop-token-ids=7", "--logprobs=2"]
     found = params_of(SamplingParams, main.commands["generate"].make_context("generate", given).params)
     assert found == SamplingParams(logit_bias={5: -1.5}, bad_words=[[1, 2]], stop_token_ids=[7], logprobs=2)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_prediction_is_read_from_its_file(command, tmp_path):
+    path = tmp_path / "before.txt"
+    path.write_text("def f():\n    return 1 # é\n", encoding="utf-8")
+    given = [*(["x"] if command == "generate" else []), f"--prediction-file={path}", "--draft=lookup"]
+    values = main.commands[command].make_context(command, given).params
+    assert params_of(SpeculationParams, values) == SpeculationParams(prediction=path.read_text(encoding="utf-8"))
+    assert values["draft"] == "lookup"
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\xff"])
+def test_a_file_that_is_no_text_is_refused(content, tmp_path):
+    path = tmp_path / "before.txt"
+    if content:
+        path.write_bytes(content)
+    result = CliRunner().invoke(main, ["generate", "x", f"--prediction-file={path}"])
+    assert result.exit_code == 2
+    assert "cannot be read as text" in result.stderr

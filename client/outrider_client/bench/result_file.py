@@ -48,7 +48,8 @@ class Result:
 
     @property
     def title(self) -> str:
-        return f"{self.pair['target']['model_id']} with {self.pair['draft']['model_id']}, {self.settings.rule_name}"
+        draft = self.pair["draft"]["model_id"] if "draft" in self.pair else "lookup"
+        return f"{self.pair['target']['model_id']} with {draft}, {self.settings.rule_name}"
 
     @property
     def order(self) -> Order:

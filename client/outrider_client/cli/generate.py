@@ -88,6 +88,9 @@ def summary(stats: GenerationStats) -> str:
     parts = [f"{stats.num_generated_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s"]
     if stats.num_draft_tokens:
         parts.append(f"acceptance {stats.acceptance_rate:.2f}")
+    accepted = stats.num_accepted_tokens_by_source
+    if accepted.keys() - {"draft"}:
+        parts.append("accepted from " + ", ".join(f"{source} {number}" for source, number in accepted.items()))
     if stats.num_rounds:
         parts.append(f"{stats.mean_acceptance_length:.2f} tokens per target pass")
     return "; ".join(parts)

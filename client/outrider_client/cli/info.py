@@ -13,6 +13,7 @@ from outrider.protocol.errors import InvalidArgumentError
 from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
 from outrider_client.cli.options import addresses, as_json, out, print_json, shows_errors
+from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.sync import SpeculativeClient
 
@@ -28,7 +29,8 @@ def info(target: str, draft: str, as_json: bool) -> None:
     """
     with SpeculativeClient(target, draft) as client:
         pair = client.info()
-    verdict = pair.mismatch or ("fits" if pair.draft else f"no draft service answers at {draft}")
+    has_draft = pair.draft or draft == LOOKUP_DRAFT
+    verdict = pair.mismatch or ("fits" if has_draft else f"no draft service answers at {draft}")
     if as_json:
         print_json(_as_dict(pair) | {"verdict": verdict})
     else:

@@ -13,6 +13,7 @@ from typing import IO
 import click
 
 from outrider_client.cli.options import err
+from outrider_client.connection import LOOKUP_DRAFT
 
 _STOP_S = 10.0
 
@@ -27,25 +28,28 @@ class _Child:
 
 @dataclass(frozen=True)
 class PairAddresses:
-    """Where the two services listen."""
+    """Where the two services listen; `lookup` in place of a draft's address."""
 
     target: str
     draft: str
 
 
 @contextmanager
-def local_pair(target_model: str, draft_model: str, threads: int) -> Iterator[PairAddresses]:
-    """Start both services, wait until they are warm, and stop them at the end.
+def local_pair(target_model: str, draft_model: str | None, threads: int) -> Iterator[PairAddresses]:
+    """Start both services, wait until they are warm, and stop them at the end; without a draft model, the target alone.
 
     Raises:
         click.ClickException: a service did not start; the message holds its log.
     """
     children: list[_Child] = []
     try:
-        with err.status("starting the target service and the draft service"):
+        both = "the target service and the draft service"
+        with err.status(f"starting {both if draft_model else 'the target service'}"):
             for module, model in (("outrider_target", target_model), ("outrider_draft", draft_model)):
-                children.append(_start(module, model, threads))
-            addresses = PairAddresses(*(_address(child) for child in children))
+                if model:
+                    children.append(_start(module, model, threads))
+            found = [_address(child) for child in children]
+            addresses = PairAddresses(found[0], found[1] if draft_model else LOOKUP_DRAFT)
         yield addresses
     finally:
         for child in children:

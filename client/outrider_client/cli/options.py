@@ -6,12 +6,14 @@ import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 from rich.console import Console
 
+from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.errors import OutriderError
 from outrider_client.params import AUTO, NEUTRAL, PARAMETERS, SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats
@@ -35,11 +37,20 @@ def add_options(*options: Callable) -> Callable:
 
 
 def address_options(default_target: str | None, default_draft: str | None) -> Callable:
-    addresses = (("target", default_target), ("draft", default_draft))
+    """Return the options of the two services' addresses."""
+    addresses = (
+        ("target", default_target, "HOST[:PORT]", "The target service."),
+        (
+            "draft",
+            default_draft,
+            f"HOST[:PORT]|{LOOKUP_DRAFT}",
+            f"The draft service; `{LOOKUP_DRAFT}` needs none: proposals are looked up in the text itself.",
+        ),
+    )
     return add_options(
         *(
-            click.option(f"--{role}", default=default, envvar=f"OUTRIDER_{role.upper()}", metavar="HOST[:PORT]", help=f"The {role} service.")
-            for role, default in addresses
+            click.option(f"--{role}", default=default, envvar=f"OUTRIDER_{role.upper()}", metavar=metavar, help=text)
+            for role, default, metavar, text in addresses
         )
     )  # fmt: skip
 
@@ -72,6 +83,18 @@ class Json(click.ParamType):
             self.fail(f"{value!r} is not JSON: {error}", param, context)
 
 
+class TextFile(click.ParamType):
+    """A text, given by the name of its file."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
+        try:
+            return Path(value).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            self.fail(f"{value!r} cannot be read as text: {error}", param, context)
+
+
 def _with_ids(pairs: list[tuple[str, Any]]) -> dict[str | int, Any]:
     return {int(key) if key.isdecimal() else key: value for key, value in pairs}
 
@@ -94,7 +117,9 @@ HELP = {
     "max_support": "Most tokens in a proposal's support; 0: the service's limit.",
     "min_draft_prob": "Stop drafting after a less probable token.",
     "greedy_draft": "Propose the likeliest token, with a support of one.",
-    "rule": "How proposals are judged. rejection: one by one. block: a round's together; accepts more, but a seed's text then depends on K and on where rounds end. shared_noise: draft and target draw with the same noise, and only tokens travel; a seed's text is then the target's own, with any draft or none. auto: shared_noise with a seed, else rejection.",
+    "lookup": "Propose what followed the last time that the text read as it ends now, beside a draft service or without; by default with --draft lookup and with a prediction.",
+    "prediction": "A file of what the text may turn out to be, such as the text before an edit: proposals, never more.",
+    "rule": "How proposals are judged. rejection: one by one. block: a round's together; more are kept, but a seed's text then depends on K and on where rounds end. shared_noise: draft and target draw with the same noise, and tokens alone cross the wire; a seed's text is then the target's own, with any draft or none. auto: shared_noise where a seed is given, else rejection.",
 }
 
 
@@ -121,6 +146,8 @@ def _help(name: str) -> str | None:
 def _option(name: str, hint: Any, default: Any, text: str | None) -> Callable:
     """Return the option of a field: a flag, a choice, a number, text, several of one kind, or JSON."""
     flag, names = "--" + name.replace("_", "-"), ["-k"] if name == "num_speculative_tokens" else []
+    if name in FROM_FILES:
+        return click.option(f"{flag}-file", name, type=TextFile(), default=default, help=text)
     is_union = get_origin(hint) in (Union, UnionType)
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if is_union else [hint]
     first = get_args(kinds[0])[0] if get_origin(kinds[0]) is Sequence else kinds[0]
@@ -136,6 +163,8 @@ def _option(name: str, hint: Any, default: Any, text: str | None) -> Callable:
     unless_none = lambda context, parameter, value: value or default  # noqa: E731 - click gives () for none
     return click.option(flag, name, type=kind, multiple=True, callback=unless_none, help=text)
 
+
+FROM_FILES = ("prediction",)  # fields that are texts too long for a command line
 
 sampling_options, speculation_options = options_of(SamplingParams), options_of(SpeculationParams)
 

@@ -31,6 +31,12 @@ class Task:
     max_length: int  # most tokens, prompt included, that the sequence may have
     target_info: common_pb2.ModelInfo
     num_logprobs: int | None = None  # SamplingParams.logprobs
+    has_draft: bool = True  # there is a draft service
+
+    @property
+    def uses_draft(self) -> bool:
+        """Whether the draft service is asked for proposals."""
+        return self.has_draft and self.speculation.uses_draft
 
     @property
     def sampling(self) -> common_pb2.SamplingParams:

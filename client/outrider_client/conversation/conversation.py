@@ -6,12 +6,13 @@ sockets, threads or clocks of its own. `draft_session` decides what the draft is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 
-from outrider_client.conversation.committed import Task
+from outrider.v1 import draft_pb2
+from outrider_client.conversation.committed import Committed, Task
 from outrider_client.conversation.draft_session import DraftSession
 from outrider_client.conversation.effects import (
     Broken,
@@ -27,7 +28,7 @@ from outrider_client.conversation.effects import (
     counted,
     seconds_of,
 )
-from outrider_client.conversation.generation import Generation
+from outrider_client.conversation.generation import DRAFT, Generation
 from outrider_client.conversation.patience import ROUND_TOKEN_S, Breaker, Patience
 from outrider_client.errors import (
     CacheMismatchError,
@@ -38,6 +39,7 @@ from outrider_client.errors import (
     ServiceFailedError,
     ServiceUnavailableError,
 )
+from outrider_client.lookup.lookup import Lookup
 from outrider_client.results import Chunk, GenerationResult, RoundStats, Segment
 from outrider_client.rules.acceptance import Decision
 from outrider_client.speculation_length import FixedLength, LengthController, RoundTimes
@@ -57,14 +59,16 @@ class Conversation:
         deadline: float | None = None,
         jitter: Callable[[], float] = lambda: 0.0,
         breaker: Breaker | None = None,
+        new_lookup: Callable[[Committed], Lookup] | None = None,
     ):
-        """`lengths` chooses K for each round; `deadline` is in the time of `clock`; `jitter` draws from [0, 1).
+        """`lengths` chooses the draft's K for each round, `deadline` is in the time of `clock`.
 
-        All generations of a client share a `breaker`.
+        `jitter` draws from [0, 1), `breaker` is what all generations of a client know of their draft, and `new_lookup`
+        makes what looks up proposals, unless nothing is to be looked up.
         """
         self._task, self._text, self._lengths = task, text, lengths
         self._patience, self._clock, self._deadline, self._jitter = patience, clock, deadline, jitter
-        self._generation = Generation(task)
+        self._generation = Generation(task, new_lookup)
         self._stats, self._target = self._generation.stats, self._generation.target
         self._draft = DraftSession(task, self._generation.draft, self._stats, patience, clock, breaker)
         self._is_draft_needed = False  # in this round, or soon
@@ -120,16 +124,17 @@ class Conversation:
         learned_at = self._worked_s
         while self._text.finish_reason is None:
             before, num_failures = self._stats.waits_s(), self._num_failures
-            num_proposals = yield from self._gather_proposals(length)
-            decision = yield from self._verify(num_proposals, length)
+            proposals = yield from self._propose(length)
+            num_proposals = len(proposals)
+            decision = yield from self._verify(proposals, length)
             texts = self._text.take(decision.token_ids)
             num_kept = len(texts)
             self._generation.commit_round(decision, num_kept)
             spent = (after - earlier for after, earlier in zip(self._stats.waits_s(), before, strict=True))
             self._stats.rounds.append(RoundStats(num_proposals, num_kept, *spent))
             began_at, learned_at = learned_at, self._worked_s
-            if num_failures == self._num_failures and bool(num_proposals) == bool(length):
-                self._learn(decision, learned_at - began_at)
+            if num_failures == self._num_failures:
+                self._learn(decision, learned_at - began_at, length)
             length = self._lengths.next_length()
             if self._text.finish_reason is None and length:
                 yield from self._draft.commit(length)
@@ -142,21 +147,26 @@ class Conversation:
         stats = self._stats
         return stats.num_draft_failures + stats.num_target_retries + stats.num_cache_mismatches
 
-    def _learn(self, decision: Decision, round_s: float) -> None:
-        """Report a round to `lengths`, except the first, which processes the prompt.
+    def _learn(self, decision: Decision, round_s: float, length: int) -> None:
+        """Report a round to what chose its proposals, but not the first, which has the prompt to process.
 
         A round lasts from the end of the one before it, so rounds cover all time.
         """
         if len(self._stats.rounds) == 1:
             return
-        last = self._stats.rounds[-1]
+        last, is_drafts = self._stats.rounds[-1], self._generation.source == DRAFT
+        if self._generation.lookup:
+            counts = last.num_draft_tokens, last.num_committed_tokens
+            self._generation.lookup.learn_round(*counts, round_s, is_drafts)
+        if (not is_drafts and last.num_draft_tokens) or bool(last.num_draft_tokens) != bool(length):
+            return
         draft_token_s = self._stats.draft_forward_s[-1] if self._stats.draft_forward_s else 0.0
         times = (round_s, draft_token_s)
         self._lengths.learn(RoundTimes(last.num_draft_tokens, decision.num_accepted, *times, decision.overlaps))
 
-    def _verify(self, num_proposals: int, length: int) -> Steps:
-        """Have a round verified and return its decision; reopen sessions as often as patience allows."""
-        request = self._target.begin_round(self._generation.draft.proposals[:num_proposals])
+    def _verify(self, proposals: Sequence[draft_pb2.Proposal], length: int) -> Steps:
+        """Have a round verified, opening new sessions as often as patience allows; return its decision."""
+        request = self._target.begin_round(proposals)
         num_failures, failed_at = 0, 0.0
         while True:
             failure = yield from self._ask_target(request, length)
@@ -232,11 +242,25 @@ class Conversation:
             yield from self._wait(until - self._clock())
         self._failure = None
 
-    # Proposals from the draft.
+    # Proposals.
+
+    def _propose(self, length: int) -> Steps:
+        """Return the proposals of a round, from whichever source promises more tokens.
+
+        The draft is not waited for where it is the other, and what was found stands in for one that has none.
+        """
+        generation = self._generation
+        found, lookup, num_drafted = generation.look_up(), generation.lookup, 0
+        if lookup is not None and found.token_ids and lookup.is_better_than_draft(found):
+            if self._task.uses_draft and length:
+                yield from self._draft.reopen(length)
+        else:
+            num_drafted = yield from self._gather_proposals(length)
+        return generation.proposals(num_drafted, found)
 
     def _gather_proposals(self, length: int) -> Steps:
-        """Wait for a round's proposals, at most `length`; return how many to use."""
-        if not self._task.speculation.uses_draft or not length:
+        """Wait for the proposals of a round, at most `length`, and return how many it shall have."""
+        if not self._task.uses_draft or not length:
             return 0
         link, waited_from = self._generation.draft, self._clock()
         while (yield from self._poll()):
@@ -273,7 +297,7 @@ class Conversation:
     def _prepare_draft(self, length: int) -> Steps:
         """Have the draft process the text while the target works on the last round without proposals."""
         was_needed = self._is_draft_needed
-        self._is_draft_needed = length > 0 or (self._task.speculation.uses_draft and self._lengths.needs_draft)
+        self._is_draft_needed = length > 0 or (self._task.uses_draft and self._lengths.needs_draft)
         if self._is_draft_needed and not was_needed and not length:
             yield from self._draft.catch_up()
 

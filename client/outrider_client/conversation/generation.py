@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from outrider_client.conversation.committed import CommittedTokens, Task
+from outrider.v1 import draft_pb2
+from outrider_client.conversation.committed import Committed, CommittedTokens, Task
 from outrider_client.conversation.draft_link import DraftLink
 from outrider_client.conversation.target_link import TargetLink
+from outrider_client.lookup.lookup import NOTHING, Found, Lookup
 from outrider_client.results import GenerationStats, TokenLogprobs
 from outrider_client.rules.acceptance import Decision
 
+DRAFT = "draft"  # the source of proposals that is a service; those that are looked up have their own names
+
 
 class Generation:
-    """Commits tokens and counts them. The two links only read the committed tokens."""
+    """Commits tokens and counts them. The two links and lookup read what is committed; none knows the generation."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, new_lookup: Callable[[Committed], Lookup] | None = None):
+        """`new_lookup` makes what looks up proposals in a text; None: nothing is looked up."""
         self.task, self.stats = task, GenerationStats()
         self.logprobs: list[TokenLogprobs] = []  # of the output, if asked for
         self.committed = CommittedTokens(task.prompt_ids)
         self.target = TargetLink(task, self.committed)
         self.draft = DraftLink(task, self.committed)
+        self.lookup = new_lookup(self.committed) if new_lookup else None
+        self.source = DRAFT  # of the proposals of the present round
+
+    def look_up(self) -> Found:
+        """Return what can be proposed for the next round without a draft."""
+        if self.lookup is None:
+            return NOTHING
+        num_left = self.task.max_length - len(self.committed)
+        return self.lookup.propose(min(num_left, self.task.target_info.limits.max_proposals or num_left))
+
+    def proposals(self, num_drafted: int, found: Found) -> list[draft_pb2.Proposal]:
+        """Return the proposals of a round: the draft's first ones, or what was found where there shall be none."""
+        if num_drafted:
+            self.source = DRAFT
+            return self.draft.proposals[:num_drafted]
+        self.source, rule = found.source, self.task.rule
+        return [rule.certain_proposal(token_id) for token_id in found.token_ids]
 
     def commit_round(self, decision: Decision, num_kept: int) -> None:
         """Commit and count the first `num_kept` tokens of a decision; the rest lies behind the end of the text."""
@@ -29,8 +51,8 @@ class Generation:
         self._count_round(num_kept, num_drafted, min(decision.num_accepted, num_kept))
         self._commit(decision.token_ids[:num_kept])
         self.logprobs += self.target.round_logprobs[:num_kept]
-        if self.task.rule.ends_branch(decision, num_proposals):
-            self.draft.begin_branch()
+        if self.source == DRAFT and self.task.rule.ends_branch(decision, num_proposals):
+            self.draft.begin_branch()  # what was looked up was not drawn, so nothing of the draft's has decided
 
     def _count_round(self, num_kept: int, num_drafted: int, num_accepted: int) -> None:
         stats = self.stats
@@ -39,6 +61,12 @@ class Generation:
         stats.num_draft_tokens += num_drafted
         stats.num_accepted_tokens += num_accepted
         stats.num_rounds_without_draft += not self.target.num_proposals and self.task.speculation.uses_draft
+        if num_drafted:
+            for by_source, number in (
+                (stats.num_draft_tokens_by_source, num_drafted),
+                (stats.num_accepted_tokens_by_source, num_accepted),
+            ):
+                by_source[self.source] = by_source.get(self.source, 0) + number
         for counts, number in (
             (stats.num_draft_tokens_per_position, num_drafted),
             (stats.num_accepted_tokens_per_position, num_accepted),

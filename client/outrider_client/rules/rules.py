@@ -88,6 +88,10 @@ class Rule(ABC):
         support = wire.support_of(message.support_gaps[:], "support_gaps", vocab_size)
         return Proposal.from_weights(message.token_id, support, np.array(message.support_weights[:], dtype=np.float64))
 
+    def certain_proposal(self, token_id: int) -> draft_pb2.Proposal:
+        """Return the proposal of a token that nobody drew: its distribution has all its weight on it."""
+        return draft_pb2.Proposal(token_id=token_id, support_gaps=[token_id], support_weights=[1])
+
 
 class Rejection(Rule):
     """Judge proposals one by one, and replace the first that is rejected.
@@ -149,6 +153,9 @@ class SharedNoise(Rule):
 
     def read_proposal(self, message: draft_pb2.Proposal, vocab_size: int) -> Proposal:
         return Proposal.of_token(message.token_id)
+
+    def certain_proposal(self, token_id: int) -> draft_pb2.Proposal:
+        return draft_pb2.Proposal(token_id=token_id)
 
 
 RULES: dict[RuleName, type[Rule]] = {rule.name: rule for rule in (Rejection, Block, SharedNoise)}

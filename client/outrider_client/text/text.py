@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,6 +67,10 @@ class TargetTokenizer:
         while end and encoding.special_tokens_mask[end - 1]:
             end -= 1
         return encoding.ids[: end or 1]
+
+    def encode_rest(self, text: str) -> list[int]:
+        """Return the ids of a text that comes behind another, so without special tokens; errors as for `encode`."""
+        return self._encode("prediction", text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of some ids, without special tokens; raises InvalidRequestError for invalid ids."""
@@ -204,20 +208,31 @@ def prompt_to_ids(prompt: str | Iterable[int], tokenizer: TargetTokenizer | None
         ServiceFailedError: the tokenizer cannot encode it, or returns an id outside the vocabulary.
     """
     given = arguments.prompt_of(prompt)
-    if isinstance(given, list):
-        token_ids = given
-    elif tokenizer:
-        token_ids = tokenizer.encode(given)
-    else:
-        raise InvalidRequestError(
-            "prompt is text, but the target model came without a tokenizer: give a list of token ids"
-        )
+    token_ids = _to_ids("prompt", given, tokenizer.encode if tokenizer else None, vocab_size)
     if not token_ids:
         raise InvalidRequestError("prompt is empty: give at least one token")
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+    return token_ids
+
+
+def prediction_to_ids(prediction: str | list[int], tokenizer: TargetTokenizer | None, vocab_size: int) -> list[int]:
+    """Return the ids of what may come behind a prompt; none of an empty one. Errors as for `prompt_to_ids`."""
+    return _to_ids("prediction", prediction, tokenizer.encode_rest if tokenizer else None, vocab_size)
+
+
+def _to_ids(name: str, given: str | list[int], encode: Callable[[str], list[int]] | None, vocab_size: int) -> list[int]:
+    """Return ids of the vocabulary: those given, or those of a text."""
+    if isinstance(given, list):
+        token_ids = given
+    elif encode:
+        token_ids = encode(given)
+    else:
+        raise InvalidRequestError(
+            f"{name} is text, but the target model came without a tokenizer: give a list of token ids"
+        )
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         has = f"id {arguments.shown(wrong)}: the target's vocabulary has {vocab_size} ids, from 0"
         if isinstance(given, str):
-            raise ServiceFailedError(f"the target's tokenizer makes of the prompt {has}")
-        raise InvalidRequestError(f"prompt holds {has}")
+            raise ServiceFailedError(f"the target's tokenizer makes of the {name} {has}")
+        raise InvalidRequestError(f"{name} holds {has}")
     return token_ids

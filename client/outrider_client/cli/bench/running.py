@@ -21,7 +21,8 @@ from outrider_client.bench.samples import OF_A_CELL, OWN_METHODS, PEER_METHODS, 
 from outrider_client.bench.services import ServicesRunner
 from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, tables_of
 from outrider_client.cli.local_pair import PairAddresses, local_pair
-from outrider_client.cli.options import DraftNotice, err, out, params_of, print_json
+from outrider_client.cli.options import DraftNotice, err, params_of, print_json
+from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.sync import SpeculativeClient
@@ -61,7 +62,7 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
     settings = Settings(values["repetitions"], values["warm_up"], sampling, speculation)
     prompts = read_prompts(values["prompt_file"], values["num_prompts"])
     with _pair(values) as addresses, SpeculativeClient(addresses.target, addresses.draft) as client:
-        info = _checked_info(client)
+        info = _checked_info(client, addresses)
         settings = settings.resolved(info.target)
         ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
         peer = _peer(peer_module, info, settings, values["peer_threads"]) if peer_module else None
@@ -132,18 +133,22 @@ def show_again(result: Result, values: dict[str, Any]) -> None:
 def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
     """Yield the addresses given, or those of a pair started here."""
     target, draft = values["target"], values["draft"]
-    if (draft is None) != (target is None):
+    looks_up = draft == LOOKUP_DRAFT
+    if looks_up and values.get("compare"):
+        raise click.UsageError("--compare runs the draft's model too: give a draft service")
+    if (draft is None) != (target is None) and not looks_up:
         raise click.UsageError("give both --target and --draft, or neither to start the embedded pair here")
     if draft and target:
         yield PairAddresses(target, draft)
         return
-    with local_pair(values["target_model"], values["draft_model"], values["threads"]) as pair:
+    draft_model = None if looks_up else values["draft_model"]
+    with local_pair(values["target_model"], draft_model, values["threads"]) as pair:
         yield pair
 
 
-def _checked_info(client: SpeculativeClient) -> PairInfo:
+def _checked_info(client: SpeculativeClient, addresses: PairAddresses) -> PairInfo:
     info = client.info()
-    if info.draft is None:
+    if info.draft is None and addresses.draft != LOOKUP_DRAFT:
         raise click.ClickException("the draft service does not answer: a benchmark needs both")
     if info.mismatch:
         raise click.ClickException(info.mismatch)
