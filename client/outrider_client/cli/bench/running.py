@@ -21,7 +21,7 @@ from outrider_client.bench.samples import OF_A_CELL, OWN_METHODS, PEER_METHODS, 
 from outrider_client.bench.services import ServicesRunner
 from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, tables_of
 from outrider_client.cli.local_pair import PairAddresses, local_pair
-from outrider_client.cli.options import DraftNotice, err, params_of, print_json
+from outrider_client.cli.options import DraftNotice, err, out, params_of, print_json
 from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.params import SamplingParams, SpeculationParams
