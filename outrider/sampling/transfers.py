@@ -10,7 +10,7 @@ import torch
 
 def lies_on_host(tensor: torch.Tensor) -> bool:
     """Return whether the CPU can read the tensor as it is."""
-    return tensor.is_cpu
+    return tensor.device.type == "cpu"
 
 
 def wait_for(device: torch.device) -> None:

@@ -39,7 +39,7 @@ class LookupText(SeedText):
     def next_token(self, token_ids) -> int:
         found = Lookup(token_ids, Experience(), length=1).propose(1).token_ids
         if not found:
-            return self.next_token_alone(token_ids)
+            return self.next_token_target_only(token_ids)
         tokens, support = TokenLog(token_ids), np.array(found)
         uniforms = [[self._uniform(purpose, tokens)] for purpose in (Purpose.ACCEPT, Purpose.RESIDUAL)]
         return decide([Proposal(found[0], support, np.ones(1), 0)], [self._row(tokens, support)], *uniforms).token_ids[
@@ -86,7 +86,7 @@ class TestAlone:
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("number", EVERY_K)
     def test_greedy_text_is_that_of_the_target_alone(self, number, rule):
-        expected = SeedText(temperature=0.0).text(NUM_NEW, PROMPT, alone=True)
+        expected = SeedText(temperature=0.0).text(NUM_NEW, PROMPT, target_only=True)
         result = run(temperature=0.0, num_speculative_tokens=number, rule=rule)
         assert result.token_ids == expected
 
@@ -104,7 +104,7 @@ class TestAlone:
         result = run(prompt_ids=[3], max_new_tokens=2, num_speculative_tokens=4)
         assert (result.stats.num_rounds, result.stats.num_draft_tokens) == (2, 0)
         assert result.stats.num_rounds_without_draft == 2
-        assert result.token_ids == SeedText().text(2, [3], alone=True)
+        assert result.token_ids == SeedText().text(2, [3], target_only=True)
 
     def test_the_end_of_the_text_and_the_targets_limit_are_kept(self):
         world = World()

@@ -1,4 +1,4 @@
-"""Proposals that are looked up must not change the target's law: enumeration, as in test_law_formulas.
+"""Proposals that are looked up must not change the target's law: enumeration, as in test_distribution_formulas.
 
 They are not drawn: behind a prefix there is one, and what comes with it says so. In the prompt here every two tokens
 occur, so that there is a match wherever a string ends.
@@ -25,14 +25,16 @@ from tests.enumeration import (
     Prefix,
     distance,
     every_params,
-    string_law,
-    target_law,
+    target_distribution,
 )
-from tests.unit import test_law_block, test_law_formulas
+from tests.enumeration import (
+    string_distribution as distribution_by,
+)
+from tests.unit import test_distribution_block, test_distribution_formulas
 
 # A cycle in which every two of the five tokens occur once, and its first two again.
 PROMPT = [0, 0, 1, 0, 2, 0, 3, 0, 4, 1, 1, 2, 1, 3, 1, 4, 2, 2, 3, 2, 4, 3, 3, 4, 4, 0, 0]
-OUTCOMES = {"rejection": test_law_formulas.outcomes, "block": test_law_block.outcomes}
+OUTCOMES = {"rejection": test_distribution_formulas.outcomes, "block": test_distribution_block.outcomes}
 every_rule = pytest.mark.parametrize("rule", OUTCOMES)
 every_number = pytest.mark.parametrize("num_speculative_tokens", [1, 2, 3])
 
@@ -56,14 +58,16 @@ def pair_of(params: str) -> LookupPair:
 @every_number
 def test_whole_strings_follow_the_target(params, rule, num_speculative_tokens):
     pair = pair_of(params)
-    assert distance(string_law(pair, num_speculative_tokens, OUTCOMES[rule]), target_law(pair)) < TOLERANCE
+    assert (
+        distance(distribution_by(pair, num_speculative_tokens, OUTCOMES[rule]), target_distribution(pair)) < TOLERANCE
+    )
 
 
 def test_proposals_are_neither_sure_nor_hopeless():
     pair = pair_of("plain")
-    probs = [pair.target_probs(prefix)[0, pair.drafts(prefix)[0][1].token_id] for prefix in target_law(pair)]
+    probs = [pair.target_probs(prefix)[0, pair.drafts(prefix)[0][1].token_id] for prefix in target_distribution(pair)]
     assert 0.1 < np.mean(probs) < 0.5
-    assert len({pair.drafts(prefix)[0][1].token_id for prefix in target_law(pair)}) == VOCAB_SIZE
+    assert len({pair.drafts(prefix)[0][1].token_id for prefix in target_distribution(pair)}) == VOCAB_SIZE
 
 
 def with_another_token(rule: Rule, token_id: int) -> draft_pb2.Proposal:
@@ -77,7 +81,10 @@ def with_another_token(rule: Rule, token_id: int) -> draft_pb2.Proposal:
 def test_a_distribution_that_it_was_not_drawn_from_is_found(monkeypatch, rule, num_speculative_tokens):
     monkeypatch.setattr(Rule, "certain_proposal", with_another_token)
     pair = pair_of("plain")
-    assert distance(string_law(pair, num_speculative_tokens, OUTCOMES[rule]), target_law(pair)) > SABOTAGE_DISTANCE
+    assert (
+        distance(distribution_by(pair, num_speculative_tokens, OUTCOMES[rule]), target_distribution(pair))
+        > SABOTAGE_DISTANCE
+    )
 
 
 class Chosen(Pair):
@@ -95,7 +102,7 @@ class Chosen(Pair):
 def test_a_choice_that_looks_at_the_proposals_is_found(rule):
     """So the better source is told from rounds that are over."""
     pair = Chosen(PARAMS["plain"], PARAMS["plain"])
-    assert distance(string_law(pair, 2, OUTCOMES[rule]), target_law(pair)) > SABOTAGE_DISTANCE
+    assert distance(distribution_by(pair, 2, OUTCOMES[rule]), target_distribution(pair)) > SABOTAGE_DISTANCE
 
 
 def test_the_prompt_has_a_match_for_every_string():
