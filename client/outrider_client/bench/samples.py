@@ -12,6 +12,7 @@ from outrider_client.bench.metrics import Timeline
 from outrider_client.params import AUTO, METHODS, SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats, RoundStats
 from outrider_client.rules.rules import rule_of
+from outrider_client.text.text import TargetTokenizer, word_to_ids
 
 BASELINE = "autoregressive"
 AUTO_METHOD = f"speculative-{AUTO}"  # the client picks K
@@ -72,13 +73,14 @@ class Settings:
         named |= vars(self.sampling) | vars(self.speculation)
         return {name: value for name, value in named.items() if name not in OF_A_CELL}
 
-    def resolved(self, target: common_pb2.ModelInfo) -> Settings:
+    def resolved(self, target: common_pb2.ModelInfo, tokenizer: TargetTokenizer | None = None) -> Settings:
         """Return these with what `auto` and None stand for, so that all cells are measured by one.
 
-        That is the rule for texts with seeds, and the defaults of the target's model.
+        That is the rule for texts with seeds, the defaults of the target's model, and the ids of `bad_words`.
         """
         rule = rule_of(self.speculation.rule, has_seed=True).name
         sampling = self.sampling.resolved(defaults_of(target))
+        sampling = sampling.with_word_ids(lambda word: word_to_ids(word, tokenizer, target.vocab_size))
         return replace(self, sampling=sampling, speculation=replace(self.speculation, rule=rule))
 
     @property
