@@ -4,7 +4,7 @@ OutriderError                  base; `partial` holds what had been generated, or
 ├── InvalidRequestError        an argument is wrong, or a service refused a field; also a ValueError
 ├── IncompatiblePairError      draft and target have different tokenizers, and the draft was to write alone
 ├── ModelChangedError          a service was given another model in the middle of the text
-├── ServiceUnavailableError    the target did not answer within the retry time
+├── ServiceUnavailableError    nobody listens there, or the target did not answer within the retry time
 ├── DeadlineExceededError      the call's own timeout passed; also a TimeoutError
 ├── ClientClosedError          the client was closed before or during the call
 └── ServiceFailedError         a service failed on this request, or broke the protocol

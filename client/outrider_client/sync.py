@@ -45,7 +45,8 @@ class SpeculativeClient:
             target: HOST or HOST:PORT of the target service; its port is 50052 unless given.
             draft: the same of the draft service, whose port is 50051; without one only `method="autoregressive"` works.
             patience: how long to wait for whom.
-            connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged.
+            connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged,
+                and ended where nobody listens at all.
 
         Raises:
             InvalidRequestError: an argument is wrong.

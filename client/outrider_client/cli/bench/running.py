@@ -61,7 +61,7 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
     settings = Settings(values["repetitions"], values["warm_up"], sampling, speculation)
     prompts = read_prompts(values["prompt_file"], values["num_prompts"])
     with _pair(values) as addresses, SpeculativeClient(addresses.target, addresses.draft) as client:
-        info = _checked_info(client)
+        info = _checked_info(client, addresses.draft)
         settings = settings.resolved(info.target, client.tokenizer)
         ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
         peer = _peer(peer_module, info, settings, values["peer_threads"]) if peer_module else None
@@ -139,10 +139,10 @@ def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
         yield pair
 
 
-def _checked_info(client: SpeculativeClient) -> PairInfo:
+def _checked_info(client: SpeculativeClient, draft: str) -> PairInfo:
     info = client.info()
     if info.draft is None:
-        raise click.ClickException("the draft service does not answer: a benchmark needs both")
+        raise click.ClickException(f"no draft service answers at {draft}: a benchmark needs both")
     if info.mismatch:
         raise click.ClickException(info.mismatch)
     return info
