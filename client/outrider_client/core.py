@@ -342,6 +342,9 @@ class Text:
                 try:
                     if isinstance(effect, Wait):
                         answer = await self._next_event(effect.timeout_s)
+                    elif isinstance(effect, Send):
+                        answer = None
+                        self._streams[effect.link].send(effect.message)
                     else:
                         answer = await self._answer_to(effect)
                 except OutriderError as error:
@@ -352,8 +355,6 @@ class Text:
 
     async def _answer_to(self, effect: Effect) -> Any:
         match effect:
-            case Send(link, message):
-                self._streams[link].send(message)
             case Open(link, message):
                 self._close(link)
                 self._open(link, message)

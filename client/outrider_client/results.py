@@ -72,7 +72,7 @@ class GenerationStats:
 
     @property
     def num_draft_failures(self) -> int:
-        return sum(self.draft_failures.values())
+        return sum(self.draft_failures.values()) if self.draft_failures else 0
 
     def add_draft_failure(self, reason: str, details: str) -> None:
         """Count a failure of the draft."""

@@ -206,8 +206,9 @@ class _ThreadConnection(Connection):
     async def next_item(self, mailbox: queue.SimpleQueue[Any], until: float | None) -> Any:
         while True:
             left = math.inf if until is None else until - time.monotonic()
+            timeout = left if 0 < left < LONGEST_DEAFNESS_S else LONGEST_DEAFNESS_S if left > 0 else 0.0
             try:
-                return mailbox.get(timeout=min(max(0.0, left), LONGEST_DEAFNESS_S))
+                return mailbox.get(timeout=timeout)
             except queue.Empty:
                 if left <= LONGEST_DEAFNESS_S:
                     return None

@@ -16,6 +16,7 @@ from outrider.protocol.errors import InvalidArgumentError
 from outrider.protocol.scales import PROB_UNIT
 
 ID_BYTES = 4
+NO_PROBS = np.empty(0)
 FEW = 64  # numbers that Python adds sooner than numpy begins
 
 
@@ -83,7 +84,7 @@ def probs_of(units: Sequence[int], field: str) -> np.ndarray:
     """
     if units and max(units) * PROB_UNIT > 1:
         raise InvalidArgumentError(f"{field} holds {max(units) * PROB_UNIT}, which is no probability")
-    return np.array(units, dtype=np.float64) * PROB_UNIT
+    return np.array(units, dtype=np.float64) * PROB_UNIT if units else NO_PROBS
 
 
 def _beyond(token_id: int, vocab_size: int) -> str:

@@ -115,7 +115,7 @@ class Conversation:
     # Rounds with the target.
 
     def _rounds(self) -> Steps:
-        yield from counted(Open(Link.TARGET, self._target.open()), self._stats)
+        yield counted(Open(Link.TARGET, self._target.open()), self._stats)
         length = self._lengths.next_length()
         learned_at = self._worked_s
         while self._text.finish_reason is None:
@@ -125,7 +125,7 @@ class Conversation:
             texts = self._text.take(decision.token_ids)
             num_kept = len(texts)
             self._generation.commit_round(decision, num_kept)
-            spent = (after - earlier for after, earlier in zip(self._stats.waits_s(), before, strict=True))
+            spent = [after - earlier for after, earlier in zip(self._stats.waits_s(), before, strict=True)]
             self._stats.rounds.append(RoundStats(num_proposals, num_kept, *spent))
             began_at, learned_at = learned_at, self._worked_s
             if num_failures == self._num_failures and bool(num_proposals) == bool(length):
@@ -176,7 +176,7 @@ class Conversation:
             if num_failures > 1 or not was_idle:
                 yield from self._sleep(self._pause_after(failure, num_failures, failed_at))
                 self._stats.num_target_retries += 1
-            yield from counted(Open(Link.TARGET, self._target.open()), self._stats)
+            yield counted(Open(Link.TARGET, self._target.open()), self._stats)
             request = self._target.round_request()
 
     def _ask_target(self, request: Any, length: int) -> Steps:
@@ -185,7 +185,7 @@ class Conversation:
         self._response = None
         if self._failure is None:
             self._is_asking = True
-            yield from counted(Send(Link.TARGET, request), self._stats)
+            yield counted(Send(Link.TARGET, request), self._stats)
             self._target.read_round()
             yield from self._prepare_draft(length)
         patience_s = self._patience.round_s + ROUND_TOKEN_S * len(self._generation.committed)

@@ -81,7 +81,7 @@ class DraftSession:
         elif self._link.can_follow:
             self._link.is_on_trial = not (self._breaker.is_trusted and self._own_breaker.is_trusted)
             self.is_open, self._has_spoken = True, False
-            yield from counted(Open(Link.DRAFT, self._link.open(length)), self._stats)
+            yield counted(Open(Link.DRAFT, self._link.open(length)), self._stats)
         else:  # this model never will be able to; but another may replace it
             self._own_breaker.rest(self._clock() + self._patience.longest_backoff_s)
             self._breaker.on_success(self._clock())
@@ -100,7 +100,7 @@ class DraftSession:
     def commit(self, length: int) -> Steps:
         """Send what has been committed, for a next round of `length` proposals, if the draft can go on from it."""
         if self.is_open and self._link.can_follow:
-            yield from counted(Send(Link.DRAFT, self._link.commit(length)), self._stats)
+            yield counted(Send(Link.DRAFT, self._link.commit(length)), self._stats)
 
     def catch_up(self) -> Steps:
         """Have the draft process the text before it is needed; rounds go without it until it has."""

@@ -150,12 +150,12 @@ Effect = Open | Send | Close | Wait | Describe
 Steps = Generator[Effect | Chunk, Any, Any]
 
 
-def counted(effect: Open | Send, stats: GenerationStats) -> Steps:
-    """Yield an effect that sends a message, and count its bytes."""
+def counted(effect: Open | Send, stats: GenerationStats) -> Open | Send:
+    """Return an effect that sends a message, and count its bytes."""
     stats.num_bytes_sent += effect.message.ByteSize()
-    yield effect
+    return effect
 
 
 def seconds_of(milliseconds: float) -> float:
     """Return in seconds what a service says it took; 0 for what is no time."""
-    return max(milliseconds / 1000, 0.0) if math.isfinite(milliseconds) else 0.0
+    return milliseconds / 1000 if 0 < milliseconds < math.inf else 0.0  # false for NaN

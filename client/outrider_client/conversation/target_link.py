@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError
+from outrider.protocol.scales import PROB_UNIT
 from outrider.v1 import draft_pb2, target_pb2
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.errors import ServiceFailedError
@@ -94,9 +93,11 @@ class TargetLink:
                 f"the target answered with {len(response.rows)} rows for {len(proposals)} proposals"
             )
         self._committed.check_cache(response.cache, [proposal.token_id for proposal in proposals])
-        rows = _rows_from_proto(response.rows, proposals)
-        for index, row in enumerate(rows):
-            _check_row(row, index, self._task.target_info.vocab_size)
+        vocab_size, sizes = self._task.target_info.vocab_size, [len(its.support_ids) for its in proposals] or [0]
+        rows = [
+            _row_from_proto(row, index, size, vocab_size)
+            for index, (row, size) in enumerate(zip(response.rows, sizes, strict=True))
+        ]
         decision, number = rule.decide(proposals, rows, len(self._committed)), self._task.num_logprobs
         if number is not None:
             supports = [proposal.support_ids.tolist() for proposal in proposals] or [[]]
@@ -104,35 +105,28 @@ class TargetLink:
         return decision
 
 
-def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[Proposal]) -> list[TargetRow]:
-    sizes = [len(proposal.support_ids) for proposal in proposals] or [0]
-    try:
-        probs = [wire.probs_of(row.support_units[:], f"rows[{index}].support_units") for index, row in enumerate(rows)]
-    except InvalidArgumentError as error:
-        raise ServiceFailedError(f"the target sent a row that breaks the protocol: {error}") from error
-    if [len(row_probs) for row_probs in probs] != sizes:
+def _row_from_proto(message: target_pb2.TargetRow, index: int, size: int, vocab_size: int) -> TargetRow:
+    """Return a row on a support of `size` tokens.
+
+    Raises:
+        ServiceFailedError: it is no distribution there over the target's own vocabulary.
+    """
+    units, outside_mass, token_id = message.support_units[:], message.outside_mass, message.outside_token_id
+    prob = message.outside_token_prob
+    if len(units) != size:
         raise ServiceFailedError("the target sent a row of another length than the support")
-    return [
-        TargetRow(row_probs, row.outside_mass, row.outside_token_id, _known_prob(row.outside_token_prob))
-        for row_probs, row in zip(probs, rows, strict=True)
-    ]
-
-
-def _check_row(row: TargetRow, index: int, vocab_size: int) -> None:
-    """Raise ServiceFailedError for a row that is no distribution over the target's own vocabulary."""
-    if not 0 <= row.outside_mass <= 1 + MASS_SLACK:  # false for NaN
-        raise ServiceFailedError(
-            f"the target sent rows[{index}].outside_mass {row.outside_mass}, which is no probability"
-        )
-    mass = float(np.add.reduce(row.probs)) + row.outside_mass
-    if abs(mass - 1) > MASS_SLACK:
+    try:
+        probs = wire.probs_of(units, "support_units")
+    except InvalidArgumentError as error:
+        raise ServiceFailedError(f"the target sent a row that breaks the protocol: rows[{index}].{error}") from error
+    if not 0 <= outside_mass <= 1 + MASS_SLACK:  # false for NaN
+        raise ServiceFailedError(f"the target sent rows[{index}].outside_mass {outside_mass}, which is no probability")
+    mass = sum(units) * PROB_UNIT + outside_mass
+    if not -MASS_SLACK <= mass - 1 <= MASS_SLACK:
         raise ServiceFailedError(f"the target sent rows[{index}] with a mass of {mass:g}, where it is 1")
-    if row.outside_mass > 0 and row.outside_token_id >= vocab_size:
+    if outside_mass > 0 and token_id >= vocab_size:
         raise ServiceFailedError(
-            f"the target sent token {row.outside_token_id} in rows[{index}]: its vocabulary has {vocab_size} ids"
+            f"the target sent token {token_id} in rows[{index}]: its vocabulary has {vocab_size} ids"
         )
-
-
-def _known_prob(prob: float) -> float | None:
-    """Return a probability that the target reports beside what decides; None where it does not."""
-    return min(prob, 1.0) if prob > 0 else None  # NaN is not positive
+    # None where the target does not report it; NaN is not positive.
+    return TargetRow(probs, outside_mass, token_id, (prob if prob < 1 else 1.0) if prob > 0 else None)
