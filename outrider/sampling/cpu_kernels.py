@@ -20,7 +20,7 @@ from outrider.sampling.rng import KEY_INCREMENTS, MULTIPLIERS, Purpose
 
 _NOISE = int(Purpose.NOISE)
 _JUST_BELOW_ONE = 1 - 1e-12  # for the last bits of a product and a logarithm
-_FIRST_RANKED = 256  # tokens that are ranked at first; top_p seldom needs more
+_MASS_ERROR = 1e-5  # of a sum of exponentials, of itself: 2^-21, and 2^-22 times ln V, whose tokens could add up to it
 _BLOCK = 64  # weights that are summed before the draw looks for its place among them
 
 
@@ -330,9 +330,12 @@ def filter_row(scores, temperature, top_k, top_p, min_p):
     if not np.isfinite(top):
         return
     top_score = np.float64(top)
-    if top_k > 0 or top_p < 1:
-        most = min(top_k, len(scores)) if top_k > 0 else len(scores)
-        _keep_first(scores, _num_kept(scores, top_score, temperature, most, top_p, top_k > 0))
+    if 0 < top_k < len(scores):
+        ranked = np.sort(np.partition(scores, len(scores) - top_k)[len(scores) - top_k :])[::-1]
+        mass = top_p * _mass(ranked, top_score, temperature)
+        _keep_first(scores, ranked, top_k if top_p == 1 else _num_reaching(ranked, top_score, temperature, mass))
+    elif top_p < 1:
+        _keep_mass(scores, top, temperature, top_p)
     if min_p > 0:
         least = np.log(min_p)
         for token_id in range(len(scores)):
@@ -341,46 +344,56 @@ def filter_row(scores, temperature, top_k, top_p, min_p):
 
 
 @compiled(on_disk=False)
-def _num_kept(scores, top, temperature, most, top_p, is_cut):
-    """Return how many of the ranking are kept: `most`, or as many as reach `top_p` of the mass of these."""
-    if top_p == 1:
-        return most
-    num_ranked, total = min(most, _FIRST_RANKED), 0.0
-    if is_cut:
-        num_ranked = most
-        for score in _ranked(scores, most):
-            total += np.exp((score - top) / temperature)
-    else:
-        for score in scores:
-            total += np.exp((score - top) / temperature)
-    while True:
-        before = 0.0
-        ranked = _ranked(scores, num_ranked)
-        for rank in range(num_ranked):
-            if rank > 0 and not before < top_p * total:
-                return rank
-            before += np.exp((ranked[rank] - top) / temperature)
-        if num_ranked == most:
-            return most
-        num_ranked = min(most, 8 * num_ranked)
+def _keep_mass(scores, top, temperature, top_p):
+    """Mask what is behind the shortest beginning of the ranking that has `top_p` of the mass.
+
+    Of V tokens those with less than (1 - top_p) / V of the mass have together less than what is left out. So only the
+    others are ranked. The mass is summed in float32 at first, which is exact enough unless it is close at the border.
+    """
+    top_score = np.float64(top)
+    total = _quick_mass(scores, top, np.float32(1 / temperature))
+    least = temperature * np.log(0.99 * (1 - top_p) * total / len(scores))
+    ranked = np.sort(scores[scores >= top_score + least])[::-1]
+    number = _num_reaching(ranked, top_score, temperature, top_p * total * (1 - _MASS_ERROR))
+    if number != _num_reaching(ranked, top_score, temperature, top_p * total * (1 + _MASS_ERROR)):
+        total = _mass(scores, top_score, temperature)
+        number = _num_reaching(ranked, top_score, temperature, top_p * total)
+    _keep_first(scores, ranked, number)
 
 
-@compiled(on_disk=False)
-def _ranked(scores, number):
-    """Return the first `number` of the scores, the greatest first."""
-    if number < len(scores):
-        scores = np.partition(scores, len(scores) - number)[len(scores) - number :]
-    return np.sort(scores)[::-1]
-
-
-@compiled(on_disk=False)
-def _keep_first(scores, number):
-    """Mask all but the first `number` of the ranking, in which the lowest id goes first among equals."""
-    if number == len(scores):
-        return
-    last = np.partition(scores, len(scores) - number)[len(scores) - number]
-    num_equal = number
+@compiled(fastmath=SUMS, on_disk=False)
+def _quick_mass(scores, top, inverse):
+    """Return the sum of what the scores weigh, off by _MASS_ERROR of itself at most."""
+    total = 0.0
     for score in scores:
+        total += exponential((score - top) * inverse)
+    return total
+
+
+@compiled(on_disk=False)
+def _mass(scores, top, temperature):
+    total = 0.0
+    for score in scores:
+        total += np.exp((score - top) / temperature)
+    return total
+
+
+@compiled(on_disk=False)
+def _num_reaching(ranked, top, temperature, mass):
+    """Return how many of the ranked scores, one at least, have so much mass together; all where they have less."""
+    before = 0.0
+    for rank in range(len(ranked)):
+        if rank > 0 and not before < mass:
+            return rank
+        before += np.exp((ranked[rank] - top) / temperature)
+    return len(ranked)
+
+
+@compiled(on_disk=False)
+def _keep_first(scores, ranked, number):
+    """Mask all but the first `number` of the ranking, in which the lowest id goes first among equals."""
+    last, num_equal = ranked[number - 1], number
+    for score in ranked[:number]:
         num_equal -= score > last
     for token_id in range(len(scores)):
         if scores[token_id] == last and num_equal > 0:

@@ -28,10 +28,12 @@ def filter_rows(
     """
     its = [params[row] for row in rows]
     for row in rows:
-        logits[row, vocab_sizes[row] :] = -math.inf
+        if vocab_sizes[row] < logits.shape[1]:
+            logits[row, vocab_sizes[row] :] = -math.inf
     if _is_for_compiled_code(logits):
+        numbers = logits.numpy()
         for row, each in zip(rows, its, strict=True):
-            filter_row(logits[row].numpy(), each.temperature, each.top_k, each.top_p, each.min_p)
+            filter_row(numbers[row], each.temperature, each.top_k, each.top_p, each.min_p)
     else:
         index = torch.tensor(rows, device=logits.device)
         logits[index] = filtered(logits[index], its)
