@@ -20,10 +20,11 @@ from statistics import fmean
 from outrider_client import speculation_length
 from outrider_client.speculation_length import FixedLength, LengthController, PairSpeeds, RoundTimes
 
-NUM_SESSIONS = {1: 8, 8: 2}  # of the sweep, and seeds of each
+NUM_SEEDS = {1: 16, 2: 8, 4: 4, 8: 3, 16: 2}  # of the sweep, by number of sessions
 LENGTHS = (0, 2, 3, 4, 6, 8, 12, 16)  # among which the best constant is looked for
 NUM_TOKENS = 256
 STALL_S = 0.02
+CATCH_UP_ROUNDS = 16
 
 Chooser = FixedLength | LengthController
 
@@ -38,14 +39,19 @@ class Pair:
     row_s: float = 0.0  # of each further row
     overhead_s: float = 0.001
     noise: float = 0.1  # standard deviation, share of a round
-    catch_up_s: float = 0.0  # the draft needs after rounds without it, and slows the target meanwhile
+    catch_up_s: float = 0.0  # the draft needs after CATCH_UP_ROUNDS without it or more, and slows the target meanwhile
     hold_up_s: float = 0.0  # for which a session that ends holds up all others
     restart_s: float = 0.0  # the draft needs after a rejection, which voids what it has drafted meanwhile
     stall_share: float = 0.0  # of passes, which take STALL_S longer: the machine is at other work
+    more_rows: tuple[int, float] = (10**9, 0.0)  # beyond so many of one session, a pass takes so much longer
     knows_overlaps: bool = False  # whether it is known how probable acceptance was
 
+    def pass_s(self, num_rows: int, longest: int) -> float:
+        """Return the seconds of a pass, whose longest round has so many rows."""
+        return self.forward_s + self.row_s * (num_rows - 1) + self.more_rows[1] * (longest > self.more_rows[0])
+
     def mean_s(self, num_proposals: int) -> float:
-        forward = self.forward_s + self.row_s * (max(1, num_proposals) - 1)
+        forward = self.pass_s(max(1, num_proposals), num_proposals)
         return self.overhead_s * (2 if num_proposals else 1) + forward + self.draft_token_s * num_proposals
 
     def mean_tokens(self, num_proposals: int) -> float:
@@ -82,20 +88,20 @@ SHARED_PAIRS = PAIRS | {"crowded": CROWDED, "costly draft": COSTLY_DRAFT}
 
 # Like the embedded pair at two temperatures, with all that makes a look at the draft costly and misleading.
 EMBEDDED = Pair(
-    acceptance=0.75,
-    draft_token_s=0.0004,
-    forward_s=0.0012,
-    row_s=0.0002,
-    overhead_s=0.0006,
+    acceptance=0.85,
+    draft_token_s=0.0002,
+    forward_s=0.0007,
+    row_s=0.0001,
+    overhead_s=0.0003,
     noise=0.25,
-    catch_up_s=0.004,
+    catch_up_s=0.003,
     hold_up_s=0.01,
-    restart_s=0.0012,
+    restart_s=0.0006,
     stall_share=0.001,
     knows_overlaps=True,
 )
 EMBEDDED_HOT = replace(EMBEDDED, acceptance=0.35)
-EMBEDDED_RANDOM = replace(EMBEDDED, acceptance=0.01)
+EMBEDDED_RANDOM = replace(EMBEDDED, acceptance=0.01, restart_s=0.002)
 REAL_PAIRS = {"embedded": EMBEDDED, "embedded, hot": EMBEDDED_HOT, "embedded, random": EMBEDDED_RANDOM}
 
 # What changes when half of the text is there.
@@ -108,18 +114,33 @@ CHANGES = {
     "embedded, hotter": (EMBEDDED, EMBEDDED_HOT),
 }
 
+# Where each message takes as long as this, a round of proposals takes twice as long as one without, or longer.
+ROUND_TRIPS_S = (0.005, 0.05)
+FAR_PAIRS = {
+    f"{name}, {1000 * seconds:g} ms": replace(pair, overhead_s=seconds, noise=0.1)
+    for name, pair in {"good": GOOD, "modest": MODEST, **REAL_PAIRS}.items()
+    for seconds in ROUND_TRIPS_S
+}
+
+# From seven rows on a pass takes three times as long, as where weights have to be read once more.
+BENT = Pair(acceptance=0.95, draft_token_s=0.0002, forward_s=0.002, more_rows=(6, 0.004))
+SCENARIOS = SHARED_PAIRS | REAL_PAIRS | FAR_PAIRS | CHANGES | {"bent": BENT}
+
 
 class Draft:
-    """A session's draft: whether it has all tokens, and when it will."""
+    """A session's draft: how many rounds it has not been told of, and when it will have all tokens."""
 
     def __init__(self) -> None:
-        self.is_told, self.was_rejected, self.ready_at = False, False, 0.0
+        self.num_missed, self.was_rejected, self.ready_at = CATCH_UP_ROUNDS, False, 0.0  # at first: the prompt
 
     def on_round(self, needs_draft: bool, now: float, catch_up_s: float) -> None:
         """Begin a round: a draft that has fallen behind is told the text's tokens where it is needed."""
-        if needs_draft and not self.is_told:
-            self.ready_at = now + catch_up_s
-        self.is_told = needs_draft
+        if needs_draft:
+            if self.num_missed:
+                self.ready_at = now + catch_up_s * min(1.0, self.num_missed / CATCH_UP_ROUNDS)
+            self.num_missed = 0
+        else:
+            self.num_missed += 1
 
 
 def rate_together(
@@ -158,8 +179,8 @@ def rate_together(
         start, batch = max(now, waiting[0][0]), []
         while waiting and waiting[0][0] <= start:
             batch.append(heappop(waiting)[1])
-        num_rows = sum(max(1, lengths[session]) for session in batch)
-        forward_s = (pair.forward_s + pair.row_s * (num_rows - 1)) * max(0.5, random.gauss(1, pair.noise))
+        rows = [max(1, lengths[session]) for session in batch]
+        forward_s = pair.pass_s(sum(rows), max(rows)) * max(0.5, random.gauss(1, pair.noise))
         if pair.stall_share and random.random() < pair.stall_share:
             forward_s += STALL_S
         num_busy = sum(draft.ready_at > start for draft in drafts)
@@ -194,9 +215,9 @@ def scores(first_seed: int = 0) -> dict[str, float]:
     """Return means over all pairs, and the worst pair's ratio with the target only."""
     found: dict[str, float] = {}
     worst = []
-    for num_sessions, num_seeds in NUM_SESSIONS.items():
+    for num_sessions, num_seeds in NUM_SEEDS.items():
         by_pair = []
-        for pairs in (SHARED_PAIRS | REAL_PAIRS | CHANGES).values():
+        for pairs in SCENARIOS.values():
             of_seeds = [ratios(pairs, num_sessions, first_seed + index) for index in range(num_seeds)]
             by_pair.append([fmean(each) for each in zip(*of_seeds, strict=True)])
         worst.append(min(min(each) for each in by_pair))
