@@ -184,6 +184,11 @@ def distance(left: Distribution, right: Distribution) -> float:
     return sum(abs(left.get(string, 0.0) - right.get(string, 0.0)) for string in left.keys() | right.keys()) / 2
 
 
+def error_of(pair: Pair, num_speculative_tokens: int, outcomes: Outcomes) -> float:
+    """Return the total variation between what rounds of at most K proposals write and what the target writes."""
+    return distance(string_distribution(pair, num_speculative_tokens, outcomes), target_distribution(pair))
+
+
 def pair_of(params: str, draft_params: str, max_support: int, **changes) -> Pair:
     settings = PARAMS[params]
     return Pair(settings, DRAFT_PARAMS[draft_params] or settings, max_support, **changes)

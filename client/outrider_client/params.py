@@ -169,9 +169,7 @@ class SpeculationParams:
     method: Method = "speculative"
     num_speculative_tokens: int | Literal["auto"] = AUTO  # K: most proposals in a round; 0: target only
     overlap: bool | None = None  # the draft goes on while the target verifies; None: unless they share an accelerator
-    window: int | None = (
-        None  # positions that the draft may be ahead of the committed text; None: 2 K with overlap, else K
-    )
+    window: int | None = None  # positions the draft may be ahead of the committed text; None: 2 K with overlap, else K
     max_support: int = 0  # 0: the draft service's own limit
     min_draft_prob: float = 0.0
     greedy_draft: bool = False

@@ -71,9 +71,7 @@ class GenerationStats:
     num_target_retries: int = 0
     num_cache_mismatches: int = 0
     rounds: list[RoundStats] = field(default_factory=list)
-    draft_forward_s: list[float] = field(
-        default_factory=list
-    )  # per token, one mean for each message without alternatives
+    draft_forward_s: list[float] = field(default_factory=list)  # per token, a mean for each message of proposals alone
 
     @property
     def num_draft_failures(self) -> int:

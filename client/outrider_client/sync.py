@@ -267,7 +267,7 @@ class _Stream:
         if self._is_held_up:
             self._may_read.set()
 
-    def _wait_for_room(self) -> None:
+    def _wait_until_taken(self) -> None:
         self._may_read.clear()
         self._is_held_up = True  # and then look again: who takes one looks at this afterwards
         while not self._is_over and self._num_read - self._num_taken > MOST_UNREAD:
@@ -281,7 +281,7 @@ class _Stream:
                 self._mailbox.put((self, Received(self._link, message)))
                 self._num_read += 1
                 if self._num_read - self._num_taken > MOST_UNREAD:
-                    self._wait_for_room()
+                    self._wait_until_taken()
             self._mailbox.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
             self._mailbox.put((self, broken(self._link, error)))

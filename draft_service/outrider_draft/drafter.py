@@ -275,15 +275,13 @@ class Drafter:
     def _draws_of(self, options: list[DraftOptions]) -> Draws:
         """Return how tokens are drawn for paths of these options, still without numbers: mostly as the last time."""
         if options != self._last_options:
-            self._last_options, self._last_draws = (
-                options,
-                Draws.of(
-                    [its.vocab_size for its in options],
-                    [its.params for its in options],
-                    [its.max_support for its in options],
-                    [],
-                    max(its.num_others for its in options),
-                ),
+            self._last_options = options
+            self._last_draws = Draws.of(
+                [its.vocab_size for its in options],
+                [its.params for its in options],
+                [its.max_support for its in options],
+                [],
+                max(its.num_others for its in options),
             )
         return self._last_draws
 

@@ -272,11 +272,6 @@ class Engine:
 
         Of a caller's sessions those come first that have been in no pass for the longest time.
         """
-        wanted = [demand.num_left for demand in demands]
-        wishes = [(demand.sequence.caller, number) for demand, number in zip(demands, wanted, strict=True)]
-        shares = self._fair_passes.shares(wishes)
-        if shares == wanted:
-            return shares  # in whatever order
         order = sorted(demands, key=_waiting_order)
         shares = self._fair_passes.shares([(demand.sequence.caller, demand.num_left) for demand in order])
         share_of = dict(zip(order, shares, strict=True))
@@ -305,8 +300,7 @@ class Engine:
         return shares
 
     def _free(self) -> int:
-        caches = [sequence.cache for sequence in self._sequences]
-        return self._max_cost - sum([cache.cost(cache.length) for cache in caches])
+        return self._max_cost - sum([_cost(sequence.cache) for sequence in self._sequences])
 
     def _make_room(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
         """Drop caches until `needed` is free for `demands[index]`, or none is left to drop; return what is free then.
@@ -374,4 +368,4 @@ def _cost(cache: Cache) -> int:
 
 
 def _cost_of_growing(cache: Cache, num_tokens: int) -> int:
-    return cache.cost(cache.length + num_tokens) - cache.cost(cache.length)
+    return cache.cost(cache.length + num_tokens) - _cost(cache)

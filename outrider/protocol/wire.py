@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -54,19 +54,12 @@ def support_of(gaps: Sequence[int], field: str, vocab_size: int) -> np.ndarray:
     Raises:
         InvalidArgumentError: an id is outside the vocabulary.
     """
-    ids = np.array(_sums_of(gaps) if len(gaps) <= FEW else gaps, dtype=np.int64)
     if len(gaps) > FEW:
-        ids = (ids + 1).cumsum() - 1
+        ids = (np.array(gaps, dtype=np.int64) + 1).cumsum() - 1
+    else:
+        ids = np.array([*accumulate(gaps, lambda last, gap: last + gap + 1)], dtype=np.int64)
     if len(ids) and ids[-1] >= vocab_size:
         raise InvalidArgumentError(f"{field} holds id {_beyond(ids[-1], vocab_size)}")
-    return ids
-
-
-def _sums_of(gaps: Sequence[int]) -> list[int]:
-    ids, last = [], -1
-    for gap in gaps:
-        last += gap + 1
-        ids.append(last)
     return ids
 
 

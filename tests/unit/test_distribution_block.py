@@ -25,12 +25,11 @@ from tests.enumeration import (
     Prefix,
     distance,
     drafted_strings,
+    error_of,
     every_draft,
     every_params,
     every_support_size,
     pair_of,
-    string_distribution,
-    target_distribution,
 )
 
 
@@ -110,13 +109,13 @@ def kept_masses(pair: Pair, prefix: Prefix) -> tuple[Distribution, Distribution,
 @pytest.mark.parametrize("num_speculative_tokens", [2, NUM_TOKENS])
 def test_whole_strings_follow_the_target(params, draft_params, max_support, num_speculative_tokens):
     pair = pair_of(params, draft_params, max_support)
-    assert distance(string_distribution(pair, num_speculative_tokens, outcomes), target_distribution(pair)) < TOLERANCE
+    assert error_of(pair, num_speculative_tokens, outcomes) < TOLERANCE
 
 
 @every_params
 def test_without_proposals_the_token_is_the_targets_own_draw(params):
     pair = pair_of(params, "same", VOCAB_SIZE)
-    assert distance(string_distribution(pair, 0, outcomes), target_distribution(pair)) < TOLERANCE
+    assert error_of(pair, 0, outcomes) < TOLERANCE
 
 
 @every_params
@@ -202,7 +201,7 @@ BROKEN_FUNCTIONS = [
 def test_a_broken_formula_is_found(monkeypatch, name, broken, max_support):
     monkeypatch.setattr(acceptance, name, broken)
     pair = pair_of("plain", "same", max_support)
-    assert distance(string_distribution(pair, NUM_TOKENS, outcomes), target_distribution(pair)) > SABOTAGE_DISTANCE
+    assert error_of(pair, NUM_TOKENS, outcomes) > SABOTAGE_DISTANCE
 
 
 def distribution_of_two(pair: Pair, is_drawn_anew: bool) -> Distribution:

@@ -34,6 +34,7 @@ from tests.enumeration import (
     Pair,
     Prefix,
     distance,
+    error_of,
     every_draft,
     every_params,
     every_support_size,
@@ -137,7 +138,7 @@ def test_a_proposal_is_accepted_with_the_mass_that_both_share(params, draft_para
 @every_params
 def test_without_proposals_the_token_is_the_targets_own_draw(params):
     pair = pair_of(params, "same", VOCAB_SIZE)
-    assert distance(string_distribution(pair, 0, outcomes), target_distribution(pair)) < TOLERANCE
+    assert error_of(pair, 0, outcomes) < TOLERANCE
 
 
 @every_params
@@ -146,7 +147,7 @@ def test_without_proposals_the_token_is_the_targets_own_draw(params):
 @pytest.mark.parametrize("num_speculative_tokens", [1, 2, 3])
 def test_whole_strings_follow_the_target(params, draft_params, max_support, num_speculative_tokens):
     pair = pair_of(params, draft_params, max_support)
-    assert distance(string_distribution(pair, num_speculative_tokens, outcomes), target_distribution(pair)) < TOLERANCE
+    assert error_of(pair, num_speculative_tokens, outcomes) < TOLERANCE
 
 
 @every_support_size
@@ -157,7 +158,7 @@ def test_float32_on_the_wire_moves_the_distribution_by_no_more_than_its_rounding
     normalised distribution with it by at most r of total variation. The positions' variations add up.
     """
     pair = pair_of("plain", "same", max_support, mass_dtype=np.float32)
-    moved = distance(string_distribution(pair, 3, outcomes), target_distribution(pair))
+    moved = error_of(pair, 3, outcomes)
     assert moved < NUM_TOKENS * 2**-24
 
 
@@ -166,7 +167,7 @@ def test_float32_on_the_wire_moves_the_distribution_by_no_more_than_its_rounding
 def test_float32_logits_move_the_distribution_by_no_more_than_their_rounding(params, max_support):
     """They are read by compiled code, and the distribution is that of the logits in float64."""
     pair = pair_of(params, "same", max_support, dtype=torch.float32)
-    moved = distance(string_distribution(pair, 3, outcomes), target_distribution(pair))
+    moved = error_of(pair, 3, outcomes)
     assert moved < NUM_TOKENS * FLOAT32_DISTANCE
 
 
@@ -220,23 +221,20 @@ BROKEN_FUNCTIONS = [
 def test_a_broken_formula_is_found(monkeypatch, name, broken, num_speculative_tokens):
     monkeypatch.setattr(acceptance, name, broken)
     pair = pair_of("plain", "same", 2)
-    assert (
-        distance(string_distribution(pair, num_speculative_tokens, outcomes), target_distribution(pair))
-        > SABOTAGE_DISTANCE
-    )
+    assert error_of(pair, num_speculative_tokens, outcomes) > SABOTAGE_DISTANCE
 
 
 @pytest.mark.parametrize("max_support", [2, 3])
 def test_a_q_that_was_not_sampled_from_is_found(max_support):
     pair = pair_of("plain", "same", max_support, claimed_probs=untruncated_row)
-    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > SABOTAGE_DISTANCE
+    assert error_of(pair, 3, outcomes) > SABOTAGE_DISTANCE
 
 
 @pytest.mark.parametrize("max_support", [2, 3, VOCAB_SIZE])
 def test_a_q_from_before_rounding_is_found(max_support):
     """Rounding moves each q by at most 2^-14 = 6e-5: little, but 10^6 times the tolerance."""
     pair = pair_of("plain", "same", max_support, claimed_probs=unrounded_row)
-    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > 1e-6
+    assert error_of(pair, 3, outcomes) > 1e-6
 
 
 def rows_without_remainders(
@@ -255,7 +253,7 @@ def rows_without_remainders(
 def test_a_remainder_that_is_forgotten_is_found(max_support):
     """It is below 2^-18 = 4e-6 of the mass an id: little, but 10^5 times the tolerance."""
     pair = pair_of("plain", "same", max_support, read_rows=rows_without_remainders)
-    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > 1e-7
+    assert error_of(pair, 3, outcomes) > 1e-7
 
 
 @pytest.mark.parametrize("max_support", [1, VOCAB_SIZE])
@@ -263,15 +261,15 @@ def test_compiled_code_of_another_distribution_is_found(monkeypatch, max_support
     """Rows of float32 logits a tenth too hot; which shows too that compiled code reads them."""
     monkeypatch.setattr(cpu, "target_rows", lambda rows, hot, *rest: target_rows(rows, 1.1 * hot, *rest))
     pair = pair_of("plain", "same", max_support, dtype=torch.float32, read_rows=functools.partial(read_logits))
-    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > SABOTAGE_DISTANCE
+    assert error_of(pair, 3, outcomes) > SABOTAGE_DISTANCE
 
 
 def test_one_uniform_for_all_positions_is_found():
     """At one position it is right; whole strings show it."""
     pair = pair_of("plain", "same", VOCAB_SIZE)
     broken = functools.partial(outcomes, runs=with_one_uniform)
-    assert distance(string_distribution(pair, 1, broken), target_distribution(pair)) < TOLERANCE
-    assert distance(string_distribution(pair, 3, broken), target_distribution(pair)) > SABOTAGE_DISTANCE
+    assert error_of(pair, 1, broken) < TOLERANCE
+    assert error_of(pair, 3, broken) > SABOTAGE_DISTANCE
 
 
 def test_rows_filtered_otherwise_than_the_target_samples_are_found():

@@ -23,12 +23,9 @@ from tests.enumeration import (
     VOCAB_SIZE,
     Pair,
     Prefix,
-    distance,
+    error_of,
     every_params,
     target_distribution,
-)
-from tests.enumeration import (
-    string_distribution as distribution_by,
 )
 from tests.unit import test_distribution_block, test_distribution_formulas
 
@@ -58,9 +55,7 @@ def pair_of(params: str) -> LookupPair:
 @every_number
 def test_whole_strings_follow_the_target(params, rule, num_speculative_tokens):
     pair = pair_of(params)
-    assert (
-        distance(distribution_by(pair, num_speculative_tokens, OUTCOMES[rule]), target_distribution(pair)) < TOLERANCE
-    )
+    assert error_of(pair, num_speculative_tokens, OUTCOMES[rule]) < TOLERANCE
 
 
 def test_proposals_are_neither_sure_nor_hopeless():
@@ -81,10 +76,7 @@ def with_another_token(rule: Rule, token_id: int) -> draft_pb2.Proposal:
 def test_a_distribution_that_it_was_not_drawn_from_is_found(monkeypatch, rule, num_speculative_tokens):
     monkeypatch.setattr(Rule, "certain_proposal", with_another_token)
     pair = pair_of("plain")
-    assert (
-        distance(distribution_by(pair, num_speculative_tokens, OUTCOMES[rule]), target_distribution(pair))
-        > SABOTAGE_DISTANCE
-    )
+    assert error_of(pair, num_speculative_tokens, OUTCOMES[rule]) > SABOTAGE_DISTANCE
 
 
 class Chosen(Pair):
@@ -102,7 +94,7 @@ class Chosen(Pair):
 def test_a_choice_that_looks_at_the_proposals_is_found(rule):
     """So the better source is told from rounds that are over."""
     pair = Chosen(PARAMS["plain"], PARAMS["plain"])
-    assert distance(distribution_by(pair, 2, OUTCOMES[rule]), target_distribution(pair)) > SABOTAGE_DISTANCE
+    assert error_of(pair, 2, OUTCOMES[rule]) > SABOTAGE_DISTANCE
 
 
 def test_the_prompt_has_a_match_for_every_string():

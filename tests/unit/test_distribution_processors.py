@@ -40,11 +40,9 @@ from tests.enumeration import (
     VOCAB_SIZE,
     Pair,
     Prefix,
-    distance,
+    error_of,
     middles,
     normalised,
-    string_distribution,
-    target_distribution,
 )
 from tests.processors import EVERY_PROCESSOR, WITH_HISTORY, processed
 from tests.rows import probability_rows
@@ -167,20 +165,20 @@ class ProcessedPair(Pair):
 def test_whole_strings_follow_the_target(settings, draft_knows, num_speculative_tokens):
     params = DistributionParams(**settings)
     pair = ProcessedPair(params, params if draft_knows else PLAIN, 3)
-    assert distance(string_distribution(pair, num_speculative_tokens, outcomes), target_distribution(pair)) < TOLERANCE
+    assert error_of(pair, num_speculative_tokens, outcomes) < TOLERANCE
 
 
 def test_processors_come_before_temperature_and_filters():
     params = DistributionParams(0.7, 3, 0.9, frequency_penalty=1.0, repetition_penalty=1.5)
     pair = ProcessedPair(params, params, 3)
-    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) < TOLERANCE
+    assert error_of(pair, 3, outcomes) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", WITH_HISTORY)
 def test_a_history_without_the_proposals_before_a_row_is_found(name):
     params = DistributionParams(**EVERY_PROCESSOR[name])
     pair = ProcessedPair(params, params, VOCAB_SIZE, forgets_proposals=True)
-    assert distance(string_distribution(pair, 3, outcomes), target_distribution(pair)) > SABOTAGE_DISTANCE
+    assert error_of(pair, 3, outcomes) > SABOTAGE_DISTANCE
 
 
 # The services' own histories.

@@ -110,9 +110,7 @@ class Broken:
     code: grpc.StatusCode
     details: str
     retry_delay_s: float | None = None
-    reason: str | None = (
-        None  # from the service's ErrorInfo; None: something between client and service ended the stream
-    )
+    reason: str | None = None  # from the service's ErrorInfo; None: something on the way to it ended the stream
 
     @classmethod
     def of_draft(cls, reason: str, details: str) -> Broken:
