@@ -70,9 +70,7 @@ class Core:
         self._target: Target | None = None
         self._connection: Connection | None = None
         self._is_closed = False
-        self._guard = (
-            threading.RLock()
-        )  # of the connection and the texts; reentrant: a signal handler may close the client
+        self._guard = threading.RLock()  # of connection and texts; reentrant: a signal handler may close the client
         self._texts: WeakSet[Text] = WeakSet()  # to interrupt at the end
 
     def end(self) -> Connection | None:
