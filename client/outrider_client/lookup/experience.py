@@ -43,7 +43,7 @@ class Experience:
         """Learn from committed tokens: how long the match before each was, and whether it went on with it."""
         with self._lock:
             for match_length, agrees in outcomes:
-                self._agreement[_class_of(match_length)].add(agrees)
+                self._agreement[class_of(match_length)].add(agrees)
 
     def learn_round(self, num_proposals: int, seconds: float) -> None:
         """Learn what a round without the draft took; one of no proposals feeds one token, as one of a single does."""
@@ -64,13 +64,18 @@ class Experience:
 
     def agreement(self, match_length: int) -> float:
         """Return the probability that a match goes on as it did before."""
-        index = _class_of(match_length)
-        known = self._agreement[index]
-        return (known.total + PRIOR_WEIGHT * PRIOR_AGREEMENT[index]) / (known.weight + PRIOR_WEIGHT)
+        return self._agreements[class_of(match_length)]
+
+    @property
+    def _agreements(self) -> list[float]:
+        """The probability for each class."""
+        pairs = zip(self._agreement, PRIOR_AGREEMENT, strict=True)
+        return [(known.total + PRIOR_WEIGHT * prior) / (known.weight + PRIOR_WEIGHT) for known, prior in pairs]
 
     def expected_tokens(self, match_length: int, most: int) -> list[float]:
         """Return E(0) … E(most)."""
-        chances = (self.agreement(match_length + index) for index in range(most - 1))
+        agreements = self._agreements
+        chances = (agreements[class_of(match_length + index)] for index in range(most - 1))
         return [1.0, *accumulate(accumulate(chances, mul), initial=1.0)][: most + 1]
 
     def best_number(self, expected: Sequence[float]) -> int:
@@ -84,7 +89,8 @@ class Experience:
         return max(range(len(expected)), key=lambda number: expected[number] / seconds[number])
 
 
-def _class_of(match_length: int) -> int:
+def class_of(match_length: int) -> int:
+    """Return the index of a match's class in PRIOR_AGREEMENT."""
     return min(max(match_length.bit_length() - 2, 0), len(PRIOR_AGREEMENT) - 1)
 
 
