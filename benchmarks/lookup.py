@@ -228,7 +228,7 @@ def sweep(client: SpeculativeClient, plan: Plan) -> list[dict[str, Any]]:
 @click.option("--temperature", "temperatures", type=float, multiple=True, default=(0.0, 0.7))
 @click.option("--num-tokens", default=128, help="Most tokens of a text.")
 @click.option("--repetitions", default=3)
-@click.option("--threads", default=2, help="CPU threads of a service that is started here.")
+@click.option("--threads", default=1, help="CPU threads of a service that is started here.")
 @click.option("--sweep", "sweeps", is_flag=True, help="Try least lengths of a match instead.")
 @click.option("--save-result", type=click.Path(path_type=Path))
 def main(**values: Any) -> None:
