@@ -150,7 +150,8 @@ def measure(client: SpeculativeClient, plan: Plan, repetitions: int) -> list[Lin
                 names.append(names.pop(0))  # each method is the first in its turn
                 results = {name: client.generate(prompt, sampling, methods[name]) for name in names}
                 base = results["target only"].stats.tokens_per_s
-                for name, result in results.items():
+                for name in methods:
+                    result = results[name]
                     if result.token_ids != first.token_ids:
                         raise click.ClickException(f"{name} wrote another text")
                     if turn:
