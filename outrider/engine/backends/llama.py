@@ -74,7 +74,7 @@ class LlamaForward:
 
     def __init__(self, spec: DecoderSpec):
         """Copy the weights of a model to which `why_not` has no objection."""
-        weights, entries = spec.weights, spec.entries
+        weights, entries = spec.weights, spec.kv_shape
         assert weights
         assert weights.rotary
         assert entries

@@ -103,7 +103,7 @@ class TransformersForward:
         with torch.inference_mode():
             two = torch.arange(2, device=self.device)
             self(two, two, two, PackedBatch([(slice(0, 2), cache)]))
-        self.num_layers, self.entries = cache.num_layers, cache.entry_shape  # of caches
+        self.num_layers, self.kv_shape = cache.num_layers, cache.kv_shape  # of caches
 
     @property
     def visible(self) -> list[Visible]:

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from outrider.engine.backends.runner import TransformersForward
-from outrider.engine.kv_cache import EntryShape
+from outrider.engine.kv_cache import KvShape
 from outrider.engine.models.configuration import context_length_of, vocab_size_of
 from outrider.engine.models.visibility import Visible
 
@@ -160,8 +160,8 @@ class DecoderSpec:
     def num_query_heads(self) -> int:
         """Hq, of a model whose weights are read."""
         assert self.weights
-        assert self.entries
-        return self.weights.layers[0].output.weight.shape[1] // self.entries.head_dim
+        assert self.kv_shape
+        return self.weights.layers[0].output.weight.shape[1] // self.kv_shape.head_dim
 
     @property
     def device(self) -> torch.device:
@@ -169,9 +169,9 @@ class DecoderSpec:
         return self.reference.device
 
     @property
-    def entries(self) -> EntryShape | None:
+    def kv_shape(self) -> KvShape | None:
         """What a position of a cache holds; None where the layers' entries are not of one size."""
-        return self.reference.entries
+        return self.reference.kv_shape
 
 
 def _is_quantised(model: PreTrainedModel) -> bool:
@@ -190,9 +190,9 @@ def _read_weights(model: Any, reference: TransformersForward) -> DecoderWeights:
         raise _NotReadError("the weights are quantised")
     if len({(weight.device, weight.dtype) for weight in model.parameters()}) > 1:
         raise _NotReadError("the weights are not of one type on one device")
-    if reference.entries is None or any(visible.chunk_size for visible in reference.visible):
+    if reference.kv_shape is None or any(visible.chunk_size for visible in reference.visible):
         raise _NotReadError("its layers see chunks, or are not of one size")
-    if reference.entries.num_layers != model.config.num_hidden_layers:
+    if reference.kv_shape.num_layers != model.config.num_hidden_layers:
         raise _NotReadError("not all of its layers have caches")
     return _READERS[family](model, reference.visible)
 

@@ -28,8 +28,8 @@ def why_not(spec: DecoderSpec) -> str | None:
     reason = why_not_llama(spec)
     if reason is None and spec.dtype != torch.float32:
         return "it takes float32"
-    if reason is None and spec.entries and spec.entries.head_dim % LANES:
-        return f"it takes heads of multiples of {LANES}, not of {spec.entries.head_dim}"
+    if reason is None and spec.kv_shape and spec.kv_shape.head_dim % LANES:
+        return f"it takes heads of multiples of {LANES}, not of {spec.kv_shape.head_dim}"
     return reason
 
 
@@ -40,7 +40,7 @@ class CompiledLlamaRunner:
 
     def __init__(self, spec: DecoderSpec):
         """Copy the numbers of a model to which `why_not` has no objection."""
-        weights, entries = spec.weights, spec.entries
+        weights, entries = spec.weights, spec.kv_shape
         assert weights
         assert weights.rotary
         assert entries

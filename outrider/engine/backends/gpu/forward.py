@@ -1,6 +1,6 @@
 """A forward pass of our own on GPUs, for families whose layers are norm, attention, norm, feed-forward.
 
-Eight kernels make a layer of few tokens: query, key and value together; rotary embedding and the way into the pages;
+Eight kernels make a layer of few tokens: query, key and value together; rotary embedding and the way into the blocks;
 attention (two kernels, where a cache is read in parts); the output, in parts; a norm, which adds them to the residual;
 the feed-forward layer's first product with its activation; its second, in parts; the next layer's norm.
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from outrider.engine.backends.attention import AttentionBatch
-from outrider.engine.backends.gpu.entries import Angles, store_entries
+from outrider.engine.backends.gpu.kv_store import Angles, store_kv
 from outrider.engine.backends.gpu.products import GATED_SILU, GELU, RELU, GpuNorm, GpuProduct
 from outrider.engine.backends.paged.attention import PagedBatch
 from outrider.engine.models.spec import Activation, DecoderSpec, LayerSpec
@@ -53,7 +53,7 @@ class GpuForward:
 
     def __init__(self, spec: DecoderSpec):
         """Take the weights of a model to which `why_not` has no objection; it goes on with memory that is shared."""
-        weights, entries = spec.weights, spec.entries
+        weights, entries = spec.weights, spec.kv_shape
         assert weights
         assert entries
         self._num_query_heads, self._head_dim, self.device = spec.num_query_heads, entries.head_dim, spec.device
@@ -78,7 +78,7 @@ class GpuForward:
         for index, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
             projected = layer.query_key_value(normed).view(len(hidden), -1, self._head_dim)
             keys, values = packed.layers[index]
-            store_entries(projected, keys, values, packed.slots, positions, self._angles)
+            store_kv(projected, keys, values, packed.slots, positions, self._angles)
             query = projected[:, : self._num_query_heads]
             mixed = packed.mix(index, query, layer.scaling, layer.visible)
             hidden, normed = layer.feed_forward_norm.of_sum(hidden, layer.output.parts(mixed.view(len(hidden), -1)))

@@ -2,7 +2,7 @@
 
 A step is a pass of one token for each sequence, the draw, and the way to the next step: the token that was drawn, its
 position and its slot. All of it is recorded, so that a round of drafts is some replays and one copy to the host. The
-pages of all steps are reserved beforehand. What a step draws with (uniforms, temperatures) lies in one buffer for all
+blocks of all steps are reserved beforehand. What a step draws with (uniforms, temperatures) lies in one buffer for all
 steps, and a counter on the device says which step it is.
 
 Shapes: n draws, N sequences (of a bucket, where a graph is meant), S tokens of a support at most, M other tokens, V
@@ -31,7 +31,7 @@ class _Ahead:
     """A cache as it will be when a step begins."""
 
     length: int
-    page_table: np.ndarray
+    block_table: np.ndarray
 
 
 class _StagedNumbers:
@@ -152,7 +152,7 @@ class DraftingPagedRunner(PagedRunner):
             first.inputs.send(feeds, [its_slots[:size] for its_slots, size in zip(slots, sizes, strict=True)])
             if num_draws > 1:
                 ahead = [
-                    Feed(_Ahead(feed.cache.length + size, feed.cache.page_table), [0], 1)
+                    Feed(_Ahead(feed.cache.length + size, feed.cache.block_table), [0], 1)
                     for feed, size in zip(feeds, sizes, strict=True)
                 ]
                 next_slots = [its_slots[size : size + 1] for its_slots, size in zip(slots, sizes, strict=True)]
@@ -216,9 +216,9 @@ class DraftingPagedRunner(PagedRunner):
 
     def _move_on(self, inputs: StagedInputs) -> None:
         """Make the inputs those of the next position."""
-        positions, page_size = inputs["positions"].add_(1), self._pool.page_size
+        positions, block_size = inputs["positions"].add_(1), self._pool.block_size
         inputs["seqused_k"].add_(1)
         table = inputs["block_table"]
-        index = (positions // page_size).clamp_(max=table.shape[1] - 1)
-        pages = table.gather(1, index[:, None])[:, 0].long()
-        inputs["slots"].copy_(pages * page_size + positions % page_size)
+        index = (positions // block_size).clamp_(max=table.shape[1] - 1)
+        blocks = table.gather(1, index[:, None])[:, 0].long()
+        inputs["slots"].copy_(blocks * block_size + positions % block_size)

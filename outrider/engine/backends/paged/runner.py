@@ -1,10 +1,10 @@
 """Runs forward passes on paged caches, padded to buckets and replayed as CUDA graphs where the pass is small.
 
-Everything a pass reads but the weights and the caches (token ids, positions, slots, lengths, page tables) is written
-into one pinned buffer and goes to the device in one copy. The block tables go along: 4 bytes for each page of a
+Everything a pass reads but the weights and the caches (token ids, positions, slots, lengths, block tables) is written
+into one pinned buffer and goes to the device in one copy. The block tables go along: 4 bytes for each block of a
 sequence, whose rows each cache keeps up to date on the host.
 
-Shapes: T rows of the packed row, N sequences, B pages that one sequence can have, R rows read, V vocabulary size.
+Shapes: T rows of the packed row, N sequences, B blocks that one sequence can have, R rows read, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from outrider.engine.backends.batch import Batch, Feed
 from outrider.engine.backends.paged.attention import PagedBatch, VarlenAttention
-from outrider.engine.backends.paged.cache import SCRATCH_PAGE, PagedCache, PagePool
+from outrider.engine.backends.paged.cache import SCRATCH_BLOCK, BlockPool, PagedCache
 from outrider.engine.backends.paged.graphs import Buckets, GraphKey, GraphRunner, Replay
 from outrider.engine.backends.runner import ForwardPass
 from outrider.sampling.transfers import wait_for
@@ -29,12 +29,12 @@ ALIGNMENT = 16  # bytes: compiled kernels come in one kind for pointers that are
 class StagedInputs:
     """The inputs of passes of one size: a pinned buffer, its twin on the device, and the arrays that both hold."""
 
-    def __init__(self, num_sequences: int, num_tokens: int, max_pages: int, device: torch.device):
+    def __init__(self, num_sequences: int, num_tokens: int, max_blocks: int, device: torch.device):
         long_sizes = {"token_ids": num_tokens, "positions": num_tokens, "slots": num_tokens, "rows": num_tokens}
         int_sizes = {
             "cu_seq_q": num_sequences + 1,
             "seqused_k": num_sequences,
-            "block_table": num_sequences * max_pages,
+            "block_table": num_sequences * max_blocks,
         }
         sizes = {name: (torch.int64, size) for name, size in long_sizes.items()}
         sizes |= {name: (torch.int32, size) for name, size in int_sizes.items()}
@@ -43,15 +43,15 @@ class StagedInputs:
         self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._arrays = {name: part.numpy() for name, part in _parts(self._host, sizes).items()}
         self._tensors = _parts(self._device, sizes)
-        self._table_shape = (num_sequences, max_pages)
+        self._table_shape = (num_sequences, max_blocks)
 
     def send(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> int:
         """Write the inputs for `feeds`, whose new entries go to `slots`, and copy them; return how many rows they want.
 
-        What is left of the arrays is padding: tokens that write to the scratch page, and sequences that read it alone.
+        What is left of the arrays is padding: tokens that write to the scratch block, and sequences that read it alone.
         """
         batch = Batch.of(feeds)
-        self._fill(batch, [feed.cache.page_table for feed in feeds], slots)
+        self._fill(batch, [feed.cache.block_table for feed in feeds], slots)
         self._device.copy_(self._host, non_blocking=True)  # done when the pass is, which the runner waits for
         return len(batch.rows)
 
@@ -60,18 +60,18 @@ class StagedInputs:
         tensor = self._tensors[name]
         return tensor.view(self._table_shape) if name == "block_table" else tensor
 
-    def _fill(self, batch: Batch, page_tables: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> None:
+    def _fill(self, batch: Batch, block_tables: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> None:
         host, num_tokens, num_sequences = self._arrays, len(batch.token_ids), len(batch.lengths)
         host["token_ids"][:num_tokens] = batch.token_ids
         host["positions"][:num_tokens] = batch.positions
         host["slots"][:num_tokens] = np.concatenate(slots) if slots else 0
         for name in ("token_ids", "positions", "slots"):
-            host[name][num_tokens:] = 0  # slot 0 is the scratch page's first
+            host[name][num_tokens:] = 0  # slot 0 is the scratch block's first
         host["rows"][: len(batch.rows)] = batch.rows
         host["cu_seq_q"][: num_sequences + 1] = batch.starts
         host["seqused_k"][:num_sequences] = batch.lengths + np.diff(batch.starts)
-        for index, page_table in enumerate(page_tables):
-            host["block_table"].reshape(self._table_shape)[index] = page_table
+        for index, block_table in enumerate(block_tables):
+            host["block_table"].reshape(self._table_shape)[index] = block_table
         self._fill_sequences(num_sequences, num_tokens)
 
     def _fill_sequences(self, num_fed: int, num_tokens: int) -> None:
@@ -81,7 +81,7 @@ class StagedInputs:
         each_has_one = len(host["token_ids"]) == num_sequences
         host["cu_seq_q"][num_fed + 1 :] = num_tokens + (np.arange(1, num_padding + 1) if each_has_one else 0)
         host["seqused_k"][num_fed:] = 1
-        host["block_table"].reshape(self._table_shape)[num_fed:] = SCRATCH_PAGE
+        host["block_table"].reshape(self._table_shape)[num_fed:] = SCRATCH_BLOCK
 
 
 def _padded_bytes(dtype: torch.dtype, size: int) -> int:
@@ -115,7 +115,7 @@ class PagedRunner:
     def __init__(
         self,
         forward_pass: ForwardPass,
-        pool: PagePool,
+        pool: BlockPool,
         context_length: int,
         varlen_attn: VarlenAttention,
         graphs: GraphRunner | None,
@@ -161,7 +161,7 @@ class PagedRunner:
                 try:
                     yield slots
                 finally:
-                    wait_for(self.device)  # behind a failure, too: buffers and pages are in use until then
+                    wait_for(self.device)  # behind a failure, too: buffers and blocks are in use until then
         except BaseException:
             for feed in feeds:
                 feed.cache.truncate(feed.cache.length)  # gives back what was reserved
@@ -211,7 +211,7 @@ class PagedRunner:
         return self._graphs[key]
 
     def _inputs(self, num_sequences: int, num_tokens: int) -> StagedInputs:
-        return StagedInputs(num_sequences, num_tokens, self._pool.num_pages_for(self._context_length), self.device)
+        return StagedInputs(num_sequences, num_tokens, self._pool.num_blocks_for(self._context_length), self.device)
 
     def _call(self, inputs: StagedInputs, rows: torch.Tensor, max_q: int, max_length: int) -> torch.Tensor:
         batch = PagedBatch(

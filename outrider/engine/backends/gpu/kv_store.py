@@ -1,6 +1,6 @@
-"""Rotary embedding, and the way of new keys and values into their pages, in one kernel.
+"""Rotary embedding, and the way of new keys and values into their blocks, in one kernel.
 
-Shapes: T tokens in the packed row, L positions, Hq query heads, H key-value heads, D head size, P pages in the pool.
+Shapes: T tokens in the packed row, L positions, Hq query heads, H key-value heads, D head size, P blocks in the pool.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _store(
     NUM_QUERY_HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, HALF_DIM: tl.constexpr, PADDED_HALF: tl.constexpr,
     HAS_ANGLES: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: a query is turned where it is, a key on its way to its page, a value goes as it is."""
+    """One head of one token: a query is turned where it is, a key on its way to its block, a value goes as it is."""
     token, head = tl.program_id(0), tl.program_id(1) + first_head
     head_dim = 2 * HALF_DIM
     place = tl.arange(0, PADDED_HALF)
@@ -51,7 +51,7 @@ class Angles:
     sines: torch.Tensor
 
 
-def store_entries(
+def store_kv(
     projected: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -59,12 +59,12 @@ def store_entries(
     positions: torch.Tensor,
     angles: Angles | None,
 ) -> None:
-    """Write the keys and values of `projected` into one layer's pages; with `angles`, turn keys and queries first.
+    """Write the keys and values of `projected` into one layer's blocks; with `angles`, turn keys and queries first.
 
     Args:
         projected: `[T, Hq + 2 H, D]`, contiguous: queries, which are turned in place, keys, values.
-        keys, values: `[P, page_size, H, D]`, contiguous.
-        slots: `[T] int64`, page · page_size + offset.
+        keys, values: `[P, block_size, H, D]`, contiguous.
+        slots: `[T] int64`, block · block_size + offset.
         positions: `[T] int64`.
     """
     num_tokens, num_all_heads, head_dim = projected.shape
