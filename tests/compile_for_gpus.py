@@ -97,7 +97,7 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # that a program
 
 
 def _aligned(kernel, types: dict[str, str]) -> list[int]:
-    """Return the indices of arguments that are multiples of 16, as nearly all are: loads are then wide and pipelined."""
+    """Return the indices of arguments that are multiples of 16, as most are: loads are then wide and pipelined."""
     are_whole = [types.get(argument, "fp").startswith(("*", "i")) for argument in kernel.arg_names]
     return [
         index

@@ -1,5 +1,5 @@
 """Continuous batching of rounds: the next pass takes whatever has arrived while the present one ran, and may wait for
-what is about to (gathering.py). Knows no gRPC.
+what is about to (batch_delay.py). Knows no gRPC.
 
 A round becomes a demand on the engine: feed the pending token and all proposals but the last, return one row for
 each.
@@ -29,7 +29,7 @@ from outrider.sampling.draws import NO_SUPPORT, Reading, TargetRows
 from outrider.sampling.logprobs import logprobs_of
 from outrider.sampling.pipeline import begin_reading, joined
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
-from outrider_target.gathering import Gathering
+from outrider_target.batch_delay import BatchDelay
 
 IDS_OF_A_ROW = 256  # of a support, that take as long as reading a row without any
 
@@ -103,7 +103,7 @@ class Scheduler:
     def __init__(self, engine: Engine, context_length: int):
         self._engine, self._context_length = engine, context_length
         self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick, self._patience_s)
-        self._gathering = Gathering()
+        self._batch_delay = BatchDelay()
         self._prefills: dict[Session, Demand] = {}
         self._jobs: dict[Session, _Job] = {}
         self._arrivals = itertools.count()
@@ -126,7 +126,7 @@ class Scheduler:
                 pass
             self._end(session)
         self._engine.forget_passes()
-        self._gathering = Gathering()  # passes in which something was compiled say nothing of others
+        self._batch_delay = BatchDelay()  # passes in which something was compiled say nothing of others
         raise_errors_in(answers)
 
     def open(
@@ -201,7 +201,7 @@ class Scheduler:
             return
         self._prefills.pop(session, None)  # the round includes what is left of it
         self._jobs[session] = _Job(session, demand, arrived_at, work, emit)
-        self._gathering.on_round(session, demand.num_left, arrived_at)
+        self._batch_delay.on_round(session, demand.num_left, arrived_at)
 
     def _apply(self, session: Session, work: Round) -> Demand:
         """Bring the sequence to the round's tokens and return the demand for its rows."""
@@ -222,13 +222,13 @@ class Scheduler:
         self._prefills.pop(session, None)
         self._jobs.pop(session, None)
         self._engine.remove(session.sequence)
-        self._gathering.forget(session)
+        self._batch_delay.forget(session)
 
     def _patience_s(self) -> float:
         """Return for how long the next pass waits for rounds that are about to come; prompts wait for nobody."""
         if not self._jobs or self._prefills:
             return 0.0
-        return self._gathering.patience_s(len(self._jobs), time.monotonic())
+        return self._batch_delay.seconds(len(self._jobs), time.monotonic())
 
     def _step(self) -> bool:
         owners = {demand: session for session, demand in self._prefills.items()}
@@ -242,7 +242,7 @@ class Scheduler:
             if reading:
                 self._answer(reading)
         if not self._prefills and len(passes) == 1:
-            self._gathering.add_pass(self._engine.stats.num_tokens_fed - num_fed, time.monotonic() - began_at)
+            self._batch_delay.add_pass(self._engine.stats.num_tokens_fed - num_fed, time.monotonic() - began_at)
         if self._prefills:
             finished = {demand for its_finished, _ in passes for demand in its_finished}
             self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
@@ -316,7 +316,7 @@ class Scheduler:
 
     def _reply(self, job: _Job, answer: Verdict | ServiceError) -> None:
         del self._jobs[job.session]
-        self._gathering.on_answer(job.session, time.monotonic())
+        self._batch_delay.on_answer(job.session, time.monotonic())
         try:
             job.emit(answer)
         except Exception:

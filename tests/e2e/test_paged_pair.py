@@ -1,4 +1,4 @@
-"""Both services on paged caches write what they write on plain ones, with many sessions at once and blocks that run out.
+"""Both services on paged caches write what they write on plain ones, with many sessions and blocks that run out.
 
 In float64 on a CPU, where a reference stands for the kernels of a GPU; all else is the code that a GPU runs.
 """

@@ -144,7 +144,7 @@ def _make_compiled(spec: DecoderSpec, machine: Machine, max_cached_tokens: int) 
     return CompiledLlamaRunner(spec)
 
 
-# --- paged caches ------------------------------------------------------------------------------------------------------
+# --- paged caches -----------------------------------------------------------------------------------------------------
 
 
 def why_not_paged(kernels: PagedKernels, shape: KvShape | None, device: torch.device) -> str | None:

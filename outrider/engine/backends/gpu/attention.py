@@ -1,9 +1,9 @@
-"""Attention to caches in blocks, by kernels that are made for verification: few queries behind a long cache.
+"""Paged attention kernels made for verification: few queries behind a long cache.
 
-Every sequence of a pass attends in one call. The query heads that share a key-value head are rows of one product, and
-so are a round's tokens: K proposals of a model with four query heads for each key-value head are 4·K rows, which read
-the cache once. A long cache is divided among several programs (flash-decoding), since one alone could not read memory
-fast enough; another kernel puts their parts together, always in the same order.
+All sequences of a pass attend in one call. The query heads that share a key-value head, and the tokens of a round, are
+rows of one product: K proposals of a model with four query heads per key-value head are 4·K rows, which read the cache
+once. A long cache is divided among several programs (flash-decoding), since one cannot saturate the memory; a second
+kernel combines their parts, always in the same order.
 
 Shapes: T tokens in the packed row, N sequences, P blocks in the pool, B blocks that one sequence can have, Hq query
 heads, H key-value heads, G = Hq / H, D head size, S parts of a cache.
@@ -19,7 +19,7 @@ import triton.language as tl
 
 from outrider.engine.backends.paged.attention import PagedKernels
 
-NUM_SPLITS = 16  # of a cache, where there are processors for them
+NUM_SPLITS = 16  # parts of a cache, if there are idle processors
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FEW_ROWS, _MANY_ROWS = 16, 64  # of one program
 
@@ -67,22 +67,22 @@ def _attend(
         highest = tl.full([TILE_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([TILE_ROWS], tl.float32)
         for start in range(begin, end, TILE_KEYS):
-            places = start + tl.arange(0, TILE_KEYS)
-            is_place = places < end
-            blocks = tl.load(block_table + sequence * table_row + places // BLOCK_SIZE, mask=is_place, other=0)
-            slots = blocks.to(tl.int64) * BLOCK_SIZE + places % BLOCK_SIZE
+            at = start + tl.arange(0, TILE_KEYS)
+            is_key = at < end
+            blocks = tl.load(block_table + sequence * table_row + at // BLOCK_SIZE, mask=is_key, other=0)
+            slots = blocks.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
             key = tl.load(
                 keys + slots[None, :] * key_slot + head * key_head + dims[:, None],
-                mask=is_place[None, :] & is_dim[:, None], other=0.0,
+                mask=is_key[None, :] & is_dim[:, None], other=0.0,
             )  # fmt: skip
             value = tl.load(
                 values + slots[:, None] * value_slot + head * value_head + dims[None, :],
-                mask=is_place[:, None] & is_dim[None, :], other=0.0,
+                mask=is_key[:, None] & is_dim[None, :], other=0.0,
             )  # fmt: skip
             scores = tl.dot(queries, key, input_precision="ieee") * (scale * _LOG2_E)
-            is_seen = is_place[None, :] & (places[None, :] <= positions[:, None])
+            is_seen = is_key[None, :] & (at[None, :] <= positions[:, None])
             if WINDOW >= 0:
-                is_seen &= places[None, :] >= positions[:, None] - WINDOW
+                is_seen &= at[None, :] >= positions[:, None] - WINDOW
             scores = tl.where(is_seen, scores, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(scores, 1))
             floor = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a row may see nothing here
@@ -95,14 +95,14 @@ def _attend(
         mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
         log_sum = tl.where(total > 0, highest + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
 
-    place = tokens * (NUM_HEADS * GROUP) + query_heads
+    row_index = tokens * (NUM_HEADS * GROUP) + query_heads
     if NUM_SPLITS == 1:
         tl.store(
-            output + place[:, None] * HEAD_DIM + dims[None, :], mixed.to(output.dtype.element_ty),
+            output + row_index[:, None] * HEAD_DIM + dims[None, :], mixed.to(output.dtype.element_ty),
             mask=is_row[:, None] & is_dim[None, :],
         )  # fmt: skip
     else:
-        part = split * num_tokens * (NUM_HEADS * GROUP) + place
+        part = split * num_tokens * (NUM_HEADS * GROUP) + row_index
         tl.store(sums + part, log_sum, mask=is_row)
         tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], mixed, mask=is_row[:, None] & is_dim[None, :])
 
@@ -141,14 +141,14 @@ def paged_attention(
     seqused_k: torch.Tensor,
     block_table: torch.Tensor,
 ) -> torch.Tensor:
-    """Do what varlen_attn does with a block table, for causal attention; blocks may have any size.
+    """Do what varlen_attn does with a block table, for causal attention and blocks of any size.
 
     Args:
-        query: `[T, Hq, D]`, the numbers of a head side by side.
+        query: `[T, Hq, D]`, contiguous in D.
         key, value: `[P, block_size, H, D]`.
 
     Returns:
-        `[T, Hq, D]`; anything in the rows of tokens that belong to no sequence.
+        `[T, Hq, D]`; arbitrary for padding.
     """
     num_tokens, num_query_heads, head_dim = query.shape
     block_size, num_heads = key.shape[1:3]
@@ -160,7 +160,7 @@ def paged_attention(
     num_programs = num_sequences * num_tiles * num_heads
     num_splits = NUM_SPLITS if 4 * num_programs <= 2 * _num_processors(query.device) and max_k > tile_keys else 1
     output = query.new_empty(num_tokens, num_query_heads, head_dim)
-    parts, sums = output, output  # not touched, where there is one part
+    parts, sums = output, output  # not used if there is one part
     if num_splits > 1:
         parts = query.new_empty(num_splits, num_tokens, num_query_heads, head_dim, dtype=torch.float32)
         sums = parts.new_empty(num_splits, num_tokens, num_query_heads)
