@@ -153,7 +153,7 @@ class Drafter:
 
     def _blame(self, path: Path, error: Exception) -> None:
         """End what made something raise: the session whose main path it is, or a fork alone."""
-        log.error("a session failed, and is told" if path is path.session.main else "a fork failed", exc_info=error)
+        log.error("a session failed" if path is path.session.main else "a fork failed", exc_info=error)
         if path is path.session.main:
             self._fail(path.session, failed_alone())
         else:
@@ -334,9 +334,9 @@ class Drafter:
         assert demand.started_at is not None
         queue_ms = max(0.0, demand.started_at - path.session.committed_at) * 1000
         forward_ms = (demand.ended_at - demand.started_at) * 1000 / len(drafts)
-        laws = [draft for draft in drafts if draft]
-        if len(laws) == len(drafts):
-            path.session.append(path, laws, queue_ms, forward_ms, demand.batch_size)
+        found = [draft for draft in drafts if draft]
+        if len(found) == len(drafts):
+            path.session.append(path, found, queue_ms, forward_ms, demand.batch_size)
         elif path.alternative:
             path.stop()
         else:
@@ -360,7 +360,7 @@ def _demand_of(path: Path) -> Demand:
 
 
 def _draw(paths: Sequence[Path]) -> list[Drawn]:
-    """Draw a token for each path whose demand is finished; None where its row is no law."""
+    """Draw a token for each path whose demand is finished; None where its row is not finite."""
     if not (paths := [path for path in paths if path.wants_token and path.demand]):
         return []
     options = [path.session.options for path in paths]

@@ -4,8 +4,8 @@ The next round of a session comes some time after the last answer: the client's 
 groups, and each is verified during the turns of the other, so that a pass serves half of them. Where a pass takes as
 long for all as for half, as on a GPU, that doubles the time of a round.
 
-A pass of n tokens takes a + b n seconds. If it starts now, M rounds with m tokens that come d seconds later wait for its
-end and need another pass of a + b m seconds. The W rounds of the first pass may be back before that one ends, T seconds
+A pass of n tokens takes a + b n seconds. If it starts now, M rounds with m tokens that come d seconds later wait for
+its end and need another pass of a + b m seconds. The W rounds of the first pass may be back before that one ends, T seconds
 after their answers, and wait for it. If the first pass is delayed, the M get their answers a − d seconds earlier, and
 the W theirs d + b m later, but not their next ones. So the delay pays where
 
@@ -69,7 +69,7 @@ class BatchDelay:
         self._turns.pop(session, None)
 
     def seconds(self, num_waiting: int, now: float) -> float:
-        """Return how long to delay a pass for `num_waiting` rounds; ask again when a round comes or the time is over."""
+        """Return how long to delay a pass for `num_waiting` rounds; ask again when a round or the end comes."""
         turns = self._turns.values()
         due = sorted((left, turn.num_tokens) for turn in turns if (left := turn.seconds_left(now)) is not None)
         if not due or not self._passes.weight:

@@ -307,7 +307,7 @@ class Scheduler:
 
     def _fail(self, session: Session, error: Exception) -> None:
         """Fail the session that made something raise; what its cache holds is not to be trusted."""
-        log.error("a session failed, and is told", exc_info=error)
+        log.error("a session failed", exc_info=error)
         session.failure = failed_alone()
         session.sequence.cache.clear()
         self._prefills.pop(session, None)
@@ -332,7 +332,7 @@ class _Reading:
     result: Reading
 
     def rows_by_job(self) -> list[TargetRows | None]:
-        """Wait for the rows and return each job's; None where one of them is no law."""
+        """Wait for the rows and return each job's; None where one of them is not finite."""
         rows, finite = self.result()
         if len(self.jobs) == 1:
             return [_with_logprobs(self.jobs[0], rows) if all(finite) else None]

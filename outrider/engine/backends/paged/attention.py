@@ -1,6 +1,7 @@
 """Paged attention: all sequences of a pass in one call, by one of three kernels with the same signature.
 
-On GPUs it is our own kernel (gpu/attention.py) or, where that cannot run, torch's `varlen_attn`, which takes half precision and blocks of 256 tokens. Elsewhere it is a reference, which tests compare with.
+On GPUs it is our own kernel (gpu/attention.py) or, where that cannot run, torch's `varlen_attn`, which takes half
+precision and blocks of 256 tokens. Elsewhere it is a reference, which tests compare with.
 
 Shapes: T tokens in the packed row, N sequences, P blocks in the pool, B blocks that one sequence can have, Hq query
 heads, H key-value heads, D head size.

@@ -1,7 +1,7 @@
 """Forward passes of fixed sizes, recorded once and replayed.
 
-A pass of a few tokens costs the CPU more to launch than the GPU to compute. A recorded pass is launched in one call, but
-its sizes and addresses are fixed. So passes are padded to a bucket, and use buffers that do not move.
+A pass of a few tokens costs the CPU more to launch than the GPU to compute. A recorded pass is launched in one call,
+but its sizes and addresses are fixed. So passes are padded to a bucket, and use buffers that do not move.
 """
 
 from __future__ import annotations
