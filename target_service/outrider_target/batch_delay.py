@@ -5,9 +5,9 @@ groups, and each is verified during the turns of the other, so that a pass serve
 long for all as for half, as on a GPU, that doubles the time of a round.
 
 A pass of n tokens takes a + b n seconds. If it starts now, M rounds with m tokens that come d seconds later wait for
-its end and need another pass of a + b m seconds. The W rounds of the first pass may be back before that one ends, T seconds
-after their answers, and wait for it. If the first pass is delayed, the M get their answers a − d seconds earlier, and
-the W theirs d + b m later, but not their next ones. So the delay pays where
+its end and need another pass of a + b m seconds. The W rounds of the first pass may be back before that one ends,
+T seconds after their answers, and wait for it. If the first pass is delayed, the M get their answers a − d seconds
+earlier, and the W theirs d + b m later, but not their next ones. So the delay pays where
 
     M (a − d) + W max(0, a + b m − T) > W (d + b m)
 

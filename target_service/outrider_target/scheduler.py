@@ -102,7 +102,7 @@ class Scheduler:
 
     def __init__(self, engine: Engine, context_length: int):
         self._engine, self._context_length = engine, context_length
-        self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick, self._patience_s)
+        self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick, self._batch_delay_s)
         self._batch_delay = BatchDelay()
         self._prefills: dict[Session, Demand] = {}
         self._jobs: dict[Session, _Job] = {}
@@ -224,7 +224,7 @@ class Scheduler:
         self._engine.remove(session.sequence)
         self._batch_delay.forget(session)
 
-    def _patience_s(self) -> float:
+    def _batch_delay_s(self) -> float:
         """Return for how long the next pass waits for rounds that are about to come; prompts wait for nobody."""
         if not self._jobs or self._prefills:
             return 0.0

@@ -131,8 +131,8 @@ def why_different(actual: torch.Tensor, expected: torch.Tensor, is_rounded: bool
     """Return in words how far apart rows of logits `[R, V]` are; None where rounding explains it.
 
     For half precision and quantised weights (`is_rounded`), only the distance relative to a row's spread counts: a
-    sharp distribution turns a small difference into a large variation. Otherwise both count: a flat distribution turns a
-    large difference into a small variation.
+    sharp distribution turns a small difference into a large variation. Otherwise both count: a flat distribution turns
+    a large difference into a small variation.
     """
     variation, distance = total_variation(actual, expected), _relative_distance(actual, expected)
     if not is_rounded and not variation < MAX_VARIATION:
