@@ -367,11 +367,7 @@ class Text:
 
     def _open(self, link: Link, message: Any) -> None:
         stream = self._streams[link] = self._core.connected().stream(link, self._events)
-        try:
-            stream.begin(message, left_until(self._request.deadline))
-        except ValueError:  # gRPC raises it for a closed channel
-            self._core.check_open()
-            raise
+        stream.begin(message, left_until(self._request.deadline))
 
     def _close(self, link: Link) -> None:
         stream = self._streams.pop(link, None)

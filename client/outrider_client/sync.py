@@ -245,21 +245,23 @@ class _Stream:
         self._is_held_up = self._is_over = False  # the reader waits for some to be taken; all has ended
         self._may_read = threading.Event()  # where the reader is held up
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._call: Any = None
+        self._call: Any = None  # until the reader has begun it
 
     def begin(self, message: Any, timeout: float | None) -> None:
+        """Begin the call in the reader's thread: in the main one a signal could interrupt gRPC half-way, and leave a
+        call at the service that nobody here holds."""
         self.send(message)
-        self._call = self._method(iter(self._outgoing.get, None), timeout=timeout)
-        threading.Thread(target=self._read, name=f"outrider-{self._link.value}", daemon=True).start()
+        name = f"outrider-{self._link.value}"
+        threading.Thread(target=self._read, args=(timeout,), name=name, daemon=True).start()
 
     def send(self, message: Any) -> None:
         self._outgoing.put(message)
 
     def close(self) -> None:
-        self._outgoing.put(None)  # ends the call even if `begin` was interrupted before it kept it
+        self._is_over = True  # before the look at the call: the reader keeps the call, and then looks at this
         if self._call:
             self._call.cancel()
-        self._is_over = True
+        self._outgoing.put(None)
         self._may_read.set()  # lets the reader see that the call is over
 
     def on_read(self) -> None:
@@ -275,8 +277,11 @@ class _Stream:
             self._may_read.clear()
         self._is_held_up = False
 
-    def _read(self) -> None:
+    def _read(self, timeout: float | None) -> None:
         try:
+            self._call = self._method(iter(self._outgoing.get, None), timeout=timeout)
+            if self._is_over:
+                self._call.cancel()
             for message in self._call:
                 self._mailbox.put((self, Received(self._link, message)))
                 self._num_read += 1
@@ -285,3 +290,5 @@ class _Stream:
             self._mailbox.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
             self._mailbox.put((self, broken(self._link, error)))
+        except ValueError as error:  # gRPC's answer to a call on a closed channel
+            self._mailbox.put((self, Broken(self._link, grpc.StatusCode.CANCELLED, str(error))))

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from outrider.v1 import draft_pb2, draft_pb2_grpc
 from outrider_client.__main__ import main
+from tests.servers import started
 from tests.toy_servers import ToyServer
 
 
@@ -109,10 +110,9 @@ def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
 
 def test_who_waits_for_a_target_is_notified_after_a_second_and_not_when_it_is_given_up():
     command = [sys.executable, "-m", "outrider_client", "info", "--target=127.0.0.1:1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline().startswith("waiting for the target service at 127.0.0.1:1: ")
         assert process.poll() is None
-        process.kill()
 
 
 def test_chat_answers_each_line_in_the_models_format(addresses):

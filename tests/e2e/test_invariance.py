@@ -8,6 +8,7 @@ the target, so that rounds end everywhere: at the first proposal, in the middle,
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import pytest
 from outrider import Chunk, SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.sampling.rng import AddressedUniforms
 from outrider_draft.drafter import Drafter
+from outrider_target.scheduler import Scheduler
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RunningServer, Services, eventually
@@ -248,12 +250,14 @@ def test_another_seed_writes_another_text(pair, texts):
 
 
 def test_forks_that_draw_with_other_numbers_are_noticed(pair, texts, monkeypatch):
-    """Such a text still follows the target's distribution, but is another."""
+    """Such a text still follows the target's distribution, but is another. The target leaves forks time to be ready."""
+    answer = Scheduler._answer
+    monkeypatch.setattr(Scheduler, "_answer", lambda *arguments: time.sleep(0.03) or answer(*arguments))
     monkeypatch.setattr(Drafter, "_has_time_for_forks", lambda *_: True)
     draw_forks_with_other_numbers(monkeypatch)
     with pair.client() as client:
-        written = [write(client, SAMPLINGS["plain"], num_speculative_tokens=4, num_alternatives=9) for _ in range(4)]
-    assert any(token_ids != texts["plain"] for token_ids in written)
+        written = (write(client, SAMPLINGS["plain"], num_speculative_tokens=4, num_alternatives=9) for _ in range(40))
+        assert any(token_ids != texts["plain"] for token_ids in written)
 
 
 def test_uniforms_that_are_streamed_instead_of_addressed_are_noticed(pair, monkeypatch):
