@@ -174,9 +174,9 @@ class TestGrowth:
         """Write the next entries in two layers, values the negatives of keys, and check all that is returned."""
         start = cache.length
         for layer in (0, 1):
-            new = self.kv_shape(start, number) + layer / 2
+            new = self.entries(start, number) + layer / 2
             keys, values = cache.write(layer, new, -new)
-            assert torch.equal(keys, self.kv_shape(0, start + number) + layer / 2)
+            assert torch.equal(keys, self.entries(0, start + number) + layer / 2)
             assert torch.equal(values, -keys)
         cache.advance(number)
 
@@ -200,7 +200,7 @@ class TestGrowth:
         cache, buffers = SequenceCache(), set()
         kept = []  # so that no address is used twice
         for position in range(4096):
-            keys, _ = cache.write(0, self.kv_shape(position, 1), self.kv_shape(position, 1))
+            keys, _ = cache.write(0, self.entries(position, 1), self.entries(position, 1))
             cache.advance(1)
             kept.append(keys)
             buffers.add(keys.data_ptr())
@@ -217,7 +217,7 @@ class TestGrowth:
         """One layer has written, the others have not: the next write begins at the same position."""
         cache = SequenceCache()
         self.write(cache, 5)
-        cache.write(0, self.kv_shape(900, 300), self.kv_shape(900, 300))
+        cache.write(0, self.entries(900, 300), self.entries(900, 300))
         assert cache.length == 5
         self.write(cache, 4)
 
