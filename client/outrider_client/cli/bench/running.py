@@ -63,7 +63,7 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
     prompts = read_prompts(values["prompt_file"], values["num_prompts"])
     with _pair(values) as addresses, SpeculativeClient(addresses.target, addresses.draft) as client:
         info = _checked_info(client, addresses)
-        settings = settings.resolved(info.target)
+        settings = settings.resolved(info.target, client.tokenizer)
         ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
         peer = _peer(peer_module, info, settings, values["peer_threads"]) if peer_module else None
         gc.collect()
