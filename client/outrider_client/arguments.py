@@ -234,3 +234,9 @@ def address(name: str, value: object, default_port: int) -> str:
     if not (str(port).isdecimal() and 0 < int(port) < 1 << 16):
         raise _refusal(name, value, f"{remedy}, with a port from 1 to 65535")
     return f"{found[1]}:{port}"
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Return the host and the port of what `address` returned; None where it has a scheme."""
+    found = None if _SCHEME.match(address) else _HOST_AND_PORT.fullmatch(address)
+    return (found[1].strip("[]"), int(found[2])) if found else None

@@ -47,7 +47,8 @@ class SpeculativeClient:
                 are looked up in the text itself. Without either, `method="autoregressive"` works, and calls that ask
                 for `lookup` or give a `prediction`.
             patience: how long to wait for whom.
-            connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged.
+            connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged,
+                and ended where nobody listens at all.
 
         Raises:
             InvalidRequestError: an argument is wrong.

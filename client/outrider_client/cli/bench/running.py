@@ -149,7 +149,7 @@ def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
 def _checked_info(client: SpeculativeClient, addresses: PairAddresses) -> PairInfo:
     info = client.info()
     if info.draft is None and addresses.draft != LOOKUP_DRAFT:
-        raise click.ClickException("the draft service does not answer: a benchmark needs both")
+        raise click.ClickException(f"no draft service answers at {addresses.draft}: a benchmark needs both")
     if info.mismatch:
         raise click.ClickException(info.mismatch)
     return info
