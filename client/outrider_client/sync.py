@@ -238,7 +238,7 @@ class _ThreadConnection(Connection):
 
 
 class _Stream:
-    """One bidirectional call, with a queue of messages to send and a thread that reads."""
+    """One bidirectional call, with a queue of messages to send and a thread that makes the call and reads."""
 
     def __init__(self, link: Link, method: Any, mailbox: queue.SimpleQueue[Any]):
         self._link, self._method, self._mailbox = link, method, mailbox
@@ -250,17 +250,16 @@ class _Stream:
 
     def begin(self, message: Any, timeout: float | None) -> None:
         self.send(message)
-        self._call = self._method(iter(self._outgoing.get, None), timeout=timeout)
-        threading.Thread(target=self._read, name=f"outrider-{self._link.value}", daemon=True).start()
+        threading.Thread(target=self._run, args=[timeout], name=f"outrider-{self._link.value}", daemon=True).start()
 
     def send(self, message: Any) -> None:
         self._outgoing.put(message)
 
     def close(self) -> None:
-        self._outgoing.put(None)  # ends the call even if `begin` was interrupted before it kept it
+        self._is_over = True  # before the look at the call: whoever comes second cancels it
         if self._call:
             self._call.cancel()
-        self._is_over = True
+        self._outgoing.put(None)
         self._may_read.set()  # lets the reader see that the call is over
 
     def on_read(self) -> None:
@@ -275,6 +274,17 @@ class _Stream:
             self._may_read.wait()
             self._may_read.clear()
         self._is_held_up = False
+
+    def _run(self, timeout: float | None) -> None:
+        """Make the call and read it, in a thread that no signal interrupts: a call half made could not be cancelled."""
+        try:
+            self._call = self._method(iter(self._outgoing.get, None), timeout=timeout)
+        except ValueError as error:  # gRPC raises it for a closed channel
+            self._mailbox.put((self, Broken(self._link, grpc.StatusCode.CANCELLED, str(error))))
+            return
+        if self._is_over:
+            self._call.cancel()
+        self._read()
 
     def _read(self) -> None:
         try:

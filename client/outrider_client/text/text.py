@@ -186,8 +186,8 @@ class TextStream:
         return self._release(len(self._held))
 
     def _cut_at_stop(self, text: str) -> bool:
-    def _cut_at_stop(self, text: str) -> bool:
         """End the text before the first stop string in `text`, the text held back, if there is one."""
+        if len(self.token_ids) <= self._min_tokens:
             return False
         found = _earliest(text, self._stop, self._num_exempt)
         if found is None:
