@@ -196,7 +196,7 @@ class Core:
         def ask(connection: Connection, left_s: float) -> Awaitable[target_pb2.TargetServiceGetModelInfoResponse]:
             return connection.unary(connection.target.GetModelInfo, request, left_s)
 
-        absence = Absence("target", self.settings.target)
+        absence = Absence("target", self.settings.target, since=time.monotonic())
         target = await self._ask_target(ask, Retrying(self.settings, deadline, NOTICE_S), absence)
         draft = await self.describe_draft(deadline) if self.settings.draft is not None else None
         if draft is None or isinstance(draft, Broken):
@@ -250,7 +250,7 @@ class Text:
         self.result: GenerationResult | None = None  # once finished
         self._is_running = self._is_over = self._has_begun_again = False
         draft, needs_draft = core.settings.draft, request.speculation.method == "draft"
-        self._draft_absence = Absence("draft", draft) if draft and needs_draft else None  # of one that nothing replaces
+        self._draft_absence = Absence("draft", draft) if draft and needs_draft else None  # of a draft without a target
 
     def __del__(self) -> None:
         self._is_over = True

@@ -47,8 +47,8 @@ class SpeculativeClient:
                 are looked up in the text itself. Without either, `method="autoregressive"` works, and calls that ask
                 for `lookup` or give a `prediction`.
             patience: how long to wait for whom.
-            connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged,
-                and ended where nobody listens at all.
+            connect_timeout: seconds that the target may take to be ready at first use. After one second the wait is
+                logged, or, where nothing listens at the address, ended by ServiceUnavailableError.
 
         Raises:
             InvalidRequestError: an argument is wrong.
