@@ -253,7 +253,8 @@ def finish_forks_before_commits(monkeypatch) -> list[Path]:
     commit, go_to, adopted = Drafter._commit, Session._go_to, []
 
     def commit_behind_forks(drafter: Drafter, session: Session, given: Commit) -> None:
-        while session.is_open and session.has_work and (session.may_fork or session.wanting_forks):
+        session.is_unread = lambda: False
+        while session.is_open and (session.may_fork or session.wanting_forks):
             drafter._step()
         commit(drafter, session, given)
 
@@ -263,6 +264,7 @@ def finish_forks_before_commits(monkeypatch) -> list[Path]:
         go_to(session, path)
 
     monkeypatch.setattr(Drafter, "_has_time_for_forks", lambda *_: True)
+    monkeypatch.setattr(Drafter, "_most_forks", 9)  # else none while the session of the text before still closes
     monkeypatch.setattr(Drafter, "_commit", commit_behind_forks)
     monkeypatch.setattr(Session, "_go_to", note_and_go_to)
     return adopted

@@ -109,7 +109,7 @@ def test_a_draft_that_has_none_of_the_allowed_ids_is_done_without(services, byte
     allowed = [NUM_PIECES + 1, NUM_PIECES + 5]
     sampling = SamplingParams(seed=3, max_new_tokens=8, allowed_token_ids=allowed)
     with SpeculativeClient(target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
-        result, alone = (client.generate("Hello", sampling, **how) for how in (PAIR, ALONE))
+        result, alone = (client.generate("Hello", sampling, **how) for how in (PAIR, TARGET_ONLY))
     target.stop()
     draft.stop()
     assert result.token_ids == alone.token_ids
@@ -118,7 +118,7 @@ def test_a_draft_that_has_none_of_the_allowed_ids_is_done_without(services, byte
     assert result.stats.draft_failures == {}
 
 
-@pytest.mark.parametrize("how", [PAIR, ALONE, {"method": "draft"}], ids=str)
+@pytest.mark.parametrize("how", [PAIR, TARGET_ONLY, {"method": "draft"}], ids=str)
 def test_a_text_that_nothing_may_follow_ends_by_the_fields_that_mask(services, byte_model, byte_target, tmp_path, how):
     draft = services.start(DRAFT, tiny_models.save(byte_model, tmp_path, tiny_models.byte_tokenizer()))
     sampling = SamplingParams(seed=3, allowed_token_ids=[200, 201, 202], no_repeat_ngram_size=1)

@@ -589,14 +589,14 @@ class TestBeginning:
         letters = "abcdefghijklmnopqrstuvwxyz"[: toys.VOCAB_SIZE]
         tokenizer = TargetTokenizer(Tokenizer(models.BPE({it: index for index, it in enumerate(letters)}, [])), "", {})
         tokenizer.tokenizer.decoder = decoders.Fuse()
-        stop, length = letters[TEXT_ALONE[1]], TEXT_ALONE.index(TEXT_ALONE[1], min_tokens) + 1
+        stop, length = letters[TARGET_ONLY_TEXT[1]], TARGET_ONLY_TEXT.index(TARGET_ONLY_TEXT[1], min_tokens) + 1
         sampling = SamplingParams(seed=11, max_new_tokens=17, ignore_eos=True, stop=[stop], min_tokens=min_tokens)
         settings = ConnectionSettings("target:1")
         speculation = SpeculationParams(method="autoregressive", rule="rejection")
         request = request_of(settings, toys.PROMPT_IDS, sampling, speculation)
         conversation = begin_conversation(settings, PairSpeeds(), Target(model_info(20), tokenizer), request)
         result, _ = World().run(conversation)
-        assert (result.token_ids, result.finish_reason) == (TEXT_ALONE[:length], "stop")
+        assert (result.token_ids, result.finish_reason) == (TARGET_ONLY_TEXT[:length], "stop")
         assert result.text == "".join(letters[token_id] for token_id in result.token_ids[:-1])
 
     @pytest.mark.parametrize("method", ["speculative", "draft"])
