@@ -34,15 +34,15 @@ Call = Callable[..., Any]
 def call(request, services) -> Call:
     """A function that makes a client of one kind, which waits for ever, and returns what a method of it does."""
 
-    def call_method(addresses: list[str], method: str, *arguments: Any, timeout: float = FOR_EVER, **how: Any) -> Any:
+    def call_method(addresses: list[str], name: str, /, *arguments: Any, timeout: float = FOR_EVER, **how: Any) -> Any:
         settings = {"connect_timeout": timeout, "patience": Patience(retry_s=FOR_EVER)}
         if request.param is SpeculativeClient:
             with SpeculativeClient(*addresses, **settings) as client:
-                return getattr(client, method)(*arguments, **how)
+                return getattr(client, name)(*arguments, **how)
 
         async def run() -> Any:
             async with AsyncSpeculativeClient(*addresses, **settings) as client:
-                return await getattr(client, method)(*arguments, **how)
+                return await getattr(client, name)(*arguments, **how)
 
         return services.run(run())
 
