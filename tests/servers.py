@@ -67,16 +67,6 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-@contextmanager
-def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Start a process that does not outlive the block, however the block ends."""
-    with subprocess.Popen(command, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 class Services:
     """Servers on one event loop in one thread, as grpc.aio wants it."""
 
@@ -265,6 +255,16 @@ class ServiceProcess:
         assert self.process.stdout is not None
         self.process.stdout.close()
         return status
+
+
+@contextmanager
+def python_process(*arguments: str, **how: Any) -> Iterator[subprocess.Popen]:
+    """Run Python with these arguments, and kill it at the end: `Popen` as a context would wait for it for ever."""
+    with subprocess.Popen([sys.executable, *arguments], **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from outrider.protocol.errors import ERROR_DOMAIN
-from outrider.sampling.messages import defaults_of
+from outrider.protocol.errors import ERROR_DOMAIN, InvalidArgumentError
+from outrider.sampling.messages import check_ids, defaults_of
 from outrider.sampling.rng import seed_of_text
 from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
 from outrider_client import arguments
@@ -42,7 +42,7 @@ from outrider_client.results import GenerationResult, GenerationStats
 from outrider_client.rules.rules import Rule, rule_of
 from outrider_client.speculation_length import FixedLength, LengthController, PairSpeeds
 from outrider_client.text.chat_template import checked_messages
-from outrider_client.text.text import TargetTokenizer, TextStream, prediction_to_ids, prompt_to_ids
+from outrider_client.text.text import TargetTokenizer, TextStream, prediction_to_ids, prompt_to_ids, word_to_ids
 
 log = logging.getLogger(__name__)
 
@@ -304,7 +304,7 @@ def begin_conversation(
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
     """
-    sampling = request.sampling.resolved(defaults_of(target.info))
+    sampling = _sampling_for(target, request.sampling)
     assert sampling.max_new_tokens is not None
     params, rule = request.speculation, rule_of(request.speculation.rule, has_seed=sampling.seed is not None)
     prompt_ids = prompt_to_ids(cast("str | list[int]", request.prompt), target.tokenizer, target.info.vocab_size)
@@ -318,13 +318,31 @@ def begin_conversation(
     asked = (prompt_ids, sampling.distribution, rule(seed), params, max_length)
     task = Task(*asked, target.info, sampling.logprobs, has_draft=settings.draft is not None)
     eos_token_ids = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else target.info.eos_token_ids))
-    text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
+    ends = sampling.stop, eos_token_ids, sampling.min_tokens or 0
+    text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, *ends)
     lengths = lengths_for(params, rule, sampling, speeds) if task.has_draft else FixedLength(0)
     new_lookup = None
     if params.looks_up(settings.looks_up):
         new_lookup = lookup_for(params, rule, sampling, target, experiences or Experiences())
     patience, clock, jitter = settings.patience, time.monotonic, settings.jitter
     return Conversation(task, text, lengths, patience, clock, request.deadline, jitter, breaker, new_lookup)
+
+
+def _sampling_for(target: Target, asked: SamplingParams) -> SamplingParams:
+    """Return how a text is drawn of this target: nothing is open, and all words are ids of its vocabulary.
+
+    Raises:
+        InvalidRequestError: it has no such ids, or no tokenizer for words.
+        ServiceFailedError: the tokenizer cannot be used.
+    """
+    vocab_size = target.info.vocab_size
+    sampling = asked.resolved(defaults_of(target.info))
+    sampling = sampling.with_word_ids(lambda word: word_to_ids(word, target.tokenizer, vocab_size))
+    try:
+        check_ids(sampling.distribution, vocab_size)
+    except InvalidArgumentError as error:
+        raise InvalidRequestError(str(error)) from error
+    return sampling
 
 
 def left_until(deadline: float | None) -> float | None:

@@ -15,6 +15,7 @@ from weakref import WeakSet
 import grpc
 
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from outrider_client.absence import Absence
 from outrider_client.arguments import is_several
 from outrider_client.connection import (
     CLOSED,
@@ -195,7 +196,8 @@ class Core:
         def ask(connection: Connection, left_s: float) -> Awaitable[target_pb2.TargetServiceGetModelInfoResponse]:
             return connection.unary(connection.target.GetModelInfo, request, left_s)
 
-        target = await self._ask_target(ask, Retrying(self.settings, deadline, NOTICE_S))
+        absence = Absence("target", self.settings.target, since=time.monotonic())
+        target = await self._ask_target(ask, Retrying(self.settings, deadline, NOTICE_S), absence)
         draft = await self.describe_draft(deadline) if self.settings.draft is not None else None
         if draft is None or isinstance(draft, Broken):
             return PairInfo(target.model, target.stats, None, None)
@@ -211,14 +213,24 @@ class Core:
 
         return (await self._ask_target(ask, Retrying(self.settings, deadline))).tokenizer()
 
-    async def _ask_target(self, ask: Callable[[Connection, float], Awaitable[_T]], retrying: Retrying) -> _T:
-        """Return what `ask` returns, retrying. It is given the seconds of each try."""
+    async def _ask_target(
+        self,
+        ask: Callable[[Connection, float], Awaitable[_T]],
+        retrying: Retrying,
+        absence: Absence | None = None,
+    ) -> _T:
+        """Return what `ask` returns, retrying. It is given the seconds of each try.
+
+        With an `absence`, retries end once it says that nothing listens.
+        """
         while True:
             connection = self.connected()
             try:
                 return await ask(connection, retrying.try_s)
             except grpc.RpcError as error:
                 self.connected()
+                if absence:
+                    await absence.check(broken(Link.TARGET, error), connection)
                 await connection.pause(retrying.pause_after(error))
 
 
@@ -237,6 +249,8 @@ class Text:
         self._events: Any = None  # the connection's mailbox of (stream, event); None ends a wait
         self.result: GenerationResult | None = None  # once finished
         self._is_running = self._is_over = self._has_begun_again = False
+        draft, needs_draft = core.settings.draft, request.speculation.method == "draft"
+        self._draft_absence = Absence("draft", draft) if draft and needs_draft else None  # of a draft without a target
 
     def __del__(self) -> None:
         self._is_over = True
@@ -395,6 +409,8 @@ class Text:
         if info is None:
             description = await self._core.until_closed(self._core.describe_draft(self._request.deadline))
             if isinstance(description, Broken):
+                if self._draft_absence and not self.partial.token_ids:
+                    await self._draft_absence.check(description, self._core.connected())
                 return description
             info = self._core.draft_info = description.model
         return info

@@ -47,7 +47,8 @@ class SpeculativeClient:
                 are looked up in the text itself. Without either, `method="autoregressive"` works, and calls that ask
                 for `lookup` or give a `prediction`.
             patience: how long to wait for whom.
-            connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged.
+            connect_timeout: seconds that the target may take to be ready at first use. After one second the wait is
+                logged, or, where nothing listens at the address, ended by ServiceUnavailableError.
 
         Raises:
             InvalidRequestError: an argument is wrong.
@@ -237,7 +238,7 @@ class _ThreadConnection(Connection):
 
 
 class _Stream:
-    """One bidirectional call, with a queue of messages to send and a thread that reads."""
+    """One bidirectional call, with a queue of messages to send and a thread that makes the call and reads."""
 
     def __init__(self, link: Link, method: Any, mailbox: queue.SimpleQueue[Any]):
         self._link, self._method, self._mailbox = link, method, mailbox
@@ -248,17 +249,14 @@ class _Stream:
         self._call: Any = None  # until the reader has begun it
 
     def begin(self, message: Any, timeout: float | None) -> None:
-        """Begin the call in the reader's thread: in the main one a signal could interrupt gRPC half-way, and leave a
-        call at the service that nobody here holds."""
         self.send(message)
-        name = f"outrider-{self._link.value}"
-        threading.Thread(target=self._read, args=(timeout,), name=name, daemon=True).start()
+        threading.Thread(target=self._run, args=[timeout], name=f"outrider-{self._link.value}", daemon=True).start()
 
     def send(self, message: Any) -> None:
         self._outgoing.put(message)
 
     def close(self) -> None:
-        self._is_over = True  # before the look at the call: the reader keeps the call, and then looks at this
+        self._is_over = True  # before the look at the call: whoever comes second cancels it
         if self._call:
             self._call.cancel()
         self._outgoing.put(None)
@@ -277,11 +275,19 @@ class _Stream:
             self._may_read.clear()
         self._is_held_up = False
 
-    def _read(self, timeout: float | None) -> None:
+    def _run(self, timeout: float | None) -> None:
+        """Make the call and read it, in a thread that no signal interrupts: a call half made could not be cancelled."""
         try:
             self._call = self._method(iter(self._outgoing.get, None), timeout=timeout)
-            if self._is_over:
-                self._call.cancel()
+        except ValueError as error:  # gRPC raises it for a closed channel
+            self._mailbox.put((self, Broken(self._link, grpc.StatusCode.CANCELLED, str(error))))
+            return
+        if self._is_over:
+            self._call.cancel()
+        self._read()
+
+    def _read(self) -> None:
+        try:
             for message in self._call:
                 self._mailbox.put((self, Received(self._link, message)))
                 self._num_read += 1
@@ -290,5 +296,3 @@ class _Stream:
             self._mailbox.put((self, Broken(self._link, grpc.StatusCode.OK, "the service ended the stream")))
         except grpc.RpcError as error:
             self._mailbox.put((self, broken(self._link, error)))
-        except ValueError as error:  # gRPC's answer to a call on a closed channel
-            self._mailbox.put((self, Broken(self._link, grpc.StatusCode.CANCELLED, str(error))))

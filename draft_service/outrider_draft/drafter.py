@@ -24,7 +24,7 @@ from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.sampling.distribution import FILTERED, DistributionParams
 from outrider.sampling.draws import MOST_SUPPORT, Draft, Draws
-from outrider.sampling.pipeline import draft_tokens
+from outrider.sampling.pipeline import draft_tokens, leaves_no_token
 from outrider_draft.session import Commit, Drafted, DraftOptions, Path, Session
 
 T = TypeVar("T")
@@ -315,7 +315,8 @@ class Drafter:
         """Append the drafts of each path's demand, and send them when it is time.
 
         A row with NaN or infinity ends its own session alone, and behind an alternative, which may have been absurd,
-        its own fork. All drafts are appended before any is sent: the cache that is told of holds them already.
+        its own fork; one that processors mask as a whole stops its session until the next commit. All drafts are
+        appended before any is sent: the cache that is told of holds them already.
         """
         for path, drafts in drawn:
             try:
@@ -339,6 +340,8 @@ class Drafter:
             path.session.append(path, found, queue_ms, forward_ms, demand.batch_size)
         elif path.alternative:
             path.stop()
+        elif _leaves_no_token(path, demand):
+            path.session.stop()
         else:
             self._fail(path.session, InternalError("the model returned NaN or infinity for this session"))
 
@@ -357,6 +360,12 @@ def _demand_of(path: Path) -> Demand:
     if path.demand is None:
         path.demand = Demand(path.sequence, path.length, 1, path.session.arrival)
     return path.demand
+
+
+def _leaves_no_token(path: Path, demand: Demand) -> bool:
+    """Return whether it is the logits processors that make the row of `demand` no distribution."""
+    options = path.session.options
+    return leaves_no_token(demand.rows[-1][0], options.params, path.history, options.vocab_size)
 
 
 def _draw(paths: Sequence[Path]) -> list[Drawn]:

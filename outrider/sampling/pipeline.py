@@ -104,3 +104,14 @@ def _shaped(
     if filtered:
         filter_rows(logits, filtered, params, sizes)
     return logits
+
+
+def leaves_no_token(logits: torch.Tensor, params: DistributionParams, history: History | None, vocab_size: int) -> bool:
+    """Return whether a row `[V]` is a distribution without its processors, and they mask every id below `vocab_size`.
+
+    It waits for an accelerator: for a row that a reader has found to be no distribution.
+    """
+    row = logits[None, :vocab_size]
+    if not (any(it.masks for it in params.processors) and row.max().isfinite()):
+        return False
+    return bool(_shaped(row, False, [params], [vocab_size], [history]).isneginf().all())

@@ -24,10 +24,10 @@ from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
-from outrider.sampling.distribution import FILTERED, DistributionParams, History
+from outrider.sampling.distribution import FILTERED, DistributionParams, History, no_token_left
 from outrider.sampling.draws import NO_SUPPORT, Reading, TargetRows
 from outrider.sampling.logprobs import logprobs_of
-from outrider.sampling.pipeline import begin_reading, joined
+from outrider.sampling.pipeline import begin_reading, joined, leaves_no_token
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider_target.batch_delay import BatchDelay
 
@@ -289,12 +289,13 @@ class Scheduler:
             self._engine.charge(job.session.sequence.caller, job.demand.num_rows, seconds * size / total)
 
     def _verdict(self, job: _Job, rows: TargetRows | None) -> Verdict | ServiceError:
-        """Return what a round is answered with; a row with NaN or infinity fails its own round alone."""
+        """Return what a round is answered with; one whose first row is no distribution fails alone."""
         sequence, demand = job.session.sequence, job.demand
         if rows is None:
+            if _leaves_no_token(job):
+                return InvalidArgumentError(no_token_left(job.session.params, job.round.committed.end))
             sequence.cache.clear()
-            what = ", or its logits processors leave no token" if job.session.params.processors else ""
-            return InternalError(f"the model returned NaN or infinity for this session{what}")
+            return InternalError("the model returned NaN or infinity for this session")
         assert demand.started_at is not None
         return Verdict(
             rows=rows,
@@ -332,14 +333,18 @@ class _Reading:
     result: Reading
 
     def rows_by_job(self) -> list[TargetRows | None]:
-        """Wait for the rows and return each job's; None where one of them is not finite."""
+        """Wait for the rows and return each job's up to the first that is no distribution; None where there are none.
+
+        Whether the text comes to such a row is decided by the ones before it: no proposal may end a session.
+        """
         rows, finite = self.result()
-        if len(self.jobs) == 1:
-            return [_with_logprobs(self.jobs[0], rows) if all(finite) else None]
+        if len(self.jobs) == 1 and all(finite):
+            return [_with_logprobs(self.jobs[0], rows)]
         borders = pairwise([0, *accumulate(job.demand.num_rows for job in self.jobs)])
+        ends = [(start, next((at for at in range(start, end) if not finite[at]), end)) for start, end in borders]
         return [
-            _with_logprobs(job, rows.part(start, end)) if all(finite[start:end]) else None
-            for job, (start, end) in zip(self.jobs, borders, strict=True)
+            _with_logprobs(job, rows.part(start, end)) if end > start else None
+            for job, (start, end) in zip(self.jobs, ends, strict=True)
         ]
 
 
@@ -375,10 +380,17 @@ def _histories_of(job: _Job, num_rows: int) -> list[History | None]:
     return [History(token_ids[: first + offset], session.num_prompt_tokens) for offset in range(num_rows)]
 
 
+def _leaves_no_token(job: _Job) -> bool:
+    """Return whether it is the logits processors that make the first row of `job` no distribution."""
+    row, [history] = job.demand.rows[0][0], _histories_of(job, 1)
+    return leaves_no_token(row, job.session.params, history, len(row))
+
+
 def _with_logprobs(job: _Job, rows: TargetRows) -> TargetRows:
     """Return a round's rows with log-probabilities by the model's own logits, where its session asks for them."""
     if job.session.num_logprobs is None:
         return rows
-    supports = job.round.supports or [NO_SUPPORT]
-    logits, number = joined(job.demand.rows), job.session.num_logprobs
+    num_rows, number = len(rows.outside_token_ids), job.session.num_logprobs
+    supports = job.round.supports[:num_rows] or [NO_SUPPORT]
+    logits = joined(job.demand.rows)[:num_rows]
     return replace(rows, logprobs=logprobs_of(logits, supports, rows.outside_token_ids, number))

@@ -36,7 +36,7 @@ from tests import tiny_models
 from tests import toy_services as toys
 from tests.e2e.conftest import FAMILY
 from tests.fake_services import INFO, TARGET_INFO, Fake, answer, at_first, fake_services, refusal, rounds, silence
-from tests.servers import PATIENCE_S, TARGET, RunningServer, Services, eventually, started
+from tests.servers import PATIENCE_S, TARGET, RunningServer, Services, eventually, python_process
 from tests.unit.test_shared_noise import own_text
 
 PROMPT = [5, 17, 3, 88, 41, 9]
@@ -631,8 +631,8 @@ except KeyboardInterrupt as error:
 sys.stdin.read()
 """
         with fake_services(services, Verify=rounds(1)) as fake:
-            command = [sys.executable, "-c", PREAMBLE + script, fake.address]
-            with started(command, stdin=subprocess.PIPE) as process:
+            command = ["-c", PREAMBLE + script, fake.address]
+            with python_process(*command, stdin=subprocess.PIPE) as process:
                 eventually(lambda: fake.num_calls["Verify"] > 0, "the text is on its way")
                 process.send_signal(signal.SIGINT)
                 eventually(lambda: fake.num_ended["Verify"] > 0, "the service has stopped")

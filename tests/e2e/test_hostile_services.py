@@ -213,7 +213,7 @@ HOSTILE: dict[str, tuple[toy_servers.Answer, str | None]] = {  # by what it does
     "ends after each message": (ends(1), "ENDED"),
     "is silent": (freezes(0), "SILENT"),
     "falls silent": (freezes(3), "SILENT"),
-    "stops at once": (spoils(lambda it: [draft_pb2.ProposeResponse(stopped=True)]), "SILENT"),
+    "stops at once": (spoils(lambda it: [draft_pb2.ProposeResponse(stopped=True)]), None),
     "says what is void": (spoils(lambda it: [EMPTY]), None),
     "has an unknown token": (sets_first(token_id=UNKNOWN_ID), "BROKE_PROTOCOL"),
     "has a token beyond all": (sets_first(token_id=HUGE), "BROKE_PROTOCOL"),

@@ -112,7 +112,7 @@ class DraftSession:
         link = self._link
         if not self.is_open or link.is_on_trial:
             return False
-        return len(link.proposals) < num_wanted and not (link.has_stopped and link.proposals)
+        return len(link.proposals) < num_wanted and not link.has_stopped
 
     def on_delivered(self) -> None:
         """Note that the draft has proposed as many tokens as a round wanted."""
