@@ -115,4 +115,4 @@ def leaves_no_token(logits: torch.Tensor, params: DistributionParams, history: H
     row = logits[None, :vocab_size]
     if not (any(it.masks for it in params.processors) and row.max().isfinite()):
         return False
-    return bool(_shaped(row, False, [params], np.array([vocab_size]), [history]).isneginf().all())
+    return bool(_shaped(row, False, [params], [vocab_size], [history]).isneginf().all())

@@ -273,7 +273,8 @@ def finish_forks_before_commits(monkeypatch) -> list[Path]:
 @pytest.mark.parametrize("is_broken", [False, True], ids=["as they are", "with other numbers"])
 def test_forks_that_draw_with_other_numbers_are_noticed(pair, monkeypatch, is_broken):
     """Such a text still follows the target's distribution, but is another."""
-    adopted, sampling = finish_forks_before_commits(monkeypatch), replace(SAMPLINGS["plain"], max_new_tokens=4 * NUM_NEW)
+    adopted = finish_forks_before_commits(monkeypatch)
+    sampling = replace(SAMPLINGS["plain"], max_new_tokens=4 * NUM_NEW)
     if is_broken:
         draw_forks_with_other_numbers(monkeypatch)
     with pair.client() as client:
