@@ -19,7 +19,6 @@ from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.e2e.test_distribution_whole_stack import (
     BLOCK,
     NUM_TEXTS,
-    NUM_TEXTS_BROKEN,
     PLAIN,
     SHARED_NOISE,
     TRUNCATED,
@@ -110,7 +109,7 @@ def test_a_row_that_is_not_renormalised_is_noticed(pair, monkeypatch):
         return broken
 
     monkeypatch.setattr(outrider_client.conversation.draft_link, "translated_proposals", keep_weight)
-    counts = write_texts(pair, PLAIN, NUM_TEXTS_BROKEN)
+    counts = write_texts(pair, PLAIN, NUM_TEXTS)
     statistic, limit = statistic_and_limit(counts, exact_law(pair.target, PLAIN))
     assert statistic > 2 * limit
 
@@ -180,7 +179,7 @@ def test_a_draft_that_shares_too_little_is_done_without_and_the_share_is_named(s
     draft = start(services, DRAFT, tmp_path, few, 3)
     with SpeculativeClient(large_target.address, draft.address, patience=NEVER_WITHOUT_DRAFT) as client:
         result = client.generate("The bird", SEEDED[0], num_speculative_tokens=3)
-        assert client.info().mismatch == result.stats.first_draft_failure
+        assert client.info().mismatch in result.stats.first_draft_failure
     draft.stop()
     assert result.stats.draft_failures.keys() == {"OTHER_TOKENIZER"}
     assert "share 10% of the smaller vocabulary" in result.stats.first_draft_failure

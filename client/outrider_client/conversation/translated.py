@@ -1,9 +1,9 @@
 """A draft of another tokenizer: what it reads in place of the target's tokens, and its proposals in the target's ids.
 
 The draft works in its own ids throughout: its positions, its cache and its digests are those of the translated text.
-Only proposals are translated back, and they end at the first that the target does not have. That is exact: whether there
-is a proposal depends on the draft's draw alone, and given that there is one, it was drawn from the draft's distribution
-on the shared tokens, renormalised. Without one the token is the target's own.
+Only proposals are translated back, and they end at the first that the target does not have. That is exact: whether
+there is a proposal depends on the draft's draw alone, and given that there is one, it was drawn from the draft's
+distribution on the shared tokens, renormalised. Without one the token is the target's own.
 
 Source: Timor et al. 2025 (arXiv 2502.05202), token-level intersection; a draw outside it is not repeated here.
 """
