@@ -461,8 +461,8 @@ def _translation(draft: common_pb2.ModelInfo, tokenizer_json: bytes, target: Tar
     its = TargetTokenizer.from_parts(tokenizer_json, "", "")
     ends = zip(draft.eos_token_ids[:1], target.info.eos_token_ids[:1], strict=False)
     return Translation(
-        Vocabulary(its.tokenizer, draft.vocab_size),
-        Vocabulary(target.tokenizer.tokenizer, target.info.vocab_size),
+        Vocabulary.of(its.tokenizer, draft.vocab_size),
+        Vocabulary.of(target.tokenizer.tokenizer, target.info.vocab_size),
         ((mine, other) for mine, other in ends if mine < draft.vocab_size),
     )
 

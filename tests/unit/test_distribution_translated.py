@@ -34,8 +34,8 @@ from tests.other_tokenizers import of_words
 from tests.unit import test_distribution_block, test_distribution_formulas
 
 TRANSLATION = Translation(
-    Vocabulary(of_words(["d", "x", "a", "e", "b"]), VOCAB_SIZE),
-    Vocabulary(of_words(["a", "b", "c", "d", "e"]), VOCAB_SIZE),
+    Vocabulary.of(of_words(["d", "x", "a", "e", "b"]), VOCAB_SIZE),
+    Vocabulary.of(of_words(["a", "b", "c", "d", "e"]), VOCAB_SIZE),
 )
 every_rule = pytest.mark.parametrize(
     "outcomes", [test_distribution_formulas.outcomes, test_distribution_block.outcomes], ids=["rejection", "block"]

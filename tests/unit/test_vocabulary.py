@@ -11,7 +11,7 @@ from tests.other_tokenizers import TEXT, of_words
 
 
 def vocabulary_of(tokenizer) -> Vocabulary:
-    return Vocabulary(tokenizer, tokenizer.get_vocab_size())
+    return Vocabulary.of(tokenizer, tokenizer.get_vocab_size())
 
 
 def translation_of(draft: Tokenizer, target: Tokenizer, **more) -> Translation:
@@ -100,12 +100,12 @@ class TestWords:
 
     def test_ids_without_a_piece_are_not_read(self):
         words = of_words(["a", "b"])
-        translation = Translation(Vocabulary(words, 2), Vocabulary(words, 4))
+        translation = Translation(Vocabulary.of(words, 2), Vocabulary.of(words, 4))
         assert translation.continuation([3]) is None
 
     def test_rows_that_the_draft_lacks_are_not_shared(self):
         words = of_words(["a", "b", "c"])
-        translation = Translation(Vocabulary(words, 2), Vocabulary(words, 3))
+        translation = Translation(Vocabulary.of(words, 2), Vocabulary.of(words, 3))
         assert [translation.shared_id(token_id) for token_id in range(3)] == [0, 1, None]
 
     def test_a_special_token_is_not_the_text_of_its_name(self):

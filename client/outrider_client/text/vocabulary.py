@@ -6,7 +6,7 @@ and `▁the` of another are one token, and a special `</s>` is not the text `</s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,24 +16,38 @@ from outrider_client.text.decoding import Pieces, raise_if_failed
 
 Token = bytes | str  # the bytes of ordinary text; the name of a special token
 NOT_SHARED = -1
+_WITH_MARKS = (
+    {"type": "Replace", "pattern": {"String": "\N{LOWER ONE EIGHTH BLOCK}"}, "content": " "},
+    {"type": "ByteFallback"},
+)
 
 
 class Vocabulary:
     """The tokens of one tokenizer that the model has rows for."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
-        """Raises ServiceFailedError if the tokenizer cannot be read."""
-        try:
-            self.tokens = _tokens_of(tokenizer, vocab_size)
-            self.prefix = _prefix_of(tokenizer)
-        except BaseException as error:
-            raise_if_failed("be compared", error)
-            raise
-        self.size = vocab_size
+    def __init__(self, tokens: Mapping[int, Token], vocab_size: int, prefix: Sequence[int] = ()):
+        """`tokens` by their ids, all below `vocab_size`; `prefix` is what the tokenizer puts before each text."""
+        self.tokens, self.size, self.prefix = tokens, vocab_size, list(prefix)
         self.ids: dict[Token, int] = {}  # of several ids with one text, the lowest
         for token_id in sorted(self.tokens, reverse=True):
             self.ids[self.tokens[token_id]] = token_id
         self._longest = max((len(token) for token in self.ids if isinstance(token, bytes)), default=0)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
+        """Return the vocabulary of a tokenizer; raises ServiceFailedError if it cannot be read."""
+        try:
+            return cls(_tokens_of(tokenizer, vocab_size), vocab_size, _prefix_of(tokenizer))
+        except BaseException as error:
+            raise_if_failed("be compared", error)
+            raise
+
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[str], special: Collection[int], is_byte_level: bool) -> Vocabulary:
+        """Return the vocabulary of pieces by their ids, byte-level or with marks for spaces and pieces for bytes."""
+        read = _byte_level if is_byte_level else _reader_of(_WITH_MARKS)
+        tokens = {index: piece if index in special else read(piece) for index, piece in enumerate(pieces)}
+        return cls(tokens, len(pieces))
 
     def spell(self, data: bytes) -> tuple[int, ...] | None:
         """Return ids whose bytes are `data`, the longest possible first; None if there are none."""
