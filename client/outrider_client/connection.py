@@ -21,7 +21,7 @@ from grpc_status import rpc_status
 from outrider.protocol.errors import ERROR_DOMAIN, InvalidArgumentError
 from outrider.sampling.messages import check_ids, defaults_of
 from outrider.sampling.rng import seed_of_text
-from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2_grpc
 from outrider_client import arguments
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.conversation.conversation import Conversation
@@ -420,22 +420,26 @@ class TokenizerParts:
     """The parts that GetTokenizer has sent."""
 
     def __init__(self) -> None:
-        self._parts: list[target_pb2.GetTokenizerResponse] = []
+        self._parts: list[Any] = []  # GetTokenizerResponse of the target, or of a draft
         self._num_bytes = 0
 
-    def add(self, part: target_pb2.GetTokenizerResponse) -> None:
+    def add(self, part: Any) -> None:
         """Keep a part; raises ServiceFailedError if they are too large together."""
         self._num_bytes += part.ByteSize() + TOKENIZER_PART_BYTES
         if self._num_bytes > MAX_TOKENIZER_BYTES:
-            raise ServiceFailedError(f"the target sent a tokenizer of more than {MAX_TOKENIZER_BYTES >> 20} MiB")
+            raise ServiceFailedError(f"the service sent a tokenizer of more than {MAX_TOKENIZER_BYTES >> 20} MiB")
         self._parts.append(part)
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        return b"".join(part.tokenizer_json for part in self._parts)
 
     def tokenizer(self) -> TargetTokenizer:
         """Return the tokenizer; raises ServiceFailedError if there are no parts."""
         if not self._parts:
             raise ServiceFailedError("the target says that it has a tokenizer, and sent none")
         return TargetTokenizer.from_parts(
-            b"".join(part.tokenizer_json for part in self._parts),
+            self.tokenizer_json,
             "".join(part.chat_template for part in self._parts),
             self._parts[0].special_tokens_json,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -38,13 +39,26 @@ from outrider_client.connection import (
     time_for_draft,
 )
 from outrider_client.conversation.conversation import Conversation
-from outrider_client.conversation.effects import Broken, Close, Describe, Effect, Event, Link, Open, Send, Wait
-from outrider_client.errors import ClientClosedError, ModelChangedError, OutriderError
+from outrider_client.conversation.effects import (
+    Broken,
+    Close,
+    Describe,
+    Effect,
+    Event,
+    Link,
+    Open,
+    Reason,
+    Send,
+    Translate,
+    Wait,
+)
+from outrider_client.errors import ClientClosedError, ModelChangedError, OutriderError, ServiceFailedError
 from outrider_client.lookup.experience import Experiences
-from outrider_client.pair import PairInfo, check_model
+from outrider_client.pair import PairInfo, check_model, find_mismatch
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.speculation_length import PairSpeeds
 from outrider_client.text.text import TargetTokenizer
+from outrider_client.text.vocabulary import Translation, Vocabulary
 
 MOST_AT_ONCE = 32  # texts of one call
 
@@ -69,6 +83,7 @@ class Core:
         self.breaker = settings.patience.breaker()
         self.draft_info: common_pb2.ModelInfo | None = None  # None after a failure
         self._target: Target | None = None
+        self._translation: tuple[tuple[str, str], Translation] | None = None  # of two models, by their identities
         self._connection: Connection | None = None
         self._is_closed = False
         self._guard = threading.RLock()  # of connection and texts; reentrant: a signal handler may close the client
@@ -130,7 +145,11 @@ class Core:
         return text
 
     async def info(self) -> PairInfo:
-        return await self.until_closed(self._ask_pair(deadline=None))
+        pair = await self.until_closed(self._ask_pair(deadline=None))
+        if pair.draft is None or find_mismatch(pair.draft, pair.target) is None:
+            return pair
+        translation = await self.translation(pair.draft, await self.described_target(), deadline=None)
+        return pair if isinstance(translation, Broken) else replace(pair, overlap=translation.overlap)
 
     async def described_target(self, deadline: float | None = None) -> Target:
         """Return the target's description, fetched once; after a failure the next call tries again."""
@@ -171,6 +190,34 @@ class Core:
             failure, now = broken(Link.DRAFT, error), time.monotonic()
             self.breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
             return failure
+
+    async def translation(
+        self, draft: common_pb2.ModelInfo, target: Target, deadline: float | None
+    ) -> Translation | Broken:
+        """Return the translation between the tokenizers of draft and target, fetching the draft's once for each model.
+
+        A failure is returned, and the next call tries again.
+        """
+        known = self._translation
+        if known is not None and known[0] == (draft.identity, target.info.identity):
+            return known[1]
+        connection = self.connected()
+        assert connection.draft is not None
+        if target.tokenizer is None or not draft.HasField("tokenizer"):
+            return Broken.of_draft(Reason.OTHER_TOKENIZER, str(find_mismatch(draft, target.info)))
+        left_s, parts = left_until(deadline), TokenizerParts()
+        request, most_s = draft_pb2.DraftServiceGetTokenizerRequest(), self.settings.connect_s
+        timeout = most_s if left_s is None else min(left_s, most_s)
+        try:
+            await connection.collect(connection.draft.GetTokenizer, request, timeout, parts.add)
+            translation = await connection.in_thread(_translation, draft, parts.tokenizer_json, target)
+        except grpc.RpcError as error:
+            self.connected()
+            return broken(Link.DRAFT, error)
+        except ServiceFailedError as error:
+            return Broken.of_draft(Reason.BROKE_PROTOCOL, f"of the draft: {error}")
+        self._translation = (draft.identity, target.info.identity), translation
+        return translation
 
     async def _describe_target(self, deadline: float | None) -> Target:
         connection, retrying = self.connected(), Retrying(self.settings, deadline)
@@ -377,6 +424,10 @@ class Text:
                     self._core.draft_info = None
             case Describe():
                 return await self._describe_draft()
+            case Translate(draft):
+                assert self._target is not None
+                fetching = self._core.translation(draft, self._target, self._request.deadline)
+                return await self._core.until_closed(fetching)
         return None
 
     def _open(self, link: Link, message: Any) -> None:
@@ -414,6 +465,18 @@ class Text:
                 return description
             info = self._core.draft_info = description.model
         return info
+
+
+def _translation(draft: common_pb2.ModelInfo, tokenizer_json: bytes, target: Target) -> Translation:
+    """Return the translation between both tokenizers; raises ServiceFailedError if one of them is broken."""
+    assert target.tokenizer is not None
+    its = TargetTokenizer.from_parts(tokenizer_json, "", "")
+    ends = zip(draft.eos_token_ids[:1], target.info.eos_token_ids[:1], strict=False)
+    return Translation(
+        Vocabulary.of(its.tokenizer, draft.vocab_size),
+        Vocabulary.of(target.tokenizer.tokenizer, target.info.vocab_size),
+        ((mine, other) for mine, other in ends if mine < draft.vocab_size),
+    )
 
 
 class TextView:

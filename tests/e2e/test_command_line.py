@@ -184,3 +184,22 @@ def test_demo_starts_a_pair_shows_equal_greedy_texts_and_stops_it(paths):
 def test_demo_says_why_a_service_did_not_start():
     result = run("demo", "--draft-model=builtin:nothing", status=1)
     assert "there is no builtin:nothing" in result.stderr
+
+
+def test_demo_chats_with_a_target_that_it_starts_and_stops(paths):
+    """The answers of the random model run to their limit of tokens, unless the context ends before."""
+    result = run("demo", "--chat", f"--target-model={paths['target']}", text="Hi\n\n")
+    assert "tokens/s" in result.stderr
+    assert result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--chat needs --target-model"),
+        (["--target-model=builtin:target", "--seed=2"], "--chat takes no --seed"),
+    ],
+)
+def test_demo_chat_refuses_what_it_cannot_use(arguments, sentence):
+    result = run("demo", "--chat", *arguments, status=2)
+    assert sentence in result.stderr
