@@ -118,9 +118,9 @@ class TestGguf:
             assert np.array_equal(tensor_of(ours, ours.dims, torch.float32), expected)
             assert (ours.num_bytes, ours.kind) == (files.num_bytes_of(ours), tensor.tensor_type.name)
 
-    def test_settings_are_read_and_lists_counted(self, tmp_path):
+    def test_settings_are_read_and_lists_of_strings_counted(self, tmp_path):
         fields = GgufHeader.read(write_gguf(tmp_path / "x.gguf", {})).fields
-        expected = {"general.architecture": "llama", "a.text": "é", "a.list": 2, "numbers": 3}
+        expected = {"general.architecture": "llama", "a.text": "é", "a.list": 2, "numbers": (1, 2, 3)}
         assert {name: fields[name] for name in expected} == expected
 
     @pytest.mark.parametrize("kind", KINDS)

@@ -145,6 +145,11 @@ def pieces(matrix: Matrix) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, num_outputs)
 
 
+def torch_type_of(kind: str) -> torch.dtype:
+    """Return the type that holds such numbers as they are: of blocks, float32."""
+    return _TORCH_TYPES.get(kind, torch.float32)
+
+
 def tensor_of(matrix: Matrix, dims: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return the numbers as a tensor of the shape `dims`, made piece by piece."""
     tensor = torch.empty(matrix.shape, dtype=dtype)
