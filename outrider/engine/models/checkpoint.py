@@ -205,7 +205,8 @@ def _read(source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any
         raise ModelRefusedError(f"{source.name} ({config.model_type}) is an encoder-decoder: give a decoder-only model")
     tensors = None
     if not _is_left_to_transformers(source, config, arguments):
-        tensors = unread_safetensors(_sound(source, safetensors_files(source.path, source.revision)))
+        paths = _sound(source, safetensors_files(source.path, source.revision))
+        tensors = unread_safetensors(paths, arguments["dtype"])
     if not tensors:
         arguments = source.arguments() | arguments | _REPORTING
         return AutoModelForCausalLM.from_pretrained(source.path, **arguments)

@@ -24,7 +24,7 @@ import torch
 from outrider.engine.models.gguf_header import GgufHeader
 from outrider.engine.models.matrix import Matrix, floats_of
 
-PIECE_BYTES = 32 * 1024 * 1024  # of float32, that are made at once
+PIECE_BYTES = 4 * 1024 * 1024  # of float32, that are made at once
 BLOCK_INPUTS = 32  # of the formats that are made here
 _TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")

@@ -64,15 +64,20 @@ def safetensors_files(path: str, revision: str | None) -> list[Path]:
     return [Path(shard) for shard in get_checkpoint_shard_files(path, index, revision=revision)[0]] if index else []
 
 
-def unread_safetensors(paths: list[Path]) -> dict[str, Unread] | None:
-    """Return the tensors by name; None where one has a type that no weight has."""
+def unread_safetensors(paths: list[Path], wanted: Any) -> dict[str, Unread] | None:
+    """Return the tensors by name; None where one has a type that no weight has.
+
+    They have the type `wanted` where that holds all of their numbers, and else their own.
+    """
     tensors = in_safetensors(paths)
-    return None if tensors is None else {name: _whole(tensor, tensor.dims) for name, tensor in tensors.items()}
+    return None if tensors is None else {name: _whole(tensor, wanted) for name, tensor in tensors.items()}
 
 
-def _whole(matrix: Matrix, dims: tuple[int, ...]) -> Unread:
-    dtype = torch_type_of(matrix.kind)
-    return Unread(dtype, lambda: tensor_of(matrix, dims, dtype))
+def _whole(tensor: FileTensor, wanted: Any) -> Unread:
+    own = torch_type_of(tensor.kind)
+    is_wider = isinstance(wanted, torch.dtype) and torch.promote_types(own, wanted) == wanted
+    dtype = wanted if is_wider else own
+    return Unread(dtype, lambda: tensor_of(tensor, tensor.dims, dtype))
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
