@@ -22,6 +22,7 @@ from outrider.engine.models.loader import (
     TokenizerFiles,
     load,
 )
+from outrider.engine.models.probe import Probe
 from tests.model.against_transformers import fastest_pass
 from tests.tiny_models import CONTEXT_LENGTH, FAMILIES, REFUSED_FAMILIES, VOCAB_SIZE, byte_tokenizer, make_model, save
 
@@ -324,6 +325,17 @@ class TestRefused:
         attention.forward = scaled
         with pytest.raises(ModelRefusedError, match="GPT2LMHeadModel differs from its own attention"):
             fastest_pass(model)
+
+    def test_weights_that_a_pass_took_are_read_again_where_it_is_not_used(self, llama, monkeypatch):
+        """The reference is whole, although the pass that was tried before it has taken its products."""
+        why_not, objections = Probe.why_not, ["it differs"]
+        monkeypatch.setattr(Probe, "why_not", lambda *its: objections.pop() if objections else why_not(*its))
+        ids, choice = [5, 80, 255, 7], load_from(llama).choice
+        assert (choice.backend, choice.notes[-1]) == ("transformers", "torch: it differs")
+        own = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
+        with torch.inference_mode():
+            expected = own(input_ids=torch.tensor([ids])).logits[0]
+        assert (choice.runner.forward([Feed(choice.runner.new_cache(), ids, 4)]) - expected).abs().max() < 1e-5
 
     def test_a_faster_forward_pass_that_differs_is_not_used(self, caplog):
         """A Llama whose activation was changed behind its configuration's back runs as transformers has it."""

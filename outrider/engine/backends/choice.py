@@ -85,6 +85,7 @@ def choose(spec: DecoderSpec, machine: Machine, probe: Probe) -> Choice:
             log.info("the model runs by %s%s", backend.name, "".join(f"; not by {note}" for note in notes))
             return Choice(runner, max_cached_tokens, backend.name, notes)
         names.setdefault(reason, []).append(backend.name)
+        spec = spec.whole()
     raise AssertionError("the last backend has no objection, and gave these rows before")
 
 

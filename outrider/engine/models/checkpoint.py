@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,9 +17,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
+
+from outrider.engine.models.files import parts_of
+from outrider.engine.models.gguf_header import GgufDamagedError, GgufHeader
+from outrider.engine.models.streaming import (
+    filled,
+    gguf_names,
+    outline_of,
+    safetensors_files,
+    unread_gguf,
+    unread_safetensors,
+)
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_NAMES = ("target", "draft")
@@ -28,6 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _OLD_CONSTANT = re.compile(r"\battn\.masked_bias$")  # −10,000, in checkpoints of GPT-2; its class has forgotten it
 _NUM_KEYS_NAMED = 3
+_GGUF_TIED = ("falcon", "bloom")  # whose head is the embedding whatever their files have
 _GGUF_NEEDED = ("context_length", "attention.head_count")
 _GGUF_SETTINGS: dict[str, tuple[str, tuple[Any, ...]]] = {  # by name in config.json, and values that change nothing
     "attention.sliding_window": ("sliding_window", (0,)),
@@ -87,8 +98,19 @@ class Source:
         elif model.endswith(".gguf"):
             if not Path(model).is_file():
                 raise ModelRefusedError(f"there is no file {model}")
-            path, gguf_file = str(Path(model).parent), Path(model).name
+            parts = parts_of(Path(model))
+            missing = [part.name for part in parts if not part.is_file()]
+            if missing:
+                raise ModelRefusedError(
+                    f"{model} is one of {len(parts)} files of a model, and {_first_of(missing)} is not beside it: fetch all"
+                )
+            path, gguf_file = str(parts[0].parent), parts[0].name  # the first says what the model is
         return cls(model, path, gguf_file, revision, trust_remote_code)
+
+    @property
+    def gguf_files(self) -> list[Path]:
+        """All files of a GGUF model."""
+        return parts_of(Path(self.path) / self.gguf_file) if self.gguf_file else []
 
     def arguments(self) -> dict[str, Any]:
         """Return what every from_pretrained of transformers takes."""
@@ -116,7 +138,7 @@ class Source:
         if folder is None:
             return None
         if self.gguf_file:
-            return _why_damaged([folder / self.gguf_file])
+            return _why_damaged(self.gguf_files)
         kinds = ("*.json", "*.safetensors", "*.bin")
         return _why_damaged(path for kind in kinds for path in sorted(folder.glob(kind)))
 
@@ -156,40 +178,112 @@ def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
         ModelRefusedError: no causal language model, a damaged file, or weights that are missing, left over or of
             another shape.
     """
-    arguments |= source.arguments()
     if source.has("adapter_config.json") and find_spec("peft") is None:
         raise ModelRefusedError(
             f"{source.name} has an adapter_config.json, and an adapter takes peft: merge the adapter into its model "
             "(merge_and_unload) and save that, or remove the file"
         )
     with refusing(source), _without_its_warnings():
-        if not source.gguf_file:
-            config = AutoConfig.from_pretrained(source.path, **arguments)
-            if getattr(config, "is_encoder_decoder", False):
-                raise ModelRefusedError(
-                    f"{source.name} ({config.model_type}) is an encoder-decoder: give a decoder-only model"
-                )
         reason = source.why_silent(["generation_config.json"])
         if reason:
             raise ModelRefusedError(f"{source.name} cannot be loaded: {reason}")
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.path, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            model, report = _read_gguf(source, arguments) if source.gguf_file else _read(source, arguments)
         except NotImplementedError as error:  # of comparing what has been left without numbers with what is tied to it
             raise ModelRefusedError(
                 f"{source.name} cannot be loaded: its files have a head of another shape than the embedding, to which "
                 "config.json ties it"
             ) from error
-        model, report = loaded
-        left_over = _left_over_in_gguf(Path(source.path) / source.gguf_file, model) if source.gguf_file else set()
         folder = None if source.gguf_file else source.folder()
         stored = _stored_tensors(folder) if folder else []
-    reason = why_incomplete(report | {"unexpected_keys": {*report["unexpected_keys"], *left_over}})
-    reason = reason or _why_not_meant(stored, model)
+    reason = why_incomplete(report) or _why_not_meant(stored, model)
     if reason:
         raise ModelRefusedError(f"{source.name} cannot be loaded as a {type(model).__name__}: {reason}")
     return model.eval()
+
+
+_REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
+
+def _read(source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a model of safetensors or of PyTorch's files, and transformers' report."""
+    config = AutoConfig.from_pretrained(source.path, **source.arguments())
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelRefusedError(f"{source.name} ({config.model_type}) is an encoder-decoder: give a decoder-only model")
+    tensors = None
+    if not _is_left_to_transformers(source, config, arguments):
+        paths = _sound(source, safetensors_files(source.path, source.revision))
+        tensors = unread_safetensors(paths, arguments["dtype"])
+    if not tensors:
+        arguments = source.arguments() | arguments | _REPORTING
+        return AutoModelForCausalLM.from_pretrained(source.path, **arguments)
+    model, report = filled(outline_of(config), tensors, arguments["dtype"])
+    model.generation_config = _generation_config(source)
+    return model, report
+
+
+def _is_left_to_transformers(source: Source, config: Any, arguments: dict[str, Any]) -> bool:
+    """Return whether there is more to loading than to put tensors where their names say."""
+    return bool(
+        arguments.keys() - {"dtype"}
+        or getattr(config.get_text_config(), "quantization_config", None)
+        or getattr(config, "quantization_config", None)
+        or getattr(config, "auto_map", None)
+        or getattr(config, "transformers_weights", None)
+        or source.has("adapter_config.json")
+    )
+
+
+def _sound(source: Source, paths: list[Path]) -> list[Path]:
+    """Return the paths; raises ModelRefusedError where a file is damaged."""
+    reason = _why_damaged(paths)
+    if reason:
+        raise ModelRefusedError(f"{source.name} cannot be loaded: {source.why_unreadable() or reason}")
+    return paths
+
+
+def _generation_config(source: Source) -> GenerationConfig:
+    """Return what from_pretrained gives a model that it reads from its folder."""
+    try:
+        return GenerationConfig.from_pretrained(source.path, revision=source.revision)
+    except OSError:
+        arguments: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
+        return GenerationConfig.from_pretrained(source.path, revision=source.revision, **arguments)
+
+
+def _read_gguf(source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a model of GGUF files, and transformers' report.
+
+    Raises:
+        ModelRefusedError: a family or a quantisation that is not read, or a file that does not say what transformers
+            would make up.
+    """
+    headers = [GgufHeader.read(path) for path in _sound(source, source.gguf_files)]
+    fields, tensors = headers[0].fields, {name for header in headers for name in header.tensors}
+    architecture = str(fields.get("general.architecture"))
+    unsaid = [key for key in _GGUF_NEEDED if f"{architecture}.{key}" not in fields]
+    if unsaid:
+        raise ModelRefusedError(f"{source.gguf_file} does not say {architecture}.{unsaid[0]}: convert the model anew")
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.arguments())
+        if len(headers) > 1 and architecture not in _GGUF_TIED:  # transformers looks into the first file alone
+            config.tie_word_embeddings = "output.weight" not in tensors
+        outline = outline_of(config)
+        names = gguf_names(outline, architecture)
+    except Exception as error:  # of another library; the file itself is sound
+        raise ModelRefusedError(
+            f"{source.name} cannot be loaded: nothing here reads a GGUF file of the family {architecture} "
+            f"({one_line(error)}): give the model as safetensors"
+        ) from error
+    if arguments.keys() - {"dtype"}:
+        arguments = source.arguments() | arguments | _REPORTING
+        model, report = AutoModelForCausalLM.from_pretrained(source.path, **arguments)
+    else:
+        tensors_by_name = unread_gguf(headers, outline.config, architecture, names)
+        model, report = filled(outline, tensors_by_name, arguments["dtype"])
+    unused = {name for name in tensors if name not in names and "_exps" not in name}
+    unused |= _unheeded(fields, architecture, model.config)
+    return model, report | {"unexpected_keys": {*report["unexpected_keys"], *unused}}
 
 
 @contextmanager
@@ -285,35 +379,20 @@ def _without_prefix(name: str, prefix: str) -> str:
     return name
 
 
-def _left_over_in_gguf(path: Path, model: PreTrainedModel) -> set[str]:
-    """Return what a GGUF file has and transformers passes over in silence: tensors, and settings that change a text.
-
-    Experts are left out: they are split under other names.
-
-    Raises:
-        ModelRefusedError: the file does not say what transformers would make up.
-    """
-    from gguf import GGUFReader  # of an extra
-
-    reader = GGUFReader(path)
-    architecture = reader.fields["general.architecture"].contents()
-    unsaid = [key for key in _GGUF_NEEDED if f"{architecture}.{key}" not in reader.fields]
-    if unsaid:
-        raise ModelRefusedError(f"{path.name} does not say {architecture}.{unsaid[0]}: convert the model anew")
-    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
-    names = {tensor.name for tensor in reader.tensors}
+def _unheeded(fields: Mapping[str, Any], architecture: str, config: Any) -> set[str]:
+    """Return settings of a GGUF file that change a text, and that transformers passes over in silence."""
     settings = {
         f"{architecture}.{key}"
         for key, (its_name, idle) in _GGUF_SETTINGS.items()
-        if (field := reader.fields.get(f"{architecture}.{key}")) is not None
-        and not _is_heeded(field.contents(), getattr(model.config, its_name, None), idle)
+        if (value := fields.get(f"{architecture}.{key}")) is not None
+        and not _is_heeded(value, getattr(config, its_name, None), idle)
     }
     if architecture == "gpt-oss":  # the one whose rotary scaling transformers reads
         settings = {key for key in settings if ".rope." not in key}
     window = f"{architecture}.attention.sliding_window"
-    if window in settings and reader.fields[window].contents() >= model.config.max_position_embeddings:
+    if window in settings and fields[window] >= config.max_position_embeddings:
         settings.remove(window)
-    return {name for name in names if name not in known and "_exps" not in name} | settings
+    return settings
 
 
 def _is_heeded(value: Any, configured: Any, idle: tuple[Any, ...]) -> bool:
@@ -387,18 +466,10 @@ def _why_pickle_damaged(path: Path) -> str | None:
 
 
 def _why_gguf_damaged(path: Path) -> str | None:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start != b"GGUF":
-        return "is not a GGUF file"
     try:
-        from gguf import GGUFReader
-    except ImportError:  # which is what the caller is about to say
-        return None
-    try:
-        GGUFReader(path)
-    except Exception as error:  # whatever comes of reading beyond the end
-        return f"is cut short or damaged ({one_line(error)}): fetch it again"
+        GgufHeader.read(path)
+    except GgufDamagedError as error:
+        return str(error)
     return None
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,7 @@ def _load(options: ModelOptions) -> LoadedModel:
     device = _device(options.device)
     model = _load_model(options, source, device)
     spec, probe = read_checked(model)
+    spec = replace(spec, reread=lambda: read_checked(_load_model(options, source, device))[0])
     vocab_size = spec.vocab_size
     tokenizer = _load_tokenizer(source, vocab_size)
     eos_token_ids = eos_token_ids_of(model, vocab_size)

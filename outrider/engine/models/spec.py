@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from outrider.common.memory import trim_heap
 from outrider.engine.backends.runner import TransformersForward
 from outrider.engine.kv_cache import KvShape
 from outrider.engine.models.configuration import context_length_of, vocab_size_of
+from outrider.engine.models.matrix import Matrix, TensorMatrix
 from outrider.engine.models.visibility import Visible
 
 _ROPE_TYPES = ("default", "linear", "llama3")  # those whose angles do not depend on the sequence's length
@@ -57,10 +59,25 @@ class Linear:
         return joined.T if self._is_transposed else joined
 
     @property
+    def matrices(self) -> list[Matrix]:
+        """Matrices `[O, I]`, whose outputs stand side by side."""
+        return [_matrix_of(module, self._is_transposed) for module in self._modules]
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """`[O]`."""
         biases = [module.bias.detach() for module in self._modules if module.bias is not None]
         return (biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else None
+
+    def release(self) -> None:
+        """Let go of the weight's memory, which the modules then cannot multiply with."""
+        for module in self._modules:
+            module.weight.data = module.weight.data.new_empty(0)
+        trim_heap()
+
+    @property
+    def is_released(self) -> bool:
+        return self._modules[0].weight.numel() == 0
 
     def shared(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight, contiguous, and bias; the modules go on with views of them, so that nothing is held twice."""
@@ -72,6 +89,14 @@ class Linear:
             for module, part in zip(self._modules, bias.split(sizes), strict=True):
                 module.bias.data = part
         return weight, bias
+
+
+def _matrix_of(module: Any, is_transposed: bool = False) -> Matrix:
+    """Return a module's weight `[O, I]`: from its file, or as the module holds it."""
+    if isinstance(getattr(module, "matrix", None), Matrix):
+        return module.matrix
+    weight = module.weight.detach()
+    return TensorMatrix(weight.T if is_transposed else weight)
 
 
 @dataclass(frozen=True)
@@ -132,6 +157,7 @@ class DecoderSpec:
     is_rounded: bool  # half precision or quantised
     weights: DecoderWeights | None
     why_unread: str = ""  # where there are no weights
+    reread: Callable[[], DecoderSpec] | None = None  # from the model's files
 
     @classmethod
     def read(cls, model: PreTrainedModel) -> DecoderSpec:
@@ -155,6 +181,19 @@ class DecoderSpec:
             weights=weights,
             why_unread=why_unread,
         )
+
+    def taken(self, product: Linear) -> torch.Tensor:
+        """Return the weight `[O, I]` of a product to a backend that copies it. Where it can be read again, the model
+        lets go of it, so that no more than one product is held twice."""
+        weight = product.weight
+        if self.reread:
+            product.release()
+        return weight
+
+    def whole(self) -> DecoderSpec:
+        """Return the model with all of its weights: itself, or read again where a backend has taken some."""
+        is_taken = self.weights is not None and self.weights.layers[0].query_key_value.is_released
+        return self.reread() if is_taken and self.reread else self
 
     @property
     def num_query_heads(self) -> int:
