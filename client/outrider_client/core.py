@@ -53,7 +53,7 @@ from outrider_client.conversation.effects import (
 )
 from outrider_client.errors import ClientClosedError, ModelChangedError, OutriderError, ServiceFailedError
 from outrider_client.lookup.experience import Experiences
-from outrider_client.pair import PairInfo, check_model, needs_translation
+from outrider_client.pair import PairInfo, check_model, find_mismatch, needs_translation
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.speculation_length import PairSpeeds
 from outrider_client.text.text import TargetTokenizer
@@ -210,6 +210,8 @@ class Core:
             return self._translation[1]
         except grpc.RpcError as error:
             self.connected()
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # a draft service of an older version
+                return Broken.of_draft(Reason.OTHER_TOKENIZER, str(find_mismatch(draft, target.info)))
             return broken(Link.DRAFT, error)
         except ServiceFailedError as error:
             return Broken.of_draft(Reason.BROKE_PROTOCOL, f"its tokenizer cannot be used: {error}")
