@@ -54,7 +54,7 @@ from outrider_client.conversation.effects import (
 )
 from outrider_client.errors import ClientClosedError, ModelChangedError, OutriderError, ServiceFailedError
 from outrider_client.lookup.experience import Experiences
-from outrider_client.pair import PairInfo, check_model, find_mismatch
+from outrider_client.pair import PairInfo, check_model, find_mismatch, needs_translation
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.speculation_length import PairSpeeds
 from outrider_client.text.text import TargetTokenizer
@@ -146,9 +146,10 @@ class Core:
 
     async def info(self) -> PairInfo:
         pair = await self.until_closed(self._ask_pair(deadline=None))
-        if pair.draft is None or find_mismatch(pair.draft, pair.target) is None:
+        if pair.draft is None or not needs_translation(pair.draft, pair.target):
             return pair
-        translation = await self.translation(pair.draft, await self.described_target(), deadline=None)
+        target = await self.described_target()
+        translation = await self.until_closed(self.translation(pair.draft, target, deadline=None))
         return pair if isinstance(translation, Broken) else replace(pair, overlap=translation.overlap)
 
     async def described_target(self, deadline: float | None = None) -> Target:
@@ -194,30 +195,37 @@ class Core:
     async def translation(
         self, draft: common_pb2.ModelInfo, target: Target, deadline: float | None
     ) -> Translation | Broken:
-        """Return the translation between the tokenizers of draft and target, fetching the draft's once for each model.
+        """Return the translation between the tokenizers of draft and target, made once for each pair of models.
 
         A failure is returned, and the next call tries again.
         """
-        known = self._translation
-        if known is not None and known[0] == (draft.identity, target.info.identity):
-            return known[1]
-        connection = self.connected()
-        assert connection.draft is not None
-        if target.tokenizer is None or not draft.HasField("tokenizer"):
-            return Broken.of_draft(Reason.OTHER_TOKENIZER, str(find_mismatch(draft, target.info)))
-        left_s, parts = left_until(deadline), TokenizerParts()
-        request, most_s = draft_pb2.DraftServiceGetTokenizerRequest(), self.settings.connect_s
-        timeout = most_s if left_s is None else min(left_s, most_s)
+        models, connection = (draft.identity, target.info.identity), self.connected()
+        left_s, most_s = left_until(deadline), self.settings.connect_s
+        until = time.monotonic() + (most_s if left_s is None else min(left_s, most_s))
+        while not await connection.lock(max(0.0, until - time.monotonic())):
+            if time.monotonic() >= until:
+                return Broken.of_draft(Reason.SILENT, "its tokenizer did not come in time")
         try:
-            await connection.collect(connection.draft.GetTokenizer, request, timeout, parts.add)
-            translation = await connection.in_thread(_translation, draft, parts.tokenizer_json, target)
+            if self._translation is None or self._translation[0] != models:
+                self._translation = models, await self._make_translation(draft, target, until)
+            return self._translation[1]
         except grpc.RpcError as error:
             self.connected()
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # a draft service of an older version
+                return Broken.of_draft(Reason.OTHER_TOKENIZER, str(find_mismatch(draft, target.info)))
             return broken(Link.DRAFT, error)
         except ServiceFailedError as error:
-            return Broken.of_draft(Reason.BROKE_PROTOCOL, f"of the draft: {error}")
-        self._translation = (draft.identity, target.info.identity), translation
-        return translation
+            return Broken.of_draft(Reason.BROKE_PROTOCOL, f"its tokenizer cannot be used: {error}")
+        finally:
+            connection.describing.release()
+
+    async def _make_translation(self, draft: common_pb2.ModelInfo, target: Target, until: float) -> Translation:
+        """Fetch the draft's tokenizer and compare; raises grpc.RpcError or ServiceFailedError."""
+        connection, parts = self.connected(), TokenizerParts()
+        assert connection.draft is not None
+        request, left_s = draft_pb2.DraftServiceGetTokenizerRequest(), max(0.0, until - time.monotonic())
+        await connection.collect(connection.draft.GetTokenizer, request, left_s, parts.add)
+        return await connection.in_thread(_translation, draft, parts.tokenizer_json, target)
 
     async def _describe_target(self, deadline: float | None) -> Target:
         connection, retrying = self.connected(), Retrying(self.settings, deadline)

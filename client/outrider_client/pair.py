@@ -79,7 +79,7 @@ def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> 
     the same size.
     """
     names = f"draft {draft.model_id} and target {target.model_id}"
-    if not can_be_compared(draft, target):
+    if not _have_tokenizers(draft, target):
         if draft.HasField("tokenizer") == target.HasField("tokenizer") and draft.vocab_size == target.vocab_size:
             return None
         return f"{names} cannot be compared: one came without a tokenizer, or their vocabularies differ in size"
@@ -95,8 +95,12 @@ def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> 
     )
 
 
-def can_be_compared(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> bool:
-    """Return whether both have a tokenizer."""
+def needs_translation(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> bool:
+    """Return whether both have tokenizers, and different ones."""
+    return _have_tokenizers(draft, target) and draft.tokenizer != target.tokenizer
+
+
+def _have_tokenizers(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> bool:
     return draft.HasField("tokenizer") and target.HasField("tokenizer")
 
 

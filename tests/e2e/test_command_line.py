@@ -198,6 +198,7 @@ def test_demo_chats_with_a_target_that_it_starts_and_stops(paths):
     [
         ([], "--chat needs --target-model"),
         (["--target-model=builtin:target", "--seed=2"], "--chat takes no --seed"),
+        (["--target-model=builtin:target", "--json"], "--chat takes no --json"),
     ],
 )
 def test_demo_chat_refuses_what_it_cannot_use(arguments, sentence):

@@ -191,3 +191,28 @@ def test_the_draft_alone_cannot_write_the_targets_tokens(large_target, large_dra
         pytest.raises(IncompatiblePairError, match="different tokenizers"),
     ):
         client.generate("The bird", SEEDED[0], method="draft")
+
+
+def test_in_mid_text_a_draft_may_be_exchanged_for_one_of_another_tokenizer_and_back(services, large_target, tmp_path):
+    """Each takes the port of the one before. What one has proposed is never read as the other's."""
+    paths = {}
+    for name, tokenizer in TOKENIZERS.items():
+        model = tiny_models.make_model(FAMILY, 2, vocab_size=len(tokenizer))
+        paths[name] = tiny_models.save(model, tmp_path / name, tokenizer)
+    draft = services.start(DRAFT, paths["gpt2"])
+    turns = {10: "llama", 25: "gpt2"}  # by the number of tokens so far
+    sampling, patience = replace(SEEDED[1], max_new_tokens=64), replace(NEVER_WITHOUT_DRAFT, first_backoff_s=0.01)
+    with SpeculativeClient(large_target.address, draft.address, patience=patience) as client:
+        target_only = client.generate("The bird", sampling, method="autoregressive")
+        with client.stream("The bird", sampling, num_speculative_tokens=3) as stream:
+            num_tokens, seen = 0, []
+            for chunk in stream:
+                num_tokens += len(chunk.token_ids)
+                if turns and num_tokens >= min(turns):
+                    seen.append(stream.partial.stats.num_draft_tokens)
+                    draft.stop()
+                    draft = services.start(DRAFT, paths[turns.pop(min(turns))], listen=f"127.0.0.1:{draft.port}")
+        draft.stop()
+    assert stream.result.token_ids == target_only.token_ids
+    assert stream.result.stats.num_cache_mismatches == 0
+    assert 0 < seen[0] < seen[1] < stream.result.stats.num_draft_tokens

@@ -84,9 +84,10 @@ def demo(context: click.Context, prompt: str, temperature: list[float], as_json:
 
 def _chat(context: click.Context, model: str, threads: int) -> None:
     """Answer what is typed with a target that is started for it, and with proposals from the conversation itself."""
-    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    if others := sorted(given - {"chat", "target_model", "threads"}):
-        raise click.UsageError(f"--chat takes no --{others[0].replace('_', '-')}: use `outrider chat` with a service")
+    is_given = lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT  # noqa: E731
+    given = {param.name: param.opts[-1] for param in context.command.params if is_given(param.name)}
+    for name in given.keys() - {"chat", "target_model", "threads"}:
+        raise click.UsageError(f"--chat takes no {given[name]}: use `outrider chat` with a service")
     if "target_model" not in given:
         raise click.UsageError(
             "--chat needs --target-model, a model with a chat template; `make chat` fetches a small one"

@@ -25,7 +25,7 @@ from outrider_client.conversation.effects import (
 )
 from outrider_client.conversation.patience import Breaker, Patience
 from outrider_client.errors import CacheMismatchError, IncompatiblePairError, ModelChangedError, ServiceFailedError
-from outrider_client.pair import can_be_compared, find_mismatch, mismatch_of
+from outrider_client.pair import find_mismatch, mismatch_of, needs_translation
 from outrider_client.results import GenerationStats
 
 # With these codes the draft may still work for other texts.
@@ -95,7 +95,7 @@ class DraftSession:
                 Reason.BROKE_PROTOCOL, "the draft describes a model without a vocabulary or a context"
             )
         translation, mismatch = None, find_mismatch(info, task.target_info)
-        if mismatch and not self._insists and can_be_compared(info, task.target_info):
+        if not self._insists and needs_translation(info, task.target_info):
             translation = yield Translate(info)
             if isinstance(translation, Broken):
                 return translation

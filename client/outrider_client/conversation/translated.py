@@ -52,7 +52,7 @@ def translated_proposals(translation: Translation, proposals: Sequence[draft_pb2
             break
         support = wire.support_of(proposal.support_gaps[:], "support_gaps", translation.draft_size)
         ids, weights = translation.target_ids(support), np.array(proposal.support_weights[:], dtype=np.int64)
-        order = np.argsort(ids)[np.count_nonzero(ids == NOT_SHARED) :]
+        order = np.argsort(ids)[np.count_nonzero(ids == NOT_SHARED) :]  # those come first, being below all ids
         translated.append(
             draft_pb2.Proposal(
                 token_id=token_id,

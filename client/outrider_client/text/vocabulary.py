@@ -6,6 +6,7 @@ and `▁the` of another are one token, and a special `</s>` is not the text `</s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from outrider_client.text.decoding import Pieces, raise_if_failed
 
 Token = bytes | str  # the bytes of ordinary text; the name of a special token
 NOT_SHARED = -1
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _WITH_MARKS = (
     {"type": "Replace", "pattern": {"String": "\N{LOWER ONE EIGHTH BLOCK}"}, "content": " "},
     {"type": "ByteFallback"},
@@ -148,8 +150,8 @@ def _reader_of(stages: Sequence[dict[str, Any]]) -> Callable[[str], bytes]:
     }
 
     def read(piece: str) -> bytes:
-        if has_bytes and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
+        if has_bytes and (byte := _BYTE.fullmatch(piece)):
+            return bytes.fromhex(byte[1])
         for mark in marks:
             piece = piece.replace(mark, " ")
         return piece.encode()
