@@ -208,19 +208,42 @@ def _read(source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any
         paths = _sound(source, safetensors_files(source.path, source.revision))
         tensors = unread_safetensors(paths, arguments["dtype"])
     if not tensors:
-        arguments = source.arguments() | arguments | _REPORTING
-        return AutoModelForCausalLM.from_pretrained(source.path, **arguments)
+        with _naming_quantization(source, config):
+            arguments = source.arguments() | arguments | _REPORTING
+            return AutoModelForCausalLM.from_pretrained(source.path, **arguments)
     model, report = filled(outline_of(config), tensors, arguments["dtype"])
     model.generation_config = _generation_config(source)
     return model, report
+
+
+def quantization_of(config: Any) -> str:
+    """Return the method by which the weights of a checkpoint are quantised; empty where they are not."""
+    settings = getattr(config, "quantization_config", None)
+    settings = settings or getattr(config.get_text_config(), "quantization_config", None) or {}
+    return str(settings.get("quant_method", "") if isinstance(settings, dict) else settings.quant_method)
+
+
+@contextmanager
+def _naming_quantization(source: Source, config: Any) -> Iterator[None]:
+    """Say of a quantised checkpoint that does not load what to take instead; another's error goes on."""
+    method = quantization_of(config)  # of the files; transformers changes the configuration
+    try:
+        yield
+    except Exception as error:
+        if not method or source.why_unreadable():
+            raise
+        raise ModelRefusedError(
+            f"{source.name} cannot be loaded: its weights are quantised by {method}, which does not load here "
+            f"({one_line(error).rstrip('.')}): give the model unquantised, or as a GGUF file"
+        ) from error
 
 
 def _is_left_to_transformers(source: Source, config: Any, arguments: dict[str, Any]) -> bool:
     """Return whether there is more to loading than to put tensors where their names say."""
     return bool(
         arguments.keys() - {"dtype"}
-        or getattr(config.get_text_config(), "quantization_config", None)
         or getattr(config, "quantization_config", None)
+        or getattr(config.get_text_config(), "quantization_config", None)
         or getattr(config, "auto_map", None)
         or getattr(config, "transformers_weights", None)
         or source.has("adapter_config.json")
@@ -251,7 +274,7 @@ def _read_gguf(source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str
         ModelRefusedError: a family or a quantisation that is not read, or a file that does not say what transformers
             would make up.
     """
-    headers = [GgufHeader.read(path) for path in _sound(source, source.gguf_files)]
+    headers = [GgufHeader.read(path) for path in source.gguf_files]
     fields, tensors = headers[0].fields, {name for header in headers for name in header.tensors}
     architecture = str(fields.get("general.architecture"))
     unsaid = [key for key in _GGUF_NEEDED if f"{architecture}.{key}" not in fields]

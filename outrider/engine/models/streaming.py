@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from outrider.engine.models.files import FileTensor, Reordered, in_gguf, in_safetensors, tensor_of, torch_type_of, unturned
@@ -84,8 +84,35 @@ def _whole(tensor: FileTensor, wanted: Any) -> Unread:
 
 
 def gguf_names(outline: Any, architecture: str) -> dict[str, str]:
-    """Return transformers' names of weights by those of a GGUF file of the architecture."""
-    return get_gguf_hf_weights_map(outline, _processor(outline.config, architecture), architecture)
+    """Return transformers' names of weights by those of a GGUF file of the architecture.
+
+    As transformers' get_gguf_hf_weights_map, which makes the table of an architecture's names anew for each module.
+
+    Raises:
+        KeyError: no architecture of that name is known.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}[architecture]
+    table = get_tensor_name_map(kind, outline.config.get_text_config().num_hidden_layers)
+    return _names_in(outline, "", table, _processor(outline.config, architecture))
+
+
+def _names_in(module: Any, prefix: str, table: Any, processor: TensorProcessor) -> dict[str, str]:
+    """Return the names of a module's weights, and of those within it where its own name is not known."""
+    names: dict[str, str] = {}
+    for name in module.state_dict():
+        name = processor.preprocess_name(name)
+        stem, dot, kind = name.rpartition(".")
+        stem, suffix = (stem, dot + kind) if kind in ("weight", "bias") else (name, "")
+        found = table.get_name(stem)
+        if found:
+            names[found + suffix] = prefix + name
+        else:
+            processor.perform_fallback_tensor_mapping(names, suffix, prefix, name)
+    for name, child in module.named_children():
+        names = _names_in(child, f"{prefix}{name}.", table, processor) | names
+    return names
 
 
 def _processor(config: Any, architecture: str) -> TensorProcessor:
