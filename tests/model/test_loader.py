@@ -106,7 +106,8 @@ class TestGguf:
     ) -> None:
         """Write a llama model in float32, with a tokenizer of the 256 bytes, two special pieces and one merge.
 
-        With `most_tensors` in files of so many each. Tensors and settings are added as in `more`, whose names have two underscores where a file has a full stop.
+        With `most_tensors` in files of so many each. Tensors and settings are added as in `more`, whose names have two
+        underscores where a file has a full stop.
         """
         config, writer = model.config, gguf.GGUFWriter(path, "llama", split_max_tensors=most_tensors)
         if context_length:
@@ -177,7 +178,8 @@ class TestGguf:
         self.write(make_model("llama", 0, vocab_size=259), tmp_path / "tiny.gguf", most_tensors=12)
         (tmp_path / "tiny-00002-of-00003.gguf").unlink()
         with pytest.raises(
-            ModelRefusedError, match=r"is one of 3 files of a model, and tiny-00002-of-00003\.gguf is not beside it: fetch"
+            ModelRefusedError,
+            match=r"is one of 3 files of a model, and tiny-00002-of-00003\.gguf is not beside it: fetch",
         ):
             load_from(tmp_path / "tiny-00001-of-00003.gguf")
 

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from outrider.engine.models.files import FileTensor, Reordered, in_gguf, in_safetensors, tensor_of, torch_type_of, unturned
-from outrider.engine.models.gguf_header import GgufHeader
+from outrider.engine.models.files import FileTensor, Reordered, tensor_of, torch_type_of, unturned
 from outrider.engine.models.matrix import Matrix
 
 _TURNED = re.compile(r"\.attn_([qk])\.weight$")  # projections whose rows a Llama's GGUF file has in another order
@@ -64,13 +63,9 @@ def safetensors_files(path: str, revision: str | None) -> list[Path]:
     return [Path(shard) for shard in get_checkpoint_shard_files(path, index, revision=revision)[0]] if index else []
 
 
-def unread_safetensors(paths: list[Path], wanted: Any) -> dict[str, Unread] | None:
-    """Return the tensors by name; None where one has a type that no weight has.
-
-    They have the type `wanted` where that holds all of their numbers, and else their own.
-    """
-    tensors = in_safetensors(paths)
-    return None if tensors is None else {name: _whole(tensor, wanted) for name, tensor in tensors.items()}
+def unread_safetensors(tensors: Mapping[str, FileTensor], wanted: Any) -> dict[str, Unread]:
+    """Return the tensors in the type `wanted` where that holds all of their numbers, and else in their own."""
+    return {name: _whole(tensor, wanted) for name, tensor in tensors.items()}
 
 
 def _whole(tensor: FileTensor, wanted: Any) -> Unread:
@@ -120,10 +115,10 @@ def _processor(config: Any, architecture: str) -> TensorProcessor:
 
 
 def unread_gguf(
-    headers: list[GgufHeader], config: Any, architecture: str, names: Mapping[str, str]
+    tensors: Mapping[str, FileTensor], config: Any, architecture: str, names: Mapping[str, str]
 ) -> dict[str, Unread]:
     """Return the weights by transformers' `names`; a weight of experts is made of two tensors."""
-    tensors, processor = in_gguf(headers), _processor(config, architecture)
+    processor = _processor(config, architecture)
     parts: dict[str, dict[str, FileTensor]] = {}
     for name, tensor in tensors.items():
         target = names.get(name) or names.get(name.removesuffix(".weight"))
