@@ -7,9 +7,9 @@ import logging
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +20,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from outrider.engine.models.files import parts_of
+from outrider.engine.models.files import formats_of, in_gguf, in_safetensors, parts_of
 from outrider.engine.models.gguf_header import GgufDamagedError, GgufHeader
 from outrider.engine.models.streaming import (
+    Unread,
     filled,
     gguf_names,
     outline_of,
@@ -102,7 +103,7 @@ class Source:
             missing = [part.name for part in parts if not part.is_file()]
             if missing:
                 raise ModelRefusedError(
-                    f"{model} is one of {len(parts)} files of a model, and {_first_of(missing)} is not beside it: fetch all"
+                    f"{model} is one of {len(parts)} files, and {_first_of(missing)} is not beside it: fetch all"
                 )
             path, gguf_file = str(parts[0].parent), parts[0].name  # the first says what the model is
         return cls(model, path, gguf_file, revision, trust_remote_code)
@@ -168,15 +169,27 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
 
 
-def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
-    """Return the model with every weight as its files have it, in evaluation mode.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of a model, of which the headers have been read."""
+
+    source: Source
+    arguments: Mapping[str, Any]  # for from_pretrained, beside those of the source
+    config: Any
+    outline: Any = None  # the model without numbers; None where transformers reads the files by itself
+    tensors: Mapping[str, Unread] = field(default_factory=dict)  # by the model's names
+    formats: Mapping[str, int] = field(default_factory=dict)  # bytes by format
+    left_over: Collection[str] = ()  # what the files have, and nothing asks for
+
+
+def opened(source: Source, **arguments: Any) -> Checkpoint:
+    """Read the configuration and the headers of a model's files.
 
     Args:
-        arguments: for from_pretrained, beside those of `source`.
+        arguments: for from_pretrained, beside those of `source`; `dtype` is one of them.
 
     Raises:
-        ModelRefusedError: no causal language model, a damaged file, or weights that are missing, left over or of
-            another shape.
+        ModelRefusedError: no causal language model, or a damaged file.
     """
     if source.has("adapter_config.json") and find_spec("peft") is None:
         raise ModelRefusedError(
@@ -187,8 +200,19 @@ def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
         reason = source.why_silent(["generation_config.json"])
         if reason:
             raise ModelRefusedError(f"{source.name} cannot be loaded: {reason}")
+        return _opened_gguf(source, arguments) if source.gguf_file else _opened(source, arguments)
+
+
+def read_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model with every weight as its files have it, in evaluation mode.
+
+    Raises:
+        ModelRefusedError: a damaged file, or weights that are missing, left over or of another shape.
+    """
+    source = checkpoint.source
+    with refusing(source), _without_its_warnings():
         try:
-            model, report = _read_gguf(source, arguments) if source.gguf_file else _read(source, arguments)
+            model, report = _read(checkpoint)
         except NotImplementedError as error:  # of comparing what has been left without numbers with what is tied to it
             raise ModelRefusedError(
                 f"{source.name} cannot be loaded: its files have a head of another shape than the embedding, to which "
@@ -196,50 +220,79 @@ def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
             ) from error
         folder = None if source.gguf_file else source.folder()
         stored = _stored_tensors(folder) if folder else []
-    reason = why_incomplete(report) or _why_not_meant(stored, model)
+    reason = why_incomplete(report | {"unexpected_keys": {*report["unexpected_keys"], *checkpoint.left_over}})
+    reason = reason or _why_not_meant(stored, model)
     if reason:
         raise ModelRefusedError(f"{source.name} cannot be loaded as a {type(model).__name__}: {reason}")
     return model.eval()
 
 
-_REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+def _read(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and transformers' report."""
+    source = checkpoint.source
+    if checkpoint.outline is None:
+        arguments = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        with _naming_quantization(source, checkpoint.config):
+            return AutoModelForCausalLM.from_pretrained(
+                source.path, **source.arguments(), **checkpoint.arguments, **arguments
+            )
+    model, report = filled(checkpoint.outline, checkpoint.tensors, checkpoint.arguments["dtype"])
+    if not source.gguf_file:
+        model.generation_config = _generation_config(source)
+    return model, report
 
 
-def _read(source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a model of safetensors or of PyTorch's files, and transformers' report."""
+def _opened(source: Source, arguments: Mapping[str, Any]) -> Checkpoint:
+    """Open safetensors, or leave what there is to transformers."""
     config = AutoConfig.from_pretrained(source.path, **source.arguments())
     if getattr(config, "is_encoder_decoder", False):
         raise ModelRefusedError(f"{source.name} ({config.model_type}) is an encoder-decoder: give a decoder-only model")
-    tensors = None
-    if not _is_left_to_transformers(source, config, arguments):
-        paths = _sound(source, safetensors_files(source.path, source.revision))
-        tensors = unread_safetensors(paths, arguments["dtype"])
+    left_to_transformers = Checkpoint(source, arguments, config)
+    if _is_left_to_transformers(source, config, arguments):
+        return left_to_transformers
+    paths = safetensors_files(source.path, source.revision)
+    reason = _why_damaged(paths)
+    if reason:
+        raise ModelRefusedError(f"{source.name} cannot be loaded: {source.why_unreadable() or reason}")
+    tensors = in_safetensors(paths)
     if not tensors:
-        arguments = source.arguments() | arguments | _REPORTING
-        return AutoModelForCausalLM.from_pretrained(source.path, **arguments)
-    model, report = filled(outline_of(config), tensors, arguments["dtype"])
-    model.generation_config = _generation_config(source)
-    return model, report
+        return left_to_transformers
+    unread = unread_safetensors(tensors, arguments["dtype"])
+    return Checkpoint(source, arguments, config, outline_of(config), unread, formats_of(tensors))
+
+
+def quantization_of(config: Any) -> str:
+    """Return the method by which the weights of a checkpoint are quantised; empty where they are not."""
+    settings = getattr(config, "quantization_config", None)
+    settings = settings or getattr(config.get_text_config(), "quantization_config", None) or {}
+    return str(settings.get("quant_method", "") if isinstance(settings, dict) else settings.quant_method)
+
+
+@contextmanager
+def _naming_quantization(source: Source, config: Any) -> Iterator[None]:
+    """Say of a quantised checkpoint that does not load what to take instead; another's error goes on."""
+    method = quantization_of(config)  # of the files; transformers changes the configuration
+    try:
+        yield
+    except Exception as error:
+        if not method or source.why_unreadable():
+            raise
+        raise ModelRefusedError(
+            f"{source.name} cannot be loaded: its weights are quantised by {method}, which does not load here "
+            f"({one_line(error).rstrip('.')}): give the model unquantised, or as a GGUF file"
+        ) from error
 
 
 def _is_left_to_transformers(source: Source, config: Any, arguments: dict[str, Any]) -> bool:
     """Return whether there is more to loading than to put tensors where their names say."""
     return bool(
         arguments.keys() - {"dtype"}
-        or getattr(config.get_text_config(), "quantization_config", None)
         or getattr(config, "quantization_config", None)
+        or getattr(config.get_text_config(), "quantization_config", None)
         or getattr(config, "auto_map", None)
         or getattr(config, "transformers_weights", None)
         or source.has("adapter_config.json")
     )
-
-
-def _sound(source: Source, paths: list[Path]) -> list[Path]:
-    """Return the paths; raises ModelRefusedError where a file is damaged."""
-    reason = _why_damaged(paths)
-    if reason:
-        raise ModelRefusedError(f"{source.name} cannot be loaded: {source.why_unreadable() or reason}")
-    return paths
 
 
 def _generation_config(source: Source) -> GenerationConfig:
@@ -251,15 +304,14 @@ def _generation_config(source: Source) -> GenerationConfig:
         return GenerationConfig.from_pretrained(source.path, revision=source.revision, **arguments)
 
 
-def _read_gguf(source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a model of GGUF files, and transformers' report.
+def _opened_gguf(source: Source, arguments: Mapping[str, Any]) -> Checkpoint:
+    """Open the files of a GGUF model.
 
     Raises:
-        ModelRefusedError: a family or a quantisation that is not read, or a file that does not say what transformers
-            would make up.
+        ModelRefusedError: a family that is not read, or a file that does not say what transformers would make up.
     """
-    headers = [GgufHeader.read(path) for path in _sound(source, source.gguf_files)]
-    fields, tensors = headers[0].fields, {name for header in headers for name in header.tensors}
+    headers = [GgufHeader.read(path) for path in source.gguf_files]
+    fields, tensors = headers[0].fields, in_gguf(headers)
     architecture = str(fields.get("general.architecture"))
     unsaid = [key for key in _GGUF_NEEDED if f"{architecture}.{key}" not in fields]
     if unsaid:
@@ -275,15 +327,12 @@ def _read_gguf(source: Source, arguments: dict[str, Any]) -> tuple[Any, dict[str
             f"{source.name} cannot be loaded: nothing here reads a GGUF file of the family {architecture} "
             f"({one_line(error)}): give the model as safetensors"
         ) from error
+    left_over = {name for name in tensors if name not in names and "_exps" not in name}
+    left_over |= _unheeded(fields, architecture, outline.config)
     if arguments.keys() - {"dtype"}:
-        arguments = source.arguments() | arguments | _REPORTING
-        model, report = AutoModelForCausalLM.from_pretrained(source.path, **arguments)
-    else:
-        tensors_by_name = unread_gguf(headers, outline.config, architecture, names)
-        model, report = filled(outline, tensors_by_name, arguments["dtype"])
-    unused = {name for name in tensors if name not in names and "_exps" not in name}
-    unused |= _unheeded(fields, architecture, model.config)
-    return model, report | {"unexpected_keys": {*report["unexpected_keys"], *unused}}
+        return Checkpoint(source, arguments, config, left_over=left_over)
+    unread = unread_gguf(tensors, outline.config, architecture, names)
+    return Checkpoint(source, arguments, config, outline, unread, formats_of(tensors), left_over)
 
 
 @contextmanager
@@ -318,7 +367,7 @@ def why_incomplete(report: dict[str, Any]) -> str | None:
 
 def _stored_tensors(folder: Path) -> list[tuple[str, str]]:
     """Return name and type of each tensor in the files that transformers reads, as often as they have it."""
-    for name, tensors_in in (("model.safetensors", _in_safetensors), ("pytorch_model.bin", _in_pickle)):
+    for name, tensors_in in (("model.safetensors", _types_in_safetensors), ("pytorch_model.bin", _types_in_pickle)):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return tensors_in(folder / name)
@@ -328,13 +377,13 @@ def _stored_tensors(folder: Path) -> list[tuple[str, str]]:
     return []
 
 
-def _in_safetensors(path: Path) -> list[tuple[str, str]]:
+def _types_in_safetensors(path: Path) -> list[tuple[str, str]]:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return [(name, its["dtype"]) for name, its in header.items() if name != "__metadata__"]
 
 
-def _in_pickle(path: Path) -> list[tuple[str, str]]:
+def _types_in_pickle(path: Path) -> list[tuple[str, str]]:
     tensors = torch.load(path, map_location="meta", weights_only=True)
     kinds = {torch.bool: "BOOL", torch.uint8: "U8"}
     return [

@@ -12,6 +12,7 @@ import logging
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,3 +245,11 @@ def unturned(num_rows: int, num_heads: int) -> np.ndarray:
 
 def total_bytes(tensors: Mapping[str, FileTensor]) -> int:
     return sum(tensor.num_bytes for tensor in tensors.values())
+
+
+def formats_of(tensors: Mapping[str, FileTensor]) -> dict[str, int]:
+    """Return how many bytes of the tensors are in each format, most first."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.kind] += tensor.num_bytes
+    return dict(sizes.most_common())

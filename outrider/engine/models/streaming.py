@@ -14,19 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from outrider.engine.models.files import (
-    FileTensor,
-    Reordered,
-    in_gguf,
-    in_safetensors,
-    tensor_of,
-    torch_type_of,
-    unturned,
-)
-from outrider.engine.models.gguf_header import GgufHeader
+from outrider.engine.models.files import FileTensor, Reordered, tensor_of, torch_type_of, unturned
 from outrider.engine.models.matrix import Matrix
 
 _TURNED = re.compile(r"\.attn_([qk])\.weight$")  # projections whose rows a Llama's GGUF file has in another order
@@ -72,13 +63,9 @@ def safetensors_files(path: str, revision: str | None) -> list[Path]:
     return [Path(shard) for shard in get_checkpoint_shard_files(path, index, revision=revision)[0]] if index else []
 
 
-def unread_safetensors(paths: list[Path], wanted: Any) -> dict[str, Unread] | None:
-    """Return the tensors by name; None where one has a type that no weight has.
-
-    They have the type `wanted` where that holds all of their numbers, and else their own.
-    """
-    tensors = in_safetensors(paths)
-    return None if tensors is None else {name: _whole(tensor, wanted) for name, tensor in tensors.items()}
+def unread_safetensors(tensors: Mapping[str, FileTensor], wanted: Any) -> dict[str, Unread]:
+    """Return the tensors in the type `wanted` where that holds all of their numbers, and else in their own."""
+    return {name: _whole(tensor, wanted) for name, tensor in tensors.items()}
 
 
 def _whole(tensor: FileTensor, wanted: Any) -> Unread:
@@ -92,8 +79,35 @@ def _whole(tensor: FileTensor, wanted: Any) -> Unread:
 
 
 def gguf_names(outline: Any, architecture: str) -> dict[str, str]:
-    """Return transformers' names of weights by those of a GGUF file of the architecture."""
-    return get_gguf_hf_weights_map(outline, _processor(outline.config, architecture), architecture)
+    """Return transformers' names of weights by those of a GGUF file of the architecture.
+
+    As transformers' get_gguf_hf_weights_map, which makes the table of an architecture's names anew for each module.
+
+    Raises:
+        KeyError: no architecture of that name is known.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}[architecture]
+    table = get_tensor_name_map(kind, outline.config.get_text_config().num_hidden_layers)
+    return _names_in(outline, "", table, _processor(outline.config, architecture))
+
+
+def _names_in(module: Any, prefix: str, table: Any, processor: TensorProcessor) -> dict[str, str]:
+    """Return the names of a module's weights, and of those within it where its own name is not known."""
+    names: dict[str, str] = {}
+    for name in module.state_dict():
+        name = processor.preprocess_name(name)
+        stem, dot, kind = name.rpartition(".")
+        stem, suffix = (stem, dot + kind) if kind in ("weight", "bias") else (name, "")
+        found = table.get_name(stem)
+        if found:
+            names[found + suffix] = prefix + name
+        else:
+            processor.perform_fallback_tensor_mapping(names, suffix, prefix, name)
+    for name, child in module.named_children():
+        names = _names_in(child, f"{prefix}{name}.", table, processor) | names
+    return names
 
 
 def _processor(config: Any, architecture: str) -> TensorProcessor:
@@ -101,10 +115,10 @@ def _processor(config: Any, architecture: str) -> TensorProcessor:
 
 
 def unread_gguf(
-    headers: list[GgufHeader], config: Any, architecture: str, names: Mapping[str, str]
+    tensors: Mapping[str, FileTensor], config: Any, architecture: str, names: Mapping[str, str]
 ) -> dict[str, Unread]:
     """Return the weights by transformers' `names`; a weight of experts is made of two tensors."""
-    tensors, processor = in_gguf(headers), _processor(config, architecture)
+    processor = _processor(config, architecture)
     parts: dict[str, dict[str, FileTensor]] = {}
     for name, tensor in tensors.items():
         target = names.get(name) or names.get(name.removesuffix(".weight"))
