@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from outrider_client.results import Chunk, GenerationResult, TokenLogprobs
+from outrider_client.results import GenerationResult, TokenLogprobs
 from outrider_gateway.pairs import Model
 from outrider_gateway.requests import ChatRequest, CompletionRequest
-from outrider_gateway.texts import Texts
+from outrider_gateway.texts import Piece, Texts
 from outrider_gateway.tokens import TokenTexts
 
 
@@ -54,9 +54,9 @@ class Answer:
             bodies = [{"text": echo} for echo in self._echoes] if any(self._echoes) else []
         return [self._event(model, self._open_choice(index, body)) for index, body in enumerate(bodies)]
 
-    def event(self, model: Model, index: int, chunks: Sequence[Chunk]) -> dict[str, Any]:
-        """Return the event of all tokens that one text has got together, or of its end."""
-        stream = self._texts.streams[index]
+    def event(self, model: Model, index: int, piece: Piece) -> dict[str, Any]:
+        """Return the event of all tokens that one text has got together, and of its end."""
+        stream, chunks = self._texts.streams[index], piece.chunks
         text = "".join(chunk.text for chunk in chunks)
         choice = self._open_choice(
             index, {"delta": {"content": text} if text else {}} if self._is_chat else {"text": text}
@@ -65,9 +65,9 @@ class Answer:
             so_far, num_sent = stream.partial.logprobs, self._num_logprobs_sent[index]
             self._num_logprobs_sent[index] = len(so_far)
             choice["logprobs"] = self._logprobs(index, so_far[num_sent:], model.texts)
-        if not chunks:
+        if piece.is_last:
             choice["finish_reason"] = stream.result.finish_reason
-        elif self._options and self._options.include_drafted:
+        if chunks and self._options and self._options.include_drafted:
             segments = [segment for chunk in chunks for segment in chunk.segments if segment.text]
             choice["outrider"] = {"segments": [[segment.text, segment.is_drafted] for segment in segments]}
         return self._event(model, choice)

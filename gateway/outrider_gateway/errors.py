@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,5 +70,6 @@ def _refusal(message: str, fields: Mapping[str, Any] | frozenset[str]) -> HttpEr
     """Return a 400 whose sentence and `param` name the field as the API does; the client's begin with its name."""
     first, space, rest = message.partition(" ")
     name = _API_NAMES.get(first, first)
-    param = name if name in fields else None
+    root = re.split(r"[.\[]", name)[0]
+    param = root if root in fields else None
     return invalid(f"{name}{space}{rest}" if param else message, param)

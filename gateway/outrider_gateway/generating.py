@@ -9,14 +9,13 @@ from typing import Any
 from starlette.types import Receive, Send
 
 from outrider_client.errors import OutriderError
-from outrider_client.results import Chunk
 from outrider_gateway.answers import Answer, counters_of
 from outrider_gateway.errors import HttpError, error_of
 from outrider_gateway.fields import asks_of, chat_prompt_of, prompts_of
 from outrider_gateway.http import Reply, Service, read_body
 from outrider_gateway.pairs import Model, Pair
 from outrider_gateway.requests import ChatRequest, CompletionRequest, request_of
-from outrider_gateway.texts import Disconnected, Texts, unless_disconnected
+from outrider_gateway.texts import Disconnected, Piece, Texts, unless_disconnected
 
 
 class Generating:
@@ -76,11 +75,11 @@ class Generating:
         await reply.send_events(answer.closing(model))
         await reply.end_events()
 
-    async def _send_pieces(self, reply: Reply, answer: Answer, model: Model, pieces: dict[int, list[Chunk]]) -> None:
+    async def _send_pieces(self, reply: Reply, answer: Answer, model: Model, pieces: dict[int, Piece]) -> None:
         """Send one event for each text that has got something, or a comment if none has."""
         if not pieces:
             await reply.send_comment()
-        await reply.send_events([answer.event(model, index, chunks) for index, chunks in pieces.items()])
+        await reply.send_events([answer.event(model, index, piece) for index, piece in pieces.items()])
 
 
 def echoes_of(request: CompletionRequest, prompts: Sequence[list[int]], model: Model) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from outrider_client.aio import AsyncGenerationStream, AsyncSpeculativeClient
@@ -16,6 +17,14 @@ MOST_AT_ONCE = 32  # texts of one request
 MOST_UNSENT = 64  # chunks; beyond, the texts wait for whoever reads them
 
 _T = TypeVar("_T")
+
+
+@dataclass
+class Piece:
+    """What one text has got together."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    is_last: bool = False
 
 
 class Texts:
@@ -42,8 +51,8 @@ class Texts:
                 pass
         return self.results
 
-    async def pieces(self, silence_s: float | None = None) -> AsyncGenerator[dict[int, list[Chunk]], None]:
-        """Yield what has come, by text: all chunks that are there together. A finished text has an empty list last.
+    async def pieces(self, silence_s: float | None = None) -> AsyncGenerator[dict[int, Piece], None]:
+        """Yield what has come, by text: all chunks that are there together.
 
         After `silence_s` without any, yield an empty dict. Raises the first OutriderError, which ends all.
         """
@@ -51,12 +60,15 @@ class Texts:
         try:
             num_left = len(tasks)
             while num_left:
-                pieces: dict[int, list[Chunk]] = {}
+                pieces: dict[int, Piece] = {}
                 for index, item in await self._arrived(silence_s):
                     if isinstance(item, BaseException):
                         raise item
-                    num_left -= item is None
-                    pieces.setdefault(index, []).extend([] if item is None else [item])
+                    piece = pieces.setdefault(index, Piece())
+                    if item is None:
+                        piece.is_last, num_left = True, num_left - 1
+                    else:
+                        piece.chunks.append(item)
                 yield pieces
         finally:
             for task in tasks:
