@@ -19,11 +19,11 @@ SECRET = "xyzzy-plugh"
 
 
 @pytest.fixture(scope="module")
-def pair():
-    """The embedded pair, as processes."""
+def pair(paths):
+    """A pair as processes."""
     with (
-        service_process("outrider_target", "builtin:target") as target,
-        service_process("outrider_draft", "builtin:draft") as draft,
+        service_process("outrider_target", paths["target"], dtype="float64") as target,
+        service_process("outrider_draft", paths["draft"], dtype="float64") as draft,
     ):
         yield target, draft
 
@@ -31,7 +31,7 @@ def pair():
 @pytest.fixture
 def of_pair(pair):
     target, draft = pair
-    return f"embedded={target.address},{draft.address}"
+    return f"tiny={target.address},{draft.address}"
 
 
 def begin(gateway, **fields):
@@ -118,15 +118,15 @@ def test_a_target_that_is_not_there_is_503_and_the_gateway_lives(of_pair):
         assert lost.headers["x-should-retry"] == "true"
         assert int(lost.headers["retry-after-ms"]) > 0
         listed = gateway.get("/v1/models").json["data"]
-        assert [each["max_model_len"] for each in listed] == [1024, None]
+        assert [each["max_model_len"] for each in listed] == [512, None]
         assert gateway.get("/health").status == 200
-        assert gateway.post(PLAIN, model="embedded", prompt="Once").status == 200
+        assert gateway.post(PLAIN, model="tiny", prompt="Once").status == 200
 
 
-def test_a_pair_goes_on_without_its_draft_to_the_letter(of_pair, pair):
+def test_a_pair_goes_on_without_its_draft_to_the_letter(pair, paths):
     fields = {"prompt": "Once", "seed": 3, "max_tokens": 30}
-    with service_process("outrider_draft", "builtin:draft") as other:
-        with gateway_process(f"embedded={pair[0].address},{other.address}") as gateway:
+    with service_process("outrider_draft", paths["draft"], dtype="float64") as other:
+        with gateway_process(f"tiny={pair[0].address},{other.address}") as gateway:
             before = gateway.post(PLAIN, **fields).json["choices"]
             other.kill()
             assert gateway.post(PLAIN, **fields).json["choices"] == before
@@ -134,7 +134,7 @@ def test_a_pair_goes_on_without_its_draft_to_the_letter(of_pair, pair):
 
 def test_a_silent_stream_says_that_it_lives(pair):
     target, draft = pair
-    with gateway_process(f"embedded={target.address},{draft.address}", keepalive=0.2) as gateway:
+    with gateway_process(f"tiny={target.address},{draft.address}", keepalive=0.2) as gateway:
         assert gateway.post(PLAIN, prompt="Once").status == 200, "the target is known"
         target.freeze()
         try:
