@@ -100,11 +100,14 @@ class TargetTokenizer:
             raise_if_failed(f"encode the {name}", error)
             raise
 
-    def render_chat(self, messages: Iterable[Mapping[str, Any]]) -> list[int]:
+    def render_chat(
+        self, messages: Iterable[Mapping[str, Any]], settings: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Return the ids of a conversation in the model's own chat format, up to where its answer begins.
 
         Args:
             messages: dicts with `role`, `content` and whatever else the template reads.
+            settings: further variables of the template.
 
         Raises:
             InvalidRequestError: the model has no chat template, jinja2 is not installed, the messages are malformed, or
@@ -113,7 +116,7 @@ class TargetTokenizer:
         """
         if not self.chat_template:
             raise InvalidRequestError("the target has no chat template: use generate, or an instruction-tuned model")
-        text = self._template.render(messages, self.special_tokens)
+        text = self._template.render(messages, self.special_tokens, settings)
         return self._encode("messages", text, add_special_tokens=False).ids
 
 
