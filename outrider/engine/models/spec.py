@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from outrider.engine.backends.runner import TransformersForward
 from outrider.engine.kv_cache import EntryShape
 from outrider.engine.models.configuration import context_length_of, vocab_size_of
+from outrider.engine.models.matrix import Matrix, TensorMatrix
 from outrider.engine.models.visibility import Visible
 
 _ROPE_TYPES = ("default", "linear", "llama3")  # those whose angles do not depend on the sequence's length
@@ -57,6 +58,11 @@ class Linear:
         return joined.T if self._is_transposed else joined
 
     @property
+    def matrices(self) -> list[Matrix]:
+        """Matrices `[O, I]`, whose outputs stand side by side."""
+        return [_matrix_of(module, self._is_transposed) for module in self._modules]
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """`[O]`."""
         biases = [module.bias.detach() for module in self._modules if module.bias is not None]
@@ -72,6 +78,14 @@ class Linear:
             for module, part in zip(self._modules, bias.split(sizes), strict=True):
                 module.bias.data = part
         return weight, bias
+
+
+def _matrix_of(module: Any, is_transposed: bool = False) -> Matrix:
+    """Return a module's weight `[O, I]`: from its file, or as the module holds it."""
+    if isinstance(getattr(module, "matrix", None), Matrix):
+        return module.matrix
+    weight = module.weight.detach()
+    return TensorMatrix(weight.T if is_transposed else weight)
 
 
 @dataclass(frozen=True)
