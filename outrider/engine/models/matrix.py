@@ -38,6 +38,14 @@ class TensorMatrix:
     def __init__(self, weight: torch.Tensor):
         """Take `weight` `[O, I]` of float32, float16 or bfloat16, on a CPU."""
         self._weight, self.kind = weight, _KIND_OF[weight.dtype]
+        self._place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are of the same memory, as tied weights are."""
+        return isinstance(other, TensorMatrix) and self._place == other._place
+
+    def __hash__(self) -> int:
+        return hash(self._place)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -123,8 +123,8 @@ class DecoderWeights:
 
     layers: Sequence[LayerSpec]
     norm: Norm  # behind the last layer
-    embedding: torch.Tensor  # [V, E]
-    head: torch.Tensor  # [V, E]
+    embedding: Linear  # rows of [V, E]
+    head: Linear  # E -> V, the same where they are tied
     activation: Activation
     rotary: Rotary | None = None
     positions: torch.Tensor | None = None  # [positions, E], added to the embedding
@@ -298,8 +298,8 @@ def _activation(config: Any) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def _embedding_and_head(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+def _embedding_and_head(model: Any) -> tuple[Linear, Linear]:
+    return Linear(model.get_input_embeddings()), Linear(model.get_output_embeddings())
 
 
 def _layer_norm(module: Any) -> Norm:

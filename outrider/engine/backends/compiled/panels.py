@@ -16,7 +16,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.common.compiling import called_by_address, compiled
+from outrider.common.compiling import call_at, called_by_address, compiled
 from outrider.engine.backends.compiled.storage import (
     BF16,
     F16,
@@ -29,14 +29,17 @@ from outrider.engine.backends.compiled.storage import (
     STORAGES,
     WORD,
     Storage,
+    Vectors,
     constant,
     filled,
     load,
     multiply_add,
     vector,
 )
+from outrider.engine.backends.compiled.team import share
 
 ROWS = 6  # most rows multiplied at once
+UNROLLED = 4  # inputs at once, of storages without blocks
 PREFETCHED = 4096  # bytes; half of it and twice as much are a little slower
 FLOAT16, BFLOAT16, FLOAT32 = np.dtype(np.uint16), np.dtype(np.int16), np.dtype(np.float32)  # of caches
 _BY_NUMBER = tuple(STORAGES.values())
@@ -60,41 +63,53 @@ def _prefetch(builder, address, size: int) -> None:
         builder.call(prefetch, [ahead, ir.Constant(WORD, 0), ir.Constant(WORD, 3), ir.Constant(WORD, 1)])
 
 
+def _add_products(builder, storage: Storage, num_parts, x_rows, panel, bounds, step, sums) -> Vectors:
+    """Write a loop from block to block, `step` at once as long as there are so many; return the sums behind it."""
+    first, last = bounds
+    entry, check, body, end = builder.block, *map(builder.append_basic_block, ("check", "blocks", "end"))
+    builder.branch(check)
+    builder.position_at_end(check)
+    index, before = builder.phi(INT), [builder.phi(vector(FLOAT)) for _ in sums]
+    following = builder.add(index, constant(step))
+    builder.cbranch(builder.icmp_signed("<=", following, last), body, end)
+
+    builder.position_at_end(body)
+    block_bytes = round(storage.num_bits * storage.num_inputs * LANES * num_parts / 8)
+    _prefetch(builder, builder.add(panel, builder.mul(index, constant(block_bytes))), step * block_bytes)
+    after, number = list(before), 0
+    for block in range(step):
+        at = builder.add(index, constant(block))
+        for weights in storage.decode(builder, panel, at, *([num_parts] if num_parts != PARTS else [])):
+            here = builder.add(builder.mul(index, constant(4 * storage.num_inputs)), constant(4 * number))
+            for row, address in enumerate(x_rows):
+                pointer = builder.inttoptr(builder.add(address, here), ir.PointerType())
+                spread = _spread(builder, builder.load(pointer, typ=FLOAT, align=4))
+                for part, place in enumerate(range(row * num_parts, (row + 1) * num_parts)):
+                    after[place] = multiply_add(builder, spread, weights[part], after[place])
+            number += 1
+    builder.branch(check)
+    for phi, value, again in zip([index, *before], [first, *sums], [following, *after], strict=True):
+        phi.add_incoming(value, entry)
+        phi.add_incoming(again, body)
+    builder.position_at_end(end)
+    return [index, *before]
+
+
 def _multiply(builder, storage: Storage, num_parts, num_rows, x, x_stride, panel, num_inputs, y, y_stride, adds) -> None:
     """Write code that multiplies `num_rows` rows; LLVM's own vectoriser does not keep so many sums in registers."""
 
     def rows_of(base, stride):
         return [builder.add(base, builder.mul(stride, constant(4 * row))) for row in range(num_rows)]
 
-    x_rows = rows_of(x, x_stride)
     y_parts = [(row, 4 * LANES * part) for row in rows_of(y, y_stride) for part in range(num_parts)]
-    zero = filled(FLOAT, 0.0)
-    before = [builder.select(adds, load(builder, row, FLOAT, offset), zero) for row, offset in y_parts]
-
-    entry, loop, end = builder.block, builder.append_basic_block("blocks"), builder.append_basic_block("end")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    index, sums = builder.phi(INT), [builder.phi(vector(FLOAT)) for _ in y_parts]
-    block_bytes = round(storage.num_bits * storage.num_inputs * LANES * num_parts / 8)
-    _prefetch(builder, builder.add(panel, builder.mul(index, constant(block_bytes))), block_bytes)
-    here = builder.mul(index, constant(4 * storage.num_inputs))
-    x_here, after = [builder.add(row, here) for row in x_rows], list(sums)
-    decoded = storage.decode(builder, panel, index, *([num_parts] if num_parts != PARTS else []))
-    for number, weights in enumerate(decoded):
-        for row, address in enumerate(x_here):
-            pointer = builder.inttoptr(builder.add(address, constant(4 * number)), ir.PointerType())
-            spread = _spread(builder, builder.load(pointer, typ=FLOAT, align=4))
-            for part, at in enumerate(range(row * num_parts, (row + 1) * num_parts)):
-                after[at] = multiply_add(builder, spread, weights[part], after[at])
-    following = builder.add(index, constant(1))
-    for phi, first, again in zip([index, *sums], [constant(0), *before], [following, *after], strict=True):
-        phi.add_incoming(first, entry)
-        phi.add_incoming(again, loop)
-    num_blocks = builder.udiv(num_inputs, constant(storage.num_inputs))
-    builder.cbranch(builder.icmp_signed("<", following, num_blocks), loop, end)
-
-    builder.position_at_end(end)
-    for (row, offset), value in zip(y_parts, after, strict=True):
+    zero, first = filled(FLOAT, 0.0), constant(0)
+    sums = [builder.select(adds, load(builder, row, FLOAT, offset), zero) for row, offset in y_parts]
+    x_rows, num_blocks = rows_of(x, x_stride), builder.udiv(num_inputs, constant(storage.num_inputs))
+    for step in (UNROLLED, 1) if storage.num_inputs == 1 else (1,):
+        first, *sums = _add_products(
+            builder, storage, num_parts, x_rows, panel, (first, num_blocks), step, sums
+        )
+    for (row, offset), value in zip(y_parts, sums, strict=True):
         builder.store(value, builder.inttoptr(builder.add(row, constant(offset)), ir.PointerType()), align=4)
 
 
@@ -200,6 +215,31 @@ def _row_of(number: int, name: str) -> Callable:
 # By name: compiled code that is called by its address, when it is first asked for.
 PRODUCTS = {name: _product_of(number, name) for number, name in enumerate(STORAGES)}
 ROW_READERS = {name: _row_of(number, name) for number, name in enumerate(STORAGES)}
+
+
+@compiled(on_disk=False)
+def multiply(x, x_stride, num_rows, matrix, y, y_stride, adds, team, thread):
+    """y `[n, O]` = x `[n, I]` @ a matrix, a descriptor, added to what y holds where `adds`: this thread's outputs.
+
+    x and y are addresses, strides are in numbers.
+    """
+    first, last = share(matrix[3], team, thread)
+    if first < last and num_rows:
+        panels = (matrix[2], matrix[4], first, last, matrix[5], matrix[6])
+        call_at(matrix[0], (x, x_stride, num_rows, *panels, y, y_stride, adds))
+
+
+@compiled(on_disk=False)
+def columns_of(matrix, team, thread):
+    """Return bounds of the outputs that `multiply` writes in a thread."""
+    first, last = share(matrix[3], team, thread)
+    return first * PANEL, min(last * PANEL, matrix[6])
+
+
+@compiled(on_disk=False)
+def read_row(matrix, index, sink):
+    """sink `[I]`, an address of float32 = row number `index` of a matrix, a descriptor."""
+    call_at(matrix[1], (matrix[2] + index // PANEL * matrix[4], matrix[5], index % PANEL, sink))
 
 
 @compiled(on_disk=False)

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from outrider.common.compiling import call_at, compiled
-from outrider.engine.backends.compiled.memory import aligned_zeros
-from outrider.engine.backends.compiled.panels import PRODUCTS, ROW_READERS
+from outrider.common.compiling import compiled
+from outrider.engine.backends.compiled.memory import Arena
+from outrider.engine.backends.compiled.panels import PRODUCTS, ROW_READERS, multiply, read_row
 from outrider.engine.backends.compiled.storage import PANEL, STORAGES
+from outrider.engine.backends.compiled.team import ALONE
 from outrider.engine.models.matrix import Matrix, floats_of
 
 _BYTES_AT_ONCE = 32 << 20  # of rows that are packed together
@@ -23,14 +24,14 @@ _PLAIN = ("BF16", "F16", "F32")
 class StoredMatrix:
     """A constant matrix `[O, I]` in panels."""
 
-    def __init__(self, matrix: Matrix):
-        """Read `matrix` once, in pieces. What no storage has becomes plain numbers, in 16 bits where these are exact."""
+    def __init__(self, matrix: Matrix, arena: Arena):
+        """Read `matrix` in pieces. What no storage has becomes plain numbers, in 16 bits where these are exact."""
         self.shape, source = matrix.shape, matrix.kind
         num_outputs, num_inputs = self.shape
         is_whole = source in STORAGES and num_inputs % STORAGES[source].num_inputs == 0
         self.kind = source if is_whole and source != "F32" else _narrowest(matrix)
         storage = STORAGES[self.kind]
-        self._panels = aligned_zeros((-(-num_outputs // PANEL), storage.panel_bytes(num_inputs)), np.uint8)
+        self._panels = arena.zeros((-(-num_outputs // PANEL), storage.panel_bytes(num_inputs)))
         for first, raw in _pieces(matrix):
             rows = raw if source == self.kind else _narrowed(self.kind, floats_of(source, raw))
             storage.pack(rows, num_inputs, self._panels[first // PANEL : -(-(first + len(raw)) // PANEL)])
@@ -51,7 +52,7 @@ class StoredMatrix:
         """Return x `[..., I] float32` @ the matrix: `[..., O]`."""
         rows = x.reshape(-1, self.shape[1]).contiguous().numpy()
         y = np.empty((len(rows), self.shape[0]), np.float32)
-        _multiply_alone(rows, np.array(self.descriptor), y)
+        _multiply_alone(rows, np.array(self.descriptor), y, ALONE)
         return torch.from_numpy(y).reshape(*x.shape[:-1], -1)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -91,27 +92,9 @@ def _narrowed(kind: str, floats: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(floats)).bfloat16().view(torch.int16).numpy().view(np.uint8)
 
 
-@compiled(on_disk=False)
-def multiply(x, x_stride, num_rows, matrix, y, y_stride, adds, thread, num_threads):
-    """y `[n, O]` = x `[n, I]` @ a matrix, a descriptor, added to what y holds where `adds`: this thread's outputs.
-
-    x and y are addresses, strides are in numbers.
-    """
-    first, last = matrix[3] * thread // num_threads, matrix[3] * (thread + 1) // num_threads
-    if first < last:
-        panels = (matrix[2], matrix[4], first, last, matrix[5], matrix[6])
-        call_at(matrix[0], (x, x_stride, num_rows, *panels, y, y_stride, adds))
-
-
-@compiled(on_disk=False)
-def read_row(matrix, index, sink):
-    """sink `[I]`, an address of float32 = row number `index` of a matrix, a descriptor."""
-    call_at(matrix[1], (matrix[2] + index // PANEL * matrix[4], matrix[5], index % PANEL, sink))
-
-
 @compiled()
-def _multiply_alone(x, matrix, y):
-    multiply(x.ctypes.data, x.shape[1], len(x), matrix, y.ctypes.data, y.shape[1], 0, 0, 1)
+def _multiply_alone(x, matrix, y, team):
+    multiply(x.ctypes.data, x.shape[1], len(x), matrix, y.ctypes.data, y.shape[1], 0, team, 0)
 
 
 @compiled()

@@ -23,12 +23,20 @@ _LINE = 8  # whole numbers in a line of the caches
 _ARRIVED, _TURN, _SIZE = 0, _LINE, 2 * _LINE  # in the memory that a team shares
 
 
+def _shared_by(num_threads: int) -> np.ndarray:
+    shared = np.zeros(_SIZE + 1, np.int64)
+    shared[_SIZE] = num_threads
+    return shared
+
+
+ALONE = _shared_by(1)  # the team of one thread
+
+
 class Team:
     """The calling thread and `num_threads - 1` others."""
 
     def __init__(self, num_threads: int):
-        self.shared = np.zeros(_SIZE + 1, np.int64)
-        self.shared[_SIZE] = num_threads
+        self.num_threads, self.shared = num_threads, _shared_by(num_threads)
         self._others = ThreadPoolExecutor(num_threads - 1, "outrider-products") if num_threads > 1 else None
 
     def run(self, function: Callable, *arguments: Any) -> Any:
@@ -36,7 +44,7 @@ class Team:
         if self._others is None:
             return function(*arguments, self.shared, 0)
         others = [
-            self._others.submit(function, *arguments, self.shared, thread) for thread in range(1, self.shared[_SIZE])
+            self._others.submit(function, *arguments, self.shared, thread) for thread in range(1, self.num_threads)
         ]
         result = function(*arguments, self.shared, 0)
         for other in others:
@@ -72,9 +80,9 @@ def _yield(typing_context):
 
 
 @compiled(on_disk=False)
-def num_threads_of(team):
-    """Return how many threads run a function together."""
-    return team[_SIZE]
+def share(number, team, thread):
+    """Return which of `number` things are this thread's: bounds."""
+    return number * thread // team[_SIZE], number * (thread + 1) // team[_SIZE]
 
 
 @compiled(on_disk=False)
