@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 import outrider
 from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.choice import CacheOptions
-from outrider.engine.backends.compiled import kernels, panels, tiles
-from outrider.engine.backends.compiled.cache import PanelCache
+from outrider.engine.backends.compiled import kernels, products
+from outrider.engine.backends.compiled.cache import PanelCache, PanelShape
+from outrider.engine.backends.compiled.panels import FLOAT32
 from outrider.engine.backends.compiled.runner import CompiledLlamaRunner, why_not
 from outrider.engine.models.loader import ModelOptions, load, load_plain
 from tests.model.against_transformers import (
@@ -143,63 +144,31 @@ def exact_in(dtype: torch.dtype, **changes) -> PreTrainedModel:
     return model
 
 
-with_tiles = pytest.mark.skipif(not tiles.have_tiles(), reason="the processor has no tiles")
+STORAGES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def uses_tiles(runner: CompiledLlamaRunner) -> bool:
-    weights = runner._weights
-    nums_axes = {panels.ndim for panels in (weights.query_key_value, weights.output, weights.gate_up, weights.down)}
-    assert nums_axes in ({4}, {5})
-    assert weights.head.ndim == max(nums_axes) - 1
-    return nums_axes == {5}
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A way in which weights lie in memory."""
-
-    dtype: torch.dtype
-    tag: np.dtype
-    is_tiles: bool = False
-
-    def runner(self, model: PreTrainedModel) -> CompiledLlamaRunner:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiles, "LEAST_NUMBERS", 0 if self.is_tiles else sys.maxsize)
-            return CompiledLlamaRunner(spec_of(model))
-
-
-STORAGES = {
-    "float16": Storage(torch.float16, panels.FLOAT16),
-    "bfloat16": Storage(torch.bfloat16, panels.BFLOAT16),
-    "float32": Storage(torch.float32, panels.FLOAT32),
-    "tiles": Storage(torch.bfloat16, panels.BFLOAT16, is_tiles=True),
-}
+def kinds_of(runner: CompiledLlamaRunner) -> list[str]:
+    """Return how each matrix of a runner lies in memory."""
+    return [matrix.kind for matrix in runner._stored.values()]
 
 
 @dataclass(frozen=True)
 class Stored:
     """A model in one storage of weights, with a runner."""
 
-    storage: Storage
     model: PreTrainedModel
     runner: CompiledLlamaRunner
 
     def new_runner(self) -> CompiledLlamaRunner:
-        return self.storage.runner(self.model)
+        return CompiledLlamaRunner(spec_of(self.model))
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=with_tiles if name == "tiles" else ()) for name in STORAGES]
-)
+@pytest.fixture(scope="module", params=STORAGES)
 def stored(request) -> Stored:
-    storage = STORAGES[request.param]
-    model = exact_in(storage.dtype)
-    runner = storage.runner(model)
-    weights = runner._weights
-    matrices = (weights.embedding, weights.query_key_value, weights.output, weights.gate_up, weights.down, weights.head)
-    assert {matrix.dtype for matrix in matrices} == {storage.tag}
-    assert uses_tiles(runner) == storage.is_tiles
-    return Stored(storage, model, runner)
+    model = exact_in(STORAGES[request.param])
+    runner = CompiledLlamaRunner(spec_of(model))
+    assert set(kinds_of(runner)) == {request.param}
+    return Stored(model, runner)
 
 
 class TestStorages:
@@ -210,21 +179,35 @@ class TestStorages:
         for ids, logits in zip(all_ids, interleaved_logits(stored.runner, all_ids, 1), strict=True):
             assert distance(stored.model, ids, logits) < TOLERANCE
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_one_number_that_does_not_fit_makes_all_of_them_wide(self, dtype):
-        model = exact_in(dtype)
+    @pytest.mark.parametrize("kind", ["F16", "BF16"])
+    def test_one_number_that_does_not_fit_makes_its_matrix_wide(self, kind):
+        model = exact_in(STORAGES[kind])
         with torch.no_grad():
             model.model.layers[2].mlp.down_proj.weight[1, 2] = 1 + 2.0**-20
-        assert CompiledLlamaRunner(spec_of(model))._weights.query_key_value.dtype == panels.FLOAT32
+        kinds = kinds_of(CompiledLlamaRunner(spec_of(model)))
+        assert kinds.count("F32") == 1
+        assert set(kinds) == {kind, "F32"}
+
+    def test_gives_the_bits_that_wide_numbers_give(self, stored, monkeypatch):
+        monkeypatch.setattr(products, "_narrowest", lambda matrix: "F32")
+        wide, ids = stored.new_runner(), random_ids(40)
+        assert set(kinds_of(wide)) == {"F32"}
+        assert torch.equal(at_once(wide, ids), at_once(stored.runner, ids))
 
     def test_the_model_is_copied(self, stored):
         copied = copy.deepcopy(stored.model)
-        runner, ids = stored.storage.runner(copied), random_ids(9)
+        runner, ids = CompiledLlamaRunner(spec_of(copied)), random_ids(9)
         before = at_once(runner, ids)
         with torch.no_grad():
             for parameter in copied.parameters():
                 parameter.zero_()
         assert torch.equal(at_once(runner, ids), before)
+
+    @pytest.mark.parametrize("is_tied", [True, False])
+    def test_tied_weights_are_stored_once(self, is_tied):
+        model = make_float32("llama", tie_word_embeddings=is_tied)
+        weights = CompiledLlamaRunner(spec_of(model))._weights
+        assert np.array_equal(weights.embedding, weights.head) == is_tied
 
 
 LONG_IDS = random_ids(1300)  # beyond the first table of angles, the first scratch, and several growths of a cache
@@ -287,13 +270,13 @@ class TestNumbersThatAreNone:
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf], ids=str)
     @pytest.mark.parametrize("place", PLACES)
-    @pytest.mark.parametrize("storage", ["float32", pytest.param("tiles", marks=with_tiles)])
-    def test_one_in_the_weights_is_in_every_row(self, storage, place, number):
-        model = exact_in(STORAGES[storage].dtype)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_one_in_the_weights_is_in_every_row(self, dtype, place, number):
+        model = exact_in(dtype)
         with torch.no_grad():
             model.get_parameter(place).view(-1)[3] = number
         ids = random_ids(20)
-        runner = STORAGES[storage].runner(model)
+        runner = CompiledLlamaRunner(spec_of(model))
         cache = runner.new_cache()
         for chunk in (ids[:1], ids[1:3], ids[3:]):
             assert not runner.forward([Feed(cache, chunk, len(chunk))]).isfinite().all(-1).any()
@@ -348,11 +331,11 @@ class TestPanelCache:
     """What it holds is tested by logits, in TestBits and test_cache; here is what its memory does."""
 
     def test_costs_its_length(self):
-        cache = PanelCache(3, 2, 16, 16)
+        cache = PanelCache(PanelShape(3, 2, 16, 16, FLOAT32))
         assert (cache.length, cache.cost(70), cache.num_fitting(30)) == (0, 70, 30)
 
     def test_grows_by_half_as_much_again(self):
-        cache, capacities = PanelCache(1, 1, 16, 16), []
+        cache, capacities = PanelCache(PanelShape(1, 1, 16, 16, FLOAT32)), []
         for length in range(4097):
             cache.reserve(length)
             assert cache.capacity >= length
@@ -371,7 +354,7 @@ class TestPanelCache:
     def test_clearing_gives_the_memory_back(self):
         tracemalloc.start()
         try:
-            cache = PanelCache(4, 2, 64, 64)
+            cache = PanelCache(PanelShape(4, 2, 64, 64, FLOAT32))
             cache.reserve(1000)
             held, _ = tracemalloc.get_traced_memory()
             cache.advance(1000)
