@@ -109,7 +109,9 @@ class AddressedFunction:
     @cached_property
     def address(self) -> int:
         """Where the code is, compiled when first asked for."""
-        code: Any = CFunc(self._function, (self._signature.args, types.void), {}, {"nopython": True, "error_model": "numpy"})
+        code: Any = CFunc(
+            self._function, (self._signature.args, types.void), {}, {"nopython": True, "error_model": "numpy"}
+        )
         with suppress(RuntimeError, OSError):
             code._cache = CodeCache(self._function)
         code.compile()

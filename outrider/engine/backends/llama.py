@@ -80,10 +80,10 @@ class LlamaForward:
         assert entries
         self._num_query_heads, self._num_kv_heads = spec.num_query_heads, entries.num_kv_heads
         self._head_dim, self._dtype, self.device = entries.head_dim, spec.dtype, spec.device
-        self._embedding = weights.embedding.weight
+        self._embedding = weights.embedding
         self._layers = [self._layer(layer) for layer in weights.layers]
         self._norm = _Norm(weights.norm)
-        self._head = make_product(self._norm.fold(weights.head.weight))
+        self._head = make_product(self._norm.fold(weights.head))
         self._rotary = weights.rotary
         self._angles = self._angles_up_to(1024)
 

@@ -123,11 +123,21 @@ class DecoderWeights:
 
     layers: Sequence[LayerSpec]
     norm: Norm  # behind the last layer
-    embedding: Linear  # rows of [V, E]
-    head: Linear  # E -> V, the same where they are tied
+    embedding_layer: Linear  # of whose matrix [V, E] rows are taken
+    head_layer: Linear  # E -> V; of the same matrix where they are tied
     activation: Activation
     rotary: Rotary | None = None
     positions: torch.Tensor | None = None  # [positions, E], added to the embedding
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """`[V, E]`."""
+        return self.embedding_layer.weight
+
+    @property
+    def head(self) -> torch.Tensor:
+        """`[V, E]`."""
+        return self.head_layer.weight
 
     @property
     def is_llama_like(self) -> bool:

@@ -8,15 +8,13 @@ Shapes: n rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.common.compiling import call_at, called_by_address, compiled
+from outrider.common.compiling import AddressedFunction, call_at, called_by_address, compiled
 from outrider.engine.backends.compiled.storage import (
     BF16,
     F16,
@@ -95,7 +93,9 @@ def _add_products(builder, storage: Storage, num_parts, x_rows, panel, bounds, s
     return [index, *before]
 
 
-def _multiply(builder, storage: Storage, num_parts, num_rows, x, x_stride, panel, num_inputs, y, y_stride, adds) -> None:
+def _multiply(
+    builder, storage: Storage, num_parts, num_rows, x, x_stride, panel, num_inputs, y, y_stride, adds
+) -> None:
     """Write code that multiplies `num_rows` rows; LLVM's own vectoriser does not keep so many sums in registers."""
 
     def rows_of(base, stride):
@@ -106,9 +106,7 @@ def _multiply(builder, storage: Storage, num_parts, num_rows, x, x_stride, panel
     sums = [builder.select(adds, load(builder, row, FLOAT, offset), zero) for row, offset in y_parts]
     x_rows, num_blocks = rows_of(x, x_stride), builder.udiv(num_inputs, constant(storage.num_inputs))
     for step in (UNROLLED, 1) if storage.num_inputs == 1 else (1,):
-        first, *sums = _add_products(
-            builder, storage, num_parts, x_rows, panel, (first, num_blocks), step, sums
-        )
+        first, *sums = _add_products(builder, storage, num_parts, x_rows, panel, (first, num_blocks), step, sums)
     for (row, offset), value in zip(y_parts, sums, strict=True):
         builder.store(value, builder.inttoptr(builder.add(row, constant(offset)), ir.PointerType()), align=4)
 
@@ -182,7 +180,7 @@ def _copy(source, source_stride, sink, sink_stride, num_rows, num_columns):
             copies[index] = numbers[index]
 
 
-def _product_of(number: int, name: str) -> Callable:
+def _product_of(number: int, name: str) -> AddressedFunction:
     @called_by_address(12, name=f"product_{name}")
     def product(x, x_stride, num_rows, panels, panel_bytes, first, last, num_inputs, num_outputs, y, y_stride, adds):
         """y `[n, O]` = x `[n, I]` @ panels `[first, last)` of a matrix, added to what y holds where `adds`."""
@@ -203,7 +201,7 @@ def _product_of(number: int, name: str) -> Callable:
     return product
 
 
-def _row_of(number: int, name: str) -> Callable:
+def _row_of(number: int, name: str) -> AddressedFunction:
     @called_by_address(4, name=f"row_{name}")
     def row(panel, num_inputs, lane, sink):
         """sink `[I]` = output number `lane` of a panel."""

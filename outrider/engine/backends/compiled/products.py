@@ -28,8 +28,7 @@ class StoredMatrix:
         """Read `matrix` in pieces. What no storage has becomes plain numbers, in 16 bits where these are exact."""
         self.shape, source = matrix.shape, matrix.kind
         num_outputs, num_inputs = self.shape
-        is_whole = source in STORAGES and num_inputs % STORAGES[source].num_inputs == 0
-        self.kind = source if is_whole and source != "F32" else _narrowest(matrix)
+        self.kind = source if source in STORAGES and source != "F32" else _narrowest(matrix)
         storage = STORAGES[self.kind]
         self._panels = arena.zeros((-(-num_outputs // PANEL), storage.panel_bytes(num_inputs)))
         for first, raw in _pieces(matrix):
@@ -76,10 +75,14 @@ def _narrowest(matrix: Matrix) -> str:
     left = list(_PLAIN)
     for _, raw in _pieces(matrix):
         floats = floats_of(matrix.kind, raw)
-        left = [kind for kind in left if np.array_equal(floats_of(kind, _narrowed(kind, floats)), floats, equal_nan=True)]
+        left = [kind for kind in left if _holds(kind, floats)]
         if left == ["F32"]:
             break
     return left[0]
+
+
+def _holds(kind: str, floats: np.ndarray) -> bool:
+    return np.array_equal(floats_of(kind, _narrowed(kind, floats)), floats, equal_nan=True)
 
 
 def _narrowed(kind: str, floats: np.ndarray) -> np.ndarray:

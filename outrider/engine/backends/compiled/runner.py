@@ -24,7 +24,7 @@ from outrider.sampling.draws import MIN_SUPPORT_PROB, Draft, Draws, drafts_of
 
 _NUM_TOKENS, _NUM_POSITIONS = 64, 1024  # that there is memory for at first
 _NO_WINDOW = np.iinfo(np.int64).max
-_CACHE_TYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+_CACHE_TYPES: dict[torch.dtype, np.dtype] = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 
 def why_not(spec: DecoderSpec) -> str | None:
@@ -152,14 +152,14 @@ class CompiledLlamaRunner:
         norms = [norm for layer in layers for norm in (layer.attention_norm, layer.feed_forward_norm)]
         cosines, sines = self._angles_up_to(_NUM_POSITIONS)
         return Weights(
-            embedding=self._descriptors([weights.embedding])[0, 0],
+            embedding=self._descriptors([weights.embedding_layer])[0, 0],
             norms=torch.stack([norm.weight for norm in [*norms, weights.norm]]).numpy(),
             query_key_value=self._descriptors([layer.query_key_value for layer in layers]),
             biases=np.stack([_bias_of(layer.query_key_value) for layer in layers]),
             output=self._descriptors([layer.output for layer in layers])[:, 0],
             gate_up=self._descriptors([layer.up for layer in layers]),
             down=self._descriptors([layer.down for layer in layers])[:, 0],
-            head=self._descriptors([weights.head])[0, 0],
+            head=self._descriptors([weights.head_layer])[0, 0],
             cosines=cosines,
             sines=sines,
         )

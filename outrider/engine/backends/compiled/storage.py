@@ -109,8 +109,9 @@ F16 = _plain("F16", HALF, 2, _widen_half)
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
 #
-# A block has 32 inputs. Its scales lie before its numbers; numbers of four bits lie two inputs in a byte, those of eight
-# one in a byte, PANEL bytes after PANEL; a fifth and a sixth bit lie in words of their own, one or two for each output.
+# A block has 32 inputs. Its scales lie before its numbers; numbers of four bits lie two inputs in a byte, those of
+# eight one in a byte, PANEL bytes after PANEL; a fifth and a sixth bit lie in words of their own, one or two for each
+# output.
 
 
 def _halves(builder, address, offset: int) -> Vectors:
@@ -155,11 +156,22 @@ def _scaled(builder, numbers: Iterator[Vectors], scales: Vectors, offsets: Vecto
         yield [multiply_add(builder, *its) for its in terms]
 
 
-def _decode_4(builder, panel, index) -> Iterator[Vectors]:
-    """Scales and offsets of 16 bits, numbers of four."""
-    block = builder.add(panel, builder.mul(index, constant(20 * PANEL)))
-    scales, offsets = _halves(builder, block, 0), _halves(builder, block, 2 * PANEL)
-    return _scaled(builder, _nibbles(builder, block, 4 * PANEL), scales, offsets)
+def _decode_32(builder, panel, index, num_heads: int, num_upper: int) -> Iterator[Vectors]:
+    """Numbers of four bits and `num_upper` more behind 16 bits for scales, and as many for offsets (2 heads).
+
+    Without offsets, half of what the bits can say is taken from the numbers.
+    """
+    lower, upper = 2 * PANEL * num_heads, (2 * num_heads + 16) * PANEL
+    block = builder.add(panel, builder.mul(index, constant(upper + 4 * PANEL * num_upper)))
+    numbers, scales = _nibbles(builder, block, lower), _halves(builder, block, 0)
+    if num_upper:
+        numbers = _with_upper(builder, numbers, block, upper, num_upper)
+    if num_heads == 2:
+        yield from _scaled(builder, numbers, scales, _halves(builder, block, 2 * PANEL))
+        return
+    for words in numbers:
+        centred = [builder.sub(word, filled(WORD, 8 << num_upper)) for word in words]
+        yield [builder.fmul(number, scale) for number, scale in zip(_floats(builder, centred), scales, strict=True)]
 
 
 def _decode_8(builder, panel, index) -> Iterator[Vectors]:
@@ -208,29 +220,30 @@ def _decode_6(builder, panel, index) -> Iterator[Vectors]:
         scales = [builder.fmul(unit, count) for unit, count in zip(units, counts, strict=True)]
         for _ in range(GROUP // 2):
             centred = [builder.sub(word, filled(WORD, 32)) for word in next(numbers)]
-            yield [
-                builder.fmul(number, scale) for number, scale in zip(_floats(builder, centred), scales, strict=True)
-            ]
+            yield [builder.fmul(number, scale) for number, scale in zip(_floats(builder, centred), scales, strict=True)]
 
 
 # --- packing: from GGUF's blocks, one output after the other ----------------------------------------------------------
 
 
 @compiled()
-def _pack_4(raw, num_inputs, panels, kind):
-    """Q4_0 (kind 0: a scale, numbers less 8) and Q4_1 (kind 1: a scale and an offset)."""
-    size, head = 18 + 2 * kind, 2 + 2 * kind
+def _pack_32(raw, num_inputs, panels, num_heads, num_upper):
+    """Q4_0 and Q5_0 (a scale for each block), Q4_1 and Q5_1 (two heads: an offset, too)."""
+    lower, upper = 2 * PANEL * num_heads, (2 * num_heads + 16) * PANEL
+    head = 2 * num_heads
+    size, body, nibbles = head + 4 * num_upper + 16, upper + 4 * PANEL * num_upper, head + 4 * num_upper
     for row in range(len(raw)):
         panel, lane = panels[row // PANEL], row % PANEL
         for block in range(num_inputs // 32):
-            source, first = raw[row, block * size :], block * 20 * PANEL
-            panel[first + 2 * lane], panel[first + 2 * lane + 1] = source[0], source[1]
-            if kind == 1:
-                panel[first + 2 * (PANEL + lane)], panel[first + 2 * (PANEL + lane) + 1] = source[2], source[3]
+            source, first = raw[row, block * size :], block * body
+            for index in range(head):
+                panel[first + index // 2 * 2 * PANEL + 2 * lane + index % 2] = source[index]
             for index in range(0, 32, 2):
-                left, right = source[head + index % 16], source[head + (index + 1) % 16]
+                left, right = source[nibbles + index % 16], source[nibbles + (index + 1) % 16]
                 shift = 4 * (index // 16)
-                panel[first + (4 + index // 2) * PANEL + lane] = (left >> shift & 15) | (right >> shift & 15) << 4
+                panel[first + lower + index // 2 * PANEL + lane] = (left >> shift & 15) | (right >> shift & 15) << 4
+            for index in range(4 * num_upper):
+                panel[first + upper + 4 * lane + index] = source[head + index]
 
 
 @compiled()
@@ -288,30 +301,41 @@ def _pack_6(raw, num_inputs, panels):
                     low = source[64 * half + 32 * (part % 2) + index] >> 4 * (part // 2) & 15
                     high = source[128 + 32 * half + index] >> 2 * part & 3
                     panel[sink + (2 + index // 2) * PANEL] |= low << 4 * (index % 2)
-                    panel[sink + 18 * PANEL + 4 * PANEL * (index // 16) + 3 * lane + index % 16 // 4] |= (
-                        high << 2 * (index % 4)
+                    panel[sink + 18 * PANEL + 4 * PANEL * (index // 16) + 3 * lane + index % 16 // 4] |= high << 2 * (
+                        index % 4
                     )
 
 
-def _pack_q4_0(raw: np.ndarray, num_inputs: int, panels: np.ndarray) -> None:
-    """Q4_0, whose offset is eight scales."""
-    _pack_4(raw, num_inputs, panels, 0)
-    blocks = panels.reshape(len(panels), -1, 20 * PANEL).view(np.float16)
-    blocks[..., PANEL : 2 * PANEL] = -8 * blocks[..., :PANEL]
+def _of_32(name: str, num_heads: int, num_upper: int) -> Storage:
+    def decode(builder, panel, index) -> Iterator[Vectors]:
+        return _decode_32(builder, panel, index, num_heads, num_upper)
+
+    def pack(raw: np.ndarray, num_inputs: int, panels: np.ndarray) -> None:
+        _pack_32(raw, num_inputs, panels, num_heads, num_upper)
+
+    return Storage(name, GROUP, 4 + num_upper + num_heads / 2, decode, pack)
 
 
-_FOUR_BITS = Storage("4 bits in blocks", GROUP, 5, _decode_4, lambda *its: _pack_4(*its, 1))
-_FOUR_BITS_0 = Storage(_FOUR_BITS.name, GROUP, 5, _decode_4, _pack_q4_0)
-_EIGHT_BITS = Storage("8 bits in blocks", GROUP, 8.5, _decode_8, _pack_8)
+def _of_256(name: str, num_upper: int) -> Storage:
+    def decode(builder, panel, index) -> Iterator[Vectors]:
+        return _decode_k(builder, panel, index, num_upper)
 
-STORAGES = {
-    "F32": F32,
-    "F16": F16,
-    "BF16": BF16,
-    "Q4_0": _FOUR_BITS_0,
-    "Q4_1": _FOUR_BITS,
-    "Q8_0": _EIGHT_BITS,
-    "Q4_K": Storage("Q4_K", GROUP, 4.625, lambda *its: _decode_k(*its, 0), lambda *its: _pack_k(*its, 0)),
-    "Q5_K": Storage("Q5_K", GROUP, 5.625, lambda *its: _decode_k(*its, 1), lambda *its: _pack_k(*its, 1)),
-    "Q6_K": Storage("Q6_K", GROUP, 6.5625, _decode_6, _pack_6),
-}
+    def pack(raw: np.ndarray, num_inputs: int, panels: np.ndarray) -> None:
+        _pack_k(raw, num_inputs, panels, num_upper)
+
+    return Storage(name, GROUP, 4.625 + num_upper, decode, pack)
+
+_ALL = (
+    F32,
+    F16,
+    BF16,
+    _of_32("Q4_0", 1, 0),
+    _of_32("Q4_1", 2, 0),
+    _of_32("Q5_0", 1, 1),
+    _of_32("Q5_1", 2, 1),
+    Storage("Q8_0", GROUP, 8.5, _decode_8, _pack_8),
+    _of_256("Q4_K", 0),
+    _of_256("Q5_K", 1),
+    Storage("Q6_K", GROUP, 6.5625, _decode_6, _pack_6),
+)
+STORAGES = {storage.name: storage for storage in _ALL}

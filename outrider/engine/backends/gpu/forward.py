@@ -61,9 +61,9 @@ class GpuForward:
             self._layers = [_layer(layer, _ACTIVATIONS[weights.activation]) for layer in weights.layers]
         # Behind each layer.
         self._next_norms = [*(layer.attention_norm for layer in self._layers[1:]), GpuNorm(weights.norm)]
-        self._embedding, self._positions = weights.embedding.weight, weights.positions
+        self._embedding, self._positions = weights.embedding, weights.positions
         self._angles = Angles(*weights.rotary.angles(spec.context_length)) if weights.rotary else None
-        self._head = GpuProduct(weights.head.weight, output_dtype=torch.float32)
+        self._head = GpuProduct(weights.head, output_dtype=torch.float32)
 
     @torch.inference_mode()
     def __call__(
