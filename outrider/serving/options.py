@@ -69,7 +69,7 @@ def service_options(default_model: str, default_port: int) -> Callable:
         click.option("--device-map", type=click.Choice(["auto"]), help="Let accelerate spread the model over devices (extra: quantization)."),
         click.option("--quantization", type=click.Choice(["bnb-4bit", "bnb-8bit"]), help="Quantise with bitsandbytes while loading (extra: quantization)."),
         click.option("--trust-remote-code", is_flag=True, help="Run the model code that the checkpoint brings."),
-        click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads of the model; 0 takes all cores. Pin it where services share a machine. With 1, Llama-family models in float32 run compiled."),
+        click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads of the model; 0 takes all cores. Pin it where services share a machine."),
         click.option("--max-sessions", type=click.IntRange(1), default=64, help="Sessions at once; more are refused with RESOURCE_EXHAUSTED."),
         click.option("--max-sessions-per-caller", type=click.IntRange(0), default=0, help="Sessions of one connection at once; 0 for no limit of its own."),
         click.option("--max-cached-tokens", type=click.IntRange(0), default=0, help="Tokens in all KV caches together; 0 is sixteen times the context, on a GPU at most what half of its free memory holds."),

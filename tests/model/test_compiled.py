@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -32,6 +33,7 @@ from outrider.engine.backends.compiled import kernels, products
 from outrider.engine.backends.compiled.cache import PanelCache, PanelShape
 from outrider.engine.backends.compiled.panels import FLOAT32
 from outrider.engine.backends.compiled.runner import CompiledLlamaRunner, why_not
+from outrider.engine.backends.compiled.team import Team
 from outrider.engine.models.loader import ModelOptions, load, load_plain
 from tests.model.against_transformers import (
     LLAMA_VARIANTS,
@@ -255,6 +257,36 @@ class TestBits:
         assert torch.equal(rows[num_rows:], at_once(runner, second)[28:])
 
 
+class TestThreads:
+    """Any number of threads gives the bits that one gives."""
+
+    @pytest.mark.parametrize("num_threads", [2, 3, 7])
+    def test_of_texts_in_pieces_beside_each_other(self, num_threads):
+        spec = spec_of(make_float32("qwen2", num_key_value_heads=1, intermediate_size=200))
+        one, several, all_ids = CompiledLlamaRunner(spec), CompiledLlamaRunner(spec, num_threads), texts(3)
+        for ids, logits in zip(all_ids, interleaved_logits(several, all_ids, 3), strict=True):
+            assert torch.equal(logits, at_once(one, ids))
+        assert torch.equal(at_once(several, random_ids(700)), at_once(one, random_ids(700)))
+
+    def test_of_passes_at_the_same_time(self):
+        """Of two models in one process, each with a team of its own."""
+        spec, all_ids = spec_of(make_float32("llama")), [random_ids(length) for length in range(30, 50)]
+        runners = [CompiledLlamaRunner(spec, 2) for _ in range(2)]
+        expected = [at_once(CompiledLlamaRunner(spec), ids) for ids in all_ids]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda runner: [at_once(runner, ids) for ids in all_ids], runners))
+        for logits in found:
+            assert all(torch.equal(*pair) for pair in zip(logits, expected, strict=True))
+
+    def test_a_failure_in_any_of_them_is_raised(self):
+        def fail_in_second(team, thread):
+            if thread:
+                raise MemoryError
+
+        with pytest.raises(MemoryError):
+            Team(2).run(fail_in_second)
+
+
 class TestNumbersThatAreNone:
     """A service finds NaN in rows and says so; compiled code must not lose it on the way."""
 
@@ -389,12 +421,12 @@ class TestPanelCache:
 
 
 class TestChoice:
-    def choose(self, model: PreTrainedModel) -> object:
+    def choose(self, model: PreTrainedModel) -> CompiledLlamaRunner | None:
         """Return the compiled runner; None where another backend is chosen."""
         runner = chosen(model).runner
         return runner if isinstance(runner, CompiledLlamaRunner) else None
 
-    def test_falls_on_compiled_code_for_float32_and_one_thread(self, caplog):
+    def test_falls_on_compiled_code_for_float32(self, caplog):
         with caplog.at_level(logging.WARNING):
             assert isinstance(self.choose(make_float32("mistral")), CompiledLlamaRunner)
         assert not caplog.records
@@ -406,8 +438,10 @@ class TestChoice:
         torch.set_num_threads(1)
 
     @pytest.mark.usefixtures("two_threads")
-    def test_leaves_several_threads_to_torch(self):
-        assert self.choose(make_float32("llama")) is None
+    def test_takes_as_many_threads_as_the_process_has(self):
+        runner = self.choose(make_float32("llama"))
+        assert runner
+        assert runner._team.num_threads == 2
 
     @pytest.mark.parametrize("head_dim", [8, 24, 40])
     def test_leaves_heads_that_panels_do_not_fit(self, head_dim):

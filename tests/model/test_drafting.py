@@ -22,9 +22,9 @@ PROMPTS = [[5, 80, 25, 7], [9], [3, 3, 3, 61, 8, 2, 90]]
 AHEAD = 9
 
 
-@pytest.fixture(scope="module")
-def runner() -> CompiledLlamaRunner:
-    return CompiledLlamaRunner(spec_of(make_model("llama", 1, head_dim=16).float()))
+@pytest.fixture(scope="module", params=[1, 2], ids=["one thread", "two threads"])
+def runner(request) -> CompiledLlamaRunner:
+    return CompiledLlamaRunner(spec_of(make_model("llama", 1, head_dim=16).float()), request.param)
 
 
 def drafted(

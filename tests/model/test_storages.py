@@ -22,7 +22,12 @@ from outrider.engine.models.matrix import TensorMatrix
 
 NUM_INPUTS = 768
 BLOCKS = [name for name in STORAGES if name.startswith("Q")]
-SCALES_AT = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # others have one at 0
+SCALES_AT = {  # others have one at 0
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+}
 
 
 @dataclass(frozen=True)

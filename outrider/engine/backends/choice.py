@@ -130,8 +130,6 @@ def cached_tokens_that_fit(wanted: int, free_bytes: int, shape: EntryShape) -> i
 def _why_not_compiled(spec: DecoderSpec, machine: Machine) -> str | None:
     if machine.caches.paged:
         return "caches in pages were asked for"
-    if machine.num_threads != 1:
-        return f"it takes one thread of the CPU (--threads 1), not {machine.num_threads}"
     from outrider.engine.backends.compiled import runner  # numba is slow to import
 
     return runner.why_not(spec)
@@ -141,7 +139,7 @@ def _make_compiled(spec: DecoderSpec, machine: Machine, max_cached_tokens: int) 
     from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 
     log.info("compiling the model, if this machine has not done so before")
-    return CompiledLlamaRunner(spec)
+    return CompiledLlamaRunner(spec, machine.num_threads)
 
 
 # --- caches in pages --------------------------------------------------------------------------------------------------
