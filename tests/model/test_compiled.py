@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama as transformers_eager
 
 import outrider
 from outrider.engine.backends.batch import Feed
@@ -32,8 +33,9 @@ from outrider.engine.backends.choice import CacheOptions
 from outrider.engine.backends.compiled import kernels, products
 from outrider.engine.backends.compiled.cache import PanelCache, PanelShape
 from outrider.engine.backends.compiled.panels import FLOAT32
-from outrider.engine.backends.compiled.runner import CompiledLlamaRunner, why_not
+from outrider.engine.backends.compiled.runner import CACHE_TYPES, CompiledLlamaRunner, why_not
 from outrider.engine.backends.compiled.team import Team
+from outrider.engine.models.checkpoint import ModelRefusedError
 from outrider.engine.models.loader import ModelOptions, load, load_plain
 from tests.model.against_transformers import (
     LLAMA_VARIANTS,
@@ -285,6 +287,82 @@ class TestThreads:
 
         with pytest.raises(MemoryError):
             Team(2).run(fail_in_second)
+
+
+KV_ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, of one number
+
+
+@pytest.fixture(params=KV_ROUNDING, ids=str)
+def kv_dtype(request) -> torch.dtype:
+    return request.param
+
+
+def with_rounded_entries(model: PreTrainedModel, token_ids: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return the logits that the model in float64 gives where keys and values are rounded before they are used."""
+    model = copy.deepcopy(model).double()
+    rounded = transformers_eager.eager_attention_forward
+
+    def attend(module, query, key, value, *arguments, **options):
+        key, value = (part.float().to(dtype).double() for part in (key, value))
+        return rounded(module, query, key, value, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_eager, "eager_attention_forward", attend)
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            return model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+
+
+class TestTypesOfCaches:
+    """Keys and values may lie in 16 bits, rounded once when they are written; all else stays."""
+
+    def test_only_keys_and_values_are_rounded(self, kv_dtype):
+        """What is nearly half-way between two numbers may go either way, which a few rows of many may show."""
+        model, ids = make_float32("llama"), random_ids(60)
+        logits = at_once(CompiledLlamaRunner(spec_of(model), kv_dtype=kv_dtype), ids)
+        moved = (logits - with_rounded_entries(model, ids, kv_dtype)).abs().max()
+        assert moved < max(TOLERANCE, 4 * KV_ROUNDING[kv_dtype])
+        if kv_dtype != torch.float32:
+            assert 2 * moved < distance(model, ids, logits)
+
+    @pytest.mark.parametrize("num_threads", [1, 2])
+    @pytest.mark.parametrize("head_dim", [16, 48, 64])
+    def test_logits_do_not_depend_on_the_cut_nor_on_neighbours(self, kv_dtype, head_dim, num_threads):
+        runner = CompiledLlamaRunner(spec_of(make_float32("qwen2", head_dim=head_dim)), num_threads, kv_dtype)
+        all_ids = texts(2)
+        for ids, logits in zip(all_ids, interleaved_logits(runner, all_ids, 2), strict=True):
+            assert torch.equal(logits, at_once(runner, ids))
+
+    def test_a_cache_of_16_bits_takes_half_the_memory_and_can_be_copied(self, kv_dtype):
+        spec, ids = spec_of(make_float32("llama")), random_ids(700)
+        runner = CompiledLlamaRunner(spec, kv_dtype=kv_dtype)
+        cache, copied = runner.new_cache(), runner.new_cache()
+        runner.forward([Feed(cache, ids[:600], 1)])
+        assert cache._keys.nbytes + cache._values.nbytes == cache.capacity * spec.entries.num_bytes * kv_dtype.itemsize // 4
+        copied.copy_from(cache, 500)
+        assert torch.equal(runner.forward([Feed(copied, ids[500:], 200)]), at_once(runner, ids)[500:])
+
+    @pytest.mark.parametrize("number", [math.nan, math.inf], ids=str)
+    def test_numbers_that_are_none_stay_so(self, kv_dtype, number):
+        model = make_float32("qwen2")
+        with torch.no_grad():
+            model.get_parameter("model.layers.0.self_attn.v_proj.bias")[3] = number
+        assert not at_once(CompiledLlamaRunner(spec_of(model), kv_dtype=kv_dtype), [1, 2, 3]).isfinite().all(-1).any()
+
+    def test_the_type_is_chosen_by_an_option_and_its_price_is_said(self, kv_dtype, caplog):
+        name = str(kv_dtype).removeprefix("torch.")
+        with caplog.at_level(logging.INFO):
+            choice = chosen(make_float32("llama"), CacheOptions(kv_dtype=name))
+        assert choice.backend == "compiled"
+        assert choice.runner.new_cache()._shape.dtype == CACHE_TYPES[kv_dtype]
+        assert (f"keys and values in {name} move rows" in caplog.text) == (kv_dtype != torch.float32)
+
+    @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+    def test_models_that_run_by_other_code_are_refused_with_it(self, family):
+        its_own, other = CacheOptions(kv_dtype="float32"), CacheOptions(kv_dtype="float16")
+        assert chosen(make_model(family, 5).float(), its_own).backend != "compiled"
+        with pytest.raises(ModelRefusedError, match="keys and values in float16: leave out --kv-dtype"):
+            chosen(make_model(family, 5).float(), other)
 
 
 class TestNumbersThatAreNone:

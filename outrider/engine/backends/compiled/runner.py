@@ -24,7 +24,7 @@ from outrider.sampling.draws import MIN_SUPPORT_PROB, Draft, Draws, drafts_of
 
 _NUM_TOKENS, _NUM_POSITIONS = 64, 1024  # that there is memory for at first
 _NO_WINDOW = np.iinfo(np.int64).max
-_CACHE_TYPES: dict[torch.dtype, np.dtype] = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+CACHE_TYPES: dict[torch.dtype, np.dtype] = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 
 def why_not(spec: DecoderSpec) -> str | None:
@@ -58,13 +58,19 @@ class CompiledLlamaRunner:
             scaling=weights.layers[0].scaling,
             eps=weights.norm.eps,
         )
-        width, cache_type = attention_width(entries.head_dim), _CACHE_TYPES[kv_dtype]
+        width, cache_type = attention_width(entries.head_dim), CACHE_TYPES[kv_dtype]
         self._cache_shape = PanelShape(len(weights.layers), entries.num_kv_heads, entries.head_dim, width, cache_type)
         self._rotary, self._vocab_size, self._team = weights.rotary, spec.vocab_size, Team(num_threads)
         self._arena = Arena()
         self._stored: dict[Matrix, StoredMatrix] = {}  # which descriptors point to
         self._weights = self._weights_of(weights)
         self._scratch = self._scratch_for(_NUM_TOKENS, _NUM_POSITIONS)
+
+    def product_of(self, matrix: Matrix) -> StoredMatrix:
+        """Return what multiplies with a matrix; it is read and stored when it is first asked for."""
+        if matrix not in self._stored:
+            self._stored[matrix] = StoredMatrix(matrix, self._arena)
+        return self._stored[matrix]
 
     def new_cache(self) -> PanelCache:
         """See Runner."""
@@ -166,10 +172,7 @@ class CompiledLlamaRunner:
 
     def _descriptors(self, products: Sequence[Linear]) -> np.ndarray:
         """Return descriptors `[products, matrices of each, 7]`; a matrix that stands in two places is stored once."""
-        for matrix in (matrix for product in products for matrix in product.matrices):
-            if matrix not in self._stored:
-                self._stored[matrix] = StoredMatrix(matrix, self._arena)
-        return np.array([[self._stored[matrix].descriptor for matrix in product.matrices] for product in products])
+        return np.array([[self.product_of(matrix).descriptor for matrix in product.matrices] for product in products])
 
 
 def _bias_of(projection: Linear) -> np.ndarray:
