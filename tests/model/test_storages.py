@@ -5,22 +5,30 @@ A product of I terms, each of size 1, is off by less than I · I · 2^-24 in flo
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from transformers import PreTrainedModel
 
 from outrider.common.compiling import compiled
+from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.compiled.memory import Arena
 from outrider.engine.backends.compiled.panels import ROWS, multiply
 from outrider.engine.backends.compiled.products import StoredMatrix
+from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 from outrider.engine.backends.compiled.storage import PANEL, STORAGES
 from outrider.engine.backends.compiled.team import Team, meet
 from outrider.engine.models.matrix import TensorMatrix
+from outrider.engine.models.stored import replace_weights, store_products, stored_modules
+from tests.model.against_transformers import make_uneven, own_logits, spec_of, texts
+from tests.tiny_models import make_model
 
 NUM_INPUTS = 768
+SCALE = 0.02
 BLOCKS = [name for name in STORAGES if name.startswith("Q")]
 SCALES_AT = {  # others have one at 0
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
@@ -30,7 +38,7 @@ SCALES_AT = {  # others have one at 0
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RawMatrix:
     """A matrix of bytes in memory."""
 
@@ -46,15 +54,26 @@ class RawMatrix:
         return quants.dequantize(self.rows, GGMLQuantizationType[self.kind])
 
 
-def random_matrix(kind: str, num_outputs: int = 2 * PANEL + 5, num_inputs: int = NUM_INPUTS) -> RawMatrix:
-    """Return a matrix of random bits, but for scales, which are numbers of both signs."""
-    random = np.random.default_rng(num_outputs)
+def random_matrix(
+    kind: str, num_outputs: int = 2 * PANEL + 5, num_inputs: int = NUM_INPUTS, seed: int = 0, scale: float = 0.0
+) -> RawMatrix:
+    """Return a matrix of random bits, but for scales, which are numbers of both signs.
+
+    Numbers have about the standard deviation `scale`, where it is given.
+    """
+    random = np.random.default_rng((num_outputs, seed))
     num_together, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     blocks = random.integers(0, 256, (num_outputs, num_inputs // num_together, size), np.uint8)
     for place in SCALES_AT.get(kind, (0,)):
-        scales = 0.02 * random.standard_normal(blocks.shape[:2])
+        scales = SCALE * random.standard_normal(blocks.shape[:2])
         blocks[..., place : place + 2] = scales.astype(np.float16)[..., None].view(np.uint8)
-    return RawMatrix(kind, (num_outputs, num_inputs), blocks.reshape(num_outputs, -1))
+    matrix = RawMatrix(kind, (num_outputs, num_inputs), blocks.reshape(num_outputs, -1))
+    if scale:
+        factor = scale / matrix.numbers.std()
+        for place in SCALES_AT.get(kind, (0,)):
+            scales = blocks[..., place : place + 2].copy().view(np.float16)
+            blocks[..., place : place + 2] = (scales * factor).astype(np.float16).view(np.uint8)
+    return matrix
 
 
 def stored(matrix) -> StoredMatrix:
@@ -163,3 +182,51 @@ def test_a_matrix_of_several_pieces_is_whole(monkeypatch):
     matrix = random_matrix("Q4_K", 5 * PANEL + 3)
     monkeypatch.setattr(products, "_BYTES_AT_ONCE", matrix.rows[: PANEL + 5].nbytes)
     assert np.array_equal(stored(matrix).rows(torch.arange(5 * PANEL + 3)).numpy(), matrix.numbers)
+
+
+def block_model(kind: str, **changes) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Return a model whose matrices are blocks, and one that has the same numbers in float32."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
+    plain = make_model("qwen2", 5, **(sizes | changes)).float()
+    make_uneven(plain)
+    matrices = {}
+    for number, (name, weight) in enumerate(sorted(plain.named_parameters())):
+        if weight.ndim == 2:
+            matrices[name] = random_matrix(kind, *weight.shape, seed=number, scale=weight.std().item())
+            with torch.no_grad():
+                weight.copy_(torch.from_numpy(matrices[name].numbers))
+    if plain.config.tie_word_embeddings:
+        matrices["lm_head.weight"] = matrices["model.embed_tokens.weight"]
+    model = copy.deepcopy(plain)
+    replace_weights(model, matrices)
+    return model, plain
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_model_of_blocks_gives_what_its_numbers_give(kind, is_tied):
+    model, plain = block_model(kind, tie_word_embeddings=is_tied)
+    spec, ids = spec_of(model), texts(1)[3]
+    runner = CompiledLlamaRunner(spec, num_threads=2)
+    logits = runner.forward([Feed(runner.new_cache(), ids, len(ids))])
+    assert {its.kind for its in runner._stored.values()} == {kind}
+    assert len(runner._stored) == 2 * 7 + (1 if is_tied else 2)
+
+    wide = CompiledLlamaRunner(spec_of(copy.deepcopy(plain)))
+    assert torch.equal(wide.forward([Feed(wide.new_cache(), ids, len(ids))]), logits)
+    exact = own_logits(copy.deepcopy(plain).double(), ids)
+    assert (logits - exact).abs().max() < 1e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["Q4_K"])
+def test_the_reference_multiplies_with_the_same_memory(kind):
+    """transformers' own layers, with the products of the compiled runner in them."""
+    model, plain = block_model(kind)
+    runner, ids = CompiledLlamaRunner(spec_of(model)), texts(1)[2]
+    expected = own_logits(plain, ids)
+    store_products(model, runner.product_of)
+    assert all(module.product in runner._stored.values() for module in stored_modules(model).values())
+    model.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()

@@ -18,7 +18,10 @@ _KIND_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 @runtime_checkable
 class Matrix(Protocol):
-    """A constant matrix `[O, I]`, whose numbers are read when they are asked for."""
+    """A constant matrix `[O, I]`, whose numbers are read when they are asked for.
+
+    Of two that are equal one is stored; hashes go with that.
+    """
 
     @property
     def kind(self) -> str:
