@@ -92,7 +92,9 @@ def choose(spec: DecoderSpec, machine: Machine, probe: Probe) -> Choice:
             log.info("the model runs by %s%s", backend.name, "".join(f"; not by {note}" for note in notes))
             if is_rounding:
                 variation = probe.variation(runner, max_cached_tokens)
-                log.info("keys and values in %s move rows by a total variation of %.2g", machine.caches.kv_dtype, variation)
+                log.info(
+                    "keys and values in %s move rows by a total variation of %.2g", machine.caches.kv_dtype, variation
+                )
             return Choice(runner, max_cached_tokens, backend.name, notes)
         names.setdefault(reason, []).append(backend.name)
     assert is_rounding, "the last backend has no other objection, and gave these rows before"

@@ -325,6 +325,7 @@ def _of_256(name: str, num_upper: int) -> Storage:
 
     return Storage(name, GROUP, 4.625 + num_upper, decode, pack)
 
+
 _ALL = (
     F32,
     F16,

@@ -52,10 +52,6 @@ class Team:
         return result
 
 
-def _pointer(builder, address):
-    return builder.inttoptr(address, ir.PointerType())
-
-
 @intrinsic
 def _added(typing_context, address, number):
     """Add to a number in memory, and return what was there; what this thread wrote before, others see then."""
@@ -65,6 +61,17 @@ def _added(typing_context, address, number):
         return builder.atomic_rmw("add", builder.inttoptr(address, ir.IntType(64).as_pointer()), number, "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _number_at(typing_context, address):
+    """Return a number in memory as other threads have written it."""
+
+    def codegen(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, ordering="acquire", align=8)
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic
@@ -91,13 +98,13 @@ def meet(team):
     if team[_SIZE] == 1:
         return
     arrived, turn = team.ctypes.data + 8 * _ARRIVED, team.ctypes.data + 8 * _TURN
-    now = _added(turn, 0)
+    now = _number_at(turn)
     if _added(arrived, 1) == team[_SIZE] - 1:
         _added(arrived, -team[_SIZE])
         _added(turn, 1)
         return
     spins = 0
-    while _added(turn, 0) == now:
+    while _number_at(turn) == now:
         spins += 1
         if spins > _NUM_SPINS:
             _yield()
