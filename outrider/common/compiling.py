@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from outrider.common.code_files import CodeCache
@@ -96,3 +98,46 @@ def exponential(x):
     power = (series * rest * rest + rest + _ONE) * _float_of_bits(np.int32((whole + _BIAS) * _UNIT))
     power = power if x == x else x
     return power if not x < _LEAST_EXPONENT else np.float32(0)
+
+
+class AddressedFunction:
+    """Compiled code that other compiled code calls by an address, so that neither is compiled anew with the other."""
+
+    def __init__(self, function: Callable, num_arguments: int):
+        self._function, self._signature = function, types.void(*[types.int64] * num_arguments)
+
+    @cached_property
+    def address(self) -> int:
+        """Where the code is, compiled when first asked for."""
+        code: Any = CFunc(
+            self._function, (self._signature.args, types.void), {}, {"nopython": True, "error_model": "numpy"}
+        )
+        with suppress(RuntimeError, OSError):
+            code._cache = CodeCache(self._function)
+        code.compile()
+        self._code = code  # which owns the memory
+        return code.address
+
+
+def called_by_address(num_arguments: int, name: str) -> Callable[[Any], AddressedFunction]:
+    """Return a decorator for functions of whole numbers that return nothing; see `compiled` for `name`."""
+
+    def decorate(function: Callable) -> AddressedFunction:
+        function.__qualname__ = name
+        return AddressedFunction(function, num_arguments)
+
+    return decorate
+
+
+@intrinsic
+def call_at(typing_context, address, arguments):
+    """Call an AddressedFunction with a tuple of whole numbers."""
+
+    def codegen(context, builder, signature, values):
+        address, arguments = values
+        numbers = cgutils.unpack_tuple(builder, arguments)
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(numbers))
+        builder.call(builder.inttoptr(address, kind.as_pointer()), numbers)
+        return context.get_dummy_value()
+
+    return types.void(address, arguments), codegen

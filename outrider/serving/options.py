@@ -33,6 +33,7 @@ class ServiceOptions:
     max_support: int = 1024
     max_proposals: int = 64
     kv_cache: bool = True
+    kv_dtype: str = "auto"
     cuda_graphs: bool = True
     paged: bool = False  # on a CPU too; no option of the command line
     idle_timeout: float = 600.0
@@ -55,6 +56,7 @@ def needs_serve_extra() -> Iterator[None]:
         raise click.ClickException(extras.missing(str(error.name), "a service", "serve")) from error
 
 
+KV_DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -69,7 +71,7 @@ def service_options(default_model: str, default_port: int) -> Callable:
         click.option("--device-map", type=click.Choice(["auto"]), help="Let accelerate spread the model over devices (extra: quantization)."),
         click.option("--quantization", type=click.Choice(["bnb-4bit", "bnb-8bit"]), help="Quantise with bitsandbytes while loading (extra: quantization)."),
         click.option("--trust-remote-code", is_flag=True, help="Run the model code that the checkpoint brings."),
-        click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads of the model; 0 takes all cores. Pin it where services share a machine. With 1, Llama-family models in float32 run compiled."),
+        click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads of the model; 0 takes all cores. Pin it where services share a machine."),
         click.option("--max-sessions", type=click.IntRange(1), default=64, help="Sessions at once; more are refused with RESOURCE_EXHAUSTED."),
         click.option("--max-sessions-per-caller", type=click.IntRange(0), default=0, help="Sessions of one connection at once; 0 for no limit of its own."),
         click.option("--max-cached-tokens", type=click.IntRange(0), default=0, help="Tokens in all KV caches together; 0 is sixteen times the context, on a GPU at most what half of its free memory holds."),
@@ -77,6 +79,7 @@ def service_options(default_model: str, default_port: int) -> Callable:
         click.option("--max-support", type=click.IntRange(1), default=1024, help="Most tokens in the support of one proposal."),
         click.option("--max-proposals", type=click.IntRange(1), default=64, help="Most proposals in one round."),
         click.option("--kv-cache/--no-kv-cache", default=True, help="Without: recompute everything in each pass, an ablation."),
+        click.option("--kv-dtype", type=click.Choice(KV_DTYPE_NAMES), default="auto", help="Type of the keys and values in KV caches; auto is that of the weights. Of a Llama-family model on a CPU, 16 bits take half the memory, and round."),
         click.option("--cuda-graphs/--no-cuda-graphs", default=True, help="Without: launch every operation of a pass by itself, which GPUs wait for."),
         click.option("--idle-timeout", type=click.FloatRange(0), default=600.0, metavar="SECONDS", help="Time after which a session that says nothing, and for which no work is under way, is ended; 0 for never."),
         click.option("--grace", type=click.FloatRange(0), default=30.0, metavar="SECONDS", help="Time for running sessions to end on SIGTERM; a second signal ends them at once."),

@@ -88,7 +88,7 @@ class ModelHost(Generic[WorkerT]):
                 quantization=options.quantization,
                 device_map=options.device_map,
                 threads=options.threads,
-                caches=CacheOptions(options.max_cached_tokens, options.cuda_graphs, options.paged),
+                caches=CacheOptions(options.max_cached_tokens, options.cuda_graphs, options.paged, options.kv_dtype),
             )
         )
         self._max_cached_tokens = model.choice.max_cached_tokens

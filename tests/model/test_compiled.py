@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -24,13 +25,17 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama as transformers_eager
 
 import outrider
 from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.choice import CacheOptions
-from outrider.engine.backends.compiled import kernels, panels, tiles
-from outrider.engine.backends.compiled.cache import PanelCache
-from outrider.engine.backends.compiled.runner import CompiledLlamaRunner, why_not
+from outrider.engine.backends.compiled import kernels, products
+from outrider.engine.backends.compiled.cache import PanelCache, PanelShape
+from outrider.engine.backends.compiled.panels import FLOAT32
+from outrider.engine.backends.compiled.runner import CACHE_TYPES, CompiledLlamaRunner, why_not
+from outrider.engine.backends.compiled.team import Team
+from outrider.engine.models.checkpoint import ModelRefusedError
 from outrider.engine.models.loader import ModelOptions, load, load_plain
 from tests.model.against_transformers import (
     LLAMA_VARIANTS,
@@ -143,63 +148,31 @@ def exact_in(dtype: torch.dtype, **changes) -> PreTrainedModel:
     return model
 
 
-with_tiles = pytest.mark.skipif(not tiles.have_tiles(), reason="the processor has no tiles")
+STORAGES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def uses_tiles(runner: CompiledLlamaRunner) -> bool:
-    weights = runner._weights
-    nums_axes = {panels.ndim for panels in (weights.query_key_value, weights.output, weights.gate_up, weights.down)}
-    assert nums_axes in ({4}, {5})
-    assert weights.head.ndim == max(nums_axes) - 1
-    return nums_axes == {5}
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A way in which weights lie in memory."""
-
-    dtype: torch.dtype
-    tag: np.dtype
-    is_tiles: bool = False
-
-    def runner(self, model: PreTrainedModel) -> CompiledLlamaRunner:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiles, "LEAST_NUMBERS", 0 if self.is_tiles else sys.maxsize)
-            return CompiledLlamaRunner(spec_of(model))
-
-
-STORAGES = {
-    "float16": Storage(torch.float16, panels.FLOAT16),
-    "bfloat16": Storage(torch.bfloat16, panels.BFLOAT16),
-    "float32": Storage(torch.float32, panels.FLOAT32),
-    "tiles": Storage(torch.bfloat16, panels.BFLOAT16, is_tiles=True),
-}
+def kinds_of(runner: CompiledLlamaRunner) -> list[str]:
+    """Return how each matrix of a runner lies in memory."""
+    return [matrix.kind for matrix in runner._stored.values()]
 
 
 @dataclass(frozen=True)
 class Stored:
     """A model in one storage of weights, with a runner."""
 
-    storage: Storage
     model: PreTrainedModel
     runner: CompiledLlamaRunner
 
     def new_runner(self) -> CompiledLlamaRunner:
-        return self.storage.runner(self.model)
+        return CompiledLlamaRunner(spec_of(self.model))
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=with_tiles if name == "tiles" else ()) for name in STORAGES]
-)
+@pytest.fixture(scope="module", params=STORAGES)
 def stored(request) -> Stored:
-    storage = STORAGES[request.param]
-    model = exact_in(storage.dtype)
-    runner = storage.runner(model)
-    weights = runner._weights
-    matrices = (weights.embedding, weights.query_key_value, weights.output, weights.gate_up, weights.down, weights.head)
-    assert {matrix.dtype for matrix in matrices} == {storage.tag}
-    assert uses_tiles(runner) == storage.is_tiles
-    return Stored(storage, model, runner)
+    model = exact_in(STORAGES[request.param])
+    runner = CompiledLlamaRunner(spec_of(model))
+    assert set(kinds_of(runner)) == {request.param}
+    return Stored(model, runner)
 
 
 class TestStorages:
@@ -210,21 +183,35 @@ class TestStorages:
         for ids, logits in zip(all_ids, interleaved_logits(stored.runner, all_ids, 1), strict=True):
             assert distance(stored.model, ids, logits) < TOLERANCE
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_one_number_that_does_not_fit_makes_all_of_them_wide(self, dtype):
-        model = exact_in(dtype)
+    @pytest.mark.parametrize("kind", ["F16", "BF16"])
+    def test_one_number_that_does_not_fit_makes_its_matrix_wide(self, kind):
+        model = exact_in(STORAGES[kind])
         with torch.no_grad():
             model.model.layers[2].mlp.down_proj.weight[1, 2] = 1 + 2.0**-20
-        assert CompiledLlamaRunner(spec_of(model))._weights.query_key_value.dtype == panels.FLOAT32
+        kinds = kinds_of(CompiledLlamaRunner(spec_of(model)))
+        assert kinds.count("F32") == 1
+        assert set(kinds) == {kind, "F32"}
+
+    def test_gives_the_bits_that_wide_numbers_give(self, stored, monkeypatch):
+        monkeypatch.setattr(products, "_narrowest", lambda matrix: "F32")
+        wide, ids = stored.new_runner(), random_ids(40)
+        assert set(kinds_of(wide)) == {"F32"}
+        assert torch.equal(at_once(wide, ids), at_once(stored.runner, ids))
 
     def test_the_model_is_copied(self, stored):
         copied = copy.deepcopy(stored.model)
-        runner, ids = stored.storage.runner(copied), random_ids(9)
+        runner, ids = CompiledLlamaRunner(spec_of(copied)), random_ids(9)
         before = at_once(runner, ids)
         with torch.no_grad():
             for parameter in copied.parameters():
                 parameter.zero_()
         assert torch.equal(at_once(runner, ids), before)
+
+    @pytest.mark.parametrize("is_tied", [True, False])
+    def test_tied_weights_are_stored_once(self, is_tied):
+        model = make_float32("llama", tie_word_embeddings=is_tied)
+        weights = CompiledLlamaRunner(spec_of(model))._weights
+        assert np.array_equal(weights.embedding, weights.head) == is_tied
 
 
 LONG_IDS = random_ids(1300)  # beyond the first table of angles, the first scratch, and several growths of a cache
@@ -272,6 +259,115 @@ class TestBits:
         assert torch.equal(rows[num_rows:], at_once(runner, second)[28:])
 
 
+class TestThreads:
+    """Any number of threads gives the bits that one gives."""
+
+    @pytest.mark.parametrize("num_threads", [2, 3, 7])
+    def test_of_texts_in_pieces_beside_each_other(self, num_threads):
+        spec = spec_of(make_float32("qwen2", num_key_value_heads=1, intermediate_size=200))
+        one, several, all_ids = CompiledLlamaRunner(spec), CompiledLlamaRunner(spec, num_threads), texts(3)
+        for ids, logits in zip(all_ids, interleaved_logits(several, all_ids, 3), strict=True):
+            assert torch.equal(logits, at_once(one, ids))
+        assert torch.equal(at_once(several, random_ids(700)), at_once(one, random_ids(700)))
+
+    def test_of_passes_at_the_same_time(self):
+        """Of two models in one process, each with a team of its own."""
+        spec, all_ids = spec_of(make_float32("llama")), [random_ids(length) for length in range(30, 50)]
+        runners = [CompiledLlamaRunner(spec, 2) for _ in range(2)]
+        expected = [at_once(CompiledLlamaRunner(spec), ids) for ids in all_ids]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda runner: [at_once(runner, ids) for ids in all_ids], runners))
+        for logits in found:
+            assert all(torch.equal(*pair) for pair in zip(logits, expected, strict=True))
+
+    def test_a_failure_in_any_of_them_is_raised(self):
+        def fail_in_second(team, thread):
+            if thread:
+                raise MemoryError
+
+        with pytest.raises(MemoryError):
+            Team(2).run(fail_in_second)
+
+
+KV_ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, of one number
+
+
+@pytest.fixture(params=KV_ROUNDING, ids=str)
+def kv_dtype(request) -> torch.dtype:
+    return request.param
+
+
+def with_rounded_entries(model: PreTrainedModel, token_ids: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return the logits that the model in float64 gives where keys and values are rounded before they are used."""
+    model = copy.deepcopy(model).double()
+    rounded = transformers_eager.eager_attention_forward
+
+    def attend(module, query, key, value, *arguments, **options):
+        key, value = (part.float().to(dtype).double() for part in (key, value))
+        return rounded(module, query, key, value, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_eager, "eager_attention_forward", attend)
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            return model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+
+
+class TestTypesOfCaches:
+    """Keys and values may lie in 16 bits, rounded once when they are written; all else stays."""
+
+    def test_only_keys_and_values_are_rounded(self, kv_dtype):
+        """What is nearly half-way between two numbers may go either way, which a few rows of many may show."""
+        model, ids = make_float32("llama"), random_ids(60)
+        logits = at_once(CompiledLlamaRunner(spec_of(model), kv_dtype=kv_dtype), ids)
+        moved = (logits - with_rounded_entries(model, ids, kv_dtype)).abs().max()
+        assert moved < max(TOLERANCE, 4 * KV_ROUNDING[kv_dtype])
+        if kv_dtype != torch.float32:
+            assert 2 * moved < distance(model, ids, logits)
+
+    @pytest.mark.parametrize("num_threads", [1, 2])
+    @pytest.mark.parametrize("head_dim", [16, 48, 64])
+    def test_logits_do_not_depend_on_the_cut_nor_on_neighbours(self, kv_dtype, head_dim, num_threads):
+        runner = CompiledLlamaRunner(spec_of(make_float32("qwen2", head_dim=head_dim)), num_threads, kv_dtype)
+        all_ids = texts(2)
+        for ids, logits in zip(all_ids, interleaved_logits(runner, all_ids, 2), strict=True):
+            assert torch.equal(logits, at_once(runner, ids))
+
+    def test_a_cache_of_16_bits_takes_half_the_memory_and_can_be_copied(self, kv_dtype):
+        spec, ids = spec_of(make_float32("llama")), random_ids(700)
+        runner = CompiledLlamaRunner(spec, kv_dtype=kv_dtype)
+        cache, copied = runner.new_cache(), runner.new_cache()
+        runner.forward([Feed(cache, ids[:600], 1)])
+        assert (
+            cache._keys.nbytes + cache._values.nbytes
+            == cache.capacity * spec.entries.num_bytes * kv_dtype.itemsize // 4
+        )
+        copied.copy_from(cache, 500)
+        assert torch.equal(runner.forward([Feed(copied, ids[500:], 200)]), at_once(runner, ids)[500:])
+
+    @pytest.mark.parametrize("number", [math.nan, math.inf], ids=str)
+    def test_numbers_that_are_none_stay_so(self, kv_dtype, number):
+        model = make_float32("qwen2")
+        with torch.no_grad():
+            model.get_parameter("model.layers.0.self_attn.v_proj.bias")[3] = number
+        assert not at_once(CompiledLlamaRunner(spec_of(model), kv_dtype=kv_dtype), [1, 2, 3]).isfinite().all(-1).any()
+
+    def test_the_type_is_chosen_by_an_option_and_its_price_is_said(self, kv_dtype, caplog):
+        name = str(kv_dtype).removeprefix("torch.")
+        with caplog.at_level(logging.INFO):
+            choice = chosen(make_float32("llama"), CacheOptions(kv_dtype=name))
+        assert choice.backend == "compiled"
+        assert choice.runner.new_cache()._shape.dtype == CACHE_TYPES[kv_dtype]
+        assert (f"keys and values in {name} move rows" in caplog.text) == (kv_dtype != torch.float32)
+
+    @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+    def test_models_that_run_by_other_code_are_refused_with_it(self, family):
+        its_own, other = CacheOptions(kv_dtype="float32"), CacheOptions(kv_dtype="float16")
+        assert chosen(make_model(family, 5).float(), its_own).backend != "compiled"
+        with pytest.raises(ModelRefusedError, match="keys and values in float16: leave out --kv-dtype"):
+            chosen(make_model(family, 5).float(), other)
+
+
 class TestNumbersThatAreNone:
     """A service finds NaN in rows and says so; compiled code must not lose it on the way."""
 
@@ -287,13 +383,13 @@ class TestNumbersThatAreNone:
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf], ids=str)
     @pytest.mark.parametrize("place", PLACES)
-    @pytest.mark.parametrize("storage", ["float32", pytest.param("tiles", marks=with_tiles)])
-    def test_one_in_the_weights_is_in_every_row(self, storage, place, number):
-        model = exact_in(STORAGES[storage].dtype)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_one_in_the_weights_is_in_every_row(self, dtype, place, number):
+        model = exact_in(dtype)
         with torch.no_grad():
             model.get_parameter(place).view(-1)[3] = number
         ids = random_ids(20)
-        runner = STORAGES[storage].runner(model)
+        runner = CompiledLlamaRunner(spec_of(model))
         cache = runner.new_cache()
         for chunk in (ids[:1], ids[1:3], ids[3:]):
             assert not runner.forward([Feed(cache, chunk, len(chunk))]).isfinite().all(-1).any()
@@ -348,11 +444,11 @@ class TestPanelCache:
     """What it holds is tested by logits, in TestBits and test_cache; here is what its memory does."""
 
     def test_costs_its_length(self):
-        cache = PanelCache(3, 2, 16, 16)
+        cache = PanelCache(PanelShape(3, 2, 16, 16, FLOAT32))
         assert (cache.length, cache.cost(70), cache.num_fitting(30)) == (0, 70, 30)
 
     def test_grows_by_half_as_much_again(self):
-        cache, capacities = PanelCache(1, 1, 16, 16), []
+        cache, capacities = PanelCache(PanelShape(1, 1, 16, 16, FLOAT32)), []
         for length in range(4097):
             cache.reserve(length)
             assert cache.capacity >= length
@@ -371,7 +467,7 @@ class TestPanelCache:
     def test_clearing_gives_the_memory_back(self):
         tracemalloc.start()
         try:
-            cache = PanelCache(4, 2, 64, 64)
+            cache = PanelCache(PanelShape(4, 2, 64, 64, FLOAT32))
             cache.reserve(1000)
             held, _ = tracemalloc.get_traced_memory()
             cache.advance(1000)
@@ -406,12 +502,12 @@ class TestPanelCache:
 
 
 class TestChoice:
-    def choose(self, model: PreTrainedModel) -> object:
+    def choose(self, model: PreTrainedModel) -> CompiledLlamaRunner | None:
         """Return the compiled runner; None where another backend is chosen."""
         runner = chosen(model).runner
         return runner if isinstance(runner, CompiledLlamaRunner) else None
 
-    def test_falls_on_compiled_code_for_float32_and_one_thread(self, caplog):
+    def test_falls_on_compiled_code_for_float32(self, caplog):
         with caplog.at_level(logging.WARNING):
             assert isinstance(self.choose(make_float32("mistral")), CompiledLlamaRunner)
         assert not caplog.records
@@ -423,8 +519,10 @@ class TestChoice:
         torch.set_num_threads(1)
 
     @pytest.mark.usefixtures("two_threads")
-    def test_leaves_several_threads_to_torch(self):
-        assert self.choose(make_float32("llama")) is None
+    def test_takes_as_many_threads_as_the_process_has(self):
+        runner = self.choose(make_float32("llama"))
+        assert runner
+        assert runner._team.num_threads == 2
 
     @pytest.mark.parametrize("head_dim", [8, 24, 40])
     def test_leaves_heads_that_panels_do_not_fit(self, head_dim):

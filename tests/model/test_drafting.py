@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from random import Random
 
 import pytest
-import torch
 
 from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 from outrider.engine.engine import Engine
@@ -17,16 +16,15 @@ from outrider_draft import session as session_module
 from outrider_draft.drafter import Drafter
 from outrider_draft.session import Drafted, DraftOptions, Session
 from tests.model.against_transformers import spec_of
-from tests.model.test_compiled import STORAGES, exact_in, with_tiles
 from tests.tiny_models import VOCAB_SIZE, make_model
 
 PROMPTS = [[5, 80, 25, 7], [9], [3, 3, 3, 61, 8, 2, 90]]
 AHEAD = 9
 
 
-@pytest.fixture(scope="module")
-def runner() -> CompiledLlamaRunner:
-    return CompiledLlamaRunner(spec_of(make_model("llama", 1, head_dim=16).float()))
+@pytest.fixture(scope="module", params=[1, 2], ids=["one thread", "two threads"])
+def runner(request) -> CompiledLlamaRunner:
+    return CompiledLlamaRunner(spec_of(make_model("llama", 1, head_dim=16).float()), request.param)
 
 
 def drafted(
@@ -86,14 +84,11 @@ def test_filtered_tokens_are_those_of_drafting_one_by_one(runner, filters, monke
     assert list(map(ids_of, together)) != list(map(ids_of, plain))
 
 
-@with_tiles
 @pytest.mark.parametrize("num_sessions", [1, 16, 17, 40])
-def test_tokens_are_those_of_drafting_one_by_one_by_tiles_too(num_sessions, monkeypatch):
-    """From 17 sessions on tiles write more rows than there are."""
+def test_tokens_are_those_of_drafting_one_by_one_for_any_number_of_sessions(runner, num_sessions, monkeypatch):
     random = Random(num_sessions)
     prompts = [random.choices(range(VOCAB_SIZE), k=random.randint(1, 9)) for _ in range(num_sessions)]
     options = {"batch": 4, "vocab_sizes": [VOCAB_SIZE] * num_sessions, "prompts": prompts}
-    runner = STORAGES["tiles"].runner(exact_in(torch.bfloat16))
     together, _ = drafted(runner, 1.0, **options)
     monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
     one_by_one, _ = drafted(runner, 1.0, **options)

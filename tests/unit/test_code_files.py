@@ -214,7 +214,7 @@ class TestStamp:
 
     def test_is_that_of_every_source_that_is_part_of_the_code(self, source):
         behind = {str(path.relative_to(code_files._PACKAGE)) for path in sources_behind(source)}
-        names = ("drafting", "kernels", "panels", "products", "tiles")
+        names = ("drafting", "kernels", "panels", "storage", "team")
         compiled_ones = {f"engine/backends/compiled/{name}.py" for name in names}
         others = {"common/code_files.py", "common/compiling.py", "engine/backends/batch.py", "protocol/scales.py"}
         others |= {"sampling/rng.py", "sampling/cpu_kernels.py"}

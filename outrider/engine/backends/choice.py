@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,7 @@ from outrider.engine.backends.paged.graphs import CudaGraphRunner, EagerRunner, 
 from outrider.engine.backends.paged.runner import PagedRunner
 from outrider.engine.backends.runner import ForwardPass, ModelRunner, Runner
 from outrider.engine.kv_cache import KvShape
+from outrider.engine.models.checkpoint import ModelRefusedError
 from outrider.engine.models.probe import Probe
 from outrider.engine.models.spec import DecoderSpec
 
@@ -41,6 +42,7 @@ class CacheOptions:
     max_cached_tokens: int = 0  # 0 is DEFAULT_CONTEXTS_CACHED contexts, or what half of a GPU's free memory holds
     cuda_graphs: bool = True
     paged: bool = False  # on a CPU too, by a slow reference, for tests
+    kv_dtype: str = "auto"  # of torch's types, or that of the model
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Backend:
     name: str
     why_not: Callable[[DecoderSpec, Machine], str | None]
     make: Callable[[DecoderSpec, Machine, int], Runner]  # of the tokens that all caches hold together
+    rounds_caches: bool = False  # whether keys and values may have another type than the model
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,11 @@ def choose(spec: DecoderSpec, machine: Machine, probe: Probe) -> Choice:
 
     Raises:
         torch.OutOfMemoryError: the caches that were asked for do not fit.
+        ModelRefusedError: no backend keeps keys and values as they were asked for.
     """
+    is_rounding = _kv_dtype(spec, machine) != spec.dtype
+    if is_rounding:
+        probe = replace(probe, is_rounded=True)
     max_cached_tokens = _max_cached_tokens(spec, machine.caches)
     names: dict[str, list[str]] = {}  # by objection
     for backend in BACKENDS:
@@ -83,10 +90,23 @@ def choose(spec: DecoderSpec, machine: Machine, probe: Probe) -> Choice:
         if runner:
             notes = tuple(f"{', '.join(its)}: {reason}" for reason, its in names.items())
             log.info("the model runs by %s%s", backend.name, "".join(f"; not by {note}" for note in notes))
+            if is_rounding:
+                variation = probe.variation(runner, max_cached_tokens)
+                log.info(
+                    "keys and values in %s move rows by a total variation of %.2g", machine.caches.kv_dtype, variation
+                )
             return Choice(runner, max_cached_tokens, backend.name, notes)
         names.setdefault(reason, []).append(backend.name)
         spec = spec.whole()
-    raise AssertionError("the last backend has no objection, and gave these rows before")
+    assert is_rounding, "the last backend has no other objection, and gave these rows before"
+    raise ModelRefusedError(
+        f"nothing runs this model with keys and values in {machine.caches.kv_dtype}: leave out --kv-dtype"
+    )
+
+
+def _kv_dtype(spec: DecoderSpec, machine: Machine) -> torch.dtype:
+    name = machine.caches.kv_dtype
+    return spec.dtype if name == "auto" else getattr(torch, name)
 
 
 def _tried(
@@ -94,7 +114,7 @@ def _tried(
 ) -> tuple[Runner | None, str]:
     """Return the runner; or None, and why it is not used."""
     try:
-        reason = backend.why_not(spec, machine)
+        reason = _why_not_rounded(backend, spec, machine) or backend.why_not(spec, machine)
         if reason:
             return None, reason
         runner = backend.make(spec, machine, max_cached_tokens)
@@ -107,6 +127,12 @@ def _tried(
         log.warning("the model does not run by %s: %s", backend.name, reason)
         return None, reason
     return runner, ""
+
+
+def _why_not_rounded(backend: Backend, spec: DecoderSpec, machine: Machine) -> str | None:
+    if backend.rounds_caches or _kv_dtype(spec, machine) == spec.dtype:
+        return None
+    return f"it keeps keys and values in {str(spec.dtype).removeprefix('torch.')}, not in {machine.caches.kv_dtype}"
 
 
 def _max_cached_tokens(spec: DecoderSpec, options: CacheOptions) -> int:
@@ -131,8 +157,6 @@ def cached_tokens_that_fit(wanted: int, free_bytes: int, shape: KvShape) -> int:
 def _why_not_compiled(spec: DecoderSpec, machine: Machine) -> str | None:
     if machine.caches.paged:
         return "caches in blocks were asked for"
-    if machine.num_threads != 1:
-        return f"it takes one thread of the CPU (--threads 1), not {machine.num_threads}"
     from outrider.engine.backends.compiled import runner  # numba is slow to import
 
     return runner.why_not(spec)
@@ -142,7 +166,7 @@ def _make_compiled(spec: DecoderSpec, machine: Machine, max_cached_tokens: int) 
     from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 
     log.info("compiling the model, if this machine has not done so before")
-    return CompiledLlamaRunner(spec)
+    return CompiledLlamaRunner(spec, machine.num_threads, _kv_dtype(spec, machine))
 
 
 # --- paged caches -----------------------------------------------------------------------------------------------------
@@ -233,7 +257,7 @@ def _make_host_pass(spec: DecoderSpec) -> ForwardPass:
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 BACKENDS = (
-    Backend("compiled", _why_not_compiled, _make_compiled),
+    Backend("compiled", _why_not_compiled, _make_compiled, rounds_caches=True),
     _paged_backend("gpu", _our_kernels, _make_gpu, _why_not_gpu),
     _paged_backend("paged transformers", _our_kernels, lambda spec: spec.reference),
     _paged_backend("paged transformers (varlen_attn)", _torch_kernels, lambda spec: spec.reference),

@@ -87,7 +87,7 @@ class FileTensor:
         return numbers.reshape(last - first, self.row_bytes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reordered:
     """A matrix with its rows in another order."""
 

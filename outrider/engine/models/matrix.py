@@ -18,7 +18,10 @@ _KIND_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 @runtime_checkable
 class Matrix(Protocol):
-    """A constant matrix `[O, I]`, whose numbers are read when they are asked for."""
+    """A constant matrix `[O, I]`, whose numbers are read when they are asked for.
+
+    Of two that are equal one is stored; hashes go with that.
+    """
 
     @property
     def kind(self) -> str:
@@ -38,6 +41,14 @@ class TensorMatrix:
     def __init__(self, weight: torch.Tensor):
         """Take `weight` `[O, I]` of float32, float16 or bfloat16, on a CPU."""
         self._weight, self.kind = weight, _KIND_OF[weight.dtype]
+        self._place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are of the same memory, as tied weights are."""
+        return isinstance(other, TensorMatrix) and self._place == other._place
+
+    def __hash__(self) -> int:
+        return hash(self._place)
 
     @property
     def shape(self) -> tuple[int, int]:

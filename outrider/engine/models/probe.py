@@ -40,6 +40,11 @@ class Probe:
     expected: torch.Tensor  # [n - _START, V], behind the first tokens
     is_rounded: bool  # half precision or quantised
 
+    def variation(self, runner: Runner, max_tokens: int) -> float:
+        """Return the largest total variation of the runner's rows and the expected ones; see `why_not`."""
+        num_tokens = min(len(self.token_ids), max_tokens)
+        return total_variation(rows_of(runner, self.token_ids[:num_tokens]), self.expected[: num_tokens - _START])
+
     def why_not(self, runner: Runner, max_tokens: int) -> str | None:
         """Return in words how the runner's rows, or its drafts, differ; None where rounding explains it.
 

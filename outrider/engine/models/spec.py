@@ -134,11 +134,21 @@ class DecoderWeights:
 
     layers: Sequence[LayerSpec]
     norm: Norm  # behind the last layer
-    embedding: torch.Tensor  # [V, E]
-    head: torch.Tensor  # [V, E]
+    embedding_layer: Linear  # of whose matrix [V, E] rows are taken
+    head_layer: Linear  # E -> V; of the same matrix where they are tied
     activation: Activation
     rotary: Rotary | None = None
     positions: torch.Tensor | None = None  # [positions, E], added to the embedding
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """`[V, E]`."""
+        return self.embedding_layer.weight
+
+    @property
+    def head(self) -> torch.Tensor:
+        """`[V, E]`."""
+        return self.head_layer.weight
 
     @property
     def is_llama_like(self) -> bool:
@@ -323,8 +333,8 @@ def _activation(config: Any) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def _embedding_and_head(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+def _embedding_and_head(model: Any) -> tuple[Linear, Linear]:
+    return Linear(model.get_input_embeddings()), Linear(model.get_output_embeddings())
 
 
 def _layer_norm(module: Any) -> Norm:

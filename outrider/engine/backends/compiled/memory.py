@@ -1,4 +1,4 @@
-"""Arrays that begin where a line of the processor's caches does: a vector or a tile's row is then read from one."""
+"""Arrays that begin where a line of the processor's caches does: a vector is then read from one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 LINE = 64  # bytes
+_PIECE_BYTES = 32 << 20
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
@@ -23,7 +24,17 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndar
     return array
 
 
-def aligned_stack(arrays: list[np.ndarray]) -> np.ndarray:
-    """Return arrays of one shape as one, along a new first axis."""
-    stacked = aligned_empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
-    return np.stack(arrays, out=stacked)
+class Arena:
+    """Memory for arrays that live equally long, in pieces so large that the system maps them by large pages."""
+
+    def __init__(self) -> None:
+        self._free = np.empty(0, np.uint8)
+
+    def zeros(self, shape: tuple[int, int]) -> np.ndarray:
+        """Return an array of bytes, whose memory is freed when no array of its piece is left."""
+        num_bytes = math.prod(shape)
+        if num_bytes > len(self._free):
+            self._free = aligned_empty((max(num_bytes, _PIECE_BYTES),), np.uint8)
+        array, self._free = self._free[:num_bytes].reshape(shape), self._free[-(-num_bytes // LINE) * LINE :]
+        array.fill(0)
+        return array

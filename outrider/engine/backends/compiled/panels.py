@@ -1,217 +1,260 @@
-"""Products with matrices in panels: PANEL outputs side by side, input after input, so that memory is read end to end.
+"""Products with matrices in panels, of every storage; see storage.
 
-Up to ROWS rows are multiplied with every number read. Weights lie in 32 or 16 bits and are widened on the way into the
-registers. Every output is one chain of additions in the order of its inputs, whatever rows are beside it.
+Up to ROWS rows are multiplied with every number read. Every output is one chain of additions in the order of its
+inputs, whatever rows are beside it and however it is stored: two storages of the same numbers give the same bits.
 
 Shapes: n rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
-
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.common.compiling import compiled
+from outrider.common.compiling import AddressedFunction, call_at, called_by_address, compiled
+from outrider.engine.backends.compiled.storage import (
+    BF16,
+    F16,
+    F32,
+    FLOAT,
+    INT,
+    LANES,
+    PANEL,
+    PARTS,
+    STORAGES,
+    WORD,
+    Storage,
+    Vectors,
+    constant,
+    filled,
+    load,
+    multiply_add,
+    vector,
+)
+from outrider.engine.backends.compiled.team import share
 
-LANES = 16  # numbers in a vector; LLVM splits it where registers are shorter
 ROWS = 6  # most rows multiplied at once
-# Sums of ROWS x PANEL stay in registers: AVX-512 has 32 for 16 numbers, AVX2 16 for 8, NEON 32 for 4.
-PANEL = 64 if get_host_cpu_features().get("avx512f") else 16
+UNROLLED = 4  # inputs at once, of storages without blocks
 PREFETCHED = 4096  # bytes; half of it and twice as much are a little slower
-
-FLOAT16, BFLOAT16, FLOAT32 = np.dtype(np.uint16), np.dtype(np.int16), np.dtype(np.float32)  # how weights are stored
-
-
-def why_not(storage: np.dtype, shapes: Sequence[tuple[int, int]]) -> str | None:
-    """See products: panels take everything."""
-    return None
-
-
-def panels_of(matrix: np.ndarray) -> np.ndarray:
-    """Return a stored matrix `[O, I]`, O a multiple of PANEL, as `[O / PANEL, I, PANEL]`."""
-    return np.ascontiguousarray(matrix.reshape(-1, PANEL, matrix.shape[1]).transpose(0, 2, 1))
-
-
-_FLOAT, _INT = ir.FloatType(), ir.IntType(64)
-
-
-def _vector(number_type: ir.Type) -> ir.VectorType:
-    return ir.VectorType(number_type, LANES)
-
-
-def _const(value: int) -> ir.Constant:
-    return ir.Constant(_INT, value)
-
-
-def _load_vector(builder, address, storage):
-    """Load LANES stored numbers and widen them to float32."""
-    pointer = builder.inttoptr(address, ir.PointerType())
-    if storage is types.float32:
-        return builder.load(pointer, typ=_vector(_FLOAT), align=4)
-    if storage is types.uint16:
-        return builder.fpext(builder.load(pointer, typ=_vector(ir.HalfType()), align=2), _vector(_FLOAT))
-    word = _vector(ir.IntType(32))
-    bits = builder.zext(builder.load(pointer, typ=_vector(ir.IntType(16)), align=2), word)
-    return builder.bitcast(builder.shl(bits, ir.Constant(word, [16] * LANES)), _vector(_FLOAT))
+FLOAT16, BFLOAT16, FLOAT32 = np.dtype(np.uint16), np.dtype(np.int16), np.dtype(np.float32)  # of caches
+_BY_NUMBER = tuple(STORAGES.values())
+_BY_TYPE = {types.float32: F32, types.uint16: F16, types.int16: BF16}
 
 
 def _spread(builder, number):
     """Return a vector of LANES times the number."""
-    undefined = ir.Constant(_vector(_FLOAT), ir.Undefined)
-    first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(_vector(ir.IntType(32)), [0] * LANES))
+    undefined = ir.Constant(vector(FLOAT), ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(first, undefined, filled(WORD, 0))
 
 
-def _prefetch(builder, address, size):
+def _prefetch(builder, address, size: int) -> None:
     """Ask for the memory PREFETCHED bytes ahead: by themselves, processors do not look beyond a page."""
-    word = ir.IntType(32)
-    function = ir.FunctionType(ir.VoidType(), [ir.PointerType(), word, word, word])
+    function = ir.FunctionType(ir.VoidType(), [ir.PointerType(), WORD, WORD, WORD])
     prefetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
     for offset in range(0, size, 64):
-        ahead = builder.inttoptr(builder.add(address, _const(PREFETCHED + offset)), ir.PointerType())
+        ahead = builder.inttoptr(builder.add(address, constant(PREFETCHED + offset)), ir.PointerType())
         # For reading, to all caches, as data.
-        builder.call(prefetch, [ahead, ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)])
+        builder.call(prefetch, [ahead, ir.Constant(WORD, 0), ir.Constant(WORD, 3), ir.Constant(WORD, 1)])
 
 
-def _block_intrinsic(num_rows: int, width: int) -> Callable:
-    """Return compiled code that multiplies `num_rows` rows with one panel of `width` outputs.
+def _add_products(builder, storage: Storage, num_parts, x_rows, panel, bounds, step, sums) -> Vectors:
+    """Write a loop from block to block, `step` at once as long as there are so many; return the sums behind it."""
+    first, last = bounds
+    entry, check, body, end = builder.block, *map(builder.append_basic_block, ("check", "blocks", "end"))
+    builder.branch(check)
+    builder.position_at_end(check)
+    index, before = builder.phi(INT), [builder.phi(vector(FLOAT)) for _ in sums]
+    following = builder.add(index, constant(step))
+    builder.cbranch(builder.icmp_signed("<=", following, last), body, end)
 
-    It takes addresses, and strides in numbers: x `[num_rows, num_inputs]` float32, the panel `[num_inputs, width]` in
-    the storage of `weights`, y `[num_rows, width]` float32, to which it adds where `adds`. Written in LLVM's own
-    language, because its vectoriser does not keep so many sums in registers.
+    builder.position_at_end(body)
+    block_bytes = round(storage.num_bits * storage.num_inputs * LANES * num_parts / 8)
+    _prefetch(builder, builder.add(panel, builder.mul(index, constant(block_bytes))), step * block_bytes)
+    after, number = list(before), 0
+    for block in range(step):
+        at = builder.add(index, constant(block))
+        for weights in storage.decode(builder, panel, at, *([num_parts] if num_parts != PARTS else [])):
+            here = builder.add(builder.mul(index, constant(4 * storage.num_inputs)), constant(4 * number))
+            for row, address in enumerate(x_rows):
+                pointer = builder.inttoptr(builder.add(address, here), ir.PointerType())
+                spread = _spread(builder, builder.load(pointer, typ=FLOAT, align=4))
+                for part, place in enumerate(range(row * num_parts, (row + 1) * num_parts)):
+                    after[place] = multiply_add(builder, spread, weights[part], after[place])
+            number += 1
+    builder.branch(check)
+    for phi, value, again in zip([index, *before], [first, *sums], [following, *after], strict=True):
+        phi.add_incoming(value, entry)
+        phi.add_incoming(again, body)
+    builder.position_at_end(end)
+    return [index, *before]
+
+
+def _multiply(
+    builder, storage: Storage, num_parts, num_rows, x, x_stride, panel, num_inputs, y, y_stride, adds
+) -> None:
+    """Write code that multiplies `num_rows` rows; LLVM's own vectoriser does not keep so many sums in registers."""
+
+    def rows_of(base, stride):
+        return [builder.add(base, builder.mul(stride, constant(4 * row))) for row in range(num_rows)]
+
+    y_parts = [(row, 4 * LANES * part) for row in rows_of(y, y_stride) for part in range(num_parts)]
+    zero, first = filled(FLOAT, 0.0), constant(0)
+    sums = [builder.select(adds, load(builder, row, FLOAT, offset), zero) for row, offset in y_parts]
+    x_rows, num_blocks = rows_of(x, x_stride), builder.udiv(num_inputs, constant(storage.num_inputs))
+    for step in (UNROLLED, 1) if storage.num_inputs == 1 else (1,):
+        first, *sums = _add_products(builder, storage, num_parts, x_rows, panel, (first, num_blocks), step, sums)
+    for (row, offset), value in zip(y_parts, sums, strict=True):
+        builder.store(value, builder.inttoptr(builder.add(row, constant(offset)), ir.PointerType()), align=4)
+
+
+@intrinsic(prefer_literal=True)
+def multiply_panel(typing_context, storage, width, num_rows, x, x_stride, panel, num_inputs, y, y_stride, adds):
+    """y `[num_rows, width]` = x `[num_rows, I]` @ a panel of `width` outputs, added to what y holds where `adds`.
+
+    x, panel and y are addresses, strides are in numbers, and there are at most ROWS rows. `storage` is a constant
+    index of `_BY_NUMBER`, or an array of the type that the panel's numbers have.
     """
-    num_vectors = width // LANES
+    its = _BY_TYPE[storage.dtype] if isinstance(storage, types.Array) else _BY_NUMBER[storage.literal_value]
+    num_parts = width.literal_value // LANES
+    signature = types.void(storage, width, *[types.int64] * 7, types.boolean)
 
-    def generate(builder, storage, x, x_stride, panel, num_inputs, y, y_stride, adds):
-        fma_type = ir.FunctionType(_vector(_FLOAT), [_vector(_FLOAT)] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fmuladd.v{LANES}f32")
-        bytes_each = storage.bitwidth // 8
+    def codegen(context, builder, signature, arguments):
+        num_rows, *rest = arguments[2:]
+        done = builder.append_basic_block("done")
+        choice = builder.switch(num_rows, done)
+        for number in range(1, ROWS + 1):
+            block = builder.append_basic_block(f"rows_{number}")
+            choice.add_case(constant(number), block)
+            builder.position_at_end(block)
+            _multiply(builder, its, num_parts, number, *rest)
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
 
-        def at(base, index, stride):
-            return builder.add(base, builder.mul(builder.mul(stride, _const(4)), _const(index)))
-
-        x_rows = [at(x, row, x_stride) for row in range(num_rows)]
-        y_parts = [
-            builder.add(at(y, row, y_stride), _const(4 * LANES * part))
-            for row in range(num_rows)
-            for part in range(num_vectors)
-        ]
-        zero = ir.Constant(_vector(_FLOAT), [0.0] * LANES)
-        before = [builder.select(adds, _load_vector(builder, part, types.float32), zero) for part in y_parts]
-
-        entry, loop, end = builder.block, builder.append_basic_block("inputs"), builder.append_basic_block("end")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        index = builder.phi(_INT)
-        sums = [builder.phi(_vector(_FLOAT)) for _ in y_parts]
-        at_input = builder.add(panel, builder.mul(index, _const(width * bytes_each)))
-        weights = [
-            _load_vector(builder, builder.add(at_input, _const(bytes_each * LANES * part)), storage)
-            for part in range(num_vectors)
-        ]
-        _prefetch(builder, at_input, width * bytes_each)
-        after = []
-        for row in range(num_rows):
-            address = builder.add(x_rows[row], builder.mul(index, _const(4)))
-            number = builder.load(builder.inttoptr(address, ir.PointerType()), typ=_FLOAT, align=4)
-            spread = _spread(builder, number)
-            for part in range(num_vectors):
-                after.append(builder.call(fma, [spread, weights[part], sums[row * num_vectors + part]]))
-        following = builder.add(index, _const(1))
-        for phi, first, again in zip([index, *sums], [_const(0), *before], [following, *after], strict=True):
-            phi.add_incoming(first, entry)
-            phi.add_incoming(again, loop)
-        builder.cbranch(builder.icmp_signed("<", following, num_inputs), loop, end)
-
-        builder.position_at_end(end)
-        for part, value in zip(y_parts, after, strict=True):
-            builder.store(value, builder.inttoptr(part, ir.PointerType()), align=4)
-
-    @intrinsic
-    def block(typing_context, weights, x, x_stride, panel, num_inputs, y, y_stride, adds):
-        signature = types.void(weights, *[types.int64] * 6, types.boolean)
-
-        def codegen(context, builder, signature, arguments):
-            generate(builder, weights.dtype, *arguments[1:])
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return block
+    return signature, codegen
 
 
-@cache
-def _product_function(width: int) -> Callable:
-    """Return compiled code for products with panels of `width` outputs."""
-    one, two, three, four, five, six = (_block_intrinsic(num_rows, width) for num_rows in range(1, ROWS + 1))
+@intrinsic(prefer_literal=True)
+def _decode_panel(typing_context, storage, panel, num_inputs, lane, row):
+    """row `[I]` float32 = output number `lane` of a panel; `panel` and `row` are addresses."""
+    its = _BY_NUMBER[storage.literal_value]
 
-    @compiled(on_disk=False, name=f"product_{width}")
-    def product(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, adds):
-        """y `[num_rows, num_panels width]` = x `[num_rows, num_inputs]` @ panels, added to what y holds where `adds`.
+    def codegen(context, builder, signature, arguments):
+        _, panel, num_inputs, lane, row = arguments
+        spare = builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(FLOAT, PANEL)), INT)
+        from_spare = builder.inttoptr(builder.add(spare, builder.mul(lane, constant(4))), ir.PointerType())
+        num_blocks = builder.udiv(num_inputs, constant(its.num_inputs))
+        with cgutils.for_range(builder, num_blocks) as loop:
+            at = builder.add(row, builder.mul(loop.index, constant(4 * its.num_inputs)))
+            for number, weights in enumerate(its.decode(builder, panel, loop.index)):
+                for part, numbers in enumerate(weights):
+                    sink = builder.add(spare, constant(4 * LANES * part))
+                    builder.store(numbers, builder.inttoptr(sink, ir.PointerType()), align=4)
+                sink = builder.inttoptr(builder.add(at, constant(4 * number)), ir.PointerType())
+                builder.store(builder.load(from_spare, typ=FLOAT, align=4), sink, align=4)
+        return context.get_dummy_value()
 
-        x, panels and y are addresses, `panel_stride` is in bytes; `weights` only names the storage of the panels.
-        """
-        num_blocks = -(-num_rows // ROWS)
-        for index in range(num_panels):
-            panel, part = panels + index * panel_stride, y + index * width * 4
+    return types.void(storage, *[types.int64] * 4), codegen
+
+
+@intrinsic
+def floats_at(typing_context, address):
+    """Return a pointer to float32 at an address."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.PointerType())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@compiled(on_disk=False)
+def _copy(source, source_stride, sink, sink_stride, num_rows, num_columns):
+    for row in range(num_rows):
+        numbers = carray(floats_at(source + 4 * row * source_stride), (num_columns,))
+        copies = carray(floats_at(sink + 4 * row * sink_stride), (num_columns,))
+        for index in range(num_columns):
+            copies[index] = numbers[index]
+
+
+def _product_of(number: int, name: str) -> AddressedFunction:
+    @called_by_address(12, name=f"product_{name}")
+    def product(x, x_stride, num_rows, panels, panel_bytes, first, last, num_inputs, num_outputs, y, y_stride, adds):
+        """y `[n, O]` = x `[n, I]` @ panels `[first, last)` of a matrix, added to what y holds where `adds`."""
+        num_blocks, spare = -(-num_rows // ROWS), np.empty((ROWS, PANEL), np.float32)
+        for index in range(first, last):
+            panel, column = panels + index * panel_bytes, index * PANEL
+            width = min(PANEL, num_outputs - column)
             for block in range(num_blocks):
                 row, end = num_rows * block // num_blocks, num_rows * (block + 1) // num_blocks
-                source, sink = x + row * x_stride * 4, part + row * y_stride * 4
-                if end - row == 6:
-                    six(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif end - row == 5:
-                    five(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif end - row == 4:
-                    four(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif end - row == 3:
-                    three(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                elif end - row == 2:
-                    two(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
-                else:
-                    one(weights, source, x_stride, panel, num_inputs, sink, y_stride, adds)
+                source, part = x + 4 * row * x_stride, y + 4 * (row * y_stride + column)
+                sink, stride = (part, y_stride) if width == PANEL else (spare.ctypes.data, PANEL)
+                if width < PANEL and adds:
+                    _copy(part, y_stride, sink, stride, end - row, width)
+                multiply_panel(number, PANEL, end - row, source, x_stride, panel, num_inputs, sink, stride, adds != 0)
+                if width < PANEL:
+                    _copy(sink, stride, part, y_stride, end - row, width)
 
     return product
 
 
-_product = _product_function(PANEL)
-_product_32 = _product_function(32)
-_product_16 = _product_function(16)
+def _row_of(number: int, name: str) -> AddressedFunction:
+    @called_by_address(4, name=f"row_{name}")
+    def row(panel, num_inputs, lane, sink):
+        """sink `[I]` = output number `lane` of a panel."""
+        _decode_panel(number, panel, num_inputs, lane, sink)
+
+    return row
+
+
+# By name: compiled code that is called by its address, when it is first asked for.
+PRODUCTS = {name: _product_of(number, name) for number, name in enumerate(STORAGES)}
+ROW_READERS = {name: _row_of(number, name) for number, name in enumerate(STORAGES)}
 
 
 @compiled(on_disk=False)
-def multiply_panels(x, num_rows, matrix, y, adds):
-    """See products.multiply."""
-    _product(
-        matrix,
-        x.ctypes.data,
-        x.shape[1],
-        num_rows,
-        matrix.ctypes.data,
-        matrix.strides[0],
-        matrix.shape[0],
-        matrix.shape[1],
-        y.ctypes.data,
-        y.shape[1],
-        adds,
-    )
+def multiply(x, x_stride, num_rows, matrix, y, y_stride, adds, team, thread):
+    """y `[n, O]` = x `[n, I]` @ a matrix, a descriptor, added to what y holds where `adds`: this thread's outputs.
+
+    x and y are addresses, strides are in numbers.
+    """
+    first, last = share(matrix[3], team, thread)
+    if first < last and num_rows:
+        panels = (matrix[2], matrix[4], first, last, matrix[5], matrix[6])
+        call_at(matrix[0], (x, x_stride, num_rows, *panels, y, y_stride, adds))
 
 
 @compiled(on_disk=False)
-def product_by_width(width, weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride):
-    """A product with panels of the cache, whose width depends on the size of a head."""
-    if width == PANEL:
-        _product(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, False)
-    elif width == 32:
-        _product_32(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, False)
-    else:
-        _product_16(weights, x, x_stride, num_rows, panels, panel_stride, num_panels, num_inputs, y, y_stride, False)
+def columns_of(matrix, team, thread):
+    """Return bounds of the outputs that `multiply` writes in a thread."""
+    first, last = share(matrix[3], team, thread)
+    return first * PANEL, min(last * PANEL, matrix[6])
+
+
+@compiled(on_disk=False)
+def read_row(matrix, index, sink):
+    """sink `[I]`, an address of float32 = row number `index` of a matrix, a descriptor."""
+    call_at(matrix[1], (matrix[2] + index // PANEL * matrix[4], matrix[5], index % PANEL, sink))
+
+
+@compiled(on_disk=False)
+def multiply_cached(width, kind, x, x_stride, num_rows, panels, panel_bytes, num_panels, num_inputs, y, y_stride):
+    """y = x @ panels of a cache, whose width depends on the size of a head; `kind` is an array of its numbers' type."""
+    num_blocks = -(-num_rows // ROWS)
+    for index in range(num_panels):
+        panel = panels + index * panel_bytes
+        for block in range(num_blocks):
+            row, end = num_rows * block // num_blocks, num_rows * (block + 1) // num_blocks
+            source, sink = x + 4 * row * x_stride, y + 4 * (row * y_stride + index * width)
+            if width == PANEL:
+                multiply_panel(kind, PANEL, end - row, source, x_stride, panel, num_inputs, sink, y_stride, False)
+            elif width == 32:
+                multiply_panel(kind, 32, end - row, source, x_stride, panel, num_inputs, sink, y_stride, False)
+            else:
+                multiply_panel(kind, 16, end - row, source, x_stride, panel, num_inputs, sink, y_stride, False)
 
 
 @compiled(on_disk=False)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 import torch
 
 from outrider.engine.backends.batch import Batch, Feed
 from outrider.engine.backends.compiled import drafting, kernels
-from outrider.engine.backends.compiled.cache import PanelCache
+from outrider.engine.backends.compiled.cache import PanelCache, PanelShape
+from outrider.engine.backends.compiled.drafting import Sampling
 from outrider.engine.backends.compiled.kernels import Caches, Scratch, Sizes, Weights
-from outrider.engine.backends.compiled.memory import aligned_empty, aligned_stack, aligned_zeros
-from outrider.engine.backends.compiled.panels import BFLOAT16, FLOAT16, LANES, attention_width
-from outrider.engine.backends.compiled.products import layout_for, padded
+from outrider.engine.backends.compiled.memory import Arena, aligned_empty, aligned_zeros
+from outrider.engine.backends.compiled.panels import BFLOAT16, FLOAT16, FLOAT32, attention_width
+from outrider.engine.backends.compiled.products import StoredMatrix
+from outrider.engine.backends.compiled.storage import LANES, PANEL
+from outrider.engine.backends.compiled.team import Team
 from outrider.engine.backends.llama import why_not as why_not_llama
+from outrider.engine.models.matrix import Matrix
 from outrider.engine.models.spec import DecoderSpec, DecoderWeights, Linear
 from outrider.sampling.draws import MIN_SUPPORT_PROB, Draft, Draws, drafts_of
 
 _NUM_TOKENS, _NUM_POSITIONS = 64, 1024  # that there is memory for at first
 _NO_WINDOW = np.iinfo(np.int64).max
+CACHE_TYPES: dict[torch.dtype, np.dtype] = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 
 def why_not(spec: DecoderSpec) -> str | None:
@@ -34,45 +38,52 @@ def why_not(spec: DecoderSpec) -> str | None:
 
 
 class CompiledLlamaRunner:
-    """Holds its own copy of the weights, and runs passes on one thread. See Runner."""
+    """Holds the weights in a form of its own, and runs passes on a team of threads. See Runner."""
 
     device = torch.device("cpu")
 
-    def __init__(self, spec: DecoderSpec):
-        """Copy the numbers of a model to which `why_not` has no objection."""
+    def __init__(self, spec: DecoderSpec, num_threads: int = 1, kv_dtype: torch.dtype = torch.float32):
+        """Read the numbers of a model to which `why_not` has no objection; keep caches in float32 or 16 bits."""
         weights, entries = spec.weights, spec.kv_shape
         assert weights
         assert weights.rotary
         assert entries
-        layers, self._vocab_size = weights.layers, len(weights.head)
         self._sizes = Sizes(
-            num_layers=len(layers),
+            num_layers=len(weights.layers),
             num_query_heads=spec.num_query_heads,
             num_kv_heads=entries.num_kv_heads,
             head_dim=entries.head_dim,
-            feed_forward=layers[0].down.weight.shape[1],
-            sliding_windows=np.array([layer.visible.sliding_window or _NO_WINDOW for layer in layers], dtype=np.int64),
-            scaling=layers[0].scaling,
+            feed_forward=weights.layers[0].down.matrices[0].shape[1],
+            sliding_windows=np.array([it.visible.sliding_window or _NO_WINDOW for it in weights.layers], np.int64),
+            scaling=weights.layers[0].scaling,
             eps=weights.norm.eps,
         )
-        self._rotary = weights.rotary
-        self._weights = _weights_of(weights, *self._angles_up_to(_NUM_POSITIONS))
+        width, cache_type = attention_width(entries.head_dim), CACHE_TYPES[kv_dtype]
+        self._cache_shape = PanelShape(len(weights.layers), entries.num_kv_heads, entries.head_dim, width, cache_type)
+        self._rotary, self._vocab_size, self._team = weights.rotary, spec.vocab_size, Team(num_threads)
+        self._arena = Arena()
+        self._stored: dict[Matrix, StoredMatrix] = {}  # which descriptors point to
+        self._weights = self._weights_of(weights)
         self._scratch = self._scratch_for(_NUM_TOKENS, _NUM_POSITIONS)
+
+    def product_of(self, matrix: Matrix) -> StoredMatrix:
+        """Return what multiplies with a matrix; it is read and stored when it is first asked for."""
+        if matrix not in self._stored:
+            self._stored[matrix] = StoredMatrix(matrix, self._arena)
+        return self._stored[matrix]
 
     def new_cache(self) -> PanelCache:
         """See Runner."""
-        sizes = self._sizes
-        return PanelCache(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, attention_width(sizes.head_dim))
+        return PanelCache(self._cache_shape)
 
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
         """See Runner."""
         batch, caches = self._batch_of(feeds)
-        logits = aligned_empty((len(batch.rows), padded(self._vocab_size)), np.float32)
-        kernels.forward(batch, caches, self._sizes, self._weights, self._scratch, logits)
+        logits = aligned_empty((len(batch.rows), self._vocab_size), np.float32)
+        self._team.run(kernels.forward, batch, caches, self._sizes, self._weights, self._scratch, logits)
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids))
-        rows = torch.from_numpy(logits)
-        return rows if logits.shape[1] == self._vocab_size else rows[:, : self._vocab_size].contiguous()
+        return torch.from_numpy(logits)
 
     def can_draft(self, sizes: Sequence[int], draws: Draws) -> bool:
         """See DraftingRunner."""
@@ -84,11 +95,7 @@ class CompiledLlamaRunner:
     def draft(self, feeds: Sequence[Feed], draws: Draws) -> list[Draft | None]:
         """See DraftingRunner."""
         num_draws = len(draws.uniforms)
-        parts = drafting.draft(
-            *self._batch_of(feeds, num_draws - 1),
-            self._sizes,
-            self._weights,
-            self._scratch,
+        sampling = Sampling(
             draws.vocab_sizes,
             draws.temperatures,
             (draws.top_ks, draws.top_ps, draws.min_ps),
@@ -98,6 +105,10 @@ class CompiledLlamaRunner:
             draws.noises,
             draws.num_others,
         )
+        batch, caches = self._batch_of(feeds, num_draws - 1)
+        logits, drawn = aligned_empty((len(feeds), self._vocab_size), np.float32), np.empty(len(feeds), np.int64)
+        model = self._sizes, self._weights, self._scratch
+        parts = self._team.run(drafting.draft, batch, caches, *model, sampling, logits, drawn)
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids) + num_draws - 1)
         return drafts_of(parts, draws.noises[..., 0].ravel())
@@ -110,30 +121,30 @@ class CompiledLlamaRunner:
             feed.cache.reserve(length)
         places = [feed.cache.address for feed in feeds] + [feed.cache.capacity for feed in feeds]
         numbers = np.array(places, dtype=np.int64)
-        return Batch.of(feeds), Caches(numbers[: len(feeds)], numbers[len(feeds) :])
+        kind = np.empty(0, self._cache_shape.dtype)
+        return Batch.of(feeds), Caches(numbers[: len(feeds)], numbers[len(feeds) :], kind)
 
     def _make_room(self, num_tokens: int, longest: int) -> None:
         if longest > len(self._weights.cosines):
             cosines, sines = self._angles_up_to(max(longest, 2 * len(self._weights.cosines)))
             self._weights = self._weights._replace(cosines=cosines, sines=sines)
-        has_tokens, has_positions = len(self._scratch.mixed), self._scratch.scores.shape[1]
+        has_tokens, has_positions = len(self._scratch.mixed), self._scratch.scores.shape[2]
         if num_tokens > has_tokens or longest > has_positions:
             self._scratch = self._scratch_for(max(num_tokens, has_tokens), max(longest, has_positions))
 
     def _scratch_for(self, num_tokens: int, longest: int) -> Scratch:
         weights, sizes = self._weights, self._sizes
 
-        def memory(num_columns: int, num_rows: int = num_tokens) -> np.ndarray:
-            return aligned_zeros((num_rows, padded(num_columns)), np.float32)
+        def memory(num_columns: int) -> np.ndarray:
+            return aligned_zeros((num_tokens, num_columns), np.float32)
 
-        hidden_size = weights.norms.shape[1]
         return Scratch(
-            hidden=memory(hidden_size),
-            normed=memory(hidden_size),
+            hidden=memory(weights.norms.shape[1]),
+            normed=memory(weights.norms.shape[1]),
             projected=memory(weights.biases.shape[1]),
-            mixed=aligned_zeros((num_tokens, sizes.num_query_heads * sizes.head_dim), np.float32),
+            mixed=memory(sizes.num_query_heads * sizes.head_dim),
             gates=memory(2 * sizes.feed_forward),
-            scores=memory(longest, kernels.CHUNK),
+            scores=aligned_zeros((self._team.num_threads, kernels.CHUNK, -(-longest // PANEL) * PANEL), np.float32),
         )
 
     def _angles_up_to(self, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,41 +152,31 @@ class CompiledLlamaRunner:
         cosines, sines = self._rotary.angles(length)
         return cosines.numpy(), sines.numpy()
 
+    def _weights_of(self, weights: DecoderWeights) -> Weights:
+        """Return the model's numbers as the kernels read them."""
+        layers = weights.layers
+        norms = [norm for layer in layers for norm in (layer.attention_norm, layer.feed_forward_norm)]
+        cosines, sines = self._angles_up_to(_NUM_POSITIONS)
+        return Weights(
+            embedding=self._descriptors([weights.embedding_layer])[0, 0],
+            norms=torch.stack([norm.weight for norm in [*norms, weights.norm]]).numpy(),
+            query_key_value=self._descriptors([layer.query_key_value for layer in layers]),
+            biases=np.stack([_bias_of(layer.query_key_value) for layer in layers]),
+            output=self._descriptors([layer.output for layer in layers])[:, 0],
+            gate_up=self._descriptors([layer.up for layer in layers]),
+            down=self._descriptors([layer.down for layer in layers])[:, 0],
+            head=self._descriptors([weights.head_layer])[0, 0],
+            cosines=cosines,
+            sines=sines,
+        )
 
-def _weights_of(weights: DecoderWeights, cosines: np.ndarray, sines: np.ndarray) -> Weights:
-    """Return the model's numbers as the kernels read them."""
-    layers = weights.layers
-    matrices = {
-        "query_key_value": [layer.query_key_value.weight for layer in layers],
-        "output": [layer.output.weight for layer in layers],
-        "gate_up": [layer.up.weight for layer in layers],
-        "down": [layer.down.weight for layer in layers],
-    }
-    products = [weights.head, *chain.from_iterable(matrices.values())]
-    store = _storage_for([weights.embedding, *products])
-    lay_out = layout_for(store(weights.head).dtype, [(len(matrix), matrix.shape[1]) for matrix in products])
-    norms = [norm for layer in layers for norm in (layer.attention_norm, layer.feed_forward_norm)]
-    return Weights(
-        embedding=store(weights.embedding),
-        norms=torch.stack([norm.weight for norm in [*norms, weights.norm]]).numpy(),
-        biases=np.stack([_bias_of(layer.query_key_value) for layer in layers]),
-        head=aligned_stack([lay_out(store(weights.head))])[0],
-        cosines=cosines,
-        sines=sines,
-        **{name: aligned_stack([lay_out(store(matrix)) for matrix in group]) for name, group in matrices.items()},
-    )
+    def _descriptors(self, products: Sequence[Linear]) -> np.ndarray:
+        """Return descriptors `[products, matrices of each, 7]`; a matrix that stands in two places is stored once."""
+        return np.array([[self.product_of(matrix).descriptor for matrix in product.matrices] for product in products])
 
 
 def _bias_of(projection: Linear) -> np.ndarray:
-    """Return the bias of a product, 0 where there is none and behind it up to the last column."""
-    num_outputs, bias = len(projection.weight), projection.bias
-    numbers = np.zeros(num_outputs, np.float32) if bias is None else bias.numpy()
-    return np.pad(numbers, (0, padded(num_outputs) - num_outputs))
-
-
-def _storage_for(matrices: Sequence[torch.Tensor]):
-    """Return a function that stores a matrix: in 16 bits when these hold every number of all `matrices` exactly."""
-    for half, tag in ((torch.bfloat16, BFLOAT16), (torch.float16, FLOAT16)):
-        if all(torch.equal(matrix.to(half).float(), matrix) for matrix in matrices):
-            return lambda matrix, half=half, tag=tag: matrix.to(half).view(torch.int16).numpy().view(tag)
-    return lambda matrix: matrix.numpy().copy()
+    """Return the bias of a product, 0 where there is none."""
+    if projection.bias is not None:
+        return projection.bias.numpy()
+    return np.zeros(sum(matrix.shape[0] for matrix in projection.matrices), np.float32)
