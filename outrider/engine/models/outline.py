@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import numpy as np
@@ -55,7 +55,7 @@ def _with_backend(plan: Plan, spec: DecoderSpec, machine: Machine) -> Plan:
 class _Planned(DecoderSpec):
     """A model without numbers on a CPU, as if it were of another type and elsewhere."""
 
-    planned_device: torch.device = torch.device("cpu")
+    planned_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> _Planned:
