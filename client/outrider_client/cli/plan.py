@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -33,7 +34,7 @@ def plan_of(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """Return the plan for people; the reasons against other backends are no part of it."""
-    table = Table("", plan["model"], title="Plan")
+    table = Table("", escape(plan["model"]), title="Plan")
     formats = ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in plan["formats"].items())
     tokens = plan["max_cached_tokens"]
     rows = {
