@@ -57,7 +57,7 @@ ARG VARIANT
 COPY --from=wheel /build/dist /build/dist
 RUN --mount=type=cache,target=/cache/pip \
     set -- dist/*.whl && \
-    if [ "${VARIANT}" = cuda ]; then extras=serve,gguf,quantization; else extras=serve,gguf; fi && \
+    if [ "${VARIANT}" = cuda ]; then extras=serve,quantization; else extras=serve; fi && \
     /app/bin/pip install "$1[${extras}]"
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS base-cpu

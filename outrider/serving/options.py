@@ -39,6 +39,7 @@ class ServiceOptions:
     idle_timeout: float = 600.0
     grace: float = 30.0
     greedy: bool = False
+    plan: bool = False
 
 
 @contextmanager
@@ -82,6 +83,7 @@ def service_options(default_model: str, default_port: int) -> Callable:
         click.option("--kv-dtype", type=click.Choice(KV_DTYPE_NAMES), default="auto", help="Type of the keys and values in KV caches; auto is that of the weights. Of a Llama-family model on a CPU, 16 bits take half the memory, and round."),
         click.option("--cuda-graphs/--no-cuda-graphs", default=True, help="Without: launch every operation of a pass by itself, which GPUs wait for."),
         click.option("--idle-timeout", type=click.FloatRange(0), default=600.0, metavar="SECONDS", help="Time after which a session that says nothing, and for which no work is under way, is ended; 0 for never."),
+        click.option("--plan", is_flag=True, help="Say as JSON what a start would take and what would run the model, read no weights, and end."),
         click.option("--grace", type=click.FloatRange(0), default=30.0, metavar="SECONDS", help="Time for running sessions to end on SIGTERM; a second signal ends them at once."),
     )  # fmt: skip
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 from typing import Generic, Protocol, TypeVar
 
 import click
@@ -19,6 +21,7 @@ from outrider.common.callers import caller_of
 from outrider.engine.backends.choice import CacheOptions
 from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.models.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
+from outrider.engine.models.outline import plan_of
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InvalidArgumentError, ModelChangedError, NotFoundError, UnavailableError
 from outrider.sampling.messages import defaults_to_proto
@@ -78,19 +81,7 @@ class ModelHost(Generic[WorkerT]):
             ModelRefusedError: the message says why.
         """
         options = self._options
-        model = load(
-            ModelOptions(
-                model=options.model,
-                revision=options.revision,
-                dtype=options.dtype,
-                device=options.device,
-                trust_remote_code=options.trust_remote_code,
-                quantization=options.quantization,
-                device_map=options.device_map,
-                threads=options.threads,
-                caches=CacheOptions(options.max_cached_tokens, options.cuda_graphs, options.paged, options.kv_dtype),
-            )
-        )
+        model = load(_model_options(options))
         self._max_cached_tokens = model.choice.max_cached_tokens
         self._context_length = min(model.context_length, self._max_cached_tokens, self._longest_context)
         if self._context_length == self._longest_context < model.context_length:
@@ -321,6 +312,20 @@ class ModelHost(Generic[WorkerT]):
         )
 
 
+def _model_options(options: ServiceOptions) -> ModelOptions:
+    return ModelOptions(
+        model=options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        quantization=options.quantization,
+        device_map=options.device_map,
+        threads=options.threads,
+        caches=CacheOptions(options.max_cached_tokens, options.cuda_graphs, options.paged, options.kv_dtype),
+    )
+
+
 def _fingerprint(tokenizer: TokenizerFiles) -> common_pb2.TokenizerFingerprint:
     return common_pb2.TokenizerFingerprint(num_pieces=len(tokenizer.pieces), block_digests=tokenizer.block_digests())
 
@@ -352,12 +357,21 @@ class HostedServicer(Generic[WorkerT]):
 def serve(options: ServiceOptions, service_name: str, servicer, register: Callable) -> None:
     """Run one service until SIGTERM or SIGINT; a second one ends it at once, with 128 and its number as exit status.
 
+    With `options.plan`, print the plan of its model and return.
+
     Raises:
         click.ClickException: the address cannot be bound, or the model is refused.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    if options.plan:
+        try:
+            plan = plan_of(_model_options(options))
+        except ModelRefusedError as error:
+            raise click.ClickException(str(error)) from error
+        click.echo(json.dumps(asdict(plan)))
+        return
     host = options.listen.rpartition(":")[0]
 
     def announce(port: int) -> None:

@@ -109,6 +109,27 @@ def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
     assert "no draft service answers at 127.0.0.1:1" in result.stdout
 
 
+def test_info_of_a_model_that_no_service_has_says_what_it_would_take():
+    """2.1 MB of weights of 16 bits in the files are as many numbers of 32 in memory."""
+    plan = json.loads(run("info", "--plan=builtin:draft", "--threads=2", "--max-cached-tokens=10", "--json").stdout)
+    assert (plan["backend"], plan["dtype"], plan["max_cached_tokens"]) == ("torch", "float32", 10)
+    assert plan["notes"][0].startswith("compiled: it takes one thread of the CPU")
+    assert plan["weight_bytes"] >= 2 * sum(plan["formats"].values())
+    shown = run("info", "--plan=builtin:draft", "--threads=2").stdout
+    assert f"{plan['kv_bytes_per_token']:,} bytes a token" in shown
+    assert "Not by compiled: it takes one thread" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [(["--plan=/nowhere.gguf"], 1, "Error: there is no file /nowhere.gguf\n"),
+     (["--threads=2"], 2, "--threads belongs to --plan"),
+     (["--plan=builtin:draft", "--dtype=odd"], 1, "'odd' is not one of")],
+)  # fmt: skip
+def test_a_plan_that_cannot_be_made_is_one_sentence(arguments, status, message):
+    assert message in run("info", *arguments, status=status).stderr
+
+
 def test_who_waits_for_a_target_is_notified_after_a_second_and_not_when_it_is_given_up():
     """Something listens there, and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -340,7 +340,7 @@ class TestTypesOfCaches:
         runner.forward([Feed(cache, ids[:600], 1)])
         assert (
             cache._keys.nbytes + cache._values.nbytes
-            == cache.capacity * spec.entries.num_bytes * kv_dtype.itemsize // 4
+            == cache.capacity * spec.kv_shape.num_bytes * kv_dtype.itemsize // 4
         )
         copied.copy_from(cache, 500)
         assert torch.equal(runner.forward([Feed(copied, ids[500:], 200)]), at_once(runner, ids)[500:])

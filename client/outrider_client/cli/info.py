@@ -13,6 +13,7 @@ from outrider.protocol.errors import InvalidArgumentError
 from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
 from outrider_client.cli.options import addresses, as_json, out, print_json, shows_errors
+from outrider_client.cli.plan import plan_of, plan_table
 from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.sync import SpeculativeClient
@@ -20,13 +21,28 @@ from outrider_client.sync import SpeculativeClient
 
 @click.command(context_settings={"show_default": True})
 @addresses
+@click.option(
+    "--plan",
+    metavar="MODEL",
+    help="Say what a service of this model would take on this machine, and what would run it; nothing is started, and no weights are read.",
+)
+@click.option("--threads", type=click.IntRange(0), help="Of --plan, as of a service; so are those below.")
+@click.option("--dtype", help="Type of the weights.")
+@click.option("--device", help="Where the model is.")
+@click.option("--max-cached-tokens", type=click.IntRange(0), help="Tokens in all KV caches together.")
+@click.option("--revision", help="Revision of the model on the hub.")
 @as_json
 @shows_errors
-def info(target: str, draft: str, as_json: bool) -> None:
+def info(target: str, draft: str, plan: str | None, as_json: bool, **options: Any) -> None:
     """Describe both services, and say whether they can work together.
 
-    Exits with 1 if they cannot, or if the draft does not answer.
+    Exits with 1 if they cannot, or if the draft does not answer. With --plan, describe a model that no service has yet.
     """
+    if plan:
+        _show_plan(plan_of(plan, options), as_json)
+        return
+    if given := [name for name, value in options.items() if value is not None]:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} belongs to --plan")
     with SpeculativeClient(target, draft) as client:
         pair = client.info()
     has_draft = pair.draft or draft == LOOKUP_DRAFT
@@ -47,6 +63,15 @@ def info(target: str, draft: str, as_json: bool) -> None:
         out.print(f"The pair {verdict}." if verdict == "fits" else f"The pair does not work: {verdict}.")
     if verdict != "fits":
         raise SystemExit(1)
+
+
+def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(plan)
+        return
+    out.print(plan_table(plan))
+    for note in plan["notes"]:
+        out.print(f"Not by {note}.", highlight=False, markup=False)
 
 
 def _as_dict(pair: PairInfo) -> dict[str, Any]:

@@ -233,9 +233,10 @@ def _read(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
     if checkpoint.outline is None:
         arguments = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with _naming_quantization(source, checkpoint.config):
-            return AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path, **source.arguments(), **checkpoint.arguments, **arguments
             )
+        return loaded
     model, report = filled(checkpoint.outline, checkpoint.tensors, checkpoint.arguments["dtype"])
     if not source.gguf_file:
         model.generation_config = _generation_config(source)
@@ -283,7 +284,7 @@ def _naming_quantization(source: Source, config: Any) -> Iterator[None]:
         ) from error
 
 
-def _is_left_to_transformers(source: Source, config: Any, arguments: dict[str, Any]) -> bool:
+def _is_left_to_transformers(source: Source, config: Any, arguments: Mapping[str, Any]) -> bool:
     """Return whether there is more to loading than to put tensors where their names say."""
     return bool(
         arguments.keys() - {"dtype"}
@@ -297,11 +298,12 @@ def _is_left_to_transformers(source: Source, config: Any, arguments: dict[str, A
 
 def _generation_config(source: Source) -> GenerationConfig:
     """Return what from_pretrained gives a model that it reads from its folder."""
+    arguments: dict[str, Any] = {"revision": source.revision}
     try:
-        return GenerationConfig.from_pretrained(source.path, revision=source.revision)
+        return GenerationConfig.from_pretrained(source.path, **arguments)
     except OSError:
-        arguments: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
-        return GenerationConfig.from_pretrained(source.path, revision=source.revision, **arguments)
+        arguments |= {"config_file_name": "config.json", "_from_model_config": True}
+        return GenerationConfig.from_pretrained(source.path, **arguments)
 
 
 def _opened_gguf(source: Source, arguments: Mapping[str, Any]) -> Checkpoint:

@@ -48,7 +48,7 @@ class Progress:
             if self._num_bytes > self._total_bytes or time.monotonic() < self._next_report:
                 return
             self._next_report = time.monotonic() + _REPORT_S
-            log.info("reading %.1f of %.1f GB", self._num_bytes / 1e9, self._total_bytes / 1e9)
+            log.info("reading %.2f of %.2f GB", self._num_bytes / 1e9, self._total_bytes / 1e9)
 
 
 @dataclass(frozen=True)

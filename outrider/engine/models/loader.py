@@ -178,6 +178,7 @@ def _load_model(options: ModelOptions, source: Source, device: torch.device) -> 
     plan = planned(checkpoint, device, options.caches.max_cached_tokens)
     if plan:
         plan.check()
+        log.info("reading %s", plan.sizes())
     model = read_model(checkpoint)
     return model if "device_map" in checkpoint.arguments else placed(model, device)
 
@@ -223,6 +224,7 @@ def read_checked(model: PreTrainedModel) -> tuple[DecoderSpec, Probe]:
     switch_attention(model)
     context_length = context_length_of(config)
     hold_rotary_factors(model, context_length)
+    log.info("checking the model by a short text")
     token_ids, device = probe_text(model), next(model.parameters()).device
     with refusing_first_pass(f"{name} cannot run a short text"):
         model.set_attn_implementation(own_attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from outrider.engine.backends import attention
 from outrider.engine.backends.choice import BACKENDS, Machine
-from outrider.engine.kv_cache import EntryShape
+from outrider.engine.kv_cache import KvShape
 from outrider.engine.models.checkpoint import Checkpoint, ModelRefusedError, Source
 from outrider.engine.models.loader import ModelOptions, device_of, opened_by, refusing_first_pass, switch_attention
 from outrider.engine.models.plan import Plan, planned
@@ -55,7 +55,7 @@ def _with_backend(plan: Plan, spec: DecoderSpec, machine: Machine) -> Plan:
 class _Planned(DecoderSpec):
     """A model without numbers on a CPU, as if it were of another type and elsewhere."""
 
-    planned_device: torch.device = torch.device("cpu")
+    planned_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> _Planned:
@@ -80,9 +80,9 @@ class _Planned(DecoderSpec):
         return self.planned_device
 
     @property
-    def entries(self) -> EntryShape | None:
-        entries = self.reference.entries
-        return entries and replace(entries, dtype=self.dtype)
+    def kv_shape(self) -> KvShape | None:
+        shape = self.reference.kv_shape
+        return shape and replace(shape, dtype=self.dtype)
 
 
 @dataclass(frozen=True)

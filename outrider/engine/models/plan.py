@@ -38,6 +38,11 @@ class Plan:
         """Of the caches that were asked for, or of one text of full length."""
         return self.kv_bytes_per_token * (self.max_cached_tokens or self.context_length)
 
+    def sizes(self) -> str:
+        """Return what is read and what it becomes, in words."""
+        formats = " and ".join(self.formats)
+        return f"{_gb(sum(self.formats.values()))} of weights in {formats}: {_gb(self.weight_bytes)} in {self.dtype}"
+
     def check(self) -> None:
         """Raise ModelRefusedError where the weights, and the caches that were asked for, do not fit."""
         cache_bytes = self.cache_bytes if self.max_cached_tokens else 0
