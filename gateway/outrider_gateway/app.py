@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from outrider import __version__
 from outrider_client.errors import OutriderError
+from outrider_gateway.doors import Doors
 from outrider_gateway.errors import HttpError, error_of, invalid
 from outrider_gateway.fields import chat_prompt_of, tokenizer_of
 from outrider_gateway.generating import Generating
@@ -64,7 +65,7 @@ def make_app(service: Service) -> Starlette:
             Route("/metrics", routes.metrics, methods=["GET"]),
             Route("/openapi.json", routes.openapi, methods=["GET"]),
         ],
-        middleware=[Middleware(RequestIds), Middleware(Failures)],
+        middleware=[Middleware(RequestIds), Middleware(Failures), Middleware(Doors, service.options.keys)],
         exception_handlers={HTTPException: _told, HttpError: _told, OutriderError: _told},
         lifespan=lifespan,
     )
@@ -151,6 +152,10 @@ def as_json(body: Any) -> Response:
     return Response(orjson.dumps(body), media_type="application/json")
 
 
+def as_error(error: HttpError) -> Response:
+    return Response(orjson.dumps(error.body()), error.status, error.headers(), "application/json")
+
+
 async def _told(request: Request, error: Exception) -> Response:
     """Return an error as OpenAI tells it."""
     if isinstance(error, HTTPException):
@@ -158,7 +163,7 @@ async def _told(request: Request, error: Exception) -> Response:
     if isinstance(error, OutriderError):
         error = error_of(error)
     assert isinstance(error, HttpError)
-    return Response(orjson.dumps(error.body()), error.status, error.headers(), "application/json")
+    return as_error(error)
 
 
 def _no_route(request: Request, error: HTTPException) -> HttpError:
@@ -187,10 +192,12 @@ class Failures:
             await self._app(scope, receive, noting_send)
         except Disconnected:
             return
+        except HttpError as error:
+            await as_error(error)(scope, receive, send)
         except Exception as error:
             places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
             log.error("%s at %s", type(error).__name__, " < ".join(reversed(places[-5:])))
             if scope["type"] != "http" or is_started:
                 raise ConnectionError("a request failed; the line before says where") from None
             wrong = HttpError(500, "the gateway failed on this request: its log says where", "gateway_failed")
-            await Response(orjson.dumps(wrong.body()), 500, wrong.headers(), "application/json")(scope, receive, send)
+            await as_error(wrong)(scope, receive, send)
