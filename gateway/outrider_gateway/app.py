@@ -6,8 +6,9 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -25,6 +26,7 @@ from outrider_gateway.errors import HttpError, error_of, invalid
 from outrider_gateway.fields import chat_prompt_of, tokenizer_of
 from outrider_gateway.generating import Generating
 from outrider_gateway.http import RequestIds, Service, read_body
+from outrider_gateway.metrics import Metrics
 from outrider_gateway.openapi import description
 from outrider_gateway.pairs import Pair
 from outrider_gateway.requests import (
@@ -38,8 +40,11 @@ from outrider_gateway.texts import Disconnected
 
 log = logging.getLogger(__name__)
 DESCRIBE_S = 5.0  # for a target to describe itself where a list of all is wanted
-
-Endpoint = Callable[[Request], Awaitable[Response]]
+PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'"
+)
 
 
 def make_app(service: Service) -> Starlette:
@@ -53,6 +58,7 @@ def make_app(service: Service) -> Starlette:
     routes = Routes(service)
     return Starlette(
         routes=[
+            Route("/", routes.page, methods=["GET"]),
             Route("/v1/completions", Generating(service, CompletionRequest), methods=["POST"]),
             Route("/v1/chat/completions", Generating(service, ChatRequest), methods=["POST"]),
             Route("/v1/models", routes.models, methods=["GET"]),
@@ -65,7 +71,11 @@ def make_app(service: Service) -> Starlette:
             Route("/metrics", routes.metrics, methods=["GET"]),
             Route("/openapi.json", routes.openapi, methods=["GET"]),
         ],
-        middleware=[Middleware(RequestIds), Middleware(Failures), Middleware(Doors, service.options.keys)],
+        middleware=[
+            Middleware(RequestIds),
+            Middleware(Failures, service.metrics),
+            Middleware(Doors, service.options.keys),
+        ],
         exception_handlers={HTTPException: _told, HttpError: _told, OutriderError: _told},
         lifespan=lifespan,
     )
@@ -131,6 +141,10 @@ class Routes:
         }
         return as_json(tokenizer.special_tokens | fields)
 
+    async def page(self, _: Request) -> Response:
+        """Return a page to try the pairs with; it loads nothing else, and is not to be framed."""
+        return Response(PAGE.read_bytes(), media_type="text/html", headers={"content-security-policy": PAGE_POLICY})
+
     async def health(self, _: Request) -> Response:
         """Say that the gateway itself works; it goes on without a draft, and waits for a target."""
         return Response(status_code=200)
@@ -177,8 +191,8 @@ def _no_route(request: Request, error: HTTPException) -> HttpError:
 class Failures:
     """Middleware: what nobody expected becomes a 500; the log says where it was raised, and nothing of the request."""
 
-    def __init__(self, app: Any):
-        self._app = app
+    def __init__(self, app: Any, metrics: Metrics):
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         is_started = False
@@ -193,6 +207,7 @@ class Failures:
         except Disconnected:
             return
         except HttpError as error:
+            self._metrics.refused.labels(error.code).inc()
             await as_error(error)(scope, receive, send)
         except Exception as error:
             places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from outrider.common.keys import Key, owner_of
 from outrider_gateway.errors import HttpError
 
-OPEN_PATHS = frozenset({"/health", "/version"})
+OPEN_PATHS = frozenset({"/", "/health", "/version"})
 
 
 class Doors:
