@@ -23,7 +23,7 @@ from outrider import __version__
 from outrider_client.errors import OutriderError
 from outrider_gateway.doors import Doors
 from outrider_gateway.errors import HttpError, error_of, invalid
-from outrider_gateway.fields import chat_prompt_of, tokenizer_of
+from outrider_gateway.fields import chat_prompt_of
 from outrider_gateway.generating import Generating
 from outrider_gateway.http import RequestIds, Service, read_body
 from outrider_gateway.metrics import Metrics
@@ -111,7 +111,7 @@ class Routes:
         if (request.prompt is None) == (request.messages is None):
             raise invalid("prompt or messages: give one of them", "prompt")
         model = await self._service.pairs.named(request.model).model()
-        tokenizer = tokenizer_of(model)
+        tokenizer = model.need_tokenizer()
         if request.prompt is None:
             ids = await chat_prompt_of(request, model)
         else:
@@ -127,12 +127,12 @@ class Routes:
         wrong = next((each for each in request.tokens if not 0 <= each < model.info.vocab_size), None)
         if wrong is not None:
             raise invalid(f"tokens holds id {wrong}: the model has ids from 0 to {model.info.vocab_size - 1}", "tokens")
-        decode = tokenizer_of(model).tokenizer.decode
+        decode = model.need_tokenizer().tokenizer.decode
         return as_json({"prompt": await asyncio.to_thread(decode, request.tokens, skip_special_tokens=False)})
 
     async def tokenizer_info(self, http: Request) -> Response:
         model = await self._service.pairs.named(http.query_params.get("model")).model()
-        tokenizer = tokenizer_of(model)
+        tokenizer = model.need_tokenizer()
         fields = {
             "tokenizer_class": type(tokenizer.tokenizer.model).__name__,
             "vocab_size": model.info.vocab_size,
