@@ -3,8 +3,9 @@
 # One image for the draft service, the target service and the client:
 #     docker build --build-arg VARIANT=cpu  --tag outrider:cpu .
 #     docker build --build-arg VARIANT=cuda --tag outrider:cuda .
-# and a small one without torch, for the client alone:
-#     docker build --target client --tag outrider:client .
+# and small ones without torch, for the client and for the gateway:
+#     docker build --target client  --tag outrider:client .
+#     docker build --target gateway --tag outrider:gateway .
 
 ARG PYTHON_VERSION=3.11
 # Which build of torch: cpu or cuda.
@@ -37,6 +38,10 @@ RUN python -m venv /app
 COPY --from=wheel /build/dist /build/dist
 RUN --mount=type=cache,target=/cache/pip \
     set -- dist/*.whl && /app/bin/pip install "$1[chat]"
+
+FROM client-packages AS gateway-packages
+RUN --mount=type=cache,target=/cache/pip \
+    set -- dist/*.whl && /app/bin/pip install "$1[http]"
 
 # torch comes first, in a layer that a change of the project leaves alone.
 FROM python AS torch-cpu
@@ -87,6 +92,11 @@ FROM runtime AS client
 COPY --from=client-packages /app /app
 ENTRYPOINT ["outrider"]
 CMD ["--help"]
+
+FROM runtime AS gateway
+COPY --from=gateway-packages /app /app
+EXPOSE 8000
+CMD ["outrider-gateway", "--help"]
 
 # The default: commands are outrider-draft, outrider-target and outrider.
 FROM runtime AS services

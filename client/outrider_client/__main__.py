@@ -15,6 +15,7 @@ from outrider_client.cli.chat import chat
 from outrider_client.cli.demo import demo
 from outrider_client.cli.generate import generate
 from outrider_client.cli.info import info
+from outrider_client.cli.keys import keys
 from outrider_client.cli.pairs import pairs
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     """
 
 
-for command in (demo, generate, chat, info, pairs, bench):
+for command in (demo, generate, chat, info, pairs, bench, keys):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from contextlib import suppress
+from typing import TextIO
 
 import click
 
 from outrider.common import extras
+from outrider.common.keys import parse_keys
 
 
 @click.command(context_settings={"show_default": True, "auto_envvar_prefix": "OUTRIDER_GATEWAY"})
@@ -21,6 +23,11 @@ from outrider.common import extras
 )
 @click.option(
     "--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one."
+)
+@click.option(
+    "--api-keys",
+    type=click.File(),
+    help="File of the callers' keys, as `outrider keys add` writes it; without, everyone may ask.",
 )
 @click.option("--insecure", is_flag=True, help="Serve beyond this machine although anyone may then ask.")
 @click.option(
@@ -62,6 +69,7 @@ from outrider.common import extras
 def main(
     pairs: tuple[str, ...],
     listen: str,
+    api_keys: TextIO | None,
     insecure: bool,
     request_timeout: float,
     max_requests: int,
@@ -75,10 +83,10 @@ def main(
     Every option is also an environment variable: OUTRIDER_GATEWAY_ and its name, such as OUTRIDER_GATEWAY_LISTEN.
     """
     host, port = _host_and_port(listen)
-    if not (insecure or _is_loopback(host)):
+    if not (insecure or api_keys or _is_loopback(host)):
         raise click.UsageError(
-            f"--listen {listen} is open to other machines, and anyone there could ask: listen on 127.0.0.1, or give "
-            "--insecure where something else keeps strangers out"
+            f"--listen {listen} is open to other machines, and anyone there could ask: listen on 127.0.0.1, give "
+            "--api-keys, or --insecure where something else keeps strangers out"
         )
     try:
         from outrider_client.conversation.patience import Patience
@@ -90,7 +98,8 @@ def main(
         raise click.ClickException(extras.missing(str(error.name), "the gateway", "http")) from error
     try:
         addresses = [PairAddress.parse(pair) for pair in pairs]
-        options = Options(request_timeout or None, max_requests, max_body, keepalive)
+        keys = parse_keys(api_keys.read()) if api_keys else ()
+        options = Options(request_timeout or None, max_requests, max_body, keepalive, keys)
         serving.serve(addresses, host, port, options, Patience(retry_s=target_patience), grace)
     except (ValueError, InvalidRequestError, OSError) as error:
         raise click.ClickException(str(error)) from error

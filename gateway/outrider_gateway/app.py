@@ -6,8 +6,9 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -20,10 +21,12 @@ from starlette.routing import Route
 
 from outrider import __version__
 from outrider_client.errors import OutriderError
+from outrider_gateway.doors import Doors
 from outrider_gateway.errors import HttpError, error_of, invalid
-from outrider_gateway.fields import chat_prompt_of, tokenizer_of
+from outrider_gateway.fields import chat_prompt_of
 from outrider_gateway.generating import Generating
 from outrider_gateway.http import RequestIds, Service, read_body
+from outrider_gateway.metrics import Metrics
 from outrider_gateway.openapi import description
 from outrider_gateway.pairs import Pair
 from outrider_gateway.requests import (
@@ -37,8 +40,11 @@ from outrider_gateway.texts import Disconnected
 
 log = logging.getLogger(__name__)
 DESCRIBE_S = 5.0  # for a target to describe itself where a list of all is wanted
-
-Endpoint = Callable[[Request], Awaitable[Response]]
+PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'"
+)
 
 
 def make_app(service: Service) -> Starlette:
@@ -52,6 +58,7 @@ def make_app(service: Service) -> Starlette:
     routes = Routes(service)
     return Starlette(
         routes=[
+            Route("/", routes.page, methods=["GET"]),
             Route("/v1/completions", Generating(service, CompletionRequest), methods=["POST"]),
             Route("/v1/chat/completions", Generating(service, ChatRequest), methods=["POST"]),
             Route("/v1/models", routes.models, methods=["GET"]),
@@ -64,7 +71,11 @@ def make_app(service: Service) -> Starlette:
             Route("/metrics", routes.metrics, methods=["GET"]),
             Route("/openapi.json", routes.openapi, methods=["GET"]),
         ],
-        middleware=[Middleware(RequestIds), Middleware(Failures)],
+        middleware=[
+            Middleware(RequestIds),
+            Middleware(Failures, service.metrics),
+            Middleware(Doors, service.options.keys),
+        ],
         exception_handlers={HTTPException: _told, HttpError: _told, OutriderError: _told},
         lifespan=lifespan,
     )
@@ -100,7 +111,7 @@ class Routes:
         if (request.prompt is None) == (request.messages is None):
             raise invalid("prompt or messages: give one of them", "prompt")
         model = await self._service.pairs.named(request.model).model()
-        tokenizer = tokenizer_of(model)
+        tokenizer = model.need_tokenizer()
         if request.prompt is None:
             ids = await chat_prompt_of(request, model)
         else:
@@ -116,12 +127,12 @@ class Routes:
         wrong = next((each for each in request.tokens if not 0 <= each < model.info.vocab_size), None)
         if wrong is not None:
             raise invalid(f"tokens holds id {wrong}: the model has ids from 0 to {model.info.vocab_size - 1}", "tokens")
-        decode = tokenizer_of(model).tokenizer.decode
+        decode = model.need_tokenizer().tokenizer.decode
         return as_json({"prompt": await asyncio.to_thread(decode, request.tokens, skip_special_tokens=False)})
 
     async def tokenizer_info(self, http: Request) -> Response:
         model = await self._service.pairs.named(http.query_params.get("model")).model()
-        tokenizer = tokenizer_of(model)
+        tokenizer = model.need_tokenizer()
         fields = {
             "tokenizer_class": type(tokenizer.tokenizer.model).__name__,
             "vocab_size": model.info.vocab_size,
@@ -129,6 +140,10 @@ class Routes:
             "chat_template": tokenizer.chat_template or None,
         }
         return as_json(tokenizer.special_tokens | fields)
+
+    async def page(self, _: Request) -> Response:
+        """Return a page to try the pairs with; it loads nothing else, and is not to be framed."""
+        return Response(PAGE.read_bytes(), media_type="text/html", headers={"content-security-policy": PAGE_POLICY})
 
     async def health(self, _: Request) -> Response:
         """Say that the gateway itself works; it goes on without a draft, and waits for a target."""
@@ -151,6 +166,10 @@ def as_json(body: Any) -> Response:
     return Response(orjson.dumps(body), media_type="application/json")
 
 
+def as_error(error: HttpError) -> Response:
+    return Response(orjson.dumps(error.body()), error.status, error.headers(), "application/json")
+
+
 async def _told(request: Request, error: Exception) -> Response:
     """Return an error as OpenAI tells it."""
     if isinstance(error, HTTPException):
@@ -158,7 +177,7 @@ async def _told(request: Request, error: Exception) -> Response:
     if isinstance(error, OutriderError):
         error = error_of(error)
     assert isinstance(error, HttpError)
-    return Response(orjson.dumps(error.body()), error.status, error.headers(), "application/json")
+    return as_error(error)
 
 
 def _no_route(request: Request, error: HTTPException) -> HttpError:
@@ -172,8 +191,8 @@ def _no_route(request: Request, error: HTTPException) -> HttpError:
 class Failures:
     """Middleware: what nobody expected becomes a 500; the log says where it was raised, and nothing of the request."""
 
-    def __init__(self, app: Any):
-        self._app = app
+    def __init__(self, app: Any, metrics: Metrics):
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         is_started = False
@@ -187,10 +206,13 @@ class Failures:
             await self._app(scope, receive, noting_send)
         except Disconnected:
             return
+        except HttpError as error:
+            self._metrics.refused.labels(error.code).inc()
+            await as_error(error)(scope, receive, send)
         except Exception as error:
             places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
             log.error("%s at %s", type(error).__name__, " < ".join(reversed(places[-5:])))
             if scope["type"] != "http" or is_started:
                 raise ConnectionError("a request failed; the line before says where") from None
             wrong = HttpError(500, "the gateway failed on this request: its log says where", "gateway_failed")
-            await Response(orjson.dumps(wrong.body()), 500, wrong.headers(), "application/json")(scope, receive, send)
+            await as_error(wrong)(scope, receive, send)

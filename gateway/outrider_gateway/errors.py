@@ -34,6 +34,8 @@ class HttpError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Return what tells OpenAI's clients whether to retry, and when."""
+        if self.status == 401:
+            return {"www-authenticate": "Bearer", "x-should-retry": "false"}
         if self.status not in (429, 503):
             return {"x-should-retry": "false"}
         wait_s = RETRY_S * (0.5 + random.random())

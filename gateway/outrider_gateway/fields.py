@@ -11,10 +11,8 @@ from tokenizers import Tokenizer
 
 from outrider.sampling.distribution import MOST_LOGPROBS
 from outrider.sampling.rng import seed_of_text
-from outrider_client.errors import InvalidRequestError
 from outrider_client.params import SamplingParams, SpeculationParams
-from outrider_client.text.text import TargetTokenizer
-from outrider_gateway.errors import HttpError, invalid
+from outrider_gateway.errors import invalid
 from outrider_gateway.pairs import Model, Pair
 from outrider_gateway.requests import ChatRequest, CompletionRequest, Generation, TokenizeRequest
 
@@ -129,7 +127,7 @@ def sampling_of(request: CompletionRequest | ChatRequest, num_prompt_tokens: int
     """Return the client's sampling parameters; errors as for `asks_of`."""
     fields = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
     if request.top_k is not None:
-        fields["top_k"] = max(request.top_k, 0) if request.top_k == -1 else request.top_k
+        fields["top_k"] = 0 if request.top_k == -1 else request.top_k  # vLLM's -1 is all
     if request.allowed_token_ids == []:
         raise invalid("allowed_token_ids is empty: give the ids that may be written", "allowed_token_ids")
     if request.bad_words:
@@ -223,11 +221,3 @@ def _prediction_of(request: Generation) -> str | None:
     if request.n > 1:
         raise invalid(f"n is {request.n}, and prediction is of one text: give n 1", "n")
     return _text_of("prediction.content", request.prediction.content, "prediction", "")
-
-
-def tokenizer_of(model: Model) -> TargetTokenizer:
-    """Return the model's tokenizer; raises HttpError 400 if it has none."""
-    try:
-        return model.need_tokenizer()
-    except InvalidRequestError as error:
-        raise HttpError(400, "the model came without a tokenizer") from error

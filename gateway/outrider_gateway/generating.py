@@ -28,7 +28,7 @@ class Generating:
         reply = Reply(scope, send)
         try:
             body = await read_body(scope, receive, self._service.options.most_body_bytes)
-            with self._service.admission.place():
+            with self._service.admission.place(scope["outrider.caller"]):
                 await unless_disconnected(receive, self._serve(body, reply))
         except Disconnected:
             self._service.metrics.disconnected.inc()

@@ -1,17 +1,18 @@
-"""What every route needs: bodies within limits, replies, admission, and the service's parts."""
+"""What every route needs: bodies within limits, replies, and the service's parts."""
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from outrider.common.keys import Key
+from outrider_gateway.doors import Admission
 from outrider_gateway.errors import HttpError
 from outrider_gateway.metrics import Metrics
 from outrider_gateway.pairs import Pairs
@@ -28,24 +29,7 @@ class Options:
     most_requests: int = 256
     most_body_bytes: int = 4 << 20
     keepalive: float = 5.0  # of silence in a stream, until a comment says that it lives
-
-
-class Admission:
-    """Counts the requests that are being worked on."""
-
-    def __init__(self, most: int):
-        self._most, self.num_requests = most, 0
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Count a request while it is worked on; raises HttpError 429 if there are too many."""
-        if self.num_requests >= self._most:
-            raise HttpError(429, f"the gateway works on {self._most} requests already: come again soon", "too_busy")
-        self.num_requests += 1
-        try:
-            yield
-        finally:
-            self.num_requests -= 1
+    keys: tuple[Key, ...] = ()  # none: everyone may ask
 
 
 @dataclass(frozen=True)

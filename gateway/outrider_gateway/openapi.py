@@ -17,6 +17,7 @@ _POSTED: dict[str, tuple[type[msgspec.Struct], str]] = {
     "/detokenize": (DetokenizeRequest, "Text of token ids"),
 }
 _ASKED = {
+    "/": "A page to try the pairs with",
     "/v1/models": "The pairs of this gateway",
     "/v1/models/{name}": "One pair",
     "/tokenizer_info": "Special tokens and chat template",

@@ -56,6 +56,7 @@ class Model:
         return defaults_of(self.info).get("max_new_tokens")
 
     def need_tokenizer(self) -> TargetTokenizer:
+        """Return the tokenizer; raises InvalidRequestError if the model came without one."""
         if self.tokenizer is None:
             raise InvalidRequestError("prompt needs a tokenizer, and the model came without one: give token ids")
         return self.tokenizer

@@ -13,7 +13,8 @@ import uvloop
 
 from outrider_client.conversation.patience import Patience
 from outrider_gateway.app import make_app
-from outrider_gateway.http import Admission, Options, Service
+from outrider_gateway.doors import Admission
+from outrider_gateway.http import Options, Service
 from outrider_gateway.metrics import Metrics
 from outrider_gateway.pairs import PairAddress, Pairs
 

@@ -37,7 +37,9 @@ class Texts:
             client.stream(ask.prompt_ids, ask.sampling, ask.speculation, timeout=timeout) for ask in asks
         ]
         self._slots = asyncio.Semaphore(MOST_AT_ONCE)
-        self._queue: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue(MOST_UNSENT)
+        # A text's chunk, its error, or None at its end; None alone says that all were silent.
+        self._queue: asyncio.Queue[tuple[int, Chunk | BaseException | None] | None] = asyncio.Queue(MOST_UNSENT)
+        self._has_arrived = False  # since silence was last looked for
 
     @property
     def results(self) -> list[GenerationResult]:
@@ -54,14 +56,17 @@ class Texts:
     async def pieces(self, silence_s: float | None = None) -> AsyncGenerator[dict[int, Piece], None]:
         """Yield what has come, by text: all chunks that are there together.
 
-        After `silence_s` without any, yield an empty dict. Raises the first OutriderError, which ends all.
+        After `silence_s` without any, or up to twice as long, yield an empty dict.
+        Raises the first OutriderError, which ends all.
         """
-        tasks = [asyncio.ensure_future(self._run(index)) for index in range(len(self.streams))]
+        num_left = len(self.streams)
+        tasks = [asyncio.ensure_future(self._run(index)) for index in range(num_left)]
+        if silence_s is not None:
+            tasks.append(asyncio.ensure_future(self._note_silence(silence_s)))
         try:
-            num_left = len(tasks)
             while num_left:
                 pieces: dict[int, Piece] = {}
-                for index, item in await self._arrived(silence_s):
+                for index, item in await self._arrived():
                     if isinstance(item, BaseException):
                         raise item
                     piece = pieces.setdefault(index, Piece())
@@ -75,14 +80,21 @@ class Texts:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _arrived(self, silence_s: float | None) -> list[tuple[int, Chunk | BaseException | None]]:
-        try:
-            found = [await asyncio.wait_for(self._queue.get(), silence_s)]
-        except asyncio.TimeoutError:
-            return []
+    async def _arrived(self) -> list[tuple[int, Chunk | BaseException | None]]:
+        """Return all that is there together; nothing if it was silent for too long."""
+        found = [await self._queue.get()]
         while not self._queue.empty():
             found.append(self._queue.get_nowait())
-        return found
+        self._has_arrived = True
+        return [item for item in found if item is not None]
+
+    async def _note_silence(self, silence_s: float) -> None:
+        """Wake the reader once in so many seconds without anything; a timeout for each wait would cost a task each."""
+        while True:
+            self._has_arrived = False
+            await asyncio.sleep(silence_s)
+            if not self._has_arrived and self._queue.empty():
+                self._queue.put_nowait(None)
 
     async def _run(self, index: int) -> None:
         async with self._slots, self.streams[index] as stream:

@@ -125,11 +125,13 @@ def test_a_target_that_is_not_there_is_503_and_the_gateway_lives(of_pair):
 
 def test_a_pair_goes_on_without_its_draft_to_the_letter(pair, paths):
     fields = {"prompt": "Once", "seed": 3, "max_tokens": 30}
-    with service_process("outrider_draft", paths["draft"], dtype="float64") as other:
-        with gateway_process(f"tiny={pair[0].address},{other.address}") as gateway:
-            before = gateway.post(PLAIN, **fields).json["choices"]
-            other.kill()
-            assert gateway.post(PLAIN, **fields).json["choices"] == before
+    with (
+        service_process("outrider_draft", paths["draft"], dtype="float64") as other,
+        gateway_process(f"tiny={pair[0].address},{other.address}") as gateway,
+    ):
+        before = gateway.post(PLAIN, **fields).json["choices"]
+        other.kill()
+        assert gateway.post(PLAIN, **fields).json["choices"] == before
 
 
 def test_a_silent_stream_says_that_it_lives(pair):

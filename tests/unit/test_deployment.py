@@ -25,12 +25,18 @@ from outrider.serving import healthcheck
 from outrider.v1 import draft_pb2, target_pb2
 from outrider_client.__main__ import main as outrider
 from outrider_draft.__main__ import main as outrider_draft
+from outrider_gateway.__main__ import main as outrider_gateway
+from outrider_gateway.pairs import PairAddress
 from outrider_target.__main__ import main as outrider_target
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = ROOT / "Dockerfile"
-COMMANDS: dict[str, click.Command] = {"outrider-draft": outrider_draft, "outrider-target": outrider_target}
+COMMANDS: dict[str, click.Command] = {
+    "outrider-draft": outrider_draft,
+    "outrider-target": outrider_target,
+    "outrider-gateway": outrider_gateway,
+}
 SERVICE_NAMES = {
     "outrider-draft": draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name,
     "outrider-target": target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name,
@@ -156,7 +162,7 @@ def test_every_variable_of_a_service_is_one_of_its_options(name):
     assert set(service.get("environment", {})) - NOT_OPTIONS <= known
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", [*SERVICES, "gateway"])
 def test_the_published_port_is_the_one_listened_on_and_only_on_loopback(name, monkeypatch):
     service = compose()[name]
     (published,) = service["ports"]
@@ -176,13 +182,13 @@ def test_the_health_check_asks_this_service_on_its_port(name, monkeypatch):
     assert asked["timeout"] < seconds(service["healthcheck"]["timeout"])  # else its sentence is never seen
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", [*SERVICES, "gateway"])
 def test_docker_waits_longer_than_sessions_may_take_to_end(name, monkeypatch):
     service = compose()[name]
     assert seconds(service["stop_grace_period"]) > parse(service, monkeypatch)["grace"] + 5
 
 
-@pytest.mark.parametrize("name", [*SERVICES, "client"])
+@pytest.mark.parametrize("name", [*SERVICES, "client", "gateway"])
 def test_a_container_has_no_more_rights_than_it_needs(name):
     service = compose()[name]
     assert service["cap_drop"] == ["ALL"]
@@ -214,6 +220,16 @@ def test_the_client_finds_the_pair_of_either_profile(profile, monkeypatch):
         (alias,) = service["networks"]["default"]["aliases"]
         role = name.removesuffix(f"-{profile}")
         assert addresses[f"OUTRIDER_{role.upper()}"] == f"{alias}:{port_of(parse(service, monkeypatch)['listen'])}"
+
+
+def test_the_gateway_finds_the_pair_of_either_profile_and_is_asked_for_its_health(monkeypatch):
+    gateway = compose()["gateway"]
+    params = parse(gateway, monkeypatch)
+    assert [PairAddress.parse(pair) for pair in params["pairs"]] == [
+        PairAddress("outrider", "target:50052", "draft:50051")
+    ]
+    assert gateway["profiles"] == ["cpu", "gpu"]
+    assert f"http://127.0.0.1:{port_of(params['listen'])}/health" in gateway["healthcheck"]["test"][-1]
 
 
 def test_the_client_container_is_the_command_line_and_bench_takes_its_addresses(monkeypatch):
@@ -248,16 +264,17 @@ def test_images_are_built_from_stages_and_arguments_that_the_dockerfile_has():
         "draft-gpu": "cuda",
         "target-gpu": "cuda",
         "client": None,
+        "gateway": None,
     }
     assert {f"torch-{variant}" for variant in variants.values() if variant} <= set(stages)
-    assert compose()["client"]["build"]["target"] in stages
+    assert {compose()[name]["build"]["target"] for name in ("client", "gateway")} <= set(stages)
     assert stages[-1] == "services"  # what a build without a target makes
 
 
 def test_programs_in_the_deployment_files_are_scripts_of_the_package():
     scripts = {script.name for script in entry_points(group="console_scripts") if script.name.startswith("outrider")}
     services = compose()
-    started = {services[name]["command"][0] for name in SERVICES} | set(services["client"]["entrypoint"])
+    started = {services[name]["command"][0] for name in (*SERVICES, "gateway")} | set(services["client"]["entrypoint"])
     started |= {
         yaml.safe_load(words)[0]
         for words in re.findall(r"^(?:CMD|ENTRYPOINT) (\[\"[a-z].*)$", DOCKERFILE.read_text(), re.M)
