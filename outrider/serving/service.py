@@ -363,14 +363,14 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
         click.ClickException: the address cannot be bound, or the model is refused.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
-    if not sys.stderr.isatty():
+    if options.plan or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if options.plan:
         try:
             plan = plan_of(_model_options(options))
         except ModelRefusedError as error:
             raise click.ClickException(str(error)) from error
-        click.echo(json.dumps(asdict(plan)))
+        click.echo(json.dumps(asdict(plan) | {"cache_bytes": plan.cache_bytes}))
         return
     host = options.listen.rpartition(":")[0]
 

@@ -179,7 +179,7 @@ class TestGguf:
         (tmp_path / "tiny-00002-of-00003.gguf").unlink()
         with pytest.raises(
             ModelRefusedError,
-            match=r"is one of 3 files of a model, and tiny-00002-of-00003\.gguf is not beside it: fetch",
+            match=r"is one of 3 files, and tiny-00002-of-00003\.gguf is not beside it: fetch all",
         ):
             load_from(tmp_path / "tiny-00001-of-00003.gguf")
 

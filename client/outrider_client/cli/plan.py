@@ -41,7 +41,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
         "architecture": plan["architecture"],
         "weights in its files": formats,
         "weights in memory": f"{_size(plan['weight_bytes'])} in {plan['dtype']}",
-        "caches": f"{plan['kv_bytes_per_token']:,} bytes a token, {_size(_cache_bytes(plan))} for "
+        "caches": f"{plan['kv_bytes_per_token']:,} bytes a token, {_size(plan['cache_bytes'])} for "
         + (f"{tokens:,} tokens" if tokens else f"a text of {plan['context_length']:,} tokens"),
         "free memory": "unknown" if plan["free_bytes"] is None else f"{_size(plan['free_bytes'])} of {plan['device']}",
         "backend": plan["backend"],
@@ -49,10 +49,6 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def _cache_bytes(plan: Mapping[str, Any]) -> int:
-    return plan["kv_bytes_per_token"] * (plan["max_cached_tokens"] or plan["context_length"])
 
 
 def _size(num_bytes: int) -> str:

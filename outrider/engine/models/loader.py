@@ -109,7 +109,7 @@ def load(options: ModelOptions) -> LoadedModel:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    with refusing_first_pass(f"{options.model} cannot be run"):
+    with refusing_anything(f"{options.model} cannot be run"):
         return _load(options)
 
 
@@ -226,13 +226,13 @@ def read_checked(model: PreTrainedModel) -> tuple[DecoderSpec, Probe]:
     hold_rotary_factors(model, context_length)
     log.info("checking the model by a short text")
     token_ids, device = probe_text(model), next(model.parameters()).device
-    with refusing_first_pass(f"{name} cannot run a short text"):
+    with refusing_anything(f"{name} cannot run a short text"):
         model.set_attn_implementation(own_attention)
         expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
     if not expected.isfinite().all():
         raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: {_NOT_FINITE}")
     switch_attention(model)
-    with refusing_first_pass(f"{name} cannot be run with packed attention"):
+    with refusing_anything(f"{name} cannot be run with packed attention"):
         spec = DecoderSpec.read(model)
         probe = Probe(token_ids, expected_rows(expected), spec.is_rounded)
         actual = rows_of(ModelRunner(spec.reference), token_ids)
@@ -251,8 +251,8 @@ def read_checked(model: PreTrainedModel) -> tuple[DecoderSpec, Probe]:
 
 
 @contextmanager
-def refusing_first_pass(what: str) -> Iterator[None]:
-    """Turn whatever a first pass raises into a ModelRefusedError; of a model's code it can be anything."""
+def refusing_anything(what: str) -> Iterator[None]:
+    """Turn whatever a model raises into a ModelRefusedError; of a model's code it can be anything."""
     try:
         yield
     except ModelRefusedError:

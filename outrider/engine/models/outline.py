@@ -12,7 +12,7 @@ from outrider.engine.backends import attention
 from outrider.engine.backends.choice import BACKENDS, Machine
 from outrider.engine.kv_cache import KvShape
 from outrider.engine.models.checkpoint import Checkpoint, ModelRefusedError, Source
-from outrider.engine.models.loader import ModelOptions, device_of, opened_by, refusing_first_pass, switch_attention
+from outrider.engine.models.loader import ModelOptions, device_of, opened_by, refusing_anything, switch_attention
 from outrider.engine.models.plan import Plan, planned
 from outrider.engine.models.spec import DecoderSpec
 from outrider.engine.models.stored import replace_weights, without_numbers
@@ -28,7 +28,7 @@ def plan_of(options: ModelOptions) -> Plan:
     """
     source = Source.of(options.model, options.revision, options.trust_remote_code)
     device = device_of(options.device)
-    with refusing_first_pass(f"{options.model} cannot be planned"):
+    with refusing_anything(f"{options.model} cannot be planned"):
         checkpoint = opened_by(options, source, device)
         plan = planned(checkpoint, device, options.caches.max_cached_tokens)
         if plan is None:
