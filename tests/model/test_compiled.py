@@ -338,10 +338,8 @@ class TestTypesOfCaches:
         runner = CompiledLlamaRunner(spec, kv_dtype=kv_dtype)
         cache, copied = runner.new_cache(), runner.new_cache()
         runner.forward([Feed(cache, ids[:600], 1)])
-        assert (
-            cache._keys.nbytes + cache._values.nbytes
-            == cache.capacity * spec.entries.num_bytes * kv_dtype.itemsize // 4
-        )
+        num_bytes = cache.capacity * spec.entries.num_bytes * kv_dtype.itemsize // 4
+        assert cache._keys.nbytes + cache._values.nbytes == num_bytes
         copied.copy_from(cache, 500)
         assert torch.equal(runner.forward([Feed(copied, ids[500:], 200)]), at_once(runner, ids)[500:])
 
