@@ -60,7 +60,8 @@ class CompiledLlamaRunner:
         )
         width, cache_type = attention_width(entries.head_dim), CACHE_TYPES[kv_dtype]
         self._cache_shape = PanelShape(len(weights.layers), entries.num_kv_heads, entries.head_dim, width, cache_type)
-        self._rotary, self._vocab_size, self._team = weights.rotary, spec.vocab_size, Team(num_threads)
+        self._rotary, self._team = weights.rotary, Team(num_threads)
+        self._vocab_size = weights.head_layer.matrices[0].shape[0]  # as many as a product writes
         self._arena = Arena()
         self._stored: dict[Matrix, StoredMatrix] = {}  # which descriptors point to
         self._weights = self._weights_of(weights)
