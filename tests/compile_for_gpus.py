@@ -11,7 +11,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from outrider.engine.backends.gpu import attention, entries, products
+from outrider.engine.backends.gpu import attention, kv_store, products
 from outrider.sampling.readers import gpu
 
 HALF, SINGLE, DOUBLE = "*bf16", "*fp32", "*fp64"
@@ -22,8 +22,8 @@ PRODUCT = {
 SIZES = {"NUM_INPUTS": 4096, "HAS_BIAS": True}
 PARTS = dict.fromkeys(("parts", "vocab_sizes", "temperatures", "uniforms", "noises"), DOUBLE)
 PARTS |= {"rows": SINGLE, "row_stride": "i32", "num_parts": "i32"}
-ROOMS = {"counts": "*i32", "room_ids": "*i32", "room_numbers": SINGLE, "min_prob": "fp32"}
-CANDIDATES = {"NUM_BEST": 3, "PARTS": 64, "PART": 4096, "ROOM": 8192}
+BUFFERS = {"counts": "*i32", "kept_ids": "*i32", "kept_numbers": SINGLE, "min_prob": "fp32"}
+CANDIDATES = {"NUM_BEST": 3, "PARTS": 64, "PART": 4096, "CAPACITY": 8192}
 HEADS = {"HEAD_DIM": 128, "PADDED_DIM": 128, "NUM_SPLITS": 16}
 
 
@@ -51,8 +51,8 @@ KERNELS = {
         | {"parts": SINGLE, "num_rows": "i32", "input_row": "i32", "eps": "fp32"},
         {"NUM_PARTS": 2, "SIZE": 1600, "BLOCK": 2048, "IS_CENTRED": True},
     ),
-    "entries": (
-        entries._store,
+    "kv_store": (
+        kv_store._store,
         dict.fromkeys(("projected", "keys", "values"), HALF)
         | {"positions": "*i64", "slots": "*i64", "cosines": SINGLE, "sines": SINGLE, "first_head": "i32"},
         {"NUM_QUERY_HEADS": 32, "NUM_HEADS": 8, "HALF_DIM": 64, "PADDED_HALF": 64, "HAS_ANGLES": True},
@@ -63,8 +63,8 @@ KERNELS = {
         | dict.fromkeys(("parts", "sums"), SINGLE)
         | dict.fromkeys(("cu_seq_q", "seqused_k", "block_table"), "*i32")
         | dict.fromkeys(("query_token", "query_head", "key_slot", "value_slot", "key_head", "value_head"), "i32")
-        | {"scale": "fp32", "table_row": "i32", "num_tokens": "i32", "num_blocks": "i32"},
-        HEADS | {"GROUP": 4, "PAGE_SIZE": 64, "WINDOW": 100, "NUM_HEADS": 8, "BLOCK_ROWS": 16, "BLOCK_KEYS": 64},
+        | {"scale": "fp32", "table_row": "i32", "num_tokens": "i32", "num_tiles": "i32"},
+        HEADS | {"GROUP": 4, "BLOCK_SIZE": 64, "WINDOW": 100, "NUM_HEADS": 8, "TILE_ROWS": 16, "TILE_KEYS": 64},
     ),
     "parts of attention": (
         attention._combine,
@@ -76,12 +76,12 @@ KERNELS = {
         PARTS | {"vocab_size": "i32"},
         {"HAS_SIZES": True, "NUM_BEST": 3, "PART": 4096},
     ),
-    "counts of candidates": (gpu._collect, PARTS | ROOMS, CANDIDATES | {"ARE_COUNTED": False}),
-    "candidates": (gpu._collect, PARTS | ROOMS, CANDIDATES | {"ARE_COUNTED": True}),
+    "counts of candidates": (gpu._collect, PARTS | BUFFERS, CANDIDATES | {"ARE_COUNTED": False}),
+    "candidates": (gpu._collect, PARTS | BUFFERS, CANDIDATES | {"ARE_COUNTED": True}),
     "drafts": (
         gpu._draft,
-        PARTS | ROOMS | {"table": DOUBLE, "max_supports": DOUBLE, "token_ids": "*i64"},
-        {"MOST": 1024, "NUM_OTHERS": 2, "NUM_BEST": 3, "PARTS": 64, "ROOM": 8192},
+        PARTS | BUFFERS | {"table": DOUBLE, "max_supports": DOUBLE, "token_ids": "*i64"},
+        {"MOST": 1024, "NUM_OTHERS": 2, "NUM_BEST": 3, "PARTS": 64, "CAPACITY": 8192},
     ),
     "target rows": (
         gpu._target,
@@ -92,12 +92,12 @@ KERNELS = {
     ),
 }
 NUM_WARPS = dict.fromkeys((name for name in KERNELS if "product" in name), 4)
-NUM_WARPS |= {"entries": 1, "attention": 4, "parts of attention": 1, "drafts": 16, "target rows": 16}  # others 8
+NUM_WARPS |= {"kv_store": 1, "attention": 4, "parts of attention": 1, "drafts": 16, "target rows": 16}  # others 8
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # that a program can have, CUDA C Programming Guide
 
 
 def _aligned(kernel, types: dict[str, str]) -> list[int]:
-    """Return the places of arguments that are multiples of 16, as nearly all are: then loads are wide and pipelined."""
+    """Return the indices of arguments that are multiples of 16, as most are: loads are then wide and pipelined."""
     are_whole = [types.get(argument, "fp").startswith(("*", "i")) for argument in kernel.arg_names]
     return [
         index

@@ -258,6 +258,16 @@ class ServiceProcess:
 
 
 @contextmanager
+def python_process(*arguments: str, **how: Any) -> Iterator[subprocess.Popen]:
+    """Run Python with these arguments, and kill it at the end: `Popen` as a context would wait for it for ever."""
+    with subprocess.Popen([sys.executable, *arguments], **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
 def service_process(module: str, model: str, **options: Any) -> Iterator[ServiceProcess]:
     """Run a service as a process and kill it at the end if it still lives."""
     process = ServiceProcess(module, model, **options)

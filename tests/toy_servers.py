@@ -92,11 +92,22 @@ def honest_target(requests: Iterator[Any], context: grpc.ServicerContext) -> Ite
 class ToyServer:
     """A draft service or a target service that answers by generator functions."""
 
-    def __init__(self, kind: str, answer: Answer, info: Any = None, port: int = 0, pieces: Sequence[str] = PIECES):
-        """`info` is a ModelInfo, or a function of the context that returns one or aborts."""
+    def __init__(
+        self,
+        kind: str,
+        answer: Answer,
+        info: Any = None,
+        port: int = 0,
+        pieces: Sequence[str] = PIECES,
+        send_tokenizer: Callable[[grpc.ServicerContext], Iterator[bytes]] | None = None,
+    ):
+        """`info` is a ModelInfo, or a function of the context that returns one or aborts.
+
+        `send_tokenizer` yields the parts of `tokenizer.json`; by default that of the pieces.
+        """
         self._answer, self._info = answer, info or info_of(pieces=pieces)
-        self._pieces = pieces
-        draft, target = kind == "draft", kind == "target"
+        self._send_tokenizer = send_tokenizer or (lambda context: iter([tokenizer_json(pieces)]))
+        draft = kind == "draft"
         self._module: Any = draft_pb2 if draft else target_pb2
         name = self._module.DESCRIPTOR.services_by_name[f"{kind.title()}Service"].full_name
         request = draft_pb2.ProposeRequest if draft else target_pb2.VerifyRequest
@@ -106,8 +117,7 @@ class ToyServer:
                 self._talk, request.FromString, _serialised
             ),
         }
-        if target:
-            handlers["GetTokenizer"] = grpc.unary_stream_rpc_method_handler(self._tokenizer, None, _serialised)
+        handlers["GetTokenizer"] = grpc.unary_stream_rpc_method_handler(self._tokenizer, None, _serialised)
         self._pool = ThreadPoolExecutor(32)
         self._server = grpc.server(self._pool, options=(("grpc.so_reuseport", 0),))
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
@@ -132,7 +142,10 @@ class ToyServer:
         return info if isinstance(info, bytes) else getattr(self._module, name)(model=info)
 
     def _tokenizer(self, request: bytes, context: grpc.ServicerContext) -> Iterator[Any]:
-        yield target_pb2.GetTokenizerResponse(tokenizer_json=tokenizer_json(self._pieces))
+        is_draft = self._module is draft_pb2
+        response = draft_pb2.DraftServiceGetTokenizerResponse if is_draft else target_pb2.GetTokenizerResponse
+        for part in self._send_tokenizer(context):
+            yield response(tokenizer_json=part)
 
     def _talk(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         if callable(self._info):

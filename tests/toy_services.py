@@ -33,10 +33,22 @@ from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
 from outrider_client.conversation.committed import Task
 from outrider_client.conversation.conversation import Conversation
-from outrider_client.conversation.effects import Broken, Close, Describe, Link, Open, Received, Send, Wait
+from outrider_client.conversation.effects import (
+    Broken,
+    Close,
+    Describe,
+    Link,
+    Open,
+    Reason,
+    Received,
+    Send,
+    Translate,
+    Wait,
+)
 from outrider_client.conversation.patience import Patience
 from outrider_client.lookup.experience import Experience
 from outrider_client.lookup.lookup import Lookup
+from outrider_client.pair import find_mismatch
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.rules.acceptance import Proposal, TargetRow, decide
@@ -336,6 +348,8 @@ class World:
                 case Describe():
                     nobody = Broken(Link.DRAFT, grpc.StatusCode.UNAVAILABLE, "nobody is there")
                     answer = nobody if self.draft_info is None else self.draft_info
+                case Translate(draft):
+                    answer = Broken.of_draft(Reason.OTHER_TOKENIZER, str(find_mismatch(draft, model_info())))
 
     def _wait(self, timeout_s: float | None) -> Received | Broken | None:
         """Let things happen until one of them is an event."""

@@ -15,6 +15,7 @@ from outrider_client.cli.chat import chat
 from outrider_client.cli.demo import demo
 from outrider_client.cli.generate import generate
 from outrider_client.cli.info import info
+from outrider_client.cli.pairs import pairs
 
 
 @click.group(context_settings={"auto_envvar_prefix": "OUTRIDER", "help_option_names": ["-h", "--help"]})
@@ -27,7 +28,7 @@ def main() -> None:
     """
 
 
-for command in (demo, generate, chat, info, bench):
+for command in (demo, generate, chat, info, pairs, bench):
     main.add_command(command)
 
 if __name__ == "__main__":

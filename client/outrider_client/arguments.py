@@ -168,10 +168,19 @@ def token_ids(name: str, value: Any, remedy: str = "a list of token ids") -> lis
     return ids if set(map(type, ids)) <= {int} else [_token_id(name, index, it) for index, it in enumerate(ids)]
 
 
-def token_sequences(name: str, value: Any, remedy: str) -> list[list[int]]:
+def words(name: str, value: Any, remedy: str) -> list[str | list[int]]:
+    """Return each of several words: the ids of a list of them, and a text as it is."""
     if isinstance(value, Mapping | str | bytes | bytearray | memoryview) or not isinstance(value, Iterable):
         raise _refusal(name, value, remedy)
-    return [token_ids(name, each, remedy) for each in islice(value, _MOST_ITEMS)]
+    return [_word(name, each, remedy) for each in taken(name, value, _MOST_ITEMS, remedy)]
+
+
+def _word(name: str, value: Any, remedy: str) -> str | list[int]:
+    if not isinstance(value, str):
+        return token_ids(name, value, remedy)
+    if not value.strip():
+        raise InvalidRequestError(f"{name} holds {shown(value)}, a word of nothing: give {remedy}")
+    return text(name, value)
 
 
 def biases(name: str, value: Any, remedy: str) -> dict[int, float]:
@@ -225,3 +234,9 @@ def address(name: str, value: object, default_port: int) -> str:
     if not (str(port).isdecimal() and 0 < int(port) < 1 << 16):
         raise _refusal(name, value, f"{remedy}, with a port from 1 to 65535")
     return f"{found[1]}:{port}"
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Return the host and the port of what `address` returned; None where it has a scheme."""
+    found = None if _SCHEME.match(address) else _HOST_AND_PORT.fullmatch(address)
+    return (found[1].strip("[]"), int(found[2])) if found else None

@@ -18,10 +18,10 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from outrider.protocol.errors import ERROR_DOMAIN
-from outrider.sampling.messages import defaults_of
+from outrider.protocol.errors import ERROR_DOMAIN, InvalidArgumentError
+from outrider.sampling.messages import check_ids, defaults_of
 from outrider.sampling.rng import seed_of_text
-from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2, target_pb2_grpc
+from outrider.v1 import common_pb2, draft_pb2_grpc, target_pb2_grpc
 from outrider_client import arguments
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.conversation.conversation import Conversation
@@ -42,7 +42,7 @@ from outrider_client.results import GenerationResult, GenerationStats
 from outrider_client.rules.rules import Rule, rule_of
 from outrider_client.speculation_length import FixedLength, LengthController, PairSpeeds
 from outrider_client.text.chat_template import checked_messages
-from outrider_client.text.text import TargetTokenizer, TextStream, prediction_to_ids, prompt_to_ids
+from outrider_client.text.text import TargetTokenizer, TextStream, prediction_to_ids, prompt_to_ids, word_to_ids
 
 log = logging.getLogger(__name__)
 
@@ -304,7 +304,7 @@ def begin_conversation(
     Raises:
         InvalidRequestError: an argument is wrong; the message names it.
     """
-    sampling = request.sampling.resolved(defaults_of(target.info))
+    sampling = _sampling_for(target, request.sampling)
     assert sampling.max_new_tokens is not None
     params, rule = request.speculation, rule_of(request.speculation.rule, has_seed=sampling.seed is not None)
     prompt_ids = prompt_to_ids(cast("str | list[int]", request.prompt), target.tokenizer, target.info.vocab_size)
@@ -318,13 +318,31 @@ def begin_conversation(
     asked = (prompt_ids, sampling.distribution, rule(seed), params, max_length)
     task = Task(*asked, target.info, sampling.logprobs, has_draft=settings.draft is not None)
     eos_token_ids = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else target.info.eos_token_ids))
-    text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, sampling.stop, eos_token_ids)
+    ends = sampling.stop, eos_token_ids, sampling.min_tokens or 0
+    text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, *ends)
     lengths = lengths_for(params, rule, sampling, speeds) if task.has_draft else FixedLength(0)
     new_lookup = None
     if params.looks_up(settings.looks_up):
         new_lookup = lookup_for(params, rule, sampling, target, experiences or Experiences())
     patience, clock, jitter = settings.patience, time.monotonic, settings.jitter
     return Conversation(task, text, lengths, patience, clock, request.deadline, jitter, breaker, new_lookup)
+
+
+def _sampling_for(target: Target, asked: SamplingParams) -> SamplingParams:
+    """Return how a text is drawn of this target: nothing is open, and all words are ids of its vocabulary.
+
+    Raises:
+        InvalidRequestError: it has no such ids, or no tokenizer for words.
+        ServiceFailedError: the tokenizer cannot be used.
+    """
+    vocab_size = target.info.vocab_size
+    sampling = asked.resolved(defaults_of(target.info))
+    sampling = sampling.with_word_ids(lambda word: word_to_ids(word, target.tokenizer, vocab_size))
+    try:
+        check_ids(sampling.distribution, vocab_size)
+    except InvalidArgumentError as error:
+        raise InvalidRequestError(str(error)) from error
+    return sampling
 
 
 def left_until(deadline: float | None) -> float | None:
@@ -402,22 +420,26 @@ class TokenizerParts:
     """The parts that GetTokenizer has sent."""
 
     def __init__(self) -> None:
-        self._parts: list[target_pb2.GetTokenizerResponse] = []
+        self._parts: list[Any] = []  # GetTokenizerResponse of the target, or of a draft
         self._num_bytes = 0
 
-    def add(self, part: target_pb2.GetTokenizerResponse) -> None:
+    def add(self, part: Any) -> None:
         """Keep a part; raises ServiceFailedError if they are too large together."""
         self._num_bytes += part.ByteSize() + TOKENIZER_PART_BYTES
         if self._num_bytes > MAX_TOKENIZER_BYTES:
-            raise ServiceFailedError(f"the target sent a tokenizer of more than {MAX_TOKENIZER_BYTES >> 20} MiB")
+            raise ServiceFailedError(f"the service sent a tokenizer of more than {MAX_TOKENIZER_BYTES >> 20} MiB")
         self._parts.append(part)
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        return b"".join(part.tokenizer_json for part in self._parts)
 
     def tokenizer(self) -> TargetTokenizer:
         """Return the tokenizer; raises ServiceFailedError if there are no parts."""
         if not self._parts:
             raise ServiceFailedError("the target says that it has a tokenizer, and sent none")
         return TargetTokenizer.from_parts(
-            b"".join(part.tokenizer_json for part in self._parts),
+            self.tokenizer_json,
             "".join(part.chat_template for part in self._parts),
             self._parts[0].special_tokens_json,
         )

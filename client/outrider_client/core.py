@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import grpc
 
 from outrider.v1 import common_pb2, draft_pb2, target_pb2
+from outrider_client.absence import Absence
 from outrider_client.arguments import is_several
 from outrider_client.connection import (
     CLOSED,
@@ -37,13 +39,26 @@ from outrider_client.connection import (
     time_for_draft,
 )
 from outrider_client.conversation.conversation import Conversation
-from outrider_client.conversation.effects import Broken, Close, Describe, Effect, Event, Link, Open, Send, Wait
-from outrider_client.errors import ClientClosedError, ModelChangedError, OutriderError
+from outrider_client.conversation.effects import (
+    Broken,
+    Close,
+    Describe,
+    Effect,
+    Event,
+    Link,
+    Open,
+    Reason,
+    Send,
+    Translate,
+    Wait,
+)
+from outrider_client.errors import ClientClosedError, ModelChangedError, OutriderError, ServiceFailedError
 from outrider_client.lookup.experience import Experiences
-from outrider_client.pair import PairInfo, check_model
+from outrider_client.pair import PairInfo, check_model, find_mismatch, needs_translation
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.speculation_length import PairSpeeds
 from outrider_client.text.text import TargetTokenizer
+from outrider_client.text.vocabulary import Translation, Vocabulary
 
 MOST_AT_ONCE = 32  # texts of one call
 
@@ -68,6 +83,7 @@ class Core:
         self.breaker = settings.patience.breaker()
         self.draft_info: common_pb2.ModelInfo | None = None  # None after a failure
         self._target: Target | None = None
+        self._translation: tuple[tuple[str, str], Translation] | None = None  # of two models, by their identities
         self._connection: Connection | None = None
         self._is_closed = False
         self._guard = threading.RLock()  # of connection and texts; reentrant: a signal handler may close the client
@@ -129,7 +145,12 @@ class Core:
         return text
 
     async def info(self) -> PairInfo:
-        return await self.until_closed(self._ask_pair(deadline=None))
+        pair = await self.until_closed(self._ask_pair(deadline=None))
+        if pair.draft is None or not needs_translation(pair.draft, pair.target):
+            return pair
+        target = await self.described_target()
+        translation = await self.until_closed(self.translation(pair.draft, target, deadline=None))
+        return pair if isinstance(translation, Broken) else replace(pair, overlap=translation.overlap)
 
     async def described_target(self, deadline: float | None = None) -> Target:
         """Return the target's description, fetched once; after a failure the next call tries again."""
@@ -171,6 +192,41 @@ class Core:
             self.breaker.on_failure(now, num_noted, failure.cause, held_up_s=now - began_at)
             return failure
 
+    async def translation(
+        self, draft: common_pb2.ModelInfo, target: Target, deadline: float | None
+    ) -> Translation | Broken:
+        """Return the translation between the tokenizers of draft and target, made once for each pair of models.
+
+        A failure is returned, and the next call tries again.
+        """
+        models, connection = (draft.identity, target.info.identity), self.connected()
+        left_s, most_s = left_until(deadline), self.settings.connect_s
+        until = time.monotonic() + (most_s if left_s is None else min(left_s, most_s))
+        while not await connection.lock(max(0.0, until - time.monotonic())):
+            if time.monotonic() >= until:
+                return Broken.of_draft(Reason.SILENT, "its tokenizer did not come in time")
+        try:
+            if self._translation is None or self._translation[0] != models:
+                self._translation = models, await self._make_translation(draft, target, until)
+            return self._translation[1]
+        except grpc.RpcError as error:
+            self.connected()
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # a draft service of an older version
+                return Broken.of_draft(Reason.OTHER_TOKENIZER, str(find_mismatch(draft, target.info)))
+            return broken(Link.DRAFT, error)
+        except ServiceFailedError as error:
+            return Broken.of_draft(Reason.BROKE_PROTOCOL, f"its tokenizer cannot be used: {error}")
+        finally:
+            connection.describing.release()
+
+    async def _make_translation(self, draft: common_pb2.ModelInfo, target: Target, until: float) -> Translation:
+        """Fetch the draft's tokenizer and compare; raises grpc.RpcError or ServiceFailedError."""
+        connection, parts = self.connected(), TokenizerParts()
+        assert connection.draft is not None
+        request, left_s = draft_pb2.DraftServiceGetTokenizerRequest(), max(0.0, until - time.monotonic())
+        await connection.collect(connection.draft.GetTokenizer, request, left_s, parts.add)
+        return await connection.in_thread(_translation, draft, parts.tokenizer_json, target)
+
     async def _describe_target(self, deadline: float | None) -> Target:
         connection, retrying = self.connected(), Retrying(self.settings, deadline)
         while not await connection.lock(retrying.left_s):
@@ -195,7 +251,8 @@ class Core:
         def ask(connection: Connection, left_s: float) -> Awaitable[target_pb2.TargetServiceGetModelInfoResponse]:
             return connection.unary(connection.target.GetModelInfo, request, left_s)
 
-        target = await self._ask_target(ask, Retrying(self.settings, deadline, NOTICE_S))
+        absence = Absence("target", self.settings.target, since=time.monotonic())
+        target = await self._ask_target(ask, Retrying(self.settings, deadline, NOTICE_S), absence)
         draft = await self.describe_draft(deadline) if self.settings.draft is not None else None
         if draft is None or isinstance(draft, Broken):
             return PairInfo(target.model, target.stats, None, None)
@@ -211,14 +268,24 @@ class Core:
 
         return (await self._ask_target(ask, Retrying(self.settings, deadline))).tokenizer()
 
-    async def _ask_target(self, ask: Callable[[Connection, float], Awaitable[_T]], retrying: Retrying) -> _T:
-        """Return what `ask` returns, retrying. It is given the seconds of each try."""
+    async def _ask_target(
+        self,
+        ask: Callable[[Connection, float], Awaitable[_T]],
+        retrying: Retrying,
+        absence: Absence | None = None,
+    ) -> _T:
+        """Return what `ask` returns, retrying. It is given the seconds of each try.
+
+        With an `absence`, retries end once it says that nothing listens.
+        """
         while True:
             connection = self.connected()
             try:
                 return await ask(connection, retrying.try_s)
             except grpc.RpcError as error:
                 self.connected()
+                if absence:
+                    await absence.check(broken(Link.TARGET, error), connection)
                 await connection.pause(retrying.pause_after(error))
 
 
@@ -237,6 +304,8 @@ class Text:
         self._events: Any = None  # the connection's mailbox of (stream, event); None ends a wait
         self.result: GenerationResult | None = None  # once finished
         self._is_running = self._is_over = self._has_begun_again = False
+        draft, needs_draft = core.settings.draft, request.speculation.method == "draft"
+        self._draft_absence = Absence("draft", draft) if draft and needs_draft else None  # of a draft without a target
 
     def __del__(self) -> None:
         self._is_over = True
@@ -363,15 +432,15 @@ class Text:
                     self._core.draft_info = None
             case Describe():
                 return await self._describe_draft()
+            case Translate(draft):
+                assert self._target is not None
+                fetching = self._core.translation(draft, self._target, self._request.deadline)
+                return await self._core.until_closed(fetching)
         return None
 
     def _open(self, link: Link, message: Any) -> None:
         stream = self._streams[link] = self._core.connected().stream(link, self._events)
-        try:
-            stream.begin(message, left_until(self._request.deadline))
-        except ValueError:  # gRPC raises it for a closed channel
-            self._core.check_open()
-            raise
+        stream.begin(message, left_until(self._request.deadline))
 
     def _close(self, link: Link) -> None:
         stream = self._streams.pop(link, None)
@@ -399,9 +468,23 @@ class Text:
         if info is None:
             description = await self._core.until_closed(self._core.describe_draft(self._request.deadline))
             if isinstance(description, Broken):
+                if self._draft_absence and not self.partial.token_ids:
+                    await self._draft_absence.check(description, self._core.connected())
                 return description
             info = self._core.draft_info = description.model
         return info
+
+
+def _translation(draft: common_pb2.ModelInfo, tokenizer_json: bytes, target: Target) -> Translation:
+    """Return the translation between both tokenizers; raises ServiceFailedError if one of them is broken."""
+    assert target.tokenizer is not None
+    its = TargetTokenizer.from_parts(tokenizer_json, "", "")
+    ends = zip(draft.eos_token_ids[:1], target.info.eos_token_ids[:1], strict=False)
+    return Translation(
+        Vocabulary.of(its.tokenizer, draft.vocab_size),
+        Vocabulary.of(target.tokenizer.tokenizer, target.info.vocab_size),
+        ((mine, other) for mine, other in ends if mine < draft.vocab_size),
+    )
 
 
 class TextView:

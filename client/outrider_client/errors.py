@@ -4,7 +4,7 @@ OutriderError                  base; `partial` holds the text so far, or None
 ├── InvalidRequestError        an argument is wrong, or a service refused a field; also a ValueError
 ├── IncompatiblePairError      draft and target have different tokenizers, under the method `draft`
 ├── ModelChangedError          a service changed its model in the middle of the text
-├── ServiceUnavailableError    the target did not answer within the retry time
+├── ServiceUnavailableError    nothing listens at the address, or the target did not answer within the retry time
 ├── DeadlineExceededError      the call's own timeout passed; also a TimeoutError
 ├── ClientClosedError          the client was closed before or during the call
 └── ServiceFailedError         a service failed on this request, or broke the protocol

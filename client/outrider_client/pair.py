@@ -13,6 +13,7 @@ from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
 from outrider_client.errors import ServiceFailedError
 
+LEAST_OVERLAP = 0.5  # of the smaller vocabulary, for a draft of another tokenizer
 _BLOCK = 1024  # ids under one digest; TokenizerFingerprint in common.proto
 
 
@@ -24,11 +25,12 @@ class PairInfo:
     target_stats: common_pb2.ServiceStats
     draft: common_pb2.ModelInfo | None  # None: no draft was named, or it did not answer
     draft_stats: common_pb2.ServiceStats | None
+    overlap: float | None = None  # share of the smaller vocabulary that both have; None: not compared token by token
 
     @property
     def mismatch(self) -> str | None:
         """Why the two cannot work together; None if they can, or without a draft."""
-        return None if self.draft is None else find_mismatch(self.draft, self.target)
+        return None if self.draft is None else mismatch_of(self.draft, self.target, self.overlap)
 
 
 def as_plain_dict(message: Message) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> 
     the same size.
     """
     names = f"draft {draft.model_id} and target {target.model_id}"
-    if not draft.HasField("tokenizer") or not target.HasField("tokenizer"):
+    if not _have_tokenizers(draft, target):
         if draft.HasField("tokenizer") == target.HasField("tokenizer") and draft.vocab_size == target.vocab_size:
             return None
         return f"{names} cannot be compared: one came without a tokenizer, or their vocabularies differ in size"
@@ -91,3 +93,25 @@ def find_mismatch(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> 
         f"{names} have different tokenizers: {sizes}, first differing between ids {differing * _BLOCK} and "
         f"{(differing + 1) * _BLOCK - 1}; use a draft of the target's own family"
     )
+
+
+def needs_translation(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> bool:
+    """Return whether both have tokenizers, and different ones."""
+    return _have_tokenizers(draft, target) and draft.tokenizer != target.tokenizer
+
+
+def _have_tokenizers(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo) -> bool:
+    return draft.HasField("tokenizer") and target.HasField("tokenizer")
+
+
+def mismatch_of(draft: common_pb2.ModelInfo, target: common_pb2.ModelInfo, overlap: float | None) -> str | None:
+    """Return why the two cannot work together, or None if they can.
+
+    `overlap` is the share of the smaller vocabulary that both have; None if it is not known.
+    """
+    mismatch = find_mismatch(draft, target)
+    if mismatch is None or overlap is None:
+        return mismatch
+    if overlap >= LEAST_OVERLAP:
+        return None
+    return f"{mismatch} (they share {overlap:.0%} of the smaller vocabulary: {LEAST_OVERLAP:.0%} is enough)"

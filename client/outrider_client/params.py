@@ -37,7 +37,7 @@ _PLAIN: dict[str, Callable[[str, Any, str], Any]] = {
     NUMBER: lambda name, value, _: arguments.real_number(name, value, -math.inf, math.inf, "a number"),
     COUNT: lambda name, value, remedy: arguments.whole_number(name, value, 0, MOST_TOP_K, remedy),
     IDS: arguments.token_ids,
-    SEQUENCES: arguments.token_sequences,
+    SEQUENCES: lambda name, value, remedy: arguments.words(name, value, f"a list of texts, or of {remedy}"),
     BIASES: arguments.biases,
 }  # by the kinds of a distribution's parameters
 
@@ -52,7 +52,8 @@ class SamplingParams(DistributionParams):
 
     None in a field of `NEUTRAL` is open: it takes the default of the target model's generation_config, as in vLLM, or
     else the value in `NEUTRAL`. Services get the `distribution`, in which nothing is open. Ids may be any iterable,
-    `logit_bias` also a mapping. A text ends at `stop_token_ids` too.
+    `logit_bias` also a mapping. `bad_words` takes texts as well as sequences of ids: a text is banned as the target's
+    tokenizer encodes it with a leading space, and without. A text ends at `stop_token_ids` too.
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.
@@ -64,7 +65,7 @@ class SamplingParams(DistributionParams):
     min_p: float | None = None  # type: ignore[assignment]
     repetition_penalty: float | None = _open()  # type: ignore[assignment]
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = _open()  # type: ignore[assignment]
-    bad_words: Sequence[Sequence[int]] | None = _open()  # type: ignore[assignment]
+    bad_words: Sequence[str | Sequence[int]] | None = _open()  # type: ignore[assignment]
     no_repeat_ngram_size: int | None = _open()  # type: ignore[assignment]
     min_tokens: int | None = _open()  # type: ignore[assignment]
     seed: int | None = None  # 64 bits; None draws one
@@ -95,19 +96,30 @@ class SamplingParams(DistributionParams):
         given = {param.name: param.metadata for param in PARAMETERS if not self._is_open(param.name)}
         for name, metadata in given.items():
             _set(self, name, _PLAIN[metadata["kind"]](name, getattr(self, name), metadata["remedy"]))
+        words = self.bad_words
+        if words is not None:
+            _set(self, "bad_words", [word for word in words if not isinstance(word, str)])
         try:
             distribution = self.distribution
         except InvalidArgumentError as error:
             raise InvalidRequestError(str(error)) from error
         for name in given:
             _set(self, name, getattr(distribution, name))
+        if words is not None:
+            _set(self, "bad_words", tuple(word if isinstance(word, str) else tuple(word) for word in words))
 
     def _is_open(self, name: str) -> bool:
         return name in NEUTRAL and getattr(self, name) is None
 
     @property
     def distribution(self) -> DistributionParams:
-        """The part that services need; open fields have their neutral values."""
+        """The part that services need; open fields have their neutral values.
+
+        Raises:
+            InvalidRequestError: `bad_words` holds texts, which `with_word_ids` turns into ids.
+        """
+        if self._has_word_texts:
+            raise InvalidRequestError("bad_words holds texts: services take sequences of token ids")
         names = [param.name for param in PARAMETERS if not self._is_open(param.name)]
         return DistributionParams(**{name: getattr(self, name) for name in names})
 
@@ -123,6 +135,21 @@ class SamplingParams(DistributionParams):
         most = values["max_new_tokens"] if self.max_new_tokens is None else self.max_new_tokens
         values["min_tokens"] = min(values["min_tokens"], most)
         return replace(self, **{name: value for name, value in values.items() if self._is_open(name)})
+
+    @property
+    def _has_word_texts(self) -> bool:
+        return any(isinstance(word, str) for word in self.bad_words or ())
+
+    def with_word_ids(self, ids_of: Callable[[str], Sequence[Sequence[int]]]) -> SamplingParams:
+        """Return these with the sequences of ids that `ids_of` makes of each text in `bad_words`.
+
+        Raises:
+            InvalidRequestError: they are too many.
+        """
+        if not self._has_word_texts:
+            return self
+        words = [ids_of(word) if isinstance(word, str) else [word] for word in self.bad_words or ()]
+        return replace(self, bad_words=[ids for sequences in words for ids in sequences])
 
     def seed_or_new(self) -> int:
         """Return the seed, or a random one."""

@@ -9,12 +9,9 @@ tokens: the last one decided counts whether it was accepted or replaced. A round
 of a round are a line in K ≥ 1, plus what rounds of exactly K proposals were off it; R(0) is measured by itself.
 
 K is decided in blocks of rounds, for all sessions of a client together: a round with proposals makes every other
-session wait, so a session that tries something by itself does not learn what would happen if all did. What is known is
-kept for each number of open sessions, to a factor of two. Sessions of other clients are seen by R(0) alone.
-
-The side that is not in use, K = 0 or K ≥ 1, is known from looks only: blocks of it. One budget bounds what speculation
-may lose against the target only: lost tokens are a debt, which INCOME of the text repays. While there is debt there is
-no look at the draft, and a draft in use whose debt passes REFUTED is left, whatever was predicted.
+session wait. What is known is kept for each number of open sessions, to a factor of two. The side that is not in use,
+K = 0 or K ≥ 1, is known from looks only: blocks of it. One budget, LOSS, bounds what speculation may lose against the
+target only: lost tokens are a debt, which INCOME of the text repays. While there is debt there is no look at the draft.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from enum import Enum, auto
+from enum import Enum
 from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
@@ -32,20 +29,18 @@ from outrider.common.averages import Average, Line
 # `python -m benchmarks.simulation` halves and doubles each of these, and prints what becomes of the speed.
 MOST = 16  # proposals in a round
 FIRST = 2  # K of the first look, and the least where K may be 0: one proposal brings no more tokens than none
-MEMORY_ROUNDS = 64  # of a session, after which a round weighs 1/e
-PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.65, 3.0  # of index i: the acceptance of index i − 1, worth so many rounds
-PRIOR_ON_LINE = 2.0  # rounds that say that a K takes as long as the line says
+MEMORY_ROUNDS = 64  # of a session, after which a round weighs 1/e; R(0) is then looked at again
+PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.65, 3.0  # of index i: as i − 1, worth so many rounds; R(K), as the line says
 MARGIN = 0.03  # the side changes for a gain of more than this share
 BLOCK = 2  # rounds of each session, of which in a look at K ≥ 1 the first is not learned from
-LOOK_LOSS = 2.0  # tokens up to which one session's look goes on until the draft seems the faster
 LOOK_ONLY = 6  # rounds of a look at K = 0, and of the start; the first half is not learned from
-OLD_ONLY = 0.5  # rounds of a session that R(0) from before a look at K = 0 weighs
-ONLY_PAUSE = 64  # rounds of K ≥ 1 before a look: R(0) may have been measured in a bad moment
 PAUSE = 16  # rounds of K = 0 before a look, and as many again in which the draft processes what it has missed
 HELD_UP = 2.0  # times R(0), beyond which something else held up a round of K = 0, as sessions that end do
 OTHER_LOAD = 2.0  # times R(0) of the last look: others use the target, and what is known is of another load
 INCOME = 0.005  # share of the text that speculation may lose
-REFUTED = 8.0  # tokens of debt of a session, and most that are saved for it; a round counts as half of it at most
+# Tokens of a session that a look may lose, and as which one round counts at most. A draft in use is left at twice as
+# many, whatever was predicted, and saves as many: with 4, bad luck ended the use of a good one in 5 of 60 simulations.
+LOSS = 4.0
 
 
 class RoundTimes(NamedTuple):
@@ -58,13 +53,14 @@ class RoundTimes(NamedTuple):
     overlaps: Sequence[float] = ()  # as in acceptance.Decision
 
     @property
-    def num_committed(self) -> int:
-        return min(self.num_accepted + 1, max(1, self.num_proposals))
-
-    @property
     def accept_probs(self) -> Sequence[float]:
         """Of each proposal that was judged, how probable its acceptance was; its outcome where nobody knows."""
         return self.overlaps or [1.0] * self.num_accepted + [0.0] * (self.num_accepted < self.num_proposals)
+
+    @property
+    def num_expected(self) -> float:
+        """Tokens committed, with the probability of each acceptance in place of its outcome: the same on average."""
+        return 1.0 + sum(self.accept_probs[: max(0, self.num_proposals - 1)])
 
 
 class Acceptance:
@@ -87,13 +83,9 @@ class Acceptance:
         return [1.0, *accumulate(accumulate(probs, mul))]
 
 
-class Phase(Enum):
-    """What a block is for."""
-
-    USE = auto()  # the side that is thought the faster
-    PREPARE = auto()  # K = 0, while the draft catches up for a look
-    LOOK = auto()  # at the other side
-    AWAIT = auto()  # the used side, while sessions end their rounds of a look: the first to end are the short ones
+# What a block is for: the faster side; K = 0 while the draft catches up; a look at the other side; the used side, while
+# sessions end their rounds of a look: the first to end are the short ones.
+Phase = Enum("Phase", "USE PREPARE LOOK AWAIT")
 
 
 class Load:
@@ -117,13 +109,12 @@ class Load:
 
     def learn(self, times: RoundTimes, is_steady: bool, may_be_zero: bool) -> None:
         """Learn from a round, whose seconds are typical of its side where it `is_steady`."""
-        length, is_preparing = min(times.num_proposals, MOST), self.phase is Phase.PREPARE
-        usual_s, lost = self._only.mean, 0.0
+        length, is_preparing, usual_s = min(times.num_proposals, MOST), self.phase is Phase.PREPARE, self._only.mean
         if may_be_zero:  # else the round had no choice, and looks are not to pay for it
-            if usual_s and (length or is_preparing):
-                lost = min(times.round_s / usual_s - times.num_committed, REFUTED / 2)
-            least = -REFUTED * self.num_sessions if self.speculates else 0.0
-            self._debt = max(least, self._debt + lost - INCOME * times.num_committed)
+            has_cost = usual_s and (length or is_preparing)
+            lost = min(times.round_s / usual_s - times.num_expected, LOSS) if has_cost else 0.0
+            least = -2 * LOSS * self.num_sessions if self.speculates else 0.0
+            self._debt = max(least, self._debt + lost - INCOME * times.num_expected)
         if is_steady and length:
             self._longest = max(self._longest, length)
             self._rounds.add(length, times.round_s)
@@ -167,9 +158,9 @@ class Load:
             self._only_s_of_look = self._only.mean
         may_change = self.speculates or self.phase is not Phase.USE  # what is known of the draft is old without a look
         is_faster = may_change and pair >= only * (1 - MARGIN if self.speculates else 1 + MARGIN)
-        if self.phase is Phase.LOOK and not (self.speculates or is_faster) and self._debt < LOOK_LOSS:
+        if self.phase is Phase.LOOK and not (self.speculates or is_faster) and self._may_go_on:
             return self._begin(Phase.LOOK, best, 1)
-        is_faster &= self._debt <= REFUTED * self.num_sessions
+        is_faster &= self._debt <= 2 * LOSS * self.num_sessions
         if is_faster != self.speculates:
             self.speculates, self._since_look = is_faster, 0
         if not self._is_due:
@@ -179,23 +170,24 @@ class Load:
         return self._begin(Phase.PREPARE, 0, PAUSE)
 
     @property
-    def _knows_only(self) -> bool:
-        return self._only.weight >= self.num_sessions
+    def _is_due(self) -> bool:
+        """Whether it is time for a look, or to prepare one."""
+        if self.speculates:
+            return self._since_look >= MEMORY_ROUNDS
+        return self._only.weight >= self.num_sessions and self._debt <= 0 and self._since_look >= PAUSE
 
     @property
-    def _is_due(self) -> bool:
-        """Return whether it is time for a look, or to prepare one."""
-        if self.speculates:
-            return self._since_look >= ONLY_PAUSE
-        return self._knows_only and self._debt <= 0 and self._since_look >= PAUSE
+    def _may_go_on(self) -> bool:
+        """Whether a look may have one more round: what those so far lost on average, once more, is within LOSS."""
+        return self._debt * (1 + 1 / (1 + self._since_look)) < LOSS
 
     def _look(self, best: int) -> None:
         """Begin a look at the other side. What one shows of R(0) outweighs what was known from before."""
         if self.speculates:
-            self._only.fade(OLD_ONLY * self.num_sessions)
+            self._only.fade(self.num_sessions)
             self._begin(Phase.LOOK, 0, LOOK_ONLY)
         else:
-            self._begin(Phase.LOOK, best, BLOCK)
+            self._begin(Phase.LOOK, best, 1 if self.num_sessions == 1 else BLOCK)
         self._since_look, self.has_looked = 0, True
 
     def _rates(self) -> list[float]:
@@ -204,12 +196,12 @@ class Load:
         A line says little far from all that it has seen, so K at most doubles.
         """
         rates, tokens = [0.0] * (MOST + 1), self._acceptance.expected_tokens()
-        if self._knows_only:
+        if self._only.weight >= self.num_sessions:
             rates[0] = 1 / self._only.mean
         slope = self._slope if self._rounds.weight else 0.0
         for length in range(1, min(2 * self._longest, MOST) + 1 if self._rounds.weight else 1):
             off = self._off_line[length]
-            seconds = self._rounds.at(length, slope) + off.total / (off.weight + PRIOR_ON_LINE)
+            seconds = self._rounds.at(length, slope) + off.total / (off.weight + PRIOR_ROUNDS)
             rates[length] = tokens[length] / seconds if seconds > 0 else 0.0
         return rates
 

@@ -47,7 +47,8 @@ class SpeculativeClient:
                 are looked up in the text itself. Without either, `method="autoregressive"` works, and calls that ask
                 for `lookup` or give a `prediction`.
             patience: how long to wait for whom.
-            connect_timeout: seconds that the target may take to be ready at first use; after one the wait is logged.
+            connect_timeout: seconds that the target may take to be ready at first use. After one second the wait is
+                logged, or, where nothing listens at the address, ended by ServiceUnavailableError.
 
         Raises:
             InvalidRequestError: an argument is wrong.
@@ -237,7 +238,7 @@ class _ThreadConnection(Connection):
 
 
 class _Stream:
-    """One bidirectional call, with a queue of messages to send and a thread that reads."""
+    """One bidirectional call, with a queue of messages to send and a thread that makes the call and reads."""
 
     def __init__(self, link: Link, method: Any, mailbox: queue.SimpleQueue[Any]):
         self._link, self._method, self._mailbox = link, method, mailbox
@@ -245,21 +246,20 @@ class _Stream:
         self._is_held_up = self._is_over = False  # the reader waits for some to be taken; all has ended
         self._may_read = threading.Event()  # where the reader is held up
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._call: Any = None
+        self._call: Any = None  # until the reader has begun it
 
     def begin(self, message: Any, timeout: float | None) -> None:
         self.send(message)
-        self._call = self._method(iter(self._outgoing.get, None), timeout=timeout)
-        threading.Thread(target=self._read, name=f"outrider-{self._link.value}", daemon=True).start()
+        threading.Thread(target=self._run, args=[timeout], name=f"outrider-{self._link.value}", daemon=True).start()
 
     def send(self, message: Any) -> None:
         self._outgoing.put(message)
 
     def close(self) -> None:
-        self._outgoing.put(None)  # ends the call even if `begin` was interrupted before it kept it
+        self._is_over = True  # before the look at the call: whoever comes second cancels it
         if self._call:
             self._call.cancel()
-        self._is_over = True
+        self._outgoing.put(None)
         self._may_read.set()  # lets the reader see that the call is over
 
     def on_read(self) -> None:
@@ -274,6 +274,17 @@ class _Stream:
             self._may_read.wait()
             self._may_read.clear()
         self._is_held_up = False
+
+    def _run(self, timeout: float | None) -> None:
+        """Make the call and read it, in a thread that no signal interrupts: a call half made could not be cancelled."""
+        try:
+            self._call = self._method(iter(self._outgoing.get, None), timeout=timeout)
+        except ValueError as error:  # gRPC raises it for a closed channel
+            self._mailbox.put((self, Broken(self._link, grpc.StatusCode.CANCELLED, str(error))))
+            return
+        if self._is_over:
+            self._call.cancel()
+        self._read()
 
     def _read(self) -> None:
         try:

@@ -1,8 +1,8 @@
-"""Which other tokens the target is likely to put in the place of a proposal. Pure functions.
+"""Which tokens the target is likely to choose instead of a proposal. Pure functions.
 
-The idea of preparing for the likely outcomes of a verification while it runs is that of Kumar, Dao and May,
-"Speculative Speculative Decoding" (arXiv 2603.03251). Which of them are prepared changes no token and no law: behind an
-outcome the draft proposes what it would propose anyway, only sooner.
+Preparing for likely outcomes of a verification while it runs is the idea of Kumar, Dao and May, "Speculative
+Speculative Decoding" (arXiv 2603.03251). The choice changes no token: after an outcome the draft proposes the same
+tokens, only sooner.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def likely_alternatives(drafts: Sequence[Draft], accept_uniforms: Sequence[float
 
     Args:
         drafts: the round's, with their likeliest others.
-        accept_uniforms: the numbers by which proposals will be judged, which the seed tells: x is rejected when its
-            number is p(x) / q(x) or more. None where the target takes its own choice, as at temperature 0 and with
-            shared noise; there the others' shares are the chances that it chooses them.
+        accept_uniforms: the numbers, known from the seed, that will judge the proposals: x is rejected when its number
+            is p(x) / q(x) or more. None where the target makes its own choice, as at temperature 0 and with shared
+            noise; there the others' shares are their probabilities of being chosen.
     """
     chances: dict[tuple[int, int], float] = {}
     reached = 1.0

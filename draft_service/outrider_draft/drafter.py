@@ -24,7 +24,7 @@ from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.sampling.distribution import FILTERED, DistributionParams
 from outrider.sampling.draws import MOST_SUPPORT, Draft, Draws
-from outrider.sampling.pipeline import draft_tokens
+from outrider.sampling.pipeline import draft_tokens, leaves_no_token
 from outrider_draft.session import Commit, Drafted, DraftOptions, Path, Session
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class Drafter:
 
     def _blame(self, path: Path, error: Exception) -> None:
         """End what made something raise: the session whose main path it is, or a fork alone."""
-        log.error("a session failed, and is told" if path is path.session.main else "a fork failed", exc_info=error)
+        log.error("a session failed" if path is path.session.main else "a fork failed", exc_info=error)
         if path is path.session.main:
             self._fail(path.session, failed_alone())
         else:
@@ -315,7 +315,8 @@ class Drafter:
         """Append the drafts of each path's demand, and send them when it is time.
 
         A row with NaN or infinity ends its own session alone, and behind an alternative, which may have been absurd,
-        its own fork. All drafts are appended before any is sent: the cache that is told of holds them already.
+        its own fork; one that processors mask as a whole stops its session until the next commit. All drafts are
+        appended before any is sent: the cache that is told of holds them already.
         """
         for path, drafts in drawn:
             try:
@@ -334,11 +335,13 @@ class Drafter:
         assert demand.started_at is not None
         queue_ms = max(0.0, demand.started_at - path.session.committed_at) * 1000
         forward_ms = (demand.ended_at - demand.started_at) * 1000 / len(drafts)
-        laws = [draft for draft in drafts if draft]
-        if len(laws) == len(drafts):
-            path.session.append(path, laws, queue_ms, forward_ms, demand.batch_size)
+        found = [draft for draft in drafts if draft]
+        if len(found) == len(drafts):
+            path.session.append(path, found, queue_ms, forward_ms, demand.batch_size)
         elif path.alternative:
             path.stop()
+        elif _leaves_no_token(path, demand):
+            path.session.stop()
         else:
             self._fail(path.session, InternalError("the model returned NaN or infinity for this session"))
 
@@ -359,8 +362,14 @@ def _demand_of(path: Path) -> Demand:
     return path.demand
 
 
+def _leaves_no_token(path: Path, demand: Demand) -> bool:
+    """Return whether it is the logits processors that make the row of `demand` no distribution."""
+    options = path.session.options
+    return leaves_no_token(demand.rows[-1][0], options.params, path.history, options.vocab_size)
+
+
 def _draw(paths: Sequence[Path]) -> list[Drawn]:
-    """Draw a token for each path whose demand is finished; None where its row is no law."""
+    """Draw a token for each path whose demand is finished; None where its row is not finite."""
     if not (paths := [path for path in paths if path.wants_token and path.demand]):
         return []
     options = [path.session.options for path in paths]

@@ -60,6 +60,11 @@ class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer
                 model=self._host.model_info(), stats=await self._host.stats()
             )
 
+    async def GetTokenizer(self, request, context) -> AsyncIterator[draft_pb2.DraftServiceGetTokenizerResponse]:
+        async with self._host.answer(context) as call:
+            for part in self._host.tokenizer_parts(call):
+                yield draft_pb2.DraftServiceGetTokenizerResponse(tokenizer_json=part)
+
     async def Propose(self, requests, context) -> AsyncIterator[draft_pb2.ProposeResponse]:
         drafter = self._host.worker
         async with self._host.admit(requests, context) as call:

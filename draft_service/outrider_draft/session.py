@@ -145,9 +145,13 @@ class Path:
     def rewrite(self, start_position: int, token_ids: Sequence[int]) -> None:
         """Make the sequence what it was before a position, then these tokens; what is held does not agree with them."""
         self.sequence.rewrite(start_position, token_ids)
-        cache = self.sequence.cache
-        cache.truncate(min(cache.length, self.length - 1))  # the last token is fed, again if need be, for its row
+        self.feed_last_again()
         self.demand, self.held = None, []
+
+    def feed_last_again(self) -> None:
+        """Have the last token fed for its row, even if the cache has it."""
+        cache = self.sequence.cache
+        cache.truncate(min(cache.length, self.length - 1))
 
     def stop(self) -> None:
         """Prepare for nothing."""
@@ -196,6 +200,7 @@ class Session:
         self.forks: list[Path] = []  # those that prepare for nothing are kept for their caches
         self._accept = AddressedUniforms(options.seed, Purpose.ACCEPT)
         self._has_forked = False  # since the last commit
+        self._owes_stop = False  # the client has not been told that drafting has stopped
         self.gap_s: float | None = None  # the lesser of the last two, from a round's proposals to the next commit
         self._last_gap_s: float | None = None
         self._drafted_at: float | None = None  # when those of the present round were
@@ -249,6 +254,11 @@ class Session:
         self.is_stopped = drafts[-1].token_prob < options.min_draft_prob
         self._note_time()
 
+    def stop(self) -> None:
+        """Draft nothing more until the next commit, since no token may follow."""
+        self.is_stopped = self._owes_stop = True
+        self.main.feed_last_again()
+
     def _note_time(self) -> None:
         if self._drafted_at is None and self.num_committed < self.batch_until <= self.main.length:
             self._drafted_at = time.monotonic()
@@ -260,7 +270,7 @@ class Session:
         """Whether what is held has waited for all that it should, or for long enough."""
         held, end = self.main.held, self.main.length
         if not held:
-            return any(self._finished_forks())
+            return self._owes_stop or any(self._finished_forks())
         if not self.batch_until:
             return True
         has_all = end >= self.batch_until > end - len(held)
@@ -273,7 +283,7 @@ class Session:
     def take_held(self) -> Drafted:
         """Return what is held; nothing is held afterwards."""
         main, held, forks = self.main, self.main.held, self._finished_forks()
-        main.held = []
+        main.held, self._owes_stop = [], False
         self.num_sent += 1
         cache, tokens = main.sequence.cache, main.sequence.tokens
         drafted = Drafted(
@@ -323,7 +333,7 @@ class Session:
         self._see_gap()
         self.main.keep(max(0, len(tokens) - commit.start_position - len(commit.token_ids)))
         self.main.end, self.batch_until = commit.window, commit.batch_until
-        self.commit_index, self.is_stopped, self._has_forked = commit.index, False, False
+        self.commit_index, self.is_stopped, self._has_forked, self._owes_stop = commit.index, False, False, False
         self.committed_at = time.monotonic()
         self._note_time()
 

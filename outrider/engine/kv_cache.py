@@ -17,7 +17,7 @@ _GROWTH = 256  # positions; memory comes in steps of this many
 
 
 @dataclass(frozen=True)
-class EntryShape:
+class KvShape:
     """What one position of a model's cache holds."""
 
     num_layers: int
@@ -91,11 +91,11 @@ class SequenceCache(TokenCountedCache):
         return len(self._layers)
 
     @property
-    def entry_shape(self) -> EntryShape | None:
+    def kv_shape(self) -> KvShape | None:
         """What the layers have written at each position; None where they differ."""
         entries = [entry for layer in self._layers.values() for entry in layer]
         kinds = {(entry.shape[0], entry.shape[2], entry.dtype) for entry in entries}
-        return EntryShape(self.num_layers, *kinds.pop()) if len(kinds) == 1 else None
+        return KvShape(self.num_layers, *kinds.pop()) if len(kinds) == 1 else None
 
     def clear(self) -> None:
         """Forget everything and give the memory back."""

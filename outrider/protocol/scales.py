@@ -1,10 +1,10 @@
-"""The scales on which probabilities cross the wire. Both are taken before a token is drawn, so that no law is changed.
+"""The scales on which probabilities cross the wire. Rounding happens before a token is drawn, so the text stays exact.
 
-A drafted token is drawn in proportion to whole weights: the probabilities in units of 2^-13, rounded, at least 1. Sums
-of whole numbers are exact, so that the receiver of the weights knows to the letter what the token was drawn from.
+A drafted token is drawn in proportion to whole weights: probabilities in units of 2^-13, rounded, at least 1. Sums of
+whole numbers are exact, so the receiver of the weights knows exactly what the token was drawn from.
 
-The target's probabilities are rounded down to multiples of 2^-18. What rounding takes away goes to the mass outside the
-support, and takes part in the draw from there.
+The target's probabilities are rounded down to multiples of 2^-18. The remainders join the mass outside the support and
+take part in the draw from it.
 """
 
 from __future__ import annotations

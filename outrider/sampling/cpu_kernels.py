@@ -21,7 +21,7 @@ from outrider.sampling.rng import KEY_INCREMENTS, MULTIPLIERS, Purpose
 _NOISE = int(Purpose.NOISE)
 _JUST_BELOW_ONE = 1 - 1e-12  # for the last bits of a product and a logarithm
 _FIRST_RANKED = 256  # tokens that are ranked at first; top_p seldom needs more
-_BLOCK = 64  # weights that are summed before the draw looks for its place among them
+_BLOCK = 64  # weights whose sum a draw may skip
 
 
 @compiled()
@@ -34,16 +34,16 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
         vocab_sizes: `[N]` int64; what a row holds from there on does not count.
         temperatures, max_supports, uniforms: `[N]` float64, int64, float64.
         noises: `[N, 4]` uint64, draws.noise_addresses: where there is noise, it takes the place of the uniform.
-        num_others: how many of the likeliest tokens that were not drawn are told.
+        num_others: how many of the likeliest tokens that were not drawn are reported.
 
     Returns:
-        Ids and weights of all supports one after the other, int64; for each row the size of its support, the place of
-        the token in it, whether the row is finite, and ids and probabilities of its likeliest others `[N, num_others]`,
-        as `Draft.others` says. Where it is not finite, the support is empty.
+        Ids and weights of all supports, concatenated, int64; for each row the size of its support, the token's index in
+        it, whether the row is finite, and ids and probabilities of its likeliest others `[N, num_others]`; see
+        `Draft.others`. The support of a row that is not finite is empty.
     """
     num_rows = len(rows)
     ids, weights = np.empty(rows.size, np.int64), np.empty(rows.size, np.int64)
-    sizes, places, finite = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64), np.zeros(num_rows, np.bool_)
+    sizes, indices, finite = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64), np.zeros(num_rows, np.bool_)
     others, other_probs = np.zeros((num_rows, num_others), np.int64), np.zeros((num_rows, num_others))
     buffer = np.empty(rows.shape[1], rows.dtype)
     first = 0
@@ -56,18 +56,18 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
         size = _support(probs, total, min_prob, max_supports[row], ids[first:], weights[first:])
         support, sizes[row] = ids[first : first + size], size
         if noises[row, 0] and temperatures[row] != 0:  # else there is nothing to draw
-            places[row] = _race_among(support, probs, noises[row], others[row], other_probs[row])
+            indices[row] = _race_among(support, probs, noises[row], others[row], other_probs[row])
             first += size
             continue
-        places[row] = _place(weights[first : first + size], uniforms[row])
+        indices[row] = _index_by(weights[first : first + size], uniforms[row])
         first += size
-        _find_others(scores, support[places[row]], others[row])
+        _find_others(scores, support[indices[row]], others[row])
         if temperatures[row] == 0:
-            _shares(scores, support[places[row]], others[row], other_probs[row])
+            _shares(scores, support[indices[row]], others[row], other_probs[row])
         else:
-            for place in range(num_others):
-                other_probs[row, place] = probs[others[row, place]] / total
-    return ids[:first].copy(), weights[:first].copy(), sizes, places, finite, others, other_probs
+            for rank in range(num_others):
+                other_probs[row, rank] = probs[others[row, rank]] / total
+    return ids[:first].copy(), weights[:first].copy(), sizes, indices, finite, others, other_probs
 
 
 @compiled()
@@ -161,8 +161,8 @@ def _support(probs, total, min_prob, max_support, ids, weights):
             size += 1
     if size > max_support:
         size = _likeliest(probs, ids[:size], max_support)
-    for place in range(size):
-        weights[place] = max(1, np.int64(np.rint(probs[ids[place]] / total / WEIGHT_UNIT)))
+    for index in range(size):
+        weights[index] = max(1, np.int64(np.rint(probs[ids[index]] / total / WEIGHT_UNIT)))
     return size
 
 
@@ -174,8 +174,8 @@ def _likeliest(probs, ids, most):
     for token_id in ids:
         num_equal -= probs[token_id] > last
     size = 0
-    for place in range(len(ids)):
-        token_id = ids[place]
+    for index in range(len(ids)):
+        token_id = ids[index]
         if probs[token_id] < last or (probs[token_id] == last and num_equal == 0):
             continue
         num_equal -= probs[token_id] == last
@@ -185,7 +185,7 @@ def _likeliest(probs, ids, most):
 
 
 @compiled(on_disk=False)
-def _place(weights, uniform):
+def _index_by(weights, uniform):
     """Return an index drawn by whole `weights` `[S]`."""
     total = 0
     for weight in weights:
@@ -240,52 +240,52 @@ def _race(weights, noise, complements):
 
 @compiled(on_disk=False)
 def _race_among(ids, probs, noise, others, shares):
-    """Return the place among `ids` `[S]` of the one that arrives first; write the next ones, and their shares.
+    """Return the index in `ids` `[S]` of the one that arrives first; write the next ones and their shares.
 
-    A share is that in the rates of all of them, the first one's included.
+    A share is the fraction of the rates of all of them, the first included.
     """
     rates = np.empty(len(ids))
-    for place in range(len(ids)):
-        even, odd = _noise_words(noise, ids[place] >> 1)
-        rates[place] = probs[ids[place]] / -np.log(1 - _complement(odd if ids[place] & 1 else even))
+    for index in range(len(ids)):
+        even, odd = _noise_words(noise, ids[index] >> 1)
+        rates[index] = probs[ids[index]] / -np.log(1 - _complement(odd if ids[index] & 1 else even))
     first = int(rates.argmax())
     total = rates[first]
     rates[first] = -1.0
-    for index in range(min(len(others), len(ids) - 1)):
-        place = int(rates.argmax())
-        others[index], shares[index] = ids[place], rates[place]
-        total += rates[place]
-        rates[place] = -1.0
-    for index in range(len(others)):
-        shares[index] /= total
+    for rank in range(min(len(others), len(ids) - 1)):
+        index = int(rates.argmax())
+        others[rank], shares[rank] = ids[index], rates[index]
+        total += rates[index]
+        rates[index] = -1.0
+    for rank in range(len(others)):
+        shares[rank] /= total
     return first
 
 
 @compiled(on_disk=False)
 def _find_others(scores, drawn, others):
     """Write the ids with the highest `scores` `[V]` but that of `drawn`, the highest first."""
-    for place in range(len(others)):
+    for rank in range(len(others)):
         best = -1
         for token_id in range(len(scores)):
             if best >= 0 and not scores[token_id] > scores[best]:
                 continue
             is_taken = token_id == drawn
-            for earlier in others[:place]:
+            for earlier in others[:rank]:
                 is_taken |= token_id == earlier
             if not is_taken:
                 best = token_id
-        others[place] = max(best, 0)
+        others[rank] = max(best, 0)
 
 
 @compiled(on_disk=False)
 def _shares(scores, drawn, others, shares):
     """Write what the logits give each of `others` among themselves and `drawn`, at temperature 1."""
     total = 1.0
-    for place in range(len(others)):
-        shares[place] = np.exp(scores[others[place]] - scores[drawn])
-        total += shares[place]
-    for place in range(len(others)):
-        shares[place] /= total
+    for rank in range(len(others)):
+        shares[rank] = np.exp(scores[others[rank]] - scores[drawn])
+        total += shares[rank]
+    for rank in range(len(others)):
+        shares[rank] /= total
 
 
 @compiled(fastmath=SUMS, on_disk=False)

@@ -132,6 +132,13 @@ class DistributionParams:
         return tuple(it for it in PROCESSORS if it.needs(self))
 
 
+def no_token_left(params: DistributionParams, position: int) -> str:
+    """Return what to say where processors leave no token for a position."""
+    names = ", ".join(name for it in params.processors if it.masks for name in it.parameters)
+    who = names or "the sampling parameters"
+    return f"{who} leave no token for position {position}: mask fewer, or ask for fewer tokens"
+
+
 FILTERED = DistributionParams(top_k=2, top_p=0.9, min_p=0.01)  # for warming up: every filter has something to do
 
 
@@ -151,6 +158,7 @@ class Processor:
     """Changes the logits of a row, in place; the definitions are vLLM's."""
 
     parameters: ClassVar[tuple[str, ...]] = ()  # fields of DistributionParams, any of which asks for it
+    masks: ClassVar[bool] = False  # tokens, so that none may be left
 
     def needs(self, params: DistributionParams) -> bool:
         """Return whether `params` ask for it."""
@@ -165,6 +173,7 @@ class AllowedTokenIds(Processor):
     """Masks all other tokens."""
 
     parameters = ("allowed_token_ids",)
+    masks = True
 
     def apply(self, logits: Logits, params: DistributionParams, history: History) -> None:
         ids = _known(params.allowed_token_ids, logits)
@@ -187,6 +196,7 @@ class MinTokens(Processor):
     """Masks the tokens that end the text while there is too little of it."""
 
     parameters = ("min_tokens",)
+    masks = True
 
     def apply(self, logits: Logits, params: DistributionParams, history: History) -> None:
         if len(history.output_ids) < params.min_tokens:
@@ -227,6 +237,7 @@ class BadWords(Processor):
     """Masks the last token of a sequence behind the others of it, in the output alone."""
 
     parameters = ("bad_words",)
+    masks = True
 
     def apply(self, logits: Logits, params: DistributionParams, history: History) -> None:
         output = history.output_ids.tolist()
@@ -238,6 +249,7 @@ class NoRepeatNgrams(Processor):
     """Masks tokens that would end a sequence of n tokens that prompt and output have already; as transformers does."""
 
     parameters = ("no_repeat_ngram_size",)
+    masks = True
 
     def apply(self, logits: Logits, params: DistributionParams, history: History) -> None:
         size, ids = params.no_repeat_ngram_size, history.token_ids

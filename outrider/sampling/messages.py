@@ -21,10 +21,10 @@ def params_from_proto(message: common_pb2.SamplingParams, vocab_size: int | None
     """Return the parameters of a message.
 
     Args:
-        vocab_size: of the model, whose ids those of the parameters have to be. None: it passes over others.
+        vocab_size: of the model, which bounds all ids. None: ids are not checked.
 
     Raises:
-        InvalidArgumentError: a field is out of range; its name is told.
+        InvalidArgumentError: a field is out of range; the message names it.
     """
     params = DistributionParams(**_values_of(message))
     if vocab_size is not None:

@@ -1,8 +1,8 @@
 """From logits to tokens: logits -> processors (history, bias, masks) -> filters -> reader.
 
-A stage acts on the rows of those who ask for it, in place, and writes -infinity for what may not be. So the others pay
-nothing for them, and a reader sees logits, a temperature and a random number. Nobody's logits are changed: rows are
-joined into one tensor anyway, and a single part is copied.
+A stage acts in place, only on the rows that ask for it, and writes -infinity for tokens that are not allowed. So other
+rows pay nothing, and a reader sees logits, a temperature and a random number. The caller's logits never change: they
+are joined into a new tensor, or copied if there is one part.
 
 Shapes: N rows, V vocabulary size.
 """
@@ -31,18 +31,18 @@ def draft_tokens(
     vocab_sizes: Sequence[int] | None = None,
     histories: Sequence[History | None] | None = None,
 ) -> list[Draft | None]:
-    """Draw a token for each row; return N drafts, None where a row is no distribution.
+    """Draw a token for each row; return N drafts, None where a row is not finite.
 
-    The support is every token of at least `MIN_SUPPORT_PROB`, or as the likeliest, and of these the row's
+    The support is every token of at least `MIN_SUPPORT_PROB`, or as probable as the likeliest, and of these the row's
     `max_supports` likeliest. Dropping by probability, not by mass, loses the least acceptance for the number of ids.
-    The token is drawn from the whole weights that are returned, divided by their sum, so that the receiver knows
-    its distribution to the letter.
+    The token is drawn from the whole weights that are returned, divided by their sum, so the receiver knows its
+    distribution exactly.
 
     Args:
         parts: of `[R, V]` logits, together N rows.
         numbers: a uniform, or the noise of its position, for each row.
-        num_others: how many of the likeliest other tokens are told with each draft, if there are so many.
-        vocab_sizes: of each row; no id from there on is drawn. None: V.
+        num_others: the most of the likeliest other tokens that each draft reports.
+        vocab_sizes: of each row; only ids below are drawn. None: V.
         histories: of the rows whose params have processors.
     """
     logits = joined(parts)
@@ -59,12 +59,11 @@ def begin_reading(
     numbers: Sequence[float | Noise],
     histories: Sequence[History | None] | None = None,
 ) -> Reading:
-    """Begin to read rows that an accelerator may not have computed yet, and return how to go on.
+    """Queue the reading of rows that an accelerator may still be computing; return a call that waits for the result.
 
-    Each row is read on its support, `[S] int64`, and a token is drawn from what is left: the other ids, and what
-    rounding takes from those of the support, so that nothing of the distribution is lost. With noise and an empty
-    support, it is the target's own choice. An accelerator reads behind the pass that it is in, and nobody has to tell
-    it when that is over. On a CPU, all is done when the result is asked for.
+    Each row is read on its support, `[S] int64`, and a token is drawn from the rest: the other ids, and what rounding
+    takes from those of the support. With noise and an empty support, it is the target's own choice. A CPU reads when
+    the result is asked for.
     """
     logits = joined(parts)
 
@@ -76,7 +75,7 @@ def begin_reading(
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return parts `[R, V]` in one; a single part as it is, which is the usual case."""
+    """Return parts `[R, V]` as one tensor; a single part, the usual case, is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
@@ -87,7 +86,7 @@ def _shaped(
     vocab_sizes: Sequence[int] | None,
     histories: Sequence[History | None] | None,
 ) -> torch.Tensor:
-    """Return `logits` behind processors and filters; they are written to only where they are our own."""
+    """Return `logits` after processors and filters; copied first unless they are our own."""
     processed = [row for row, its in enumerate(params) if its.processors]
     filtered = [row for row, its in enumerate(params) if its.has_filters]
     if not (processed or filtered):
@@ -105,3 +104,14 @@ def _shaped(
     if filtered:
         filter_rows(logits, filtered, params, sizes)
     return logits
+
+
+def leaves_no_token(logits: torch.Tensor, params: DistributionParams, history: History | None, vocab_size: int) -> bool:
+    """Return whether a row `[V]` is a distribution without its processors, and they mask every id below `vocab_size`.
+
+    It waits for an accelerator: for a row that a reader has found to be no distribution.
+    """
+    row = logits[None, :vocab_size]
+    if not (any(it.masks for it in params.processors) and row.max().isfinite()):
+        return False
+    return bool(_shaped(row, False, [params], [vocab_size], [history]).isneginf().all())

@@ -1,4 +1,4 @@
-"""Draws with noise that draft and target share: alike laws mostly draw the same token. Pure functions.
+"""Draws with noise that draft and target share: similar distributions mostly draw the same token. Pure functions.
 
 Token x arrives at the time E(x) / p(x), and the first to arrive is drawn. E(x) = −log u(x) is exponential, so that
 −log E(x) is Gumbel noise g(x), and the winner is argmax(log p(x) + g(x)): a draw from p. Where the draft uses the same

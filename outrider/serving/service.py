@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Generic, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from outrider.engine.backends.choice import CacheOptions
 from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.models.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.thread import ModelThread
-from outrider.protocol.errors import InvalidArgumentError, ModelChangedError, UnavailableError
+from outrider.protocol.errors import InvalidArgumentError, ModelChangedError, NotFoundError, UnavailableError
 from outrider.sampling.messages import defaults_to_proto
 from outrider.serving.admission import Places, Turnstile
 from outrider.serving.calls import LAST_WORD_S, Call
@@ -35,6 +35,7 @@ FIRST_MESSAGE_S = 10.0  # in which a stream has to say what it is for
 MOST_OPENINGS = 256  # sessions at once that have had no answer yet, 64 of one connection
 ABANDONED_S = 2.0  # for which one counts that goes away before
 MOST_QUESTIONS = 64  # calls without a session at once, 16 of one connection
+TOKENIZER_PART_BYTES = 64 * 1024  # what is held for each client that does not read on
 UNREAD_S = 60.0  # after which a call without a session that takes nothing is ended
 
 
@@ -137,6 +138,15 @@ class ModelHost(Generic[WorkerT]):
     @property
     def tokenizer(self) -> TokenizerFiles | None:
         return self._loaded.tokenizer
+
+    def tokenizer_parts(self, call: Call) -> Iterator[bytes]:
+        """Yield `tokenizer.json` in parts, each a sign of life of the call; raises NotFoundError if there is none."""
+        if self.tokenizer is None:
+            raise NotFoundError(f"{self._options.model} came without a tokenizer: send token ids")
+        whole = self.tokenizer.tokenizer_json
+        for start in range(0, len(whole), TOKENIZER_PART_BYTES):
+            call.note_life()
+            yield whole[start : start + TOKENIZER_PART_BYTES]
 
     @property
     def tokenizer_fingerprint(self) -> common_pb2.TokenizerFingerprint | None:

@@ -1,5 +1,5 @@
 """Continuous batching of rounds: the next pass takes whatever has arrived while the present one ran, and may wait for
-what is about to (gathering.py). Knows no gRPC.
+what is about to (batch_delay.py). Knows no gRPC.
 
 A round becomes a demand on the engine: feed the pending token and all proposals but the last, return one row for
 each.
@@ -24,12 +24,12 @@ from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
-from outrider.sampling.distribution import FILTERED, DistributionParams, History
+from outrider.sampling.distribution import FILTERED, DistributionParams, History, no_token_left
 from outrider.sampling.draws import NO_SUPPORT, Reading, TargetRows
 from outrider.sampling.logprobs import logprobs_of
-from outrider.sampling.pipeline import begin_reading, joined
+from outrider.sampling.pipeline import begin_reading, joined, leaves_no_token
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
-from outrider_target.gathering import Gathering
+from outrider_target.batch_delay import BatchDelay
 
 IDS_OF_A_ROW = 256  # of a support, that take as long as reading a row without any
 
@@ -102,8 +102,8 @@ class Scheduler:
 
     def __init__(self, engine: Engine, context_length: int):
         self._engine, self._context_length = engine, context_length
-        self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick, self._patience_s)
-        self._gathering = Gathering()
+        self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick, self._batch_delay_s)
+        self._batch_delay = BatchDelay()
         self._prefills: dict[Session, Demand] = {}
         self._jobs: dict[Session, _Job] = {}
         self._arrivals = itertools.count()
@@ -126,7 +126,7 @@ class Scheduler:
                 pass
             self._end(session)
         self._engine.forget_passes()
-        self._gathering = Gathering()  # passes in which something was compiled say nothing of others
+        self._batch_delay = BatchDelay()  # passes in which something was compiled say nothing of others
         raise_errors_in(answers)
 
     def open(
@@ -201,7 +201,7 @@ class Scheduler:
             return
         self._prefills.pop(session, None)  # the round includes what is left of it
         self._jobs[session] = _Job(session, demand, arrived_at, work, emit)
-        self._gathering.on_round(session, demand.num_left, arrived_at)
+        self._batch_delay.on_round(session, demand.num_left, arrived_at)
 
     def _apply(self, session: Session, work: Round) -> Demand:
         """Bring the sequence to the round's tokens and return the demand for its rows."""
@@ -222,13 +222,13 @@ class Scheduler:
         self._prefills.pop(session, None)
         self._jobs.pop(session, None)
         self._engine.remove(session.sequence)
-        self._gathering.forget(session)
+        self._batch_delay.forget(session)
 
-    def _patience_s(self) -> float:
+    def _batch_delay_s(self) -> float:
         """Return for how long the next pass waits for rounds that are about to come; prompts wait for nobody."""
         if not self._jobs or self._prefills:
             return 0.0
-        return self._gathering.patience_s(len(self._jobs), time.monotonic())
+        return self._batch_delay.seconds(len(self._jobs), time.monotonic())
 
     def _step(self) -> bool:
         owners = {demand: session for session, demand in self._prefills.items()}
@@ -242,7 +242,7 @@ class Scheduler:
             if reading:
                 self._answer(reading)
         if not self._prefills and len(passes) == 1:
-            self._gathering.add_pass(self._engine.stats.num_tokens_fed - num_fed, time.monotonic() - began_at)
+            self._batch_delay.add_pass(self._engine.stats.num_tokens_fed - num_fed, time.monotonic() - began_at)
         if self._prefills:
             finished = {demand for its_finished, _ in passes for demand in its_finished}
             self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
@@ -289,12 +289,13 @@ class Scheduler:
             self._engine.charge(job.session.sequence.caller, job.demand.num_rows, seconds * size / total)
 
     def _verdict(self, job: _Job, rows: TargetRows | None) -> Verdict | ServiceError:
-        """Return what a round is answered with; a row with NaN or infinity fails its own round alone."""
+        """Return what a round is answered with; one whose first row is no distribution fails alone."""
         sequence, demand = job.session.sequence, job.demand
         if rows is None:
+            if _leaves_no_token(job):
+                return InvalidArgumentError(no_token_left(job.session.params, job.round.committed.end))
             sequence.cache.clear()
-            what = ", or its logits processors leave no token" if job.session.params.processors else ""
-            return InternalError(f"the model returned NaN or infinity for this session{what}")
+            return InternalError("the model returned NaN or infinity for this session")
         assert demand.started_at is not None
         return Verdict(
             rows=rows,
@@ -307,7 +308,7 @@ class Scheduler:
 
     def _fail(self, session: Session, error: Exception) -> None:
         """Fail the session that made something raise; what its cache holds is not to be trusted."""
-        log.error("a session failed, and is told", exc_info=error)
+        log.error("a session failed", exc_info=error)
         session.failure = failed_alone()
         session.sequence.cache.clear()
         self._prefills.pop(session, None)
@@ -316,7 +317,7 @@ class Scheduler:
 
     def _reply(self, job: _Job, answer: Verdict | ServiceError) -> None:
         del self._jobs[job.session]
-        self._gathering.on_answer(job.session, time.monotonic())
+        self._batch_delay.on_answer(job.session, time.monotonic())
         try:
             job.emit(answer)
         except Exception:
@@ -332,14 +333,18 @@ class _Reading:
     result: Reading
 
     def rows_by_job(self) -> list[TargetRows | None]:
-        """Wait for the rows and return each job's; None where one of them is no law."""
+        """Wait for the rows and return each job's up to the first that is no distribution; None where there are none.
+
+        Whether the text comes to such a row is decided by the ones before it: no proposal may end a session.
+        """
         rows, finite = self.result()
-        if len(self.jobs) == 1:
-            return [_with_logprobs(self.jobs[0], rows) if all(finite) else None]
+        if len(self.jobs) == 1 and all(finite):
+            return [_with_logprobs(self.jobs[0], rows)]
         borders = pairwise([0, *accumulate(job.demand.num_rows for job in self.jobs)])
+        ends = [(start, next((at for at in range(start, end) if not finite[at]), end)) for start, end in borders]
         return [
-            _with_logprobs(job, rows.part(start, end)) if all(finite[start:end]) else None
-            for job, (start, end) in zip(self.jobs, borders, strict=True)
+            _with_logprobs(job, rows.part(start, end)) if end > start else None
+            for job, (start, end) in zip(self.jobs, ends, strict=True)
         ]
 
 
@@ -375,10 +380,17 @@ def _histories_of(job: _Job, num_rows: int) -> list[History | None]:
     return [History(token_ids[: first + offset], session.num_prompt_tokens) for offset in range(num_rows)]
 
 
+def _leaves_no_token(job: _Job) -> bool:
+    """Return whether it is the logits processors that make the first row of `job` no distribution."""
+    row, [history] = job.demand.rows[0][0], _histories_of(job, 1)
+    return leaves_no_token(row, job.session.params, history, len(row))
+
+
 def _with_logprobs(job: _Job, rows: TargetRows) -> TargetRows:
     """Return a round's rows with log-probabilities by the model's own logits, where its session asks for them."""
     if job.session.num_logprobs is None:
         return rows
-    supports = job.round.supports or [NO_SUPPORT]
-    logits, number = joined(job.demand.rows), job.session.num_logprobs
+    num_rows, number = len(rows.outside_token_ids), job.session.num_logprobs
+    supports = job.round.supports[:num_rows] or [NO_SUPPORT]
+    logits = joined(job.demand.rows)[:num_rows]
     return replace(rows, logprobs=logprobs_of(logits, supports, rows.outside_token_ids, number))

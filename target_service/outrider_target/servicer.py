@@ -24,7 +24,6 @@ from outrider_target.scheduler import Round, Scheduler, Session, Span, Verdict
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
-TOKENIZER_PART_BYTES = 64 * 1024  # what is held for each client that does not read on
 
 
 class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceServicer):
@@ -53,9 +52,7 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             yield target_pb2.GetTokenizerResponse(
                 chat_template=tokenizer.chat_template, special_tokens_json=json.dumps(tokenizer.special_tokens)
             )
-            for start in range(0, len(tokenizer.tokenizer_json), TOKENIZER_PART_BYTES):
-                call.note_life()
-                part = tokenizer.tokenizer_json[start : start + TOKENIZER_PART_BYTES]
+            for part in self._host.tokenizer_parts(call):
                 yield target_pb2.GetTokenizerResponse(tokenizer_json=part)
 
     async def Verify(self, requests, context) -> AsyncIterator[target_pb2.VerifyResponse]:

@@ -44,6 +44,15 @@ def is_narrow(text: str) -> bool:
     return max(map(len, text.splitlines())) <= 80
 
 
+def test_pair_measures_once_and_shows_acceptance_by_position(addresses):
+    chosen = ["--max-new-tokens=6", "--num-prompts=1", "--temperature=0", "-k", "3"]
+    document = json.loads(run("pair", *addresses, *chosen, "--json"))
+    assert cells_of(document) == [(0, "autoregressive", 0, 1), (0, "speculative", 3, 1)]
+    assert len(document["samples"]) == 2
+    assert len(document["summary"][1]["speculation"]["acceptance_per_position"]) == 3
+    assert "accepted at position" in run("pair", *addresses, *chosen)
+
+
 def test_sweep_is_what_bench_by_itself_means_and_measures_every_cell(addresses, tmp_path):
     prompts, saved, table = tmp_path / "prompts.jsonl", tmp_path / "result.json", tmp_path / "result.csv"
     prompts.write_text('{"prompt": "Hello"}\n{"instruction": "Say", "input": "this"}\n')

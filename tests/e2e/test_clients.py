@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -35,7 +36,7 @@ from tests import tiny_models
 from tests import toy_services as toys
 from tests.e2e.conftest import FAMILY
 from tests.fake_services import INFO, TARGET_INFO, Fake, answer, at_first, fake_services, refusal, rounds, silence
-from tests.servers import PATIENCE_S, TARGET, RunningServer, Services, eventually
+from tests.servers import PATIENCE_S, TARGET, RunningServer, Services, eventually, python_process
 from tests.unit.test_shared_noise import own_text
 
 PROMPT = [5, 17, 3, 88, 41, 9]
@@ -630,12 +631,37 @@ except KeyboardInterrupt as error:
 sys.stdin.read()
 """
         with fake_services(services, Verify=rounds(1)) as fake:
-            command = [sys.executable, "-c", PREAMBLE + script, fake.address]
-            with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            command = ["-c", PREAMBLE + script, fake.address]
+            with python_process(*command, stdin=subprocess.PIPE) as process:
                 eventually(lambda: fake.num_calls["Verify"] > 0, "the text is on its way")
                 process.send_signal(signal.SIGINT)
                 eventually(lambda: fake.num_ended["Verify"] > 0, "the service has stopped")
                 assert process.poll() is None
+
+    def test_an_interrupt_while_a_thread_starts_leaves_no_call_behind(self, services, monkeypatch):
+        """As when it comes while gRPC begins the call: then nobody would hold what could cancel it."""
+        start, num_left = threading.Thread.start, 0
+
+        def start_and_interrupt(thread: threading.Thread) -> None:
+            nonlocal num_left
+            start(thread)
+            if threading.current_thread() is threading.main_thread():
+                num_left -= 1
+                if num_left == 0:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+        with fake_services(services, Verify=rounds(1)) as fake:
+            num_interrupted = 0
+            while num_left <= 0:
+                with SpeculativeClient(fake.address) as client:
+                    client.info()
+                    num_left = num_interrupted + 1
+                    with suppress(KeyboardInterrupt):
+                        client.generate([3, 1, 4], SamplingParams(max_new_tokens=1), **TARGET_ONLY)
+                    eventually(lambda: fake.num_ended["Verify"] == fake.num_calls["Verify"], "no call is left")
+                num_interrupted += 1
+        assert num_interrupted > 1
 
     @pytest.mark.parametrize(("name", "handler"), [("Verify", silence), ("TargetInfo", full_for_ever)])
     def test_a_signal_that_does_not_end_a_wait_is_heard_all_the_same(self, services, name, handler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from outrider.v1 import draft_pb2, draft_pb2_grpc
 from outrider_client.__main__ import main
+from tests.servers import PATIENCE_S, python_process
 from tests.toy_servers import ToyServer
 
 
@@ -108,11 +110,23 @@ def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
 
 
 def test_who_waits_for_a_target_is_notified_after_a_second_and_not_when_it_is_given_up():
-    command = [sys.executable, "-m", "outrider_client", "info", "--target=127.0.0.1:1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr.readline().startswith("waiting for the target service at 127.0.0.1:1: ")
-        assert process.poll() is None
-        process.kill()
+    """Something listens there, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        command = ["-m", "outrider_client", "info", f"--target={address}"]
+        with python_process(*command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr.readline().startswith(f"waiting for the target service at {address}: ")
+            assert process.poll() is None
+
+
+def test_where_nothing_listens_nobody_waits_and_one_sentence_says_so():
+    command = [sys.executable, "-m", "outrider_client", "generate", "x", "--target=127.0.0.1:1", "--draft=lookup"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "Error: no target service at 127.0.0.1:1 (Connection refused): start one there with outrider-target, "
+        "or give the target's own address\n"
+    )
 
 
 def test_chat_answers_each_line_in_the_models_format(addresses):
@@ -170,3 +184,23 @@ def test_demo_starts_a_pair_shows_equal_greedy_texts_and_stops_it(paths):
 def test_demo_says_why_a_service_did_not_start():
     result = run("demo", "--draft-model=builtin:nothing", status=1)
     assert "there is no builtin:nothing" in result.stderr
+
+
+def test_demo_chats_with_a_target_that_it_starts_and_stops(paths):
+    """The answers of the random model run to their limit of tokens, unless the context ends before."""
+    result = run("demo", "--chat", f"--target-model={paths['target']}", text="Hi\n\n")
+    assert "tokens/s" in result.stderr
+    assert result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--chat needs --target-model"),
+        (["--target-model=builtin:target", "--seed=2"], "--chat takes no --seed"),
+        (["--target-model=builtin:target", "--json"], "--chat takes no --json"),
+    ],
+)
+def test_demo_chat_refuses_what_it_cannot_use(arguments, sentence):
+    result = run("demo", "--chat", *arguments, status=2)
+    assert sentence in result.stderr

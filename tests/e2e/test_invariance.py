@@ -18,6 +18,7 @@ import pytest
 from outrider import Chunk, SamplingParams, SpeculationParams, SpeculativeClient
 from outrider.sampling.rng import AddressedUniforms
 from outrider_draft.drafter import Drafter
+from outrider_draft.session import Commit, Path, Session
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY, NEVER_WITHOUT_DRAFT
 from tests.servers import DRAFT, TARGET, RunningServer, Services, eventually
@@ -247,13 +248,43 @@ def test_another_seed_writes_another_text(pair, texts):
         assert write(client, replace(SAMPLINGS["plain"], seed=99), num_speculative_tokens=5) != texts["plain"]
 
 
-def test_forks_that_draw_with_other_numbers_are_noticed(pair, texts, monkeypatch):
-    """Such a text still follows the target's distribution, but is another."""
+def finish_forks_before_commits(monkeypatch) -> list[Path]:
+    """Let no commit overtake the forks, however quick the target is; return the list of those that are gone on with."""
+    commit, go_to, adopted = Drafter._commit, Session._go_to, []
+
+    def commit_behind_forks(drafter: Drafter, session: Session, given: Commit) -> None:
+        session.is_unread = lambda: False
+        while session.is_open and (session.may_fork or session.wanting_forks):
+            drafter._step()
+        commit(drafter, session, given)
+
+    def note_and_go_to(session: Session, path: Path) -> None:
+        if path is not session.main:
+            adopted.append(path)
+        go_to(session, path)
+
     monkeypatch.setattr(Drafter, "_has_time_for_forks", lambda *_: True)
-    draw_forks_with_other_numbers(monkeypatch)
+    monkeypatch.setattr(Drafter, "_most_forks", 9)  # else none while the session of the text before still closes
+    monkeypatch.setattr(Drafter, "_commit", commit_behind_forks)
+    monkeypatch.setattr(Session, "_go_to", note_and_go_to)
+    return adopted
+
+
+@pytest.mark.parametrize("is_broken", [False, True], ids=["as they are", "with other numbers"])
+def test_forks_that_draw_with_other_numbers_are_noticed(pair, monkeypatch, is_broken):
+    """Such a text still follows the target's distribution, but is another."""
+    adopted, sampling = (
+        finish_forks_before_commits(monkeypatch),
+        replace(SAMPLINGS["plain"], max_new_tokens=4 * NUM_NEW),
+    )
+    if is_broken:
+        draw_forks_with_other_numbers(monkeypatch)
     with pair.client() as client:
-        written = [write(client, SAMPLINGS["plain"], num_speculative_tokens=4, num_alternatives=9) for _ in range(4)]
-    assert any(token_ids != texts["plain"] for token_ids in written)
+        expected, written = (
+            write(client, sampling, num_speculative_tokens=4, num_alternatives=number) for number in (0, 9)
+        )
+    assert len(adopted) > 1  # the last may be behind the text's end
+    assert (written != expected) == is_broken
 
 
 def test_uniforms_that_are_streamed_instead_of_addressed_are_noticed(pair, monkeypatch):

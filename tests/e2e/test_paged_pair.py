@@ -1,4 +1,4 @@
-"""Both services on paged caches write what they write on plain ones, with many sessions at once and pages that run out.
+"""Both services on paged caches write what they write on plain ones, with many sessions and blocks that run out.
 
 In float64 on a CPU, where a reference stands for the kernels of a GPU; all else is the code that a GPU runs.
 """
@@ -57,7 +57,7 @@ def texts(client: SpeculativeClient, temperature: float) -> list[list[int]]:
 @pytest.mark.parametrize("num_forks", [0, 3], ids=["no_forks", "forks"])
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "no_graphs"])
 def test_texts_are_those_of_plain_caches(start, cuda_graphs, num_forks, monkeypatch):
-    """130 tokens are 9 pages of 16, where four texts need 12: caches are evicted without notice.
+    """130 tokens are 9 blocks of 16, where four texts need 12: caches are evicted without notice.
 
     On a GPU several sessions would have forks, whose caches are the first to go.
     """
@@ -72,5 +72,5 @@ def test_texts_are_those_of_plain_caches(start, cuda_graphs, num_forks, monkeypa
         assert isinstance(runner, PagedRunner)
         assert bool(runner._graphs) == cuda_graphs
         server.wait_until_idle()
-        assert runner._pool.num_free == runner._pool.num_pages
+        assert runner._pool.num_free == runner._pool.num_blocks
         assert server.stats().num_evictions > 0

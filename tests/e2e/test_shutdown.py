@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
+from subprocess import PIPE
 
 import grpc
 import pytest
@@ -14,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from outrider.v1 import draft_pb2_grpc, target_pb2_grpc
 from tests import tiny_models
 from tests.e2e.conftest import FAMILY
-from tests.servers import DRAFT, PATIENCE_S, TARGET, Kind, RawStream, ServiceProcess, eventually
+from tests.servers import DRAFT, PATIENCE_S, TARGET, Kind, RawStream, ServiceProcess, eventually, python_process
 from tests.service.conftest import PROMPT, commit_of, open_proposals, open_verification, round_of, span
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -83,9 +82,8 @@ main(["--listen=127.0.0.1:0"])
 
 
 def test_a_service_that_loads_ends_at_a_signal_and_has_said_nothing_of_garbage_that_grpc_refuses_by_itself():
-    command = [sys.executable, "-c", LOADS_FOR_EVER]
     too_much = [(f"name{index}", "value") for index in range(1000)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with python_process("-c", LOADS_FOR_EVER, stdout=PIPE, stderr=PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "loading\n"

@@ -165,4 +165,4 @@ def test_texts_beside_a_vandal_are_what_they_are_without_him(servers):
     for server in servers:
         server.wait_until_idle()
         runner = server._servicer._host._engine.runner
-        assert not isinstance(runner, PagedRunner) or runner._pool.num_free == runner._pool.num_pages
+        assert not isinstance(runner, PagedRunner) or runner._pool.num_free == runner._pool.num_blocks

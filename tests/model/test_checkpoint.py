@@ -196,6 +196,24 @@ class TestFiles:
         reconfigure(folder, quantization_config={"quant_method": "mine"})
         assert "transformers knows no quantization such as {'quant_method': 'mine'}" in why_refused(folder)
 
+    @pytest.mark.parametrize(
+        "settings",
+        [{"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 4},
+         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}],
+        ids=lambda settings: settings["quant_method"],
+    )  # fmt: skip
+    def test_a_quantization_that_does_not_load_names_what_to_take(self, folder, settings):
+        """What loads such weights is none of the project's dependencies."""
+        reconfigure(folder, quantization_config=settings)
+        reason = why_refused(folder)
+        assert f"its weights are quantised by {settings['quant_method']}, which does not load here (" in reason
+        assert reason.endswith(": give the model unquantised, or as a GGUF file")
+
+    def test_a_quantized_checkpoint_that_is_damaged_is_that(self, folder):
+        reconfigure(folder, quantization_config={"quant_method": "awq", "bits": 4})
+        (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:4000])
+        assert f"{WEIGHTS} has 4000 bytes where its header says" in why_refused(folder)
+
     def test_an_adapter_that_would_be_left_out(self, folder):
         (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
         assert "has an adapter_config.json, and an adapter takes peft: merge" in why_refused(folder)

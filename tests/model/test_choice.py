@@ -24,7 +24,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "opt")
 
 def naive_logits(spec, token_ids: list[int]) -> torch.Tensor:
     """Return the logits `[n, V]` of a text by the weights of a spec, each used as its role says, one head at a time."""
-    weights, entries, positions = spec.weights, spec.entries, torch.arange(len(token_ids))
+    weights, entries, positions = spec.weights, spec.kv_shape, torch.arange(len(token_ids))
     head_dim, num_heads, num_kv_heads = entries.head_dim, spec.num_query_heads, entries.num_kv_heads
     hidden = weights.embedding[torch.tensor(token_ids)]
     if weights.positions is not None:
@@ -137,7 +137,7 @@ class TestChoice:
             ("llama", {}, torch.float64, CacheOptions(), "torch"),
             ("llama", {}, torch.bfloat16, CacheOptions(), "transformers"),
             ("gpt2", {}, torch.float32, CacheOptions(), "transformers"),
-            ("gpt2", {}, torch.float32, CacheOptions(paged=True), "pages on a CPU"),
+            ("gpt2", {}, torch.float32, CacheOptions(paged=True), "paged reference"),
         ],
     )
     def test_each_model_has_its_backend_and_a_reason_for_all_before_it(self, family, changes, dtype, caches, expected):
@@ -146,7 +146,7 @@ class TestChoice:
         named = {name for note in made.notes for name in note.split(": ")[0].split(", ")}
         assert named == set(NAMES[: NAMES.index(expected)])
         if expected != "compiled":
-            assert "gpu, transformers on pages, transformers on torch's pages: it takes a GPU, not cpu" in made.notes
+            assert "gpu, paged transformers, paged transformers (varlen_attn): it takes a GPU, not cpu" in made.notes
 
     def test_the_log_says_it(self, caplog):
         with caplog.at_level(logging.INFO):
@@ -192,7 +192,7 @@ class TestChoice:
         spec, probe = read_checked(make_model("mistral", 0))
         assert len(probe.token_ids) > 16
         made = choose(spec, Machine(1, CacheOptions(max_cached_tokens=16, paged=True)), probe)
-        assert made.backend == "pages on a CPU"
+        assert made.backend == "paged reference"
 
 
 def test_a_batch_packs_feeds_side_by_side():

@@ -13,7 +13,7 @@ import torch
 
 from outrider.engine.backends import attention
 from outrider.engine.backends.batch import Feed
-from outrider.engine.backends.paged.cache import PagePool
+from outrider.engine.backends.paged.cache import BlockPool
 from outrider.engine.backends.paged.graphs import EagerRunner
 from outrider.engine.backends.paged.runner import PagedRunner
 from outrider.engine.backends.runner import ModelRunner, TransformersForward
@@ -27,7 +27,7 @@ from outrider.engine.backends.gpu.forward import GpuForward, why_not
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: masked places hold anything
 TOLERANCE = 1e-3
-PAGE_SIZE = 8
+BLOCK_SIZE = 8
 VARIANTS = {
     name: LLAMA_VARIANTS[name] for name in ("llama", "qwen2_with_biases", "mistral_with_window", "rope_llama3")
 } | {
@@ -62,7 +62,7 @@ def paged(model) -> PagedRunner:
     runner = plain(model)
     cache = runner.new_cache()
     runner.forward([Feed(cache, [1], 1)])
-    pool = PagePool(4 * CONTEXT_LENGTH, PAGE_SIZE, cache.entry_shape)
+    pool = BlockPool(4 * CONTEXT_LENGTH, BLOCK_SIZE, cache.kv_shape)
     for entries in (part for layer in pool.layers for part in layer):
         entries.fill_(torch.nan)  # memory that nobody has written is to harm nobody
     return PagedRunner(GpuForward(spec_of(model)), pool, CONTEXT_LENGTH, KERNELS.varlen_attn, EagerRunner())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from outrider.engine.backends.gpu.attention import paged_attention
-from outrider.engine.backends.gpu.entries import Angles, store_entries
+from outrider.engine.backends.gpu.kv_store import Angles, store_kv
 from outrider.engine.backends.gpu.products import (
     GATED_SILU,
     GELU,
@@ -36,23 +36,23 @@ HEADS = {"one_each": (5, 5, 16), "grouped": (8, 2, 32), "padded_size": (4, 2, 24
 
 
 class Caches:
-    """Pages in any order, NaN wherever no sequence has written, and what the kernels are to know of them."""
+    """Blocks in any order, NaN wherever no sequence has written, and what the kernels are to know of them."""
 
-    def __init__(self, news: list[int], lengths: list[int], heads: tuple[int, int, int], page_size: int):
+    def __init__(self, news: list[int], lengths: list[int], heads: tuple[int, int, int], block_size: int):
         torch.manual_seed(0)
         num_query_heads, num_heads, head_dim = heads
-        num_pages = -(-max(lengths) // page_size)
-        size = (len(news) * num_pages + 1, page_size, num_heads, head_dim)
+        num_blocks = -(-max(lengths) // block_size)
+        size = (len(news) * num_blocks + 1, block_size, num_heads, head_dim)
         self.keys, self.values = (torch.full(size, torch.nan) for _ in range(2))
-        free = (torch.randperm(len(news) * num_pages) + 1).tolist()
-        self.table = torch.zeros(len(news), num_pages, dtype=torch.int32)
+        free = (torch.randperm(len(news) * num_blocks) + 1).tolist()
+        self.table = torch.zeros(len(news), num_blocks, dtype=torch.int32)
         for sequence, length in enumerate(lengths):
             for position in range(length):
-                if position % page_size == 0:
-                    self.table[sequence, position // page_size] = free.pop()
-                page = self.table[sequence, position // page_size].item()
+                if position % block_size == 0:
+                    self.table[sequence, position // block_size] = free.pop()
+                block = self.table[sequence, position // block_size].item()
                 for entries in (self.keys, self.values):
-                    entries[page, position % page_size] = torch.randn(num_heads, head_dim)
+                    entries[block, position % block_size] = torch.randn(num_heads, head_dim)
         self.query = torch.randn(sum(news) + 3, num_query_heads, head_dim)  # the last rows belong to no sequence
         self.bounds = torch.tensor([0, *itertools.accumulate(news)], dtype=torch.int32)
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
@@ -78,24 +78,24 @@ class TestAttention:
     )
     def test_it_is_that_of_the_reference(self, heads, window, news, lengths):
         """Caches are read in parts where there are few sequences, and whole where there are more."""
-        caches = Caches(news, lengths, heads, page_size=8)
+        caches = Caches(news, lengths, heads, block_size=8)
         difference = caches.attend(paged_attention, window) - caches.attend(reference_varlen_attn, window)
         assert difference.abs().max() < TOLERANCE
 
-    @pytest.mark.parametrize("page_size", [1, 4, 64])
-    def test_pages_may_have_any_size(self, page_size):
-        caches = Caches([3, 1], [70, 20], HEADS["grouped"], page_size)
+    @pytest.mark.parametrize("block_size", [1, 4, 64])
+    def test_blocks_may_have_any_size(self, block_size):
+        caches = Caches([3, 1], [70, 20], HEADS["grouped"], block_size)
         assert (caches.attend(paged_attention) - caches.attend(reference_varlen_attn)).abs().max() < TOLERANCE
 
     def test_the_scale_is_taken(self):
-        caches = Caches([2], [30], HEADS["grouped"], page_size=8)
+        caches = Caches([2], [30], HEADS["grouped"], block_size=8)
         actual, expected = (caches.attend(how, scale=0.5) for how in (paged_attention, reference_varlen_attn))
         assert (actual - expected).abs().max() < TOLERANCE
         assert (actual - caches.attend(paged_attention)).abs().max() > 0.01
 
     @pytest.mark.parametrize("fault", ["length", "table", "window"])
     def test_what_is_told_wrongly_is_found(self, fault):
-        caches = Caches([3, 1], [70, 20], HEADS["grouped"], page_size=8)
+        caches = Caches([3, 1], [70, 20], HEADS["grouped"], block_size=8)
         changes = {
             "length": {"seqused_k": caches.lengths - 1},
             "table": {"block_table": caches.table.flip(1)},
@@ -190,7 +190,7 @@ def test_entries_reach_their_slots_and_queries_are_turned_in_place(has_angles, h
     projected = torch.randn(3, num_query_heads + 2 * num_heads, head_dim)
     before, slots = projected.clone(), torch.tensor([8, 9, 31])
     keys, values = torch.zeros(4, 8, num_heads, head_dim), torch.zeros(4, 8, num_heads, head_dim)
-    store_entries(projected, keys, values, slots, positions, angles)
+    store_kv(projected, keys, values, slots, positions, angles)
 
     def turn(heads: torch.Tensor) -> torch.Tensor:
         cosines, sines = (torch.cat([part(turned)] * 2, -1)[positions][:, None] for part in (torch.cos, torch.sin))

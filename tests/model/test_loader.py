@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 from outrider.engine.backends.batch import Feed
 from outrider.engine.models.loader import (
@@ -22,6 +23,8 @@ from outrider.engine.models.loader import (
     TokenizerFiles,
     load,
 )
+from outrider.engine.models.probe import Probe
+from outrider.engine.models.streaming import gguf_names, outline_of
 from tests.model.against_transformers import fastest_pass
 from tests.tiny_models import CONTEXT_LENGTH, FAMILIES, REFUSED_FAMILIES, VOCAB_SIZE, byte_tokenizer, make_model, save
 
@@ -98,12 +101,15 @@ class TestGguf:
         "output"),
     )  # fmt: skip
 
-    def write(self, model, path: Path, context_length: int | None = CONTEXT_LENGTH, **more: object) -> None:
+    def write(
+        self, model, path: Path, context_length: int | None = CONTEXT_LENGTH, most_tensors: int = 0, **more: object
+    ) -> None:
         """Write a llama model in float32, with a tokenizer of the 256 bytes, two special pieces and one merge.
 
-        Tensors and settings are added as in `more`, whose names have two underscores where a file has a full stop.
+        With `most_tensors` in files of so many each. Tensors and settings are added as in `more`, whose names have two
+        underscores where a file has a full stop.
         """
-        config, writer = model.config, gguf.GGUFWriter(path, "llama")
+        config, writer = model.config, gguf.GGUFWriter(path, "llama", split_max_tensors=most_tensors)
         if context_length:
             writer.add_context_length(context_length)
         writer.add_embedding_length(config.hidden_size)
@@ -156,6 +162,52 @@ class TestGguf:
         tokenizer = Tokenizer.from_str(loaded.tokenizer.tokenizer_json.decode())
         assert tokenizer.decode(tokenizer.encode("the € end").ids) == "the € end"
         assert 258 in tokenizer.encode("the").ids
+
+    @pytest.mark.parametrize("part", ["00001", "00003"])
+    def test_files_of_a_split_model_are_one(self, tmp_path, part):
+        """Any of them names it. The head is in the last, and the settings are in the first."""
+        model, ids = make_model("llama", 0, vocab_size=259), [5, 80, 258, 7]
+        self.write(model, tmp_path / "tiny.gguf", most_tensors=12)
+        assert len(list(tmp_path.iterdir())) == 3
+        runner = load_from(tmp_path / f"tiny-{part}-of-00003.gguf", dtype="float32").choice.runner
+        with torch.inference_mode():
+            expected = model(input_ids=torch.tensor([ids])).logits[0]
+        assert (runner.forward([Feed(runner.new_cache(), ids, 4)]) - expected).abs().max() < 1e-4
+
+    def test_a_split_model_without_one_of_its_files(self, tmp_path):
+        self.write(make_model("llama", 0, vocab_size=259), tmp_path / "tiny.gguf", most_tensors=12)
+        (tmp_path / "tiny-00002-of-00003.gguf").unlink()
+        with pytest.raises(
+            ModelRefusedError,
+            match=r"is one of 3 files of a model, and tiny-00002-of-00003\.gguf is not beside it: fetch",
+        ):
+            load_from(tmp_path / "tiny-00001-of-00003.gguf")
+
+    @pytest.mark.parametrize("family", ["rwkv6", "homemade"])
+    def test_a_family_that_is_not_read(self, tmp_path, family):
+        path = tmp_path / "odd.gguf"
+        writer = gguf.GGUFWriter(path, family)
+        writer.add_context_length(CONTEXT_LENGTH)
+        writer.add_head_count(4)
+        writer.add_tensor("token_embd.weight", torch.zeros(50, 32).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(
+            ModelRefusedError, match=f"nothing here reads a GGUF file of the family {family} .*: give the model as safe"
+        ):
+            load_from(path)
+
+    @pytest.mark.parametrize(
+        ("family", "architecture", "more"),
+        [("llama", "llama", {}), ("mistral", "llama", {}), ("gpt2", "gpt2", {}), ("gemma2", "gemma2", {}),
+         ("qwen2", "qwen2", {}), ("qwen3", "qwen3", {}), ("phi3", "phi3", {}), ("bloom", "bloom", {})],
+    )  # fmt: skip
+    def test_names_are_those_of_transformers(self, family, architecture, more):
+        outline = outline_of(make_model(family, 0, **more).config)
+        expected = get_gguf_hf_weights_map(outline, TensorProcessor({}), architecture)
+        assert gguf_names(outline, architecture) == expected
 
     @pytest.mark.parametrize("name", ["rope_freqs__weight", "blk__3__attn_q__weight", "extra__weight"])
     def test_a_tensor_that_transformers_passes_over_refuses_the_file(self, tmp_path, name):
@@ -324,6 +376,17 @@ class TestRefused:
         attention.forward = scaled
         with pytest.raises(ModelRefusedError, match="GPT2LMHeadModel differs from its own attention"):
             fastest_pass(model)
+
+    def test_weights_that_a_pass_took_are_read_again_where_it_is_not_used(self, llama, monkeypatch):
+        """The reference is whole, although the pass that was tried before it has taken its products."""
+        why_not, objections = Probe.why_not, ["it differs"]
+        monkeypatch.setattr(Probe, "why_not", lambda *its: objections.pop() if objections else why_not(*its))
+        ids, choice = [5, 80, 255, 7], load_from(llama).choice
+        assert (choice.backend, choice.notes[-1]) == ("transformers", "torch: it differs")
+        own = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
+        with torch.inference_mode():
+            expected = own(input_ids=torch.tensor([ids])).logits[0]
+        assert (choice.runner.forward([Feed(choice.runner.new_cache(), ids, 4)]) - expected).abs().max() < 1e-5
 
     def test_a_faster_forward_pass_that_differs_is_not_used(self, caplog):
         """A Llama whose activation was changed behind its configuration's back runs as transformers has it."""

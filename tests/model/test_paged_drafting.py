@@ -16,7 +16,7 @@ import torch
 
 from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.paged.attention import reference_varlen_attn
-from outrider.engine.backends.paged.cache import PagePool
+from outrider.engine.backends.paged.cache import BlockPool
 from outrider.engine.backends.paged.drafting import DraftingPagedRunner
 from outrider.engine.backends.paged.graphs import Buckets, EagerRunner
 from outrider.engine.backends.runner import MOST_DRAWS, DraftingRunner, ForwardPass, ModelRunner
@@ -29,7 +29,7 @@ from tests.model.against_transformers import fastest_pass
 from tests.rows import draft_tokens
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model
 
-PAGE_SIZE = 4
+BLOCK_SIZE = 4
 BUCKETS = Buckets(max_sequences=4, max_tokens_per_sequence=8, max_tokens=16)
 PROMPTS = [[5, 17, 3, 88, 41, 9, 2][:length] for length in (7, 3, 6)]
 PARAMS = [DistributionParams(0.0), DistributionParams(1.0), DistributionParams(0.7)]
@@ -54,7 +54,7 @@ def runner_of(num_tokens: int = 4 * CONTEXT_LENGTH) -> DraftingPagedRunner:
     plain = ModelRunner(forward_pass())
     cache = plain.new_cache()
     plain.forward([Feed(cache, [1], 1)])
-    pool = PagePool(num_tokens, PAGE_SIZE, cache.entry_shape)
+    pool = BlockPool(num_tokens, BLOCK_SIZE, cache.kv_shape)
     for entries in (part for layer in pool.layers for part in layer):
         entries.fill_(torch.nan)
     return DraftingPagedRunner(forward_pass(), pool, CONTEXT_LENGTH, reference_varlen_attn, WarmingRunner(), BUCKETS)
@@ -127,7 +127,7 @@ def assert_alike(actual: list[Draft | None], expected: list[Draft]) -> None:
 @pytest.mark.parametrize("num_draws", [1, 2, 9])
 @pytest.mark.parametrize("num_fed", [[1], [7], [1, 1, 1], [2, 1, 4]], ids=str)
 def test_drafts_are_those_of_one_pass_after_the_other(num_fed, num_draws, is_coupled):
-    """Twice with one runner, whose buffers and pages then hold what the first time left."""
+    """Twice with one runner, whose buffers and blocks then hold what the first time left."""
     expected, runner = one_by_one(num_fed, num_draws, is_coupled), runner_of()
     for _ in range(2):
         assert_alike(in_one_go(runner, num_fed, num_draws, is_coupled), expected)
@@ -183,8 +183,8 @@ def test_a_pass_that_raises_leaves_lengths_and_pool():
     assert (cache.length, runner._pool.num_free) == (6, num_free)
 
 
-def test_an_engine_counts_whole_pages_before_it_drafts():
-    """Two sequences of 4 tokens hold 2 of 4 pages. A token and all of 4 draws but the last fill one more each."""
+def test_an_engine_counts_whole_blocks_before_it_drafts():
+    """Two sequences of 4 tokens hold 2 of 4 blocks. A token and all of 4 draws but the last fill one more each."""
     runner = runner_of(num_tokens=16)
     engine, demands = Engine(runner, 16, 100), []
     for index in range(2):

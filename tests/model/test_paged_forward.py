@@ -1,6 +1,6 @@
 """The paged path gives what the plain one gives, whatever is interleaved, padded, rolled back, evicted and reused.
 
-Both run the same forward pass in float64, and only the attention differs: gathered pages with a reference that stands
+Both run the same forward pass in float64, and only the attention differs: gathered blocks with a reference that stands
 for varlen_attn, or each sequence's own buffer. test_families says where TOLERANCE comes from. Rows that belong to no
 sequence are NaN in the reference, so that a result which used one would be NaN.
 """
@@ -16,15 +16,15 @@ import torch
 
 from outrider.engine.backends import choice
 from outrider.engine.backends.batch import Feed
-from outrider.engine.backends.choice import HALF_PRECISION, CacheOptions, cached_tokens_that_fit, why_no_pages
+from outrider.engine.backends.choice import HALF_PRECISION, CacheOptions, cached_tokens_that_fit, why_not_paged
 from outrider.engine.backends.paged import runner as paged_runner
 from outrider.engine.backends.paged.attention import PagedBatch, PagedKernels, reference_varlen_attn
-from outrider.engine.backends.paged.cache import PagePool
+from outrider.engine.backends.paged.cache import BlockPool
 from outrider.engine.backends.paged.graphs import Buckets, EagerRunner
 from outrider.engine.backends.paged.runner import PagedRunner, StagedInputs
 from outrider.engine.backends.runner import DeviceRunner, ForwardPass, ModelRunner
 from outrider.engine.engine import Demand, Engine, Sequence
-from outrider.engine.kv_cache import EntryShape, SequenceCache
+from outrider.engine.kv_cache import KvShape, SequenceCache
 from outrider.engine.models.loader import ModelOptions, load
 from outrider.protocol.tokens import TokenLog
 from tests.model.against_transformers import chosen, fastest_pass, interleaved_logits
@@ -32,7 +32,7 @@ from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save
 
 TOLERANCE = 1e-11
 LENGTHS = (3, 19, 34, 47)
-PAGE_SIZE = 4
+BLOCK_SIZE = 4
 VARIANTS = {
     "llama": ("llama", {}),
     "qwen2_with_window": ("qwen2", {}),
@@ -73,8 +73,8 @@ def paged(forward_pass: ForwardPass, graphs: EagerRunner | None, buckets: Bucket
     plain = ModelRunner(forward_pass)
     cache = plain.new_cache()
     plain.forward([Feed(cache, [1], 1)])
-    shape = cache.entry_shape
-    pool = PagePool(4 * CONTEXT_LENGTH, PAGE_SIZE, shape)
+    shape = cache.kv_shape
+    pool = BlockPool(4 * CONTEXT_LENGTH, BLOCK_SIZE, shape)
     for keys, values in pool.layers:  # memory that nobody has written is to harm nobody
         keys.fill_(torch.nan)
         values.fill_(torch.nan)
@@ -98,7 +98,7 @@ def distance(runner, forward_pass: ForwardPass, seed: int, longest: int = 9) -> 
 @pytest.mark.parametrize("with_graphs", [True, False], ids=["graphs", "no_graphs"])
 @pytest.mark.parametrize("longest", [9, 1], ids=["chunks", "one_token_each"])
 def test_rows_are_those_of_plain_caches(variant, with_graphs, longest):
-    """Twice with one runner, so that the second texts get used pages and used buffers."""
+    """Twice with one runner, so that the second texts get used blocks and used buffers."""
     graphs = CountingRunner() if with_graphs else None
     runner = paged(forward_pass_of(variant), graphs)
     for seed in (0, 1):
@@ -146,7 +146,7 @@ def test_what_follows_a_pass_is_told_before_the_host_waits_for_it(monkeypatch):
 
 
 def test_a_pass_whose_rows_cannot_be_read_has_not_been(monkeypatch):
-    """Its pages are given back, but not before the device has done with them."""
+    """Its blocks are given back, but not before the device has done with them."""
     runner, num_free_at_waits = paged(forward_pass_of("llama"), EagerRunner()), []
     cache = runner.new_cache()
     num_free = runner._pool.num_free
@@ -181,9 +181,9 @@ def test_a_pass_that_raises_leaves_length_and_pool():
     assert (cache.length, runner._pool.num_free) == (6, num_free)
 
 
-@pytest.mark.parametrize(("num_sequences", "num_tokens", "max_pages"), [(1, 1, 3), (3, 7, 5), (2, 301, 1)])
-def test_staged_arrays_begin_where_compiled_kernels_expect_them(num_sequences, num_tokens, max_pages):
-    inputs = StagedInputs(num_sequences, num_tokens, max_pages, torch.device("cpu"))
+@pytest.mark.parametrize(("num_sequences", "num_tokens", "max_blocks"), [(1, 1, 3), (3, 7, 5), (2, 301, 1)])
+def test_staged_arrays_begin_where_compiled_kernels_expect_them(num_sequences, num_tokens, max_blocks):
+    inputs = StagedInputs(num_sequences, num_tokens, max_blocks, torch.device("cpu"))
     for name in ("token_ids", "positions", "slots", "rows", "cu_seq_q", "seqused_k", "block_table"):
         assert inputs[name].data_ptr() % 16 == 0
 
@@ -204,23 +204,23 @@ class TestSabotage:
         forward_pass = forward_pass_of("llama")
         return max(distance(paged(forward_pass, EagerRunner()), forward_pass, seed) for seed in (0, 1))
 
-    def test_padding_that_writes_to_a_live_page_is_found(self, monkeypatch):
-        """Page 1 is the first sequence's."""
+    def test_padding_that_writes_to_a_live_block_is_found(self, monkeypatch):
+        """Block 1 is the first sequence's."""
 
-        def sabotage(arrays, batch, page_tables, slots):
-            arrays["slots"][sum(map(len, slots)) :] = PAGE_SIZE
+        def sabotage(arrays, batch, block_tables, slots):
+            arrays["slots"][sum(map(len, slots)) :] = BLOCK_SIZE
 
         assert self.worst(monkeypatch, "_fill", sabotage) > 0.01
 
     def test_a_length_that_is_not_brought_up_to_date_is_found(self, monkeypatch):
-        def sabotage(arrays, batch, page_tables, slots):
+        def sabotage(arrays, batch, block_tables, slots):
             for index, (size, length) in enumerate(zip(np.diff(batch.starts), batch.lengths, strict=True)):
                 arrays["seqused_k"][index] = max(size, length)
 
         assert self.worst(monkeypatch, "_fill", sabotage) > 0.01
 
-    def test_a_page_table_that_is_not_brought_up_to_date_is_found(self, monkeypatch):
-        def sabotage(arrays, batch, page_tables, slots):
+    def test_a_block_table_that_is_not_brought_up_to_date_is_found(self, monkeypatch):
+        def sabotage(arrays, batch, block_tables, slots):
             arrays["block_table"][:] = 1
 
         assert self.worst(monkeypatch, "_fill", sabotage) > 0.01
@@ -228,7 +228,7 @@ class TestSabotage:
 
 @pytest.mark.parametrize("max_cached_tokens", [1000, 56])
 def test_an_engine_that_evicts_gives_the_rows_of_plain_caches(max_cached_tokens):
-    """Three sequences of up to 50 tokens; 56 tokens are 14 pages."""
+    """Three sequences of up to 50 tokens; 56 tokens are 14 blocks."""
     forward_pass, random = forward_pass_of("llama"), Random(8)
     runner = paged(forward_pass, EagerRunner())
     plain = ModelRunner(forward_pass)
@@ -259,18 +259,18 @@ class TestChoice:
         assert isinstance(choice.runner, ModelRunner)
         assert choice.max_cached_tokens == 16 * CONTEXT_LENGTH
 
-    def test_pages_are_taken_when_asked_for(self, tmp_path):
+    def test_blocks_are_taken_when_asked_for(self, tmp_path):
         folder = save(make_model("llama", 0), tmp_path)
         model = load(ModelOptions(folder, device="cpu", caches=CacheOptions(max_cached_tokens=300, paged=True)))
         assert isinstance(model.choice.runner, PagedRunner)
         assert model.choice.max_cached_tokens == 300
-        assert model.choice.runner._pool.num_free == model.choice.runner._pool.num_pages == -(-300 // 16)
+        assert model.choice.runner._pool.num_free == model.choice.runner._pool.num_blocks == -(-300 // 16)
 
     def test_soft_caps_are_left_to_plain_caches(self, caplog):
         assert isinstance(chosen(make_model("gemma2", 0), CacheOptions(paged=True)).runner, ModelRunner)
         assert "does not cap scores" in caplog.text
 
-    def test_pages_that_give_other_rows_are_not_used(self, monkeypatch, caplog):
+    def test_blocks_that_give_other_rows_are_not_used(self, monkeypatch, caplog):
         """As a kernel that reads the block table in another way would."""
         monkeypatch.setattr(PagedBatch, "_window", lambda batch, window: (0, 0))
         assert isinstance(chosen(make_model("llama", 5), CacheOptions(paged=True)).runner, ModelRunner)
@@ -290,7 +290,7 @@ class TestChoice:
     def test_kernels_say_what_they_take(self, monkeypatch, dtype, head_dim, capability, reason):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         kernels = PagedKernels("varlen_attn", reference_varlen_attn, 256, HALF_PRECISION)
-        actual = why_no_pages(kernels, EntryShape(2, 2, head_dim, dtype), torch.device("cuda"))
+        actual = why_not_paged(kernels, KvShape(2, 2, head_dim, dtype), torch.device("cuda"))
         assert actual is None if reason is None else reason in (actual or "")
 
     def test_the_next_kernels_are_tried_where_the_first_ones_fail(self, monkeypatch, caplog):
@@ -311,11 +311,11 @@ class TestChoice:
         ("wanted", "free_bytes", "expected"), [(512, 10**9, 512), (10**6, 10**9, 3814), (512, 0, 256)]
     )
     def test_a_pool_whose_size_nobody_set_takes_half_of_the_free_memory_at_most(self, wanted, free_bytes, expected):
-        """Llama-3 8B caches 2 x 32 x 8 x 128 numbers of 2 bytes a token, 131,072 bytes; 256 tokens are a page."""
-        assert cached_tokens_that_fit(wanted, free_bytes, EntryShape(32, 8, 128, torch.bfloat16)) == expected
+        """Llama-3 8B caches 2 x 32 x 8 x 128 numbers of 2 bytes a token, 131,072 bytes; 256 tokens are a block."""
+        assert cached_tokens_that_fit(wanted, free_bytes, KvShape(32, 8, 128, torch.bfloat16)) == expected
 
     def test_layers_of_different_sizes_are_left_to_plain_caches(self, monkeypatch, caplog):
-        monkeypatch.setattr(SequenceCache, "entry_shape", None)
+        monkeypatch.setattr(SequenceCache, "kv_shape", None)
         with caplog.at_level("INFO"):
             assert isinstance(chosen(make_model("llama", 5), CacheOptions(paged=True)).runner, ModelRunner)
         assert "not of one size" in caplog.text

@@ -24,9 +24,10 @@ HOMES = {
     "outrider": ".",
     "outrider_client": "client",
     "outrider_draft": "draft_service",
+    "outrider_gateway": "gateway",
     "outrider_target": "target_service",
 }
-FOLDERS = ("outrider", "client", "draft_service", "target_service", "protos", "scripts", "tests")
+FOLDERS = ("outrider", "client", "draft_service", "target_service", "gateway", "protos", "scripts", "tests")
 FILES = ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore")
 STUBS = {
     f"outrider/v1/{name}_pb2{end}" for name in ("common", "draft", "target") for end in (".py", ".pyi", "_grpc.py")

@@ -304,7 +304,7 @@ def test_tokenizers_that_nobody_reads_keep_none_from_others(services, models, mo
     with another_connection(server) as channel:
         parts = list(TARGET.stub(channel).GetTokenizer(question, timeout=PATIENCE_S))
         assert sum(len(part.tokenizer_json) for part in parts) == len(files.tokenizer_json)
-        monkeypatch.setattr(outrider.serving.service, "UNREAD_S", 0.1)
+        monkeypatch.setattr(outrider.serving.service, "UNREAD_S", 1.0)
         late = TARGET.stub(channel).GetTokenizer(question, timeout=PATIENCE_S)
         eventually(lambda: turns._inside[()] == MOST_QUESTIONS // 4 + 1, "one more")
         eventually(lambda: turns._inside[()] == MOST_QUESTIONS // 4, "is ended when it takes nothing")

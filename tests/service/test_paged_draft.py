@@ -1,4 +1,4 @@
-"""A draft on paged caches refuses what is out of range, and no page of it is ever lost."""
+"""A draft on paged caches refuses what is out of range, and no block of it is ever lost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from tests import tiny_models
-from tests.conftest import _caches_by_pool, lost_pages
+from tests.conftest import _caches_by_pool, lost_blocks
 from tests.servers import DRAFT, RawStream
 from tests.service.conftest import CONTEXT_LENGTH, PROMPT, commit_of, open_proposals, receive_proposals, span
 
@@ -40,17 +40,17 @@ def test_a_batch_beyond_the_window_is_refused_by_name(paged_draft, where, batch_
     assert f"{where}.batch_until" in refusal.value.details()
 
 
-def test_a_batch_up_to_the_contexts_end_is_drafted_and_gives_all_pages_back(paged_draft):
+def test_a_batch_up_to_the_contexts_end_is_drafted_and_gives_all_blocks_back(paged_draft):
     for _ in range(3):
         with RawStream(
             paged_draft.stub.Propose, open_proposals(ahead=CONTEXT_LENGTH - T, batch_until=CONTEXT_LENGTH)
         ) as stream:
             receive_proposals(stream, CONTEXT_LENGTH - T)
         paged_draft.wait_until_idle()
-        assert pool_of(paged_draft).num_free == pool_of(paged_draft).num_pages
+        assert pool_of(paged_draft).num_free == pool_of(paged_draft).num_blocks
 
 
-def test_what_is_drafted_beyond_the_page_table_loses_no_page(paged_draft, monkeypatch):
+def test_what_is_drafted_beyond_the_block_table_loses_no_block(paged_draft, monkeypatch):
     """Even where nothing is checked before."""
     from outrider_draft import session as session_module
 
@@ -61,20 +61,20 @@ def test_what_is_drafted_beyond_the_page_table_loses_no_page(paged_draft, monkey
                 list(stream.call)
             assert failure.value.code() == grpc.StatusCode.INTERNAL
     paged_draft.wait_until_idle()
-    assert pool_of(paged_draft).num_free == pool_of(paged_draft).num_pages
+    assert pool_of(paged_draft).num_free == pool_of(paged_draft).num_blocks
 
 
-def test_a_lost_page_is_found(paged_draft):
-    """The check after every test sees this service's pages."""
+def test_a_lost_block_is_found(paged_draft):
+    """The check after every test sees this service's blocks."""
     pool = pool_of(paged_draft)
     assert pool in _caches_by_pool
-    assert not lost_pages(pool)
-    page = pool.take()
-    assert lost_pages(pool)
-    pool.give_back(page)
-    pool.give_back(page)
-    assert lost_pages(pool)
-    pool._free.remove(page)
+    assert not lost_blocks(pool)
+    block = pool.take()
+    assert lost_blocks(pool)
+    pool.give_back(block)
+    pool.give_back(block)
+    assert lost_blocks(pool)
+    pool._free.remove(block)
 
 
 def test_a_commit_that_takes_tokens_back_is_drafted_behind_its_end(paged_draft):

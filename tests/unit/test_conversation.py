@@ -15,6 +15,7 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from outrider.v1 import draft_pb2
 from outrider_client.connection import (
@@ -37,6 +38,7 @@ from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import Chunk, GenerationResult
 from outrider_client.rules.rules import rule_of
 from outrider_client.speculation_length import PairSpeeds, RoundTimes
+from outrider_client.text.text import TargetTokenizer
 from tests import toy_services as toys
 from tests.toy_services import (
     EVERY_K,
@@ -570,6 +572,43 @@ class TestBeginning:
         again = SamplingParams(seed=drawn.seed, max_new_tokens=9, ignore_eos=True)
         assert World(5).run(self.begin(sampling=again, num_speculative_tokens=2))[0].token_ids == drawn.token_ids
 
+    def test_words_reach_the_services_as_ids_of_the_targets_tokenizer(self):
+        """The tokenizer is of pieces that are words: a, b, c."""
+        pieces = {"a": 0, "b": 1, "c": 2}
+        tokenizer = TargetTokenizer(Tokenizer(models.WordLevel(pieces, unk_token="c")), "", {})
+        tokenizer.tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        settings, sampling = ConnectionSettings("target:1"), SamplingParams(bad_words=["a b", [7]], max_new_tokens=5)
+        request = request_of(settings, [1], sampling, SpeculationParams(method="autoregressive"))
+        conversation = begin_conversation(settings, PairSpeeds(), Target(self.INFO, tokenizer), request)
+        opened = next(conversation.run()).message.open
+        assert [[*word.token_ids] for word in opened.sampling.bad_words] == [[0, 1], [7]]
+
+    @pytest.mark.parametrize("min_tokens", [0, 4])
+    def test_min_tokens_holds_back_stop_strings(self, min_tokens):
+        """The tokenizer has one letter for each id, and that of the text's second token is the stop string."""
+        letters = "abcdefghijklmnopqrstuvwxyz"[: toys.VOCAB_SIZE]
+        tokenizer = TargetTokenizer(Tokenizer(models.BPE({it: index for index, it in enumerate(letters)}, [])), "", {})
+        tokenizer.tokenizer.decoder = decoders.Fuse()
+        stop, length = letters[TARGET_ONLY_TEXT[1]], TARGET_ONLY_TEXT.index(TARGET_ONLY_TEXT[1], min_tokens) + 1
+        sampling = SamplingParams(seed=11, max_new_tokens=17, ignore_eos=True, stop=[stop], min_tokens=min_tokens)
+        settings = ConnectionSettings("target:1")
+        speculation = SpeculationParams(method="autoregressive", rule="rejection")
+        request = request_of(settings, toys.PROMPT_IDS, sampling, speculation)
+        conversation = begin_conversation(settings, PairSpeeds(), Target(model_info(20), tokenizer), request)
+        result, _ = World().run(conversation)
+        assert (result.token_ids, result.finish_reason) == (TARGET_ONLY_TEXT[:length], "stop")
+        assert result.text == "".join(letters[token_id] for token_id in result.token_ids[:-1])
+
+    @pytest.mark.parametrize("method", ["speculative", "draft"])
+    @pytest.mark.parametrize("asked", [
+        {"logit_bias": {toys.VOCAB_SIZE: 1.0}}, {"allowed_token_ids": [1, toys.VOCAB_SIZE]},
+        {"bad_words": [[toys.VOCAB_SIZE, 1]]}, {"stop_token_ids": [toys.VOCAB_SIZE]},
+    ], ids=str)  # fmt: skip
+    def test_ids_that_the_target_does_not_have_are_refused_before_anything_is_sent(self, asked, method):
+        [name] = asked
+        with pytest.raises(InvalidRequestError, match=rf"^{name} is {toys.VOCAB_SIZE}: .*{toys.VOCAB_SIZE}"):
+            self.begin(sampling=SamplingParams(**asked), method=method)
+
     @pytest.mark.parametrize(
         ("arguments", "reason"),
         [
@@ -580,8 +619,9 @@ class TestBeginning:
             ({"draft": None}, "method 'speculative' needs a draft"),
             ({"draft": None, "method": "draft"}, "method 'draft' needs a draft"),
             ({"sampling": SamplingParams(stop="end")}, "stop needs a tokenizer"),
+            ({"sampling": SamplingParams(bad_words=["a"])}, "bad_words holds text, but the target model came without"),
         ],
-        ids=["prompt_too_long", "empty", "unknown_id", "text", "no_draft", "no_draft_draft_only", "stop"],
+        ids=["prompt_too_long", "empty", "unknown_id", "text", "no_draft", "no_draft_draft_only", "stop", "words"],
     )
     def test_what_cannot_be_done_is_refused_before_anything_is_sent(self, arguments, reason):
         with pytest.raises(InvalidRequestError, match=reason):

@@ -19,7 +19,7 @@ import torch
 from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from outrider.engine.engine import Engine
-from outrider.protocol.errors import InternalError
+from outrider.protocol.errors import InternalError, InvalidArgumentError
 from outrider.protocol.scales import PROB_UNIT, round_down
 from outrider.protocol.tokens import TokenLog
 from outrider.sampling import pipeline
@@ -28,7 +28,7 @@ from outrider.sampling.logprobs import logprobs_of
 from outrider.sampling.rng import AddressedUniforms, Purpose
 from outrider_client.rules.acceptance import Proposal, TargetRow
 from outrider_draft.drafter import Drafter
-from outrider_draft.session import DraftOptions, Session
+from outrider_draft.session import Commit, DraftOptions, Session
 from outrider_target import scheduler as scheduler_module
 from outrider_target.scheduler import Round, Scheduler, Span, Verdict
 from tests import toy_services as toys
@@ -245,11 +245,109 @@ def test_drafts_see_what_is_drafted_before_them(settings):
     assert len(tokens) == len(TEXT) + 12
 
 
-def test_a_row_of_which_nothing_is_left_ends_its_session_and_says_why():
-    params = DistributionParams(allowed_token_ids=(3,), no_repeat_ngram_size=1)
-    answer = verify(params, TEXT, PROPOSALS)
-    assert isinstance(answer, InternalError)
-    assert "leave no token" in str(answer)
+NOTHING_LEFT = {
+    "allowed_token_ids, bad_words": {"allowed_token_ids": (0, 2), "bad_words": ((0,), (1, 2))},
+    "allowed_token_ids, min_tokens": {"allowed_token_ids": (2,), "min_tokens": 5, "stop_token_ids": (2,)},
+    "allowed_token_ids, no_repeat_ngram_size": {"allowed_token_ids": (3, 4), "no_repeat_ngram_size": 1},
+    "bad_words": {"bad_words": tuple((token_id,) for token_id in range(toys.VOCAB_SIZE)), "logit_bias": {1: 100.0}},
+}
+nothing_left = pytest.mark.parametrize(("names", "settings"), NOTHING_LEFT.items(), ids=NOTHING_LEFT)
+# With top_k=2 too: filters see the masked row.
+everywhere = pytest.mark.parametrize("more", [{}, {"temperature": 0.0}, {"top_k": 2}], ids=str)
+
+
+@nothing_left
+@everywhere
+def test_a_round_whose_first_row_has_nothing_left_is_refused_by_the_fields_that_mask(names, settings, more):
+    params = DistributionParams(**settings, **more)
+    for proposals in ([], PROPOSALS):
+        answer = verify(params, TEXT, proposals, num_prompt_tokens=3)
+        assert isinstance(answer, InvalidArgumentError)
+        assert str(answer) == f"{names} leave no token for position {len(TEXT)}: mask fewer, or ask for fewer tokens"
+
+
+def test_a_model_that_returns_nan_is_not_taken_for_a_mask(monkeypatch):
+    monkeypatch.setattr(toys, "TARGET_LOGITS", np.full_like(toys.TARGET_LOGITS, np.nan))
+    assert isinstance(verify(DistributionParams(bad_words=((1,),)), TEXT, PROPOSALS), InternalError)
+
+
+@pytest.mark.parametrize("num_logprobs", [None, 2])
+def test_a_round_ends_before_the_first_row_that_its_proposals_leave_nothing_of(num_logprobs):
+    """Whether the text comes there is decided by the rows before, which are what they are without it."""
+    params = DistributionParams(allowed_token_ids=(0, 6), no_repeat_ngram_size=1)
+    verdict = verify(params, TEXT, [6, 0, 6, 1], num_prompt_tokens=3, num_logprobs=num_logprobs)
+    assert len(verdict.rows.support_probs) == len(verdict.rows.outside_token_ids) == 2
+    assert num_logprobs is None or len(verdict.rows.logprobs) == 2
+    for index, reported in enumerate(verdict.rows.support_probs):
+        law = expected_probs(toys.TARGET_LOGITS, params, [*TEXT, 6, 0][: len(TEXT) + index], 3)
+        assert reported == pytest.approx(law, abs=PROB_UNIT)
+
+
+class Drafting:
+    """A session that drafts behind TEXT, all of it but three tokens output."""
+
+    def __init__(self, params: DistributionParams, vocab_size: int = toys.VOCAB_SIZE, batch_until: int = 0):
+        self.sent: list = []
+        self.drafter = Drafter(Engine(TableRunner(toys.DRAFT_LOGITS), 1000, 16), toys.CONTEXT_LENGTH)
+        options = DraftOptions(params, 7, vocab_size, toys.VOCAB_SIZE, 0.0, num_prompt_tokens=3)
+        self.session = Session(options, self.sent.append, 0, len(TEXT) + 4, batch_until)
+        self.session.begin(TEXT)
+        self.drafter._begin(self.session)
+
+    def work(self) -> list[tuple[int, bool, list[int]]]:
+        """Return the commit, whether it has stopped, and the tokens, of each message that comes now."""
+        while self.drafter._step():
+            pass
+        sent = [(it.commit_index, it.stopped, [draft.token_id for draft in it.drafts]) for it in self.sent]
+        self.sent.clear()
+        return sent
+
+    def commit(self, index: int, token_ids: list[int], start: int) -> None:
+        digest = self.session.main.sequence.tokens.digest(start)
+        self.drafter._commit(self.session, Commit(index, start, token_ids, digest, start + 3, 0, 0))
+
+
+def test_a_round_ends_before_a_row_of_nan_behind_its_proposals(monkeypatch):
+    logits, tokens = toys.TARGET_LOGITS.copy(), TokenLog([*TEXT, *PROPOSALS[:2]])
+    logits[tokens.digest(len(tokens)) % toys.NUM_PREFIX_CLASSES] = np.nan
+    monkeypatch.setattr(toys, "TARGET_LOGITS", logits)
+    assert len(verify(PLAIN, TEXT, PROPOSALS).rows.support_probs) == 2
+    assert isinstance(verify(PLAIN, [*TEXT, *PROPOSALS[:2]], PROPOSALS), InternalError)
+
+
+@nothing_left
+@everywhere
+def test_a_draft_stops_where_nothing_is_left(names, settings, more):
+    assert Drafting(DistributionParams(**settings, **more)).work() == [(0, True, [])]
+
+
+def test_a_draft_that_has_none_of_the_allowed_ids_stops():
+    params = DistributionParams(allowed_token_ids=(toys.VOCAB_SIZE - 1,))
+    assert Drafting(params, toys.VOCAB_SIZE - 1).work() == [(0, True, [])]
+
+
+def test_a_draft_that_has_stopped_goes_on_behind_a_commit():
+    """The output has 4 tokens at first, and one more with each commit."""
+    drafting = Drafting(DistributionParams(allowed_token_ids=(2,), min_tokens=6, stop_token_ids=(2,)))
+    assert drafting.work() == [(0, True, [])]
+    drafting.commit(1, [4], len(TEXT))
+    assert drafting.work() == [(1, True, [])]
+    drafting.commit(2, [4], len(TEXT) + 1)
+    assert drafting.work() == [(2, False, [2]), (2, False, [2])]
+
+
+def test_a_draft_that_stops_sends_what_it_has_drafted_before():
+    params = DistributionParams(allowed_token_ids=(0, 6), no_repeat_ngram_size=1)
+    [(_, stopped, token_ids)] = Drafting(params, batch_until=len(TEXT) + 4).work()
+    assert stopped
+    assert sorted(token_ids) == [0, 6]
+
+
+def test_a_draft_that_has_stopped_stops_again_behind_a_commit_of_what_it_drafted():
+    drafting = Drafting(DistributionParams(allowed_token_ids=(0, 6), no_repeat_ngram_size=1), batch_until=len(TEXT) + 4)
+    [(_, _, token_ids)] = drafting.work()
+    drafting.commit(1, token_ids, len(TEXT))
+    assert drafting.work() == [(1, True, [])]
 
 
 class TestLogprobs:

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from outrider.protocol import wire
+from outrider.v1 import draft_pb2
 from outrider_client.conversation.effects import BROKEN_LINK, COME_AGAIN, Describe, Link, Wait
 from outrider_client.conversation.patience import Patience
 from outrider_client.errors import (
@@ -364,6 +365,63 @@ class TestTargetFails:
         with pytest.raises(ServiceFailedError, match=r"the target (answered|sent)") as caught:
             run(world)
         assert caught.value.partial is not None
+
+    @pytest.mark.parametrize("speculation", [{}, {"overlap": False}, {"num_speculative_tokens": 8}], ids=str)
+    def test_a_round_that_ends_before_its_last_proposals_leaves_them_for_the_next(self, speculation):
+        """As where nothing may follow some of them, which is no matter while they may be rejected."""
+        world, num_cut = World(), 0
+
+        def cut(stream, message):
+            nonlocal num_cut
+            if stream.link is Link.TARGET and len(message.rows) > 1:
+                del message.rows[1 + message.round_index % 2 :]
+                num_cut += 1
+
+        world.on_response = cut
+        result = run(world, **speculation)
+        assert num_cut > 3
+        assert result.token_ids == TEXT
+        assert (result.stats.num_target_retries, result.stats.num_draft_failures) == (0, 0)
+
+
+class TestDraftStops:
+    """It may have no token to propose, where the sampling leaves it none."""
+
+    @pytest.fixture(autouse=True)
+    def stops_behind_seven_tokens(self, monkeypatch):
+        draft = toys.ToyDraft.draft
+
+        def draft_or_stop(self):
+            if len(self._tokens) < 7:
+                return draft(self)
+            self._is_stopped = True
+            return draft_pb2.ProposeResponse(
+                commit_index=self._commit_index,
+                start_position=len(self._tokens),
+                stopped=True,
+                cache=toys.cache_state(self._tokens, len(self._tokens) - 1),
+            )
+
+        monkeypatch.setattr(toys.ToyDraft, "draft", draft_or_stop)
+
+    @pytest.mark.parametrize("num_speculative_tokens", EVERY_K)
+    @pytest.mark.parametrize("overlap", [True, False])
+    def test_the_target_goes_on_alone_at_once(self, overlap, num_speculative_tokens):
+        world = World()
+        result = run(world, overlap=overlap, num_speculative_tokens=num_speculative_tokens)
+        num_drafted = 7 - len(toys.PROMPT_IDS)
+        assert result.token_ids[:num_drafted] == TEXT[:num_drafted]
+        SeedText().check(result, world)
+        assert (world.now, result.stats.num_draft_failures) == (1000, 0)
+        assert result.stats.num_rounds_without_draft == NUM_TOKENS - num_drafted
+
+    def test_without_a_target_the_text_ends_and_says_why(self):
+        with pytest.raises(
+            InvalidRequestError, match=r"^the sampling parameters leave no token for position 7: "
+        ) as caught:
+            run(method="draft")
+        assert caught.value.partial is not None
+        assert len(caught.value.partial.token_ids) == 7 - len(toys.PROMPT_IDS)
 
 
 class TestDraftFails:

@@ -99,12 +99,12 @@ class TestSafetensors:
 
 
 def test_reading_takes_the_memory_of_what_is_kept(tmp_path):
-    """No page of a file stays, and no second copy: 300 MB of bfloat16 become 600 of float32, in pieces of 32."""
+    """No page of a file stays, and no second copy: 300 MB of bfloat16 become 600 of float32, in pieces of 4."""
     save_file({f"{index}": torch.ones(5000, 10_000, dtype=torch.bfloat16) for index in range(3)}, tmp_path / "a")
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "a")], capture_output=True, text=True, check=True)
     more, kept = map(int, done.stdout.split())
     assert kept == 600_000_000
-    assert more < kept + 150_000_000  # with the file's pages in it, 300,000,000 more
+    assert more < kept + 100_000_000  # with the file's pages in it, 300,000,000 more
 
 
 class TestGguf:
@@ -118,9 +118,9 @@ class TestGguf:
             assert np.array_equal(tensor_of(ours, ours.dims, torch.float32), expected)
             assert (ours.num_bytes, ours.kind) == (files.num_bytes_of(ours), tensor.tensor_type.name)
 
-    def test_settings_are_read_and_lists_counted(self, tmp_path):
+    def test_settings_are_read_and_lists_of_strings_counted(self, tmp_path):
         fields = GgufHeader.read(write_gguf(tmp_path / "x.gguf", {})).fields
-        expected = {"general.architecture": "llama", "a.text": "é", "a.list": 2, "numbers": 3}
+        expected = {"general.architecture": "llama", "a.text": "é", "a.list": 2, "numbers": (1, 2, 3)}
         assert {name: fields[name] for name in expected} == expected
 
     @pytest.mark.parametrize("kind", KINDS)

@@ -84,3 +84,31 @@ def test_a_reader_that_waits_sees_the_end_of_the_call(stream):
     closer.join(PATIENCE_S)
     assert isinstance(end, Broken)
     assert end.code is grpc.StatusCode.OK
+
+
+def test_a_call_that_is_made_after_its_stream_was_closed_is_cancelled():
+    """As when an interrupt comes while the call is being made."""
+    call, may_make, was_cancelled = EndlessCall(), threading.Event(), threading.Event()
+    call.cancel = was_cancelled.set  # type: ignore[method-assign]
+
+    def make(requests, timeout):
+        assert may_make.wait(PATIENCE_S)
+        return call
+
+    stream = _Stream(Link.TARGET, make, queue.SimpleQueue())
+    stream.begin("opening", None)
+    stream.close()
+    may_make.set()
+    assert was_cancelled.wait(PATIENCE_S)
+    call._is_cancelled = True
+
+
+def test_a_closed_channel_ends_the_stream_with_an_event():
+    def refuse(requests, timeout):
+        raise ValueError("Cannot invoke RPC on closed channel!")
+
+    mailbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    _Stream(Link.TARGET, refuse, mailbox).begin("opening", None)
+    [event] = taken(mailbox, 1)
+    assert isinstance(event, Broken)
+    assert event.code == grpc.StatusCode.CANCELLED

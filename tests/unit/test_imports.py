@@ -20,6 +20,7 @@ HOMES = {
     "outrider_client": ROOT / "client",
     "outrider_draft": ROOT / "draft_service",
     "outrider_target": ROOT / "target_service",
+    "outrider_gateway": ROOT / "gateway",
 }
 HEAVY = {"torch", "transformers", "safetensors", "accelerate", "numba", "llvmlite"}
 COMPARING = "outrider_client.bench.transformers_peer"  # of the client, it alone may import them, behind an extra
@@ -49,6 +50,7 @@ ARROWS = {
     "outrider_client.conversation": SHARED | (CLIENT_ROOMS - {"outrider_client.conversation"}) | {"outrider_client"},
     "outrider_client": SHARED | CLIENT_ROOMS | {"outrider", COMPARING},
     COMPARING: {"outrider.engine", "outrider_client"},
+    "outrider_gateway": SHARED | CLIENT_ROOMS - {"outrider_client.lookup"} | {"outrider", "outrider_client"},
 }
 
 

@@ -94,9 +94,9 @@ def test_a_wrong_value_is_refused_by_its_option(argument):
 
 
 def test_the_fields_of_processors_are_options_too():
-    given = ["x", "--logit-bias", '{"5": -1.5}', "--bad-words", "[[1, 2]]", "--stop-token-ids=7", "--logprobs=2"]
+    given = ["x", "--logit-bias", '{"5": -1.5}', "--bad-words", '[[1, 2], "a b"]', "--stop-token-ids=7", "--logprobs=2"]
     found = params_of(SamplingParams, main.commands["generate"].make_context("generate", given).params)
-    assert found == SamplingParams(logit_bias={5: -1.5}, bad_words=[[1, 2]], stop_token_ids=[7], logprobs=2)
+    assert found == SamplingParams(logit_bias={5: -1.5}, bad_words=[[1, 2], "a b"], stop_token_ids=[7], logprobs=2)
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])

@@ -1,4 +1,4 @@
-"""Pages are never lost, shared or handed out twice, and the inputs of a padded pass say what the feeds say.
+"""Blocks are never lost, shared or handed out twice, and the inputs of a padded pass say what the feeds say.
 
 Shapes: T rows of the packed row, N sequences.
 """
@@ -15,21 +15,21 @@ from hypothesis import strategies as st
 
 from outrider.engine.backends.batch import Feed
 from outrider.engine.backends.paged import cache as paged
-from outrider.engine.backends.paged.cache import SCRATCH_PAGE, PagedCache, PagePool
+from outrider.engine.backends.paged.cache import SCRATCH_BLOCK, BlockPool, PagedCache
 from outrider.engine.backends.paged.graphs import Buckets, EagerRunner, GraphKey
 from outrider.engine.backends.paged.runner import StagedInputs
 from outrider.engine.engine import Demand, Engine, Sequence
-from outrider.engine.kv_cache import EntryShape
+from outrider.engine.kv_cache import KvShape
 from outrider.protocol.tokens import TokenLog
 
-PAGE_SIZE = 4
-MAX_LENGTH = 30  # of a sequence: 8 pages
-SHAPE = EntryShape(num_layers=1, num_kv_heads=1, head_dim=1, dtype=torch.float64)
+BLOCK_SIZE = 4
+MAX_LENGTH = 30  # of a sequence: 8 blocks
+SHAPE = KvShape(num_layers=1, num_kv_heads=1, head_dim=1, dtype=torch.float64)
 CPU = torch.device("cpu")
 
 
-def pool_of(max_cached_tokens: int) -> PagePool:
-    return PagePool(max_cached_tokens, PAGE_SIZE, SHAPE)
+def pool_of(max_cached_tokens: int) -> BlockPool:
+    return BlockPool(max_cached_tokens, BLOCK_SIZE, SHAPE)
 
 
 def grow(cache: PagedCache, num_new: int) -> np.ndarray:
@@ -40,14 +40,14 @@ def grow(cache: PagedCache, num_new: int) -> np.ndarray:
 
 class TestPool:
     def test_it_holds_one_sequence_of_the_tokens_asked_for(self):
-        """And the scratch page beside, which nobody gets."""
+        """And the scratch block beside, which nobody gets."""
         pool = pool_of(9)
-        assert (pool.num_pages, pool.num_free) == (3, 3)
+        assert (pool.num_blocks, pool.num_free) == (3, 3)
         assert {pool.take() for _ in range(3)} == {1, 2, 3}
-        assert [tuple(keys.shape) for keys, _ in pool.layers] == [(4, PAGE_SIZE, 1, 1)]
+        assert [tuple(keys.shape) for keys, _ in pool.layers] == [(4, BLOCK_SIZE, 1, 1)]
 
     def test_bytes_of_an_entry_are_those_of_keys_and_values_in_all_layers(self):
-        assert EntryShape(num_layers=3, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16).num_bytes == 2 * 3 * 2 * 8 * 2
+        assert KvShape(num_layers=3, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16).num_bytes == 2 * 3 * 2 * 8 * 2
 
     def test_an_empty_pool_says_so(self):
         pool = pool_of(4)
@@ -57,23 +57,23 @@ class TestPool:
 
 
 class TestCache:
-    def test_a_slot_is_page_and_offset(self):
+    def test_a_slot_is_block_and_offset(self):
         pool = pool_of(40)
         first, second = PagedCache(pool, MAX_LENGTH), PagedCache(pool, MAX_LENGTH)
         grow(first, 3)
         grow(second, 2)
-        slots = grow(first, 3)  # the last of page 1, then two of page 3
-        assert (first.pages, second.pages) == ([1, 3], [2])
-        assert slots.tolist() == [1 * PAGE_SIZE + 3, 3 * PAGE_SIZE, 3 * PAGE_SIZE + 1]
+        slots = grow(first, 3)  # the last of block 1, then two of block 3
+        assert (first.block_ids, second.block_ids) == ([1, 3], [2])
+        assert slots.tolist() == [1 * BLOCK_SIZE + 3, 3 * BLOCK_SIZE, 3 * BLOCK_SIZE + 1]
 
-    def test_pages_behind_the_length_are_given_back_at_once(self):
+    def test_blocks_behind_the_length_are_given_back_at_once(self):
         pool = pool_of(40)
         cache = PagedCache(pool, MAX_LENGTH)
         grow(cache, 11)
-        for length, num_pages in ((9, 3), (8, 2), (5, 2), (4, 1), (0, 0)):
+        for length, num_blocks in ((9, 3), (8, 2), (5, 2), (4, 1), (0, 0)):
             cache.truncate(length)
-            assert (cache.length, len(cache.pages), pool.num_free) == (length, num_pages, 10 - num_pages)
-            assert cache.page_table[num_pages:].tolist() == [SCRATCH_PAGE] * (8 - num_pages)
+            assert (cache.length, len(cache.block_ids), pool.num_free) == (length, num_blocks, 10 - num_blocks)
+            assert cache.block_table[num_blocks:].tolist() == [SCRATCH_BLOCK] * (8 - num_blocks)
 
     def test_what_was_reserved_and_not_used_is_given_back_by_a_truncation_to_the_length(self):
         pool = pool_of(40)
@@ -82,12 +82,12 @@ class TestCache:
         cache.reserve(9)
         assert pool.num_free == 7
         cache.truncate(cache.length)
-        assert (cache.length, cache.pages, pool.num_free) == (3, [1], 9)
+        assert (cache.length, cache.block_ids, pool.num_free) == (3, [1], 9)
 
     @pytest.mark.parametrize("most", [1, 3, 1024])
     def test_a_copy_holds_the_entries_of_every_layer(self, monkeypatch, most):
         monkeypatch.setattr(paged, "MOST_COPIED_AT_ONCE", most)
-        pool = PagePool(60, PAGE_SIZE, EntryShape(num_layers=2, num_kv_heads=2, head_dim=3, dtype=torch.float32))
+        pool = BlockPool(60, BLOCK_SIZE, KvShape(num_layers=2, num_kv_heads=2, head_dim=3, dtype=torch.float32))
         first, second = PagedCache(pool, MAX_LENGTH), PagedCache(pool, MAX_LENGTH)
         slots = torch.from_numpy(grow(first, 11))
         for entries in (part for layer in pool.layers for part in layer):
@@ -96,9 +96,9 @@ class TestCache:
         copied = torch.from_numpy(second._slots(0, 10))
         for entries in (part.flatten(0, 1) for layer in pool.layers for part in layer):
             assert torch.equal(entries[copied], entries[slots[:10]])
-        assert not set(first.pages) & set(second.pages)
+        assert not set(first.block_ids) & set(second.block_ids)
 
-    def test_tokens_cost_whole_pages(self):
+    def test_tokens_cost_whole_blocks(self):
         cache = PagedCache(pool_of(40), MAX_LENGTH)
         assert [cache.cost(number) for number in (0, 1, 4, 5)] == [0, 4, 4, 8]
 
@@ -123,7 +123,7 @@ OPERATIONS = st.lists(
 
 @given(operations=OPERATIONS)
 def test_any_history_of_several_sequences_is_that_of_plain_lists(operations):
-    """Each token is written to its slot; the slots of a sequence then read as its list, and no page is lost."""
+    """Each token is written to its slot; the slots of a sequence then read as its list, and no block is lost."""
     pool = pool_of(4 * 32)
     memory = pool.layers[0][0].flatten()
     caches = [PagedCache(pool, MAX_LENGTH) for _ in range(4)]
@@ -151,39 +151,39 @@ def test_any_history_of_several_sequences_is_that_of_plain_lists(operations):
         check(pool, caches, lists, memory)
     for cache in caches:
         cache.clear()
-    assert sorted(pool.take() for _ in range(pool.num_pages)) == list(range(1, pool.num_pages + 1))
+    assert sorted(pool.take() for _ in range(pool.num_blocks)) == list(range(1, pool.num_blocks + 1))
 
 
 @pytest.mark.parametrize(
     "give_back",
     [
-        lambda pool, page: None,
-        lambda pool, page: pool._free.extend([page, page]),
-        lambda pool, page: pool._free.append(page % pool.num_pages + 1),
+        lambda pool, block: None,
+        lambda pool, block: pool._free.extend([block, block]),
+        lambda pool, block: pool._free.append(block % pool.num_blocks + 1),
     ],
     ids=["lost", "twice", "anothers"],
 )
-def test_pages_that_are_given_back_wrongly_are_found(monkeypatch, give_back):
-    monkeypatch.setattr(PagePool, "give_back", give_back)
+def test_blocks_that_are_given_back_wrongly_are_found(monkeypatch, give_back):
+    monkeypatch.setattr(BlockPool, "give_back", give_back)
     operations = [("append", 0, 9), ("append", 1, 9), ("truncate", 0, 2), ("append", 2, 9)]
     with pytest.raises(AssertionError):
         test_any_history_of_several_sequences_is_that_of_plain_lists.hypothesis.inner_test(operations)
 
 
-def check(pool: PagePool, caches: list[PagedCache], lists: list[list[int]], memory: torch.Tensor) -> None:
-    held = [page for cache in caches for page in cache.pages]
+def check(pool: BlockPool, caches: list[PagedCache], lists: list[list[int]], memory: torch.Tensor) -> None:
+    held = [block for cache in caches for block in cache.block_ids]
     assert len(set(held)) == len(held)
-    assert SCRATCH_PAGE not in held
-    assert len(held) + pool.num_free == pool.num_pages
-    assert len(held) * PAGE_SIZE == sum(cache.cost(cache.length) for cache in caches)
+    assert SCRATCH_BLOCK not in held
+    assert len(held) + pool.num_free == pool.num_blocks
+    assert len(held) * BLOCK_SIZE == sum(cache.cost(cache.length) for cache in caches)
     for cache, tokens in zip(caches, lists, strict=True):
-        read = [memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] for page in cache.pages]
+        read = [memory[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] for block in cache.block_ids]
         assert torch.cat([torch.empty(0), *read])[: cache.length].tolist() == tokens
         assert cache.length == len(tokens)
 
 
 class PageRunner:
-    """Stands for PagedRunner: it takes pages, and computes nothing."""
+    """Stands for PagedRunner: it takes blocks, and computes nothing."""
 
     device = CPU
 
@@ -272,18 +272,18 @@ class TestStagedInputs:
         return feeds, [feed.cache.reserve(len(feed.token_ids)) for feed in feeds]
 
     def test_ragged_feeds_are_packed_and_padded_with_scratch(self):
-        inputs = StagedInputs(num_sequences=4, num_tokens=8, max_pages=8, device=CPU)
+        inputs = StagedInputs(num_sequences=4, num_tokens=8, max_blocks=8, device=CPU)
         assert inputs.send(*self.feeds([3, 0], [3, 2])) == 2
         assert inputs["token_ids"].tolist() == [50, 51, 52, 50, 51, 0, 0, 0]
         assert inputs["positions"].tolist() == [3, 4, 5, 0, 1, 0, 0, 0]
-        assert inputs["slots"].tolist() == [7, 8, 9, 12, 13, 0, 0, 0]  # pages 1 and 2, page 3
+        assert inputs["slots"].tolist() == [7, 8, 9, 12, 13, 0, 0, 0]  # blocks 1 and 2, block 3
         assert inputs["rows"][:2].tolist() == [2, 4]
         assert inputs["cu_seq_q"].tolist() == [0, 3, 5, 5, 5]
         assert inputs["seqused_k"].tolist() == [6, 2, 1, 1]
         assert inputs["block_table"].tolist() == [[1, 2, *[0] * 6], [3, *[0] * 7], [0] * 8, [0] * 8]
 
     def test_where_each_sequence_feeds_one_token_padding_does_too(self):
-        inputs = StagedInputs(num_sequences=4, num_tokens=4, max_pages=8, device=CPU)
+        inputs = StagedInputs(num_sequences=4, num_tokens=4, max_blocks=8, device=CPU)
         inputs.send(*self.feeds([3, 0], [1, 1]))
         assert inputs["cu_seq_q"].tolist() == [0, 1, 2, 3, 4]
         assert inputs["seqused_k"].tolist() == [4, 1, 1, 1]

@@ -43,6 +43,11 @@ from outrider_client.params import NEUTRAL, PARAMETERS, SamplingParams, Speculat
         ("bad_words", [3]),
         ("bad_words", "word"),
         ("bad_words", [range(1025)]),
+        ("bad_words", [range(1025), "word"]),
+        ("bad_words", [""]),
+        ("bad_words", [" "]),
+        ("bad_words", ["\ud800"]),
+        ("bad_words", {"word": 1}),
         ("no_repeat_ngram_size", -1),
         ("min_tokens", 1 << 31),
         ("stop_token_ids", [-1]),
@@ -112,6 +117,17 @@ def test_lists_of_every_kind_become_plain_ones():
     assert (params.allowed_token_ids, params.stop_token_ids) == ((4, 2), (0, 1))
     assert params.bad_words == ((1,), (2, 3))
     assert hash(params.distribution) == hash(params.distribution)
+
+
+def test_words_may_be_texts_until_a_tokenizer_makes_ids_of_them():
+    params = SamplingParams(bad_words=["one", np.array([2, 3]), "two"], seed=4)
+    assert params.bad_words == ("one", (2, 3), "two")
+    with pytest.raises(InvalidRequestError, match=r"^bad_words holds texts"):
+        params.distribution  # noqa: B018 - what is asked for is the error
+    ids = {"one": [[1], [7, 1]], "two": [[2]]}
+    assert params.with_word_ids(ids.__getitem__) == SamplingParams(bad_words=[[1], [7, 1], [2, 3], [2]], seed=4)
+    with pytest.raises(InvalidRequestError, match=r"^bad_words .* up to 1024 ids in all"):
+        params.with_word_ids(lambda _: [range(600)])
 
 
 def test_defaults_draw_plainly():

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from outrider_client.connection import TokenizerParts
 from outrider_client.errors import InvalidRequestError, ServiceFailedError
-from outrider_client.text.text import TargetTokenizer, TextStream, prompt_to_ids
+from outrider_client.text.text import TargetTokenizer, TextStream, prompt_to_ids, word_to_ids
 from tests.tiny_models import byte_tokenizer
 
 BYTES = TargetTokenizer(byte_tokenizer().backend_tokenizer, "", {})
@@ -265,6 +265,50 @@ def test_a_stop_string_cuts_where_it_is_first_complete(whole, stop):
     assert held == "" or any(string.startswith(held) for string in stop)
 
 
+def ends_with_min_tokens(token_ids: list[int], stop: list[str], min_tokens: int) -> tuple[int, str] | None:
+    """Return after how many tokens the text ends, and the text, by vLLM's definition; None where it goes on."""
+    texts = [BYTES.decode(token_ids[:length]).rstrip("�") for length in range(len(token_ids) + 1)]
+    num_exempt = len(texts[min(min_tokens, len(token_ids))])
+    for length in range(min_tokens + 1, len(token_ids) + 1):
+        starts = [texts[length].find(string, max(0, num_exempt + 1 - len(string))) for string in stop]
+        if found := [start for start in starts if start >= 0]:
+            return length, texts[length][: min(found)]
+    return None
+
+
+@given(
+    whole=LETTERS,
+    stop=st.lists(st.text("ab€", min_size=1, max_size=4), min_size=1, max_size=3),
+    min_tokens=st.integers(0, 9),
+    cuts=st.lists(st.integers(1, 5), min_size=48, max_size=48),
+)
+@example(whole="abab", stop=["ab"], min_tokens=2, cuts=[1] * 48)  # the first is complete too soon
+@example(whole="aaa", stop=["aa"], min_tokens=2, cuts=[3] * 48)  # the second begins within the first
+@example(whole="xab", stop=["ab"], min_tokens=2, cuts=[2] * 48)  # begun too soon, but not complete
+@example(whole="€b", stop=["€"], min_tokens=2, cuts=[1] * 48)  # the character is complete with its third token
+@example(whole="ab", stop=["ab"], min_tokens=9, cuts=[5] * 48)
+def test_no_stop_string_ends_the_text_within_min_tokens(whole, stop, min_tokens, cuts):
+    token_ids = BYTES.encode(whole) if whole else []
+    text, start = TextStream(BYTES, PROMPT_IDS, max(1, len(token_ids)), stop, min_tokens=min_tokens), 0
+    for length in cuts:
+        take(text, token_ids[start : start + length])
+        start += length
+    if end := ends_with_min_tokens(token_ids, stop, min_tokens):
+        assert (text.token_ids, text.text, text.finish_reason) == (token_ids[: end[0]], end[1], "stop")
+    else:
+        assert (text.text, text.finish_reason) == (whole, "length" if whole else None)
+
+
+def test_min_tokens_holds_for_decoders_that_show_nothing_before_the_end():
+    """Theirs is one text at the end; what of it is of the first tokens is exempt all the same."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "a.": 1, "b.": 2}, unk_token="?"))
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)])
+    for min_tokens, expected in ((0, ("a", "stop")), (1, ("a.b", "stop")), (2, ("a.b.", "length"))):
+        text = TextStream(TargetTokenizer(tokenizer, "", {}), [], 2, ["."], min_tokens=min_tokens)
+        text.take([1, 2])
+        assert (text.text, text.finish_reason) == expected
+
+
 def test_every_way_to_split_a_run_gives_the_same_text():
     token_ids = BYTES.encode("a€<e<end>b")
     for first, second in itertools.combinations(range(len(token_ids) + 1), 2):
@@ -294,6 +338,37 @@ class TestPrompt:
     def test_of_text_needs_a_tokenizer(self):
         with pytest.raises(InvalidRequestError, match="give a list of token ids"):
             prompt_to_ids("Once", None, NUM_IDS)
+
+
+class TestWords:
+    TOKENIZER = piece_tokenizer("?", "▁once", "▁upon", "▁time")
+
+    @pytest.mark.parametrize("word", ["ab", " ab", "\tab"])
+    def test_are_banned_with_and_without_a_space_before_them(self, word):
+        assert word_to_ids(word, BYTES, NUM_IDS) == [BYTES.encode("ab"), BYTES.encode(" ab")]
+
+    def test_are_banned_once_where_the_tokenizer_puts_the_space_there_itself(self):
+        assert word_to_ids("once upon", self.TOKENIZER, 4) == [[1, 2]]
+
+    def test_have_no_special_tokens_around_them(self):
+        tokenizer = byte_tokenizer().backend_tokenizer
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", BOS_ID), ("</s>", EOS_ID)]
+        )
+        assert word_to_ids("a", sent(tokenizer), NUM_IDS) == [BYTES.encode("a"), BYTES.encode(" a")]
+
+    def test_need_a_tokenizer(self):
+        with pytest.raises(InvalidRequestError, match=r"^bad_words holds text, .* give sequences of token ids$"):
+            word_to_ids("a", None, NUM_IDS)
+
+    def test_that_the_tokenizer_makes_nothing_of_are_refused(self):
+        tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+        with pytest.raises(InvalidRequestError, match=r"^bad_words holds 'b', which the target's tokenizer ignores"):
+            word_to_ids("b", sent(tokenizer), 1)
+
+    def test_that_it_makes_unknown_ids_of_are_the_services_fault(self):
+        with pytest.raises(ServiceFailedError, match=r"^the target's tokenizer makes of 'b' in bad_words id \d+"):
+            word_to_ids("b", BYTES, 5)
 
 
 def sent(tokenizer: Tokenizer, chat_template: str = "", special_tokens_json: str = "") -> TargetTokenizer:

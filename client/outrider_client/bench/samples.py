@@ -12,6 +12,7 @@ from outrider_client.bench.metrics import Timeline
 from outrider_client.params import AUTO, METHODS, SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats, RoundStats
 from outrider_client.rules.rules import rule_of
+from outrider_client.text.text import TargetTokenizer, word_to_ids
 
 BASELINE = "autoregressive"
 AUTO_METHOD = f"speculative-{AUTO}"  # the client picks K
@@ -70,10 +71,11 @@ class Settings:
         named |= vars(self.sampling) | vars(self.speculation)
         return {name: value for name, value in named.items() if name not in OF_A_CELL}
 
-    def resolved(self, target: common_pb2.ModelInfo) -> Settings:
-        """Return these with `auto` and None resolved: the rule for seeded texts, and the target model's defaults."""
+    def resolved(self, target: common_pb2.ModelInfo, tokenizer: TargetTokenizer | None = None) -> Settings:
+        """Return these with `auto`, None and texts in `bad_words` resolved, so that all cells are measured alike."""
         rule = rule_of(self.speculation.rule, has_seed=True).name
         sampling = self.sampling.resolved(defaults_of(target))
+        sampling = sampling.with_word_ids(lambda word: word_to_ids(word, tokenizer, target.vocab_size))
         return replace(self, sampling=sampling, speculation=replace(self.speculation, rule=rule))
 
     @property

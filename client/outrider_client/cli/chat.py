@@ -33,14 +33,24 @@ def chat(system: str | None, plain: bool, **values: Any) -> None:
     """Chat with the target model, line by line; an empty line or end of input ends."""
     sampling, speculation = params_of(SamplingParams, values), params_of(SpeculationParams, values)
     with SpeculativeClient(values["target"], values["draft"]) as client:
-        conversation = _PlainText(client) if plain else _Messages(client, system)
-        notice = DraftNotice(values["draft"])
-        while line := _read_line():
-            prompt = conversation.prompt(line)
-            result = write(client, prompt, sampling, speculation, out.is_terminal)
-            conversation.remember(result.text)
-            notice.say(result.stats)
-            err.print(summary(result.stats), style="dim")
+        conversation = _PlainText(client) if plain else Messages(client, system)
+        converse(client, conversation, sampling, speculation, DraftNotice(values["draft"]))
+
+
+def converse(
+    client: SpeculativeClient,
+    conversation: Messages | _PlainText,
+    sampling: SamplingParams,
+    speculation: SpeculationParams,
+    notice: DraftNotice,
+) -> None:
+    """Answer line by line, with a line on the speed of each answer, until an empty line or the end of input."""
+    while line := _read_line():
+        prompt = conversation.prompt(line)
+        result = write(client, prompt, sampling, speculation, out.is_terminal)
+        conversation.remember(result.text)
+        notice.say(result.stats)
+        err.print(summary(result.stats), style="dim")
 
 
 def _read_line() -> str:
@@ -50,10 +60,10 @@ def _read_line() -> str:
         return ""
 
 
-class _Messages:
+class Messages:
     """A conversation in the model's chat format."""
 
-    def __init__(self, client: SpeculativeClient, system: str | None):
+    def __init__(self, client: SpeculativeClient, system: str | None = None):
         tokenizer = client.tokenizer
         if tokenizer is None or not tokenizer.chat_template:
             raise InvalidRequestError("the target has no chat template: use --plain, or an instruction-tuned model")

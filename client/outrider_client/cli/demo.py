@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from outrider_client.bench.grid import make_grid
 from outrider_client.bench.samples import Sample, Settings
@@ -12,6 +13,7 @@ from outrider_client.bench.summary import summarise
 from outrider_client.bench.tables import speed_table
 from outrider_client.cli.bench.options import NumberList
 from outrider_client.cli.bench.running import measure_grid
+from outrider_client.cli.chat import Messages, converse
 from outrider_client.cli.generate import write
 from outrider_client.cli.local_pair import local_pair
 from outrider_client.cli.options import (
@@ -19,6 +21,7 @@ from outrider_client.cli.options import (
     TARGET_STYLE,
     DraftNotice,
     as_json,
+    err,
     out,
     print_json,
     shows_errors,
@@ -28,6 +31,7 @@ from outrider_client.sync import SpeculativeClient
 from outrider_client.text.text import prompt_to_ids
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to"
+CHAT = SamplingParams(temperature=0.2, top_p=0.9, max_new_tokens=512)  # small models lose the thread when hotter
 TARGET_ONLY = SpeculationParams(method="autoregressive")
 
 
@@ -46,14 +50,21 @@ TARGET_ONLY = SpeculationParams(method="autoregressive")
 @click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each service.")
 @click.option("--target-model", default="builtin:target")
 @click.option("--draft-model", default="builtin:draft")
+@click.option(
+    "--chat", is_flag=True, help="Chat with --target-model instead; proposals are looked up, without --draft-model."
+)
 @as_json
 @shows_errors
-def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) -> None:  # fmt: skip
+@click.pass_context
+def demo(context: click.Context, prompt: str, temperature: list[float], as_json: bool, chat: bool, **values: Any) -> None:  # fmt: skip
     """See the embedded pair write a story, next to the target only.
 
     Starts both services on free loopback ports, shows the texts as they come, measures both methods alternately, and
-    stops the services.
+    stops the services. With --chat it starts a target alone, and answers line by line until an empty line.
     """
+    if chat:
+        _chat(context, values["target_model"], values["threads"])
+        return
     models = values["target_model"], values["draft_model"]
     with local_pair(*models, values["threads"]) as pair, SpeculativeClient(pair.target, pair.draft) as client:
         texts = [_show(client, prompt, value, values, quiet=as_json) for value in temperature]
@@ -69,6 +80,24 @@ def demo(prompt: str, temperature: list[float], as_json: bool, **values: Any) ->
     out.print()
     pair_name = f"{values['target_model']} with {values['draft_model']}"
     out.print(speed_table(rows, f"{pair_name}, {settings.rule_name}, {values['threads']} thread each"))
+
+
+def _chat(context: click.Context, model: str, threads: int) -> None:
+    """Answer what is typed with a target that is started for it, and with proposals from the conversation itself."""
+    is_given = lambda name: context.get_parameter_source(name) is not ParameterSource.DEFAULT  # noqa: E731
+    given = {param.name: param.opts[-1] for param in context.command.params if is_given(param.name)}
+    for name in given.keys() - {"chat", "target_model", "threads"}:
+        raise click.UsageError(f"--chat takes no {given[name]}: use `outrider chat` with a service")
+    if "target_model" not in given:
+        raise click.UsageError(
+            "--chat needs --target-model, a model with a chat template; `make chat` fetches a small one"
+        )
+    with local_pair(model, None, threads) as pair, SpeculativeClient(pair.target, pair.draft) as client:
+        conversation = Messages(client)
+        err.print(
+            f"[{DRAFTED_STYLE}]accepted from what was looked up[/], [{TARGET_STYLE}]the target's own[/]; an empty line ends"
+        )
+        converse(client, conversation, CHAT, SpeculationParams(), DraftNotice(pair.draft))
 
 
 def _show(

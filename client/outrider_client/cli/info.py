@@ -32,7 +32,7 @@ def info(target: str, draft: str, as_json: bool) -> None:
     has_draft = pair.draft or draft == LOOKUP_DRAFT
     verdict = pair.mismatch or ("fits" if has_draft else f"no draft service answers at {draft}")
     if as_json:
-        print_json(_as_dict(pair) | {"verdict": verdict})
+        print_json(_as_dict(pair) | {"verdict": verdict, "tokenizer_overlap": pair.overlap})
     else:
         out.print(_table(pair))
         for name, model in (("draft", pair.draft), ("target", pair.target)):
@@ -41,6 +41,9 @@ def info(target: str, draft: str, as_json: bool) -> None:
         for note in pair.target.generation_defaults.unused:
             unused = f"Texts are written without what the target's generation_config sets here: {note}."
             out.print(unused, highlight=False, markup=False)
+        if pair.overlap is not None:
+            shared = f"The tokenizers differ: they share {pair.overlap:.1%} of the smaller vocabulary."
+            out.print(shared, highlight=False, markup=False)
         out.print(f"The pair {verdict}." if verdict == "fits" else f"The pair does not work: {verdict}.")
     if verdict != "fits":
         raise SystemExit(1)

@@ -108,6 +108,7 @@ HELP = {
     "min_p": "Keep tokens this probable relative to the likeliest.",
     "seed": "The same seed gives the same text, whatever the draft does (but see --rule); without it, a new one.",
     "stop": "End before this text; may be given several times.",
+    "bad_words": "Words that are not written, as a JSON list of texts, or of lists of token ids.",
     "ignore_eos": "Go on after an end-of-sequence token.",
     "method": "The pair, the target only, or the draft only.",
     "num_speculative_tokens": "K: most proposals in a round; `auto` picks the fastest, round by round.",

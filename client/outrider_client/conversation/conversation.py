@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from outrider.sampling.distribution import no_token_left
 from outrider.v1 import draft_pb2
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.conversation.draft_session import DraftSession
@@ -314,9 +315,11 @@ class Conversation:
                     yield from self._hand_over(Chunk([], [Segment(held_back, True)]))
                 return
             started_at = self._clock()
-            while self._draft.is_open and not link.proposals:
+            while self._draft.is_open and not (link.proposals or link.has_stopped):
                 yield from self._wait(None)
             self._stats.draft_wait_s += self._clock() - started_at
+            if self._draft.is_open and not link.proposals:
+                raise InvalidRequestError(no_token_left(self._task.distribution, len(self._generation.committed)))
             if not self._draft.is_open:
                 first_failure_at = first_failure_at or self._clock()
                 if self._clock() - first_failure_at > self._patience.retry_s:

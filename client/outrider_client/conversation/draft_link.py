@@ -1,7 +1,8 @@
 """The draft's side of one generation: its proposals, and what it has been sent. Knows no sockets.
 
 `t` is the first undecided position, which is the number of committed tokens. `length` is K of the next round, before
-the text's end and the services' limits cut it.
+the text's end and the services' limits cut it. All ids and positions are the draft's, which are the target's unless the
+tokenizers differ (`translated.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 
 from outrider.v1 import common_pb2, draft_pb2
 from outrider_client.conversation.committed import Committed, Task
+from outrider_client.conversation.translated import TranslatedTokens, translated_proposals, translated_sampling
 from outrider_client.errors import ServiceFailedError
+from outrider_client.text.vocabulary import Translation
 
 GREEDY_ALTERNATIVES = 4  # by default, if the draft or the target is greedy
 
@@ -26,9 +29,10 @@ class DraftLink:
     """
 
     def __init__(self, task: Task, committed: Committed):
-        self._task, self._committed = task, committed
-        self._vocab_size = task.target_info.vocab_size
-        self._most_taken = task.target_info.limits.max_support or self._vocab_size  # tokens of a support
+        self._task, self._text = task, committed
+        self._committed = committed  # as the draft reads the text
+        self._translation: Translation | None = None  # None: the draft has the target's tokenizer
+        self._most_taken = task.target_info.limits.max_support or task.target_info.vocab_size  # tokens of a support
         self.proposals: list[draft_pb2.Proposal] = []  # at t, t + 1, …
         self.has_stopped = False  # until the next commit
         self.info: common_pb2.ModelInfo | None = None  # None until the service has described itself
@@ -46,9 +50,19 @@ class DraftLink:
 
     # Messages to the draft.
 
+    def read_as(self, translation: Translation | None) -> None:
+        """Set how the draft reads the text, before its session opens. None: as the target does."""
+        if translation is not self._translation:
+            self.proposals, self._alternatives = [], {}  # of another draft, in its ids
+        if translation is None:
+            self._committed = self._text
+        else:
+            self._committed = TranslatedTokens(translation, self._text, len(self._task.prompt_ids))
+        self._translation, self._num_sent = translation, 0
+
     def open(self, length: int) -> draft_pb2.ProposeRequest:
         """Return the message that opens a session with all committed tokens; earlier proposals become void."""
-        task, target = self._task, self._task.target_info
+        task = self._task
         assert self.info is not None
         self.proposals, self.has_stopped = [], False
         self._alternatives, self._overruled_at = {}, -1
@@ -60,16 +74,16 @@ class DraftLink:
         self._grant(self._num_sent)
         return draft_pb2.ProposeRequest(
             open=draft_pb2.OpenProposals(
-                sampling=task.sampling,
+                sampling=self._sampling,
                 seed=task.rule.seed,
                 committed=self._committed.span_from(0),
                 window=self._end,
-                vocab_size=min(self.info.vocab_size, target.vocab_size),
-                greedy=task.speculation.greedy_draft,
+                vocab_size=min(self.info.vocab_size, self._vocab_size),
+                greedy=self._is_greedy,
                 max_support=self._most_support(),
                 min_draft_prob=self._min_draft_prob,
-                tokenizer=target.tokenizer if target.HasField("tokenizer") else None,
-                num_prompt_tokens=len(task.prompt_ids),
+                tokenizer=self._tokenizer,
+                num_prompt_tokens=self._num_prompt_tokens,
                 batch_until=self._batch_until(length),
                 branch=self._branch,
                 max_alternatives=self._max_alternatives,
@@ -99,7 +113,7 @@ class DraftLink:
     @property
     def can_follow(self) -> bool:
         """Whether the committed tokens fit the draft's context and vocabulary."""
-        if self.info is None:
+        if self.info is None or (isinstance(self._committed, TranslatedTokens) and not self._committed.is_whole):
             return False
         info, unsent = self.info, self._committed[self._num_sent :]
         return len(self._committed) < info.context_length and (not unsent or max(unsent) < info.vocab_size)
@@ -108,11 +122,48 @@ class DraftLink:
         """Return how many proposals the next round should have; 0 if the draft cannot follow."""
         if self.info is None or not self.can_follow:
             return 0
-        task, num_committed = self._task, len(self._committed)
+        task, num_left = self._task, self.info.context_length - len(self._committed)
         limit = task.target_info.limits.max_proposals or length
         ahead = task.speculation.num_ahead(length, self._overlaps)
-        num_left = min(task.max_length, self.info.context_length) - num_committed
-        return min(length, num_left, limit, ahead)
+        return min(length, self._num_left, num_left, limit, ahead)
+
+    def first(self, number: int) -> list[draft_pb2.Proposal]:
+        """Return the first proposals in the target's ids, so many or up to one that the target does not have."""
+        proposals = self.proposals[:number]
+        if self._translation is None:
+            return proposals
+        return translated_proposals(self._translation, proposals)
+
+    @property
+    def _vocab_size(self) -> int:
+        """Below which all proposals are."""
+        return self._task.target_info.vocab_size if self._translation is None else self._translation.draft_size
+
+    @property
+    def _described(self) -> common_pb2.ModelInfo:
+        assert self.info is not None
+        return self.info
+
+    @property
+    def _tokenizer(self) -> common_pb2.TokenizerFingerprint | None:
+        info = self._task.target_info if self._translation is None else self._described
+        return info.tokenizer if info.HasField("tokenizer") else None
+
+    @property
+    def _sampling(self) -> common_pb2.SamplingParams:
+        sampling = self._task.sampling
+        return sampling if self._translation is None else translated_sampling(self._translation, sampling)
+
+    @property
+    def _num_prompt_tokens(self) -> int:
+        text = self._committed
+        return text.num_prompt_tokens if isinstance(text, TranslatedTokens) else len(self._task.prompt_ids)
+
+    @property
+    def _is_greedy(self) -> bool:
+        """Noise has the target's ids and positions as its address, so a draft of others cannot draw with it."""
+        is_other = self._translation is not None and self._task.rule.shares_noise
+        return is_other or self._task.speculation.greedy_draft
 
     @property
     def _commit_index(self) -> int:
@@ -122,7 +173,7 @@ class DraftLink:
         assert self.info is not None
         speculation = self._task.speculation
         ahead = self._num_left if speculation.method == "draft" else speculation.num_ahead(length, self._overlaps)
-        return min(len(self._committed) + ahead, self._task.max_length, self.info.context_length)
+        return min(len(self._committed) + min(ahead, self._num_left), self.info.context_length)
 
     def _batch_until(self, length: int) -> int:
         """A round needs all its proposals, so they may come together. Under the method `draft` each comes at once."""
@@ -150,7 +201,7 @@ class DraftLink:
             return 0
         if speculation.num_alternatives is not None:
             return speculation.num_alternatives
-        is_greedy = self._task.distribution.is_greedy or speculation.greedy_draft
+        is_greedy = self._task.distribution.is_greedy or self._is_greedy
         return GREEDY_ALTERNATIVES if is_greedy else most
 
     @property
@@ -163,7 +214,7 @@ class DraftLink:
     @property
     def _num_left(self) -> int:
         """Tokens until the longest length."""
-        return self._task.max_length - len(self._committed)
+        return self._task.max_length - len(self._text)
 
     def _grant(self, start: int) -> None:
         """Add credit for all responses to a message that lets the draft propose from `start` on."""
@@ -173,10 +224,12 @@ class DraftLink:
     # Commits and responses.
 
     def on_committed(self, start: int, token_ids: Sequence[int]) -> None:
-        """Drop the proposals that a commit decides, or all if it contradicts one.
+        """Drop the proposals that a commit decides, or all if it contradicts one. `start` and the ids are the target's.
 
         If it contradicts one with the token of an alternative, the alternative's proposals replace them.
         """
+        if isinstance(self._committed, TranslatedTokens):
+            start, token_ids = len(self._committed), self._committed.take(token_ids)
         for position, (token_id, proposal) in enumerate(zip(token_ids, self.proposals, strict=False), start):
             if proposal.token_id != token_id:
                 self._overrule(position)

@@ -19,12 +19,13 @@ from outrider_client.conversation.effects import (
     Reason,
     Send,
     Steps,
+    Translate,
     counted,
     seconds_of,
 )
 from outrider_client.conversation.patience import Breaker, Patience
 from outrider_client.errors import CacheMismatchError, IncompatiblePairError, ModelChangedError, ServiceFailedError
-from outrider_client.pair import find_mismatch
+from outrider_client.pair import find_mismatch, mismatch_of, needs_translation
 from outrider_client.results import GenerationStats
 
 # With these codes the draft may still work for other texts.
@@ -75,7 +76,7 @@ class DraftSession:
         self._num_noted = self._breaker.num_noted
         described = yield Describe()
         self._link.info = None if isinstance(described, Broken) else described
-        failure = described if isinstance(described, Broken) else self._refused_pair(described)
+        failure = described if isinstance(described, Broken) else (yield from self._join(described))
         if failure is not None:
             yield from self._fail(failure, self._clock() - began_at)
         elif self._link.can_follow:
@@ -86,15 +87,22 @@ class DraftSession:
             self._own_breaker.rest(self._clock() + self._patience.longest_backoff_s)
             self._breaker.on_success(self._clock())
 
-    def _refused_pair(self, info: common_pb2.ModelInfo) -> Broken | None:
-        """Return why this draft cannot work with the target; None if it can."""
+    def _join(self, info: common_pb2.ModelInfo) -> Steps:
+        """Have the link read the text as this draft does; return why the draft cannot work with the target, or None."""
+        task = self._task
         if not info.vocab_size or not info.context_length:
             return Broken.of_draft(
                 Reason.BROKE_PROTOCOL, "the draft describes a model without a vocabulary or a context"
             )
-        mismatch = find_mismatch(info, self._task.target_info)
+        translation, mismatch = None, find_mismatch(info, task.target_info)
+        if not self._insists and needs_translation(info, task.target_info):
+            translation = yield Translate(info)
+            if isinstance(translation, Broken):
+                return translation
+            mismatch = mismatch_of(info, task.target_info, translation.overlap)
         if mismatch and self._insists:
             raise IncompatiblePairError(mismatch)
+        self._link.read_as(translation)
         return Broken.of_draft(Reason.OTHER_TOKENIZER, mismatch) if mismatch else None
 
     def commit(self, length: int) -> Steps:
@@ -112,7 +120,7 @@ class DraftSession:
         link = self._link
         if not self.is_open or link.is_on_trial:
             return False
-        return len(link.proposals) < num_wanted and not (link.has_stopped and link.proposals)
+        return len(link.proposals) < num_wanted and not link.has_stopped
 
     def on_delivered(self) -> None:
         """Note that the draft has proposed as many tokens as a round wanted."""

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from outrider.protocol import errors
+from outrider.v1.common_pb2 import ModelInfo
 from outrider_client.results import Chunk, GenerationStats
 
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.UNIMPLEMENTED)
@@ -95,6 +96,13 @@ class Describe:
 
 
 @dataclass(frozen=True)
+class Translate:
+    """Effect: answer with the Translation between the tokenizers of this draft and the target, or with a Broken."""
+
+    draft: ModelInfo
+
+
+@dataclass(frozen=True)
 class Received:
     """Event: a response came."""
 
@@ -146,7 +154,7 @@ class Broken:
 
 
 Event = Received | Broken
-Effect = Open | Send | Close | Wait | Describe
+Effect = Open | Send | Close | Wait | Describe | Translate
 Steps = Generator[Effect | Chunk, Any, Any]
 
 

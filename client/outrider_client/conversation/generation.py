@@ -27,6 +27,7 @@ class Generation:
         self.draft = DraftLink(task, self.committed)
         self.lookup = new_lookup(self.committed) if new_lookup else None
         self.source = DRAFT  # of the proposals of the present round
+        self._num_seen = 0  # of the draft's proposals: those of the round, and one that the target does not have
 
     def look_up(self) -> Found:
         """Return what can be proposed for the next round without a draft."""
@@ -39,8 +40,10 @@ class Generation:
         """Return the proposals of a round: the draft's first ones, or what was found where there shall be none."""
         if num_drafted:
             self.source = DRAFT
-            return self.draft.proposals[:num_drafted]
-        self.source, rule = found.source, self.task.rule
+            proposals = self.draft.first(num_drafted)
+            self._num_seen = min(num_drafted, len(proposals) + 1)
+            return proposals
+        self.source, rule, self._num_seen = found.source, self.task.rule, 0
         return [rule.certain_proposal(token_id) for token_id in found.token_ids]
 
     def commit_round(self, decision: Decision, num_kept: int) -> None:
@@ -51,7 +54,7 @@ class Generation:
         self._count_round(num_kept, num_drafted, min(decision.num_accepted, num_kept))
         self._commit(decision.token_ids[:num_kept])
         self.logprobs += self.target.round_logprobs[:num_kept]
-        if self.source == DRAFT and self.task.rule.ends_branch(decision, num_proposals):
+        if self.source == DRAFT and self.task.rule.ends_branch(decision, max(num_proposals, self._num_seen)):
             self.draft.begin_branch()  # what was looked up was not drawn, so nothing of the draft's has decided
 
     def _count_round(self, num_kept: int, num_drafted: int, num_accepted: int) -> None:

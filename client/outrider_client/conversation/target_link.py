@@ -89,11 +89,12 @@ class TargetLink:
         proposals, rule = self.read_round(), self._task.rule
         if response.round_index != self._round_index:
             raise ServiceFailedError(f"the target answered round {response.round_index} instead of {self._round_index}")
-        if len(response.rows) != max(1, len(proposals)):
+        if not 0 < len(response.rows) <= max(1, len(proposals)):
             raise ServiceFailedError(
                 f"the target answered with {len(response.rows)} rows for {len(proposals)} proposals"
             )
         self._committed.check_cache(response.cache, [proposal.token_id for proposal in proposals])
+        proposals = proposals[: len(response.rows)]  # what comes behind these is not decided yet
         rows = _rows_from_proto(response.rows, proposals)
         for index, row in enumerate(rows):
             _check_row(row, index, self._task.target_info.vocab_size)

@@ -38,8 +38,15 @@ class ChatTemplate:
         self._worker: _Worker | None = None
         self._lock = threading.Lock()
 
-    def render(self, messages: Iterable[Mapping[str, Any]], special_tokens: Mapping[str, Any]) -> str:
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        special_tokens: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the text of a conversation, up to where the model's answer begins.
+
+        `settings` are further variables of the template, such as `enable_thinking`, or others than the usual ones.
 
         Raises:
             InvalidRequestError: the messages are malformed, or the template refuses them.
@@ -51,6 +58,7 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
             "add_generation_prompt": True,
+            **(settings or {}),
         }
         try:
             request = json.dumps({"template": self._source, "variables": variables})

@@ -82,7 +82,7 @@ class Pieces:
 
     @cached_property
     def _has_bytes(self) -> bool:
-        return any(stage["type"] == "ByteFallback" for stage in self._stages)
+        return any(stage["type"] == "ByteFallback" for stage in self.stages)
 
     @cached_property
     def num_unsettled(self) -> int:
@@ -96,9 +96,9 @@ class Pieces:
         Stages that see the whole text may strip its start and replace a string. A string of several characters is found
         again in the last tokens only if its occurrences cannot overlap and no other stage changes the text.
         """
-        if any(stage["type"] == "Strip" and stage["stop"] for stage in self._stages):
+        if any(stage["type"] == "Strip" and stage["stop"] for stage in self.stages):
             return False  # it panics on shorter text
-        if any(stage["type"] == "CTC" for stage in self._stages[1:]):
+        if any(stage["type"] == "CTC" for stage in self.stages[1:]):
             return False  # it drops repetitions in the output of other stages
         others = [stage for stage in self._of_whole_text if stage["type"] != "Fuse"]
         if not all(stage["type"] == "Strip" or _pattern_of(stage) for stage in others):
@@ -109,12 +109,12 @@ class Pieces:
     @cached_property
     def _of_whole_text(self) -> list[dict[str, Any]]:
         """The stages behind the first that joins the tokens."""
-        kinds = [stage["type"] for stage in self._stages]
+        kinds = [stage["type"] for stage in self.stages]
         first = next((index for index, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")), len(kinds))
-        return self._stages[first + 1 :]
+        return self.stages[first + 1 :]
 
     @cached_property
-    def _stages(self) -> list[dict[str, Any]]:
+    def stages(self) -> list[dict[str, Any]]:
         """The settings of the decoder's stages."""
         decoder = self.tokenizer.decoder
         return _flat(json.loads(decoder.__getstate__())) if decoder else []  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from outrider_client import arguments
 from outrider_client.errors import InvalidRequestError, ServiceFailedError
 from outrider_client.results import FinishReason
 from outrider_client.text.chat_template import ChatTemplate
-from outrider_client.text.decoding import Pieces, TextDecoder, raise_if_failed
+from outrider_client.text.decoding import UNFINISHED, Pieces, TextDecoder, raise_if_failed
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,19 @@ class TargetTokenizer:
         """Return the ids of a text that comes behind another, so without special tokens; errors as for `encode`."""
         return self._encode("prediction", text, add_special_tokens=False).ids
 
+    def encode_word(self, word: str) -> list[list[int]]:
+        """Return the ids of a word where a text begins and of the same behind a space, in which they may differ.
+
+        Raises:
+            InvalidRequestError: it has none.
+            ServiceFailedError: the tokenizer cannot encode it.
+        """
+        texts = word.lstrip(), f" {word.lstrip()}"
+        sequences = {tuple(self._encode("bad_words", text, add_special_tokens=False).ids): None for text in texts}
+        if () in sequences:
+            raise InvalidRequestError(f"bad_words holds {arguments.shown(word)}, which the target's tokenizer ignores")
+        return [list(ids) for ids in sequences]
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of some ids, without special tokens; raises InvalidRequestError for invalid ids."""
         ids = arguments.token_ids("token_ids", token_ids)
@@ -87,11 +100,14 @@ class TargetTokenizer:
             raise_if_failed(f"encode the {name}", error)
             raise
 
-    def render_chat(self, messages: Iterable[Mapping[str, Any]]) -> list[int]:
+    def render_chat(
+        self, messages: Iterable[Mapping[str, Any]], settings: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Return the ids of a conversation in the model's own chat format, up to where its answer begins.
 
         Args:
             messages: dicts with `role`, `content` and whatever else the template reads.
+            settings: further variables of the template.
 
         Raises:
             InvalidRequestError: the model has no chat template, jinja2 is not installed, the messages are malformed, or
@@ -100,14 +116,15 @@ class TargetTokenizer:
         """
         if not self.chat_template:
             raise InvalidRequestError("the target has no chat template: use generate, or an instruction-tuned model")
-        text = self._template.render(messages, self.special_tokens)
+        text = self._template.render(messages, self.special_tokens, settings)
         return self._encode("messages", text, add_special_tokens=False).ids
 
 
 class TextStream:
     """Grows a text token by token and finds its end: an end-of-sequence id, a stop string, or the length limit.
 
-    Text that may begin a stop string is held back until that is decided.
+    Text that may begin a stop string is held back until that is decided. As in vLLM, a stop string that is complete
+    within the first `min_tokens` tokens does not end the text; one that only begins there may.
     """
 
     def __init__(
@@ -117,14 +134,16 @@ class TextStream:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         eos_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
     ):
         if stop and tokenizer is None:
             raise InvalidRequestError("stop needs a tokenizer, and the target model came without one")
         self._decoder = TextDecoder(tokenizer.pieces, prompt_ids) if tokenizer else None
-        self._num_left = max_new_tokens
+        self._num_left, self._min_tokens = max_new_tokens, min_tokens
         self._stop, self._eos_token_ids = tuple(stop), frozenset(eos_token_ids)
         self._released: list[str] = []
         self._held = ""
+        self._num_exempt = 0  # characters of what is held that are of the first `min_tokens` tokens
         self.token_ids: list[int] = []  # taken so far
         self.finish_reason: FinishReason | None = None
 
@@ -155,6 +174,8 @@ class TextStream:
             self._held += self._decoder.step(token_id)
             if self._stop and self._cut_at_stop(self._held + self._decoder.peek()):
                 return self._release(len(self._held))
+            if self._stop and len(self.token_ids) == self._min_tokens:
+                self._num_exempt = len((self._held + self._decoder.end()).rstrip(UNFINISHED))
         if self._num_left == 0:
             return self._finish("length")
         return self._release(len(self._held) - _longest_overlap(self._held, self._stop))
@@ -169,7 +190,9 @@ class TextStream:
 
     def _cut_at_stop(self, text: str) -> bool:
         """End the text before the first stop string in `text`, the text held back, if there is one."""
-        found = _earliest(text, self._stop)
+        if len(self.token_ids) <= self._min_tokens:
+            return False
+        found = _earliest(text, self._stop, self._num_exempt)
         if found is None:
             return False
         self._held, self.finish_reason = text[:found], "stop"
@@ -177,15 +200,16 @@ class TextStream:
 
     def _release(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
+        self._num_exempt = max(0, self._num_exempt - length)
         if text:
             self._released.append(text)
         return text
 
 
-def _earliest(text: str, stop: Sequence[str]) -> int | None:
-    """Return the index at which the first stop string begins in `text`, or None."""
-    starts = [start for start in (text.find(string) for string in stop) if start >= 0]
-    return min(starts, default=None)
+def _earliest(text: str, stop: Sequence[str], num_exempt: int = 0) -> int | None:
+    """Return where the first of the stop strings begins that ends behind `num_exempt` characters of `text`, or None."""
+    starts = [text.find(string, max(0, num_exempt + 1 - len(string))) for string in stop]
+    return min((start for start in starts if start >= 0), default=None)
 
 
 def _longest_overlap(text: str, stop: Sequence[str]) -> int:
@@ -197,6 +221,27 @@ def _longest_overlap(text: str, stop: Sequence[str]) -> int:
                 longest = length
                 break
     return longest
+
+
+def word_to_ids(word: str, tokenizer: TargetTokenizer | None, vocab_size: int) -> list[list[int]]:
+    """Return the sequences of ids that are banned with a word of `bad_words`.
+
+    Raises:
+        InvalidRequestError: it has no ids, or there is no tokenizer.
+        ServiceFailedError: the tokenizer cannot encode it, or makes ids that the model has not.
+    """
+    if tokenizer is None:
+        raise InvalidRequestError(
+            "bad_words holds text, but the target model came without a tokenizer: give sequences of token ids"
+        )
+    sequences = tokenizer.encode_word(word)
+    most = max(map(max, sequences))
+    if most >= vocab_size:
+        raise ServiceFailedError(
+            f"the target's tokenizer makes of {arguments.shown(word)} in bad_words id {most}: the target's vocabulary "
+            f"has {vocab_size} ids, from 0"
+        )
+    return sequences
 
 
 def prompt_to_ids(prompt: str | Iterable[int], tokenizer: TargetTokenizer | None, vocab_size: int) -> list[int]:

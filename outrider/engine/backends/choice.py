@@ -15,12 +15,12 @@ import torch
 from outrider.engine.backends import llama
 from outrider.engine.backends.llama import LlamaForward
 from outrider.engine.backends.paged.attention import PagedKernels, reference_varlen_attn
-from outrider.engine.backends.paged.cache import PagePool
+from outrider.engine.backends.paged.cache import BlockPool
 from outrider.engine.backends.paged.drafting import DraftingPagedRunner
 from outrider.engine.backends.paged.graphs import CudaGraphRunner, EagerRunner, GraphRunner
 from outrider.engine.backends.paged.runner import PagedRunner
 from outrider.engine.backends.runner import ForwardPass, ModelRunner, Runner
-from outrider.engine.kv_cache import EntryShape
+from outrider.engine.kv_cache import KvShape
 from outrider.engine.models.checkpoint import ModelRefusedError
 from outrider.engine.models.probe import Probe
 from outrider.engine.models.spec import DecoderSpec
@@ -29,7 +29,7 @@ DEFAULT_CONTEXTS_CACHED = 16
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 KERNEL_CAPABILITY = (8, 0)  # Ampere
 SHARE_OF_FREE_MEMORY = 0.5  # for a cache whose size nobody has set: draft and target may share a GPU
-LARGEST_PAGE = 256  # FlashAttention 2, which torch has, takes multiples of it
+LARGEST_BLOCK = 256  # FlashAttention 2, which torch has, takes multiples of it
 REFERENCE = PagedKernels("the reference", reference_varlen_attn, 16, (torch.float32, torch.float64))
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def choose(spec: DecoderSpec, machine: Machine, probe: Probe) -> Choice:
                 )
             return Choice(runner, max_cached_tokens, backend.name, notes)
         names.setdefault(reason, []).append(backend.name)
+        spec = spec.whole()
     assert is_rounding, "the last backend has no other objection, and gave these rows before"
     raise ModelRefusedError(
         f"nothing runs this model with keys and values in {machine.caches.kv_dtype}: leave out --kv-dtype"
@@ -138,16 +139,16 @@ def _max_cached_tokens(spec: DecoderSpec, options: CacheOptions) -> int:
     if options.max_cached_tokens:
         return options.max_cached_tokens
     wanted = DEFAULT_CONTEXTS_CACHED * spec.context_length
-    if spec.device.type != "cuda" or spec.entries is None:
+    if spec.device.type != "cuda" or spec.kv_shape is None:
         return wanted
     torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info(spec.device)
-    return cached_tokens_that_fit(wanted, free_bytes, spec.entries)
+    return cached_tokens_that_fit(wanted, free_bytes, spec.kv_shape)
 
 
-def cached_tokens_that_fit(wanted: int, free_bytes: int, shape: EntryShape) -> int:
-    """Return how many tokens a pool gets when nobody has said: a page at least, which then may not fit."""
-    return max(LARGEST_PAGE, min(wanted, int(SHARE_OF_FREE_MEMORY * free_bytes) // shape.num_bytes))
+def cached_tokens_that_fit(wanted: int, free_bytes: int, shape: KvShape) -> int:
+    """Return how many tokens a pool gets when nobody has said: a block at least, which then may not fit."""
+    return max(LARGEST_BLOCK, min(wanted, int(SHARE_OF_FREE_MEMORY * free_bytes) // shape.num_bytes))
 
 
 # --- compiled code ----------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def cached_tokens_that_fit(wanted: int, free_bytes: int, shape: EntryShape) -> i
 
 def _why_not_compiled(spec: DecoderSpec, machine: Machine) -> str | None:
     if machine.caches.paged:
-        return "caches in pages were asked for"
+        return "caches in blocks were asked for"
     from outrider.engine.backends.compiled import runner  # numba is slow to import
 
     return runner.why_not(spec)
@@ -168,11 +169,11 @@ def _make_compiled(spec: DecoderSpec, machine: Machine, max_cached_tokens: int) 
     return CompiledLlamaRunner(spec, machine.num_threads, _kv_dtype(spec, machine))
 
 
-# --- caches in pages --------------------------------------------------------------------------------------------------
+# --- paged caches -----------------------------------------------------------------------------------------------------
 
 
-def why_no_pages(kernels: PagedKernels, shape: EntryShape | None, device: torch.device) -> str | None:
-    """Return why the kernels cannot read such entries from pages on the device; None where they can."""
+def why_not_paged(kernels: PagedKernels, shape: KvShape | None, device: torch.device) -> str | None:
+    """Return why the kernels cannot read such entries from blocks on the device; None where they can."""
     if shape is None:
         return "the layers' entries are not of one size"
     if shape.dtype not in kernels.dtypes:
@@ -195,14 +196,14 @@ def _paged_backend(
     why_no_pass: Callable[[DecoderSpec], str | None] = lambda spec: None,
     is_for_cpu: bool = False,
 ) -> Backend:
-    """Return a backend on pages."""
+    """Return a backend on blocks."""
 
     def why_not(spec: DecoderSpec, machine: Machine) -> str | None:
         if is_for_cpu and not (machine.caches.paged and spec.device.type == "cpu"):
             return "it is for tests"
         if not is_for_cpu and spec.device.type != "cuda":
             return f"it takes a GPU, not {spec.device}"
-        return why_no_pages(read_kernels(), spec.entries, spec.device) or why_no_pass(spec)
+        return why_not_paged(read_kernels(), spec.kv_shape, spec.device) or why_no_pass(spec)
 
     def make(spec: DecoderSpec, machine: Machine, max_cached_tokens: int) -> Runner:
         return _make_paged(make_pass(spec), read_kernels(), spec, machine.caches.cuda_graphs, max_cached_tokens)
@@ -216,8 +217,8 @@ def _make_paged(
     graphs: GraphRunner | None = None
     if with_graphs:
         graphs = CudaGraphRunner(spec.device) if spec.device.type == "cuda" else EagerRunner()
-    assert spec.entries
-    pool = PagePool(max_cached_tokens, kernels.page_size, spec.entries, spec.device)
+    assert spec.kv_shape
+    pool = BlockPool(max_cached_tokens, kernels.block_size, spec.kv_shape, spec.device)
     kind = DraftingPagedRunner if graphs else PagedRunner
     context_length = min(spec.context_length, max_cached_tokens)
     runner = kind(forward_pass, pool, context_length, kernels.varlen_attn, graphs)
@@ -234,7 +235,7 @@ def _our_kernels() -> PagedKernels:
 def _torch_kernels() -> PagedKernels:
     from torch.nn.attention.varlen import varlen_attn
 
-    return PagedKernels("varlen_attn", varlen_attn, LARGEST_PAGE, HALF_PRECISION)
+    return PagedKernels("varlen_attn", varlen_attn, LARGEST_BLOCK, HALF_PRECISION)
 
 
 def _why_not_gpu(spec: DecoderSpec) -> str | None:
@@ -258,9 +259,9 @@ def _make_host_pass(spec: DecoderSpec) -> ForwardPass:
 BACKENDS = (
     Backend("compiled", _why_not_compiled, _make_compiled, rounds_caches=True),
     _paged_backend("gpu", _our_kernels, _make_gpu, _why_not_gpu),
-    _paged_backend("transformers on pages", _our_kernels, lambda spec: spec.reference),
-    _paged_backend("transformers on torch's pages", _torch_kernels, lambda spec: spec.reference),
-    _paged_backend("pages on a CPU", lambda: REFERENCE, _make_host_pass, is_for_cpu=True),
+    _paged_backend("paged transformers", _our_kernels, lambda spec: spec.reference),
+    _paged_backend("paged transformers (varlen_attn)", _torch_kernels, lambda spec: spec.reference),
+    _paged_backend("paged reference", lambda: REFERENCE, _make_host_pass, is_for_cpu=True),
     Backend("torch", lambda spec, machine: llama.why_not(spec), lambda spec, *_: ModelRunner(LlamaForward(spec))),
     Backend("transformers", lambda spec, machine: None, lambda spec, *_: ModelRunner(spec.reference)),
 )

@@ -15,6 +15,7 @@ head size, F feed-forward size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 
 from outrider.engine.backends.attention import AttentionBatch
 from outrider.engine.backends.products import Product, make_product
-from outrider.engine.models.spec import DecoderSpec, LayerSpec, Norm
+from outrider.engine.models.spec import DecoderSpec, LayerSpec, Linear, Norm
 from outrider.engine.models.visibility import Visible
 
 
@@ -73,15 +74,15 @@ class LlamaForward:
     """Runs a model with Llama's layers; holds its own copy of the weights."""
 
     def __init__(self, spec: DecoderSpec):
-        """Copy the weights of a model to which `why_not` has no objection."""
-        weights, entries = spec.weights, spec.entries
+        """Take the weights of a model to which `why_not` has no objection."""
+        weights, entries = spec.weights, spec.kv_shape
         assert weights
         assert weights.rotary
         assert entries
         self._num_query_heads, self._num_kv_heads = spec.num_query_heads, entries.num_kv_heads
         self._head_dim, self._dtype, self.device = entries.head_dim, spec.dtype, spec.device
         self._embedding = weights.embedding
-        self._layers = [self._layer(layer) for layer in weights.layers]
+        self._layers = [self._layer(layer, spec.taken) for layer in weights.layers]
         self._norm = _Norm(weights.norm)
         self._head = make_product(self._norm.fold(weights.head))
         self._rotary = weights.rotary
@@ -128,18 +129,18 @@ class LlamaForward:
         cosines, sines = self._rotary.angles(length)
         return torch.complex(cosines.to(self._dtype), sines.to(self._dtype))
 
-    def _layer(self, layer: LayerSpec) -> _Layer:
+    def _layer(self, layer: LayerSpec, taken: Callable[[Linear], torch.Tensor]) -> _Layer:
         attention_norm, feed_forward_norm = _Norm(layer.attention_norm), _Norm(layer.feed_forward_norm)
-        weight, bias = self._interleaved(layer.query_key_value.weight), layer.query_key_value.bias
+        weight, bias = self._interleaved(taken(layer.query_key_value)), layer.query_key_value.bias
         return _Layer(
             attention_norm=attention_norm,
             feed_forward_norm=feed_forward_norm,
             query_key_value=make_product(
                 attention_norm.fold(weight), None if bias is None else self._interleaved(bias)
             ),
-            output=make_product(layer.output.weight),
-            gate_up=make_product(feed_forward_norm.fold(layer.up.weight)),
-            down=make_product(layer.down.weight),
+            output=make_product(taken(layer.output)),
+            gate_up=make_product(feed_forward_norm.fold(taken(layer.up))),
+            down=make_product(taken(layer.down)),
             scaling=layer.scaling,
             visible=layer.visible,
         )

@@ -1,4 +1,4 @@
-"""Runs forward passes over packed sequences: the one place that calls the model.
+"""Runs forward passes over packed sequences; the only module that calls the model.
 
 Shapes: T new tokens in the batch, N sequences, R rows read, V vocabulary size.
 """
@@ -49,25 +49,25 @@ class DraftingRunner(Runner, Protocol):
         """Return whether `draft` can be called for feeds of so many tokens."""
 
     def prepare_drafting(self) -> None:
-        """Do now what the first drafts would otherwise wait for."""
+        """Record or compile now what the first drafts would otherwise wait for."""
 
     def draft(self, feeds: Sequence[Feed], sampling: Draws) -> list[Draft | None]:
         """Feed all of `feeds`, whose rows are one each, draw a token for each, feed these, and so on.
 
         Returns:
-            The n · N drafts of n draws for N feeds, draw by draw; None for a row that is no law, behind which those of
-            its feed mean nothing. The caches hold all but the last draw.
+            The n · N drafts of n draws for N feeds, draw by draw; None for a row that is not finite, after which its
+            feed's drafts mean nothing. The caches hold all but the last draw.
         """
 
 
 @runtime_checkable
 class DeviceRunner(Runner, Protocol):
-    """A runner whose rows are computed by a device, while the host does something else."""
+    """A runner whose device computes rows while the host goes on."""
 
     def forward_with(self, feeds: Sequence[Feed], then: Callable[[torch.Tensor], None]) -> None:
-        """Do what `forward` does, and call `then` with the rows as soon as the device has been told to compute them.
+        """Like `forward`, but call `then` with the rows once the pass is queued on the device.
 
-        What that gives the device to do comes behind the pass, and all of it is done when this returns.
+        Work that `then` queues runs after the pass; all of it is done when this returns.
         """
 
 
@@ -103,7 +103,7 @@ class TransformersForward:
         with torch.inference_mode():
             two = torch.arange(2, device=self.device)
             self(two, two, two, PackedBatch([(slice(0, 2), cache)]))
-        self.num_layers, self.entries = cache.num_layers, cache.entry_shape  # of caches
+        self.num_layers, self.kv_shape = cache.num_layers, cache.kv_shape  # of caches
 
     @property
     def visible(self) -> list[Visible]:
@@ -130,12 +130,10 @@ class ModelRunner:
         self._forward_pass = forward_pass
 
     def new_cache(self) -> SequenceCache:
-        """See Runner."""
         return SequenceCache()
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """See Runner."""
         batch = Batch.of(feeds)
         ids, positions, rows = (
             torch.from_numpy(part).to(self.device) for part in (batch.token_ids, batch.positions, batch.rows)

@@ -7,9 +7,9 @@ import logging
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +17,20 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
+
+from outrider.engine.models.files import formats_of, in_gguf, in_safetensors, parts_of
+from outrider.engine.models.gguf_header import GgufDamagedError, GgufHeader
+from outrider.engine.models.streaming import (
+    Unread,
+    filled,
+    gguf_names,
+    outline_of,
+    safetensors_files,
+    unread_gguf,
+    unread_safetensors,
+)
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_NAMES = ("target", "draft")
@@ -28,6 +39,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _OLD_CONSTANT = re.compile(r"\battn\.masked_bias$")  # −10,000, in checkpoints of GPT-2; its class has forgotten it
 _NUM_KEYS_NAMED = 3
+_GGUF_TIED = ("falcon", "bloom")  # whose head is the embedding whatever their files have
 _GGUF_NEEDED = ("context_length", "attention.head_count")
 _GGUF_SETTINGS: dict[str, tuple[str, tuple[Any, ...]]] = {  # by name in config.json, and values that change nothing
     "attention.sliding_window": ("sliding_window", (0,)),
@@ -87,8 +99,19 @@ class Source:
         elif model.endswith(".gguf"):
             if not Path(model).is_file():
                 raise ModelRefusedError(f"there is no file {model}")
-            path, gguf_file = str(Path(model).parent), Path(model).name
+            parts = parts_of(Path(model))
+            missing = [part.name for part in parts if not part.is_file()]
+            if missing:
+                raise ModelRefusedError(
+                    f"{model} is one of {len(parts)} files, and {_first_of(missing)} is not beside it: fetch all"
+                )
+            path, gguf_file = str(parts[0].parent), parts[0].name  # the first says what the model is
         return cls(model, path, gguf_file, revision, trust_remote_code)
+
+    @property
+    def gguf_files(self) -> list[Path]:
+        """All files of a GGUF model."""
+        return parts_of(Path(self.path) / self.gguf_file) if self.gguf_file else []
 
     def arguments(self) -> dict[str, Any]:
         """Return what every from_pretrained of transformers takes."""
@@ -116,7 +139,7 @@ class Source:
         if folder is None:
             return None
         if self.gguf_file:
-            return _why_damaged([folder / self.gguf_file])
+            return _why_damaged(self.gguf_files)
         kinds = ("*.json", "*.safetensors", "*.bin")
         return _why_damaged(path for kind in kinds for path in sorted(folder.glob(kind)))
 
@@ -146,50 +169,170 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
 
 
-def read_model(source: Source, **arguments: Any) -> PreTrainedModel:
-    """Return the model with every weight as its files have it, in evaluation mode.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of a model, of which the headers have been read."""
+
+    source: Source
+    arguments: Mapping[str, Any]  # for from_pretrained, beside those of the source
+    config: Any
+    outline: Any = None  # the model without numbers; None where transformers reads the files by itself
+    tensors: Mapping[str, Unread] = field(default_factory=dict)  # by the model's names
+    formats: Mapping[str, int] = field(default_factory=dict)  # bytes by format
+    left_over: Collection[str] = ()  # what the files have, and nothing asks for
+
+
+def opened(source: Source, **arguments: Any) -> Checkpoint:
+    """Read the configuration and the headers of a model's files.
 
     Args:
-        arguments: for from_pretrained, beside those of `source`.
+        arguments: for from_pretrained, beside those of `source`; `dtype` is one of them.
 
     Raises:
-        ModelRefusedError: no causal language model, a damaged file, or weights that are missing, left over or of
-            another shape.
+        ModelRefusedError: no causal language model, or a damaged file.
     """
-    arguments |= source.arguments()
     if source.has("adapter_config.json") and find_spec("peft") is None:
         raise ModelRefusedError(
             f"{source.name} has an adapter_config.json, and an adapter takes peft: merge the adapter into its model "
             "(merge_and_unload) and save that, or remove the file"
         )
     with refusing(source), _without_its_warnings():
-        if not source.gguf_file:
-            config = AutoConfig.from_pretrained(source.path, **arguments)
-            if getattr(config, "is_encoder_decoder", False):
-                raise ModelRefusedError(
-                    f"{source.name} ({config.model_type}) is an encoder-decoder: give a decoder-only model"
-                )
         reason = source.why_silent(["generation_config.json"])
         if reason:
             raise ModelRefusedError(f"{source.name} cannot be loaded: {reason}")
+        return _opened_gguf(source, arguments) if source.gguf_file else _opened(source, arguments)
+
+
+def read_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model with every weight as its files have it, in evaluation mode.
+
+    Raises:
+        ModelRefusedError: a damaged file, or weights that are missing, left over or of another shape.
+    """
+    source = checkpoint.source
+    with refusing(source), _without_its_warnings():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.path, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            model, report = _read(checkpoint)
         except NotImplementedError as error:  # of comparing what has been left without numbers with what is tied to it
             raise ModelRefusedError(
                 f"{source.name} cannot be loaded: its files have a head of another shape than the embedding, to which "
                 "config.json ties it"
             ) from error
-        model, report = loaded
-        left_over = _left_over_in_gguf(Path(source.path) / source.gguf_file, model) if source.gguf_file else set()
         folder = None if source.gguf_file else source.folder()
         stored = _stored_tensors(folder) if folder else []
-    reason = why_incomplete(report | {"unexpected_keys": {*report["unexpected_keys"], *left_over}})
+    reason = why_incomplete(report | {"unexpected_keys": {*report["unexpected_keys"], *checkpoint.left_over}})
     reason = reason or _why_not_meant(stored, model)
     if reason:
         raise ModelRefusedError(f"{source.name} cannot be loaded as a {type(model).__name__}: {reason}")
     return model.eval()
+
+
+def _read(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and transformers' report."""
+    source = checkpoint.source
+    if checkpoint.outline is None:
+        arguments = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        with _naming_quantization(source, checkpoint.config):
+            return AutoModelForCausalLM.from_pretrained(
+                source.path, **source.arguments(), **checkpoint.arguments, **arguments
+            )
+    model, report = filled(checkpoint.outline, checkpoint.tensors, checkpoint.arguments["dtype"])
+    if not source.gguf_file:
+        model.generation_config = _generation_config(source)
+    return model, report
+
+
+def _opened(source: Source, arguments: Mapping[str, Any]) -> Checkpoint:
+    """Open safetensors, or leave what there is to transformers."""
+    config = AutoConfig.from_pretrained(source.path, **source.arguments())
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelRefusedError(f"{source.name} ({config.model_type}) is an encoder-decoder: give a decoder-only model")
+    left_to_transformers = Checkpoint(source, arguments, config)
+    if _is_left_to_transformers(source, config, arguments):
+        return left_to_transformers
+    paths = safetensors_files(source.path, source.revision)
+    reason = _why_damaged(paths)
+    if reason:
+        raise ModelRefusedError(f"{source.name} cannot be loaded: {source.why_unreadable() or reason}")
+    tensors = in_safetensors(paths)
+    if not tensors:
+        return left_to_transformers
+    unread = unread_safetensors(tensors, arguments["dtype"])
+    return Checkpoint(source, arguments, config, outline_of(config), unread, formats_of(tensors))
+
+
+def quantization_of(config: Any) -> str:
+    """Return the method by which the weights of a checkpoint are quantised; empty where they are not."""
+    settings = getattr(config, "quantization_config", None)
+    settings = settings or getattr(config.get_text_config(), "quantization_config", None) or {}
+    return str(settings.get("quant_method", "") if isinstance(settings, dict) else settings.quant_method)
+
+
+@contextmanager
+def _naming_quantization(source: Source, config: Any) -> Iterator[None]:
+    """Say of a quantised checkpoint that does not load what to take instead; another's error goes on."""
+    method = quantization_of(config)  # of the files; transformers changes the configuration
+    try:
+        yield
+    except Exception as error:
+        if not method or source.why_unreadable():
+            raise
+        raise ModelRefusedError(
+            f"{source.name} cannot be loaded: its weights are quantised by {method}, which does not load here "
+            f"({one_line(error).rstrip('.')}): give the model unquantised, or as a GGUF file"
+        ) from error
+
+
+def _is_left_to_transformers(source: Source, config: Any, arguments: dict[str, Any]) -> bool:
+    """Return whether there is more to loading than to put tensors where their names say."""
+    return bool(
+        arguments.keys() - {"dtype"}
+        or getattr(config, "quantization_config", None)
+        or getattr(config.get_text_config(), "quantization_config", None)
+        or getattr(config, "auto_map", None)
+        or getattr(config, "transformers_weights", None)
+        or source.has("adapter_config.json")
+    )
+
+
+def _generation_config(source: Source) -> GenerationConfig:
+    """Return what from_pretrained gives a model that it reads from its folder."""
+    try:
+        return GenerationConfig.from_pretrained(source.path, revision=source.revision)
+    except OSError:
+        arguments: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
+        return GenerationConfig.from_pretrained(source.path, revision=source.revision, **arguments)
+
+
+def _opened_gguf(source: Source, arguments: Mapping[str, Any]) -> Checkpoint:
+    """Open the files of a GGUF model.
+
+    Raises:
+        ModelRefusedError: a family that is not read, or a file that does not say what transformers would make up.
+    """
+    headers = [GgufHeader.read(path) for path in source.gguf_files]
+    fields, tensors = headers[0].fields, in_gguf(headers)
+    architecture = str(fields.get("general.architecture"))
+    unsaid = [key for key in _GGUF_NEEDED if f"{architecture}.{key}" not in fields]
+    if unsaid:
+        raise ModelRefusedError(f"{source.gguf_file} does not say {architecture}.{unsaid[0]}: convert the model anew")
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.arguments())
+        if len(headers) > 1 and architecture not in _GGUF_TIED:  # transformers looks into the first file alone
+            config.tie_word_embeddings = "output.weight" not in tensors
+        outline = outline_of(config)
+        names = gguf_names(outline, architecture)
+    except Exception as error:  # of another library; the file itself is sound
+        raise ModelRefusedError(
+            f"{source.name} cannot be loaded: nothing here reads a GGUF file of the family {architecture} "
+            f"({one_line(error)}): give the model as safetensors"
+        ) from error
+    left_over = {name for name in tensors if name not in names and "_exps" not in name}
+    left_over |= _unheeded(fields, architecture, outline.config)
+    if arguments.keys() - {"dtype"}:
+        return Checkpoint(source, arguments, config, left_over=left_over)
+    unread = unread_gguf(tensors, outline.config, architecture, names)
+    return Checkpoint(source, arguments, config, outline, unread, formats_of(tensors), left_over)
 
 
 @contextmanager
@@ -224,7 +367,7 @@ def why_incomplete(report: dict[str, Any]) -> str | None:
 
 def _stored_tensors(folder: Path) -> list[tuple[str, str]]:
     """Return name and type of each tensor in the files that transformers reads, as often as they have it."""
-    for name, tensors_in in (("model.safetensors", _in_safetensors), ("pytorch_model.bin", _in_pickle)):
+    for name, tensors_in in (("model.safetensors", _types_in_safetensors), ("pytorch_model.bin", _types_in_pickle)):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return tensors_in(folder / name)
@@ -234,13 +377,13 @@ def _stored_tensors(folder: Path) -> list[tuple[str, str]]:
     return []
 
 
-def _in_safetensors(path: Path) -> list[tuple[str, str]]:
+def _types_in_safetensors(path: Path) -> list[tuple[str, str]]:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return [(name, its["dtype"]) for name, its in header.items() if name != "__metadata__"]
 
 
-def _in_pickle(path: Path) -> list[tuple[str, str]]:
+def _types_in_pickle(path: Path) -> list[tuple[str, str]]:
     tensors = torch.load(path, map_location="meta", weights_only=True)
     kinds = {torch.bool: "BOOL", torch.uint8: "U8"}
     return [
@@ -285,35 +428,20 @@ def _without_prefix(name: str, prefix: str) -> str:
     return name
 
 
-def _left_over_in_gguf(path: Path, model: PreTrainedModel) -> set[str]:
-    """Return what a GGUF file has and transformers passes over in silence: tensors, and settings that change a text.
-
-    Experts are left out: they are split under other names.
-
-    Raises:
-        ModelRefusedError: the file does not say what transformers would make up.
-    """
-    from gguf import GGUFReader  # of an extra
-
-    reader = GGUFReader(path)
-    architecture = reader.fields["general.architecture"].contents()
-    unsaid = [key for key in _GGUF_NEEDED if f"{architecture}.{key}" not in reader.fields]
-    if unsaid:
-        raise ModelRefusedError(f"{path.name} does not say {architecture}.{unsaid[0]}: convert the model anew")
-    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
-    names = {tensor.name for tensor in reader.tensors}
+def _unheeded(fields: Mapping[str, Any], architecture: str, config: Any) -> set[str]:
+    """Return settings of a GGUF file that change a text, and that transformers passes over in silence."""
     settings = {
         f"{architecture}.{key}"
         for key, (its_name, idle) in _GGUF_SETTINGS.items()
-        if (field := reader.fields.get(f"{architecture}.{key}")) is not None
-        and not _is_heeded(field.contents(), getattr(model.config, its_name, None), idle)
+        if (value := fields.get(f"{architecture}.{key}")) is not None
+        and not _is_heeded(value, getattr(config, its_name, None), idle)
     }
     if architecture == "gpt-oss":  # the one whose rotary scaling transformers reads
         settings = {key for key in settings if ".rope." not in key}
     window = f"{architecture}.attention.sliding_window"
-    if window in settings and reader.fields[window].contents() >= model.config.max_position_embeddings:
+    if window in settings and fields[window] >= config.max_position_embeddings:
         settings.remove(window)
-    return {name for name in names if name not in known and "_exps" not in name} | settings
+    return settings
 
 
 def _is_heeded(value: Any, configured: Any, idle: tuple[Any, ...]) -> bool:
@@ -387,18 +515,10 @@ def _why_pickle_damaged(path: Path) -> str | None:
 
 
 def _why_gguf_damaged(path: Path) -> str | None:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start != b"GGUF":
-        return "is not a GGUF file"
     try:
-        from gguf import GGUFReader
-    except ImportError:  # which is what the caller is about to say
-        return None
-    try:
-        GGUFReader(path)
-    except Exception as error:  # whatever comes of reading beyond the end
-        return f"is cut short or damaged ({one_line(error)}): fetch it again"
+        GgufHeader.read(path)
+    except GgufDamagedError as error:
+        return str(error)
     return None
 
 

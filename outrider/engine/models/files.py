@@ -12,6 +12,7 @@ import logging
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from outrider.engine.models.gguf_header import GgufHeader
 from outrider.engine.models.matrix import Matrix, floats_of
 
-PIECE_BYTES = 32 * 1024 * 1024  # of float32, that are made at once
+PIECE_BYTES = 4 * 1024 * 1024  # of float32, that are made at once
 BLOCK_INPUTS = 32  # of the formats that are made here
 _TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -145,6 +146,11 @@ def pieces(matrix: Matrix) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, num_outputs)
 
 
+def torch_type_of(kind: str) -> torch.dtype:
+    """Return the type that holds such numbers as they are: of blocks, float32."""
+    return _TORCH_TYPES.get(kind, torch.float32)
+
+
 def tensor_of(matrix: Matrix, dims: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return the numbers as a tensor of the shape `dims`, made piece by piece."""
     tensor = torch.empty(matrix.shape, dtype=dtype)
@@ -239,3 +245,11 @@ def unturned(num_rows: int, num_heads: int) -> np.ndarray:
 
 def total_bytes(tensors: Mapping[str, FileTensor]) -> int:
     return sum(tensor.num_bytes for tensor in tensors.values())
+
+
+def formats_of(tensors: Mapping[str, FileTensor]) -> dict[str, int]:
+    """Return how many bytes of the tensors are in each format, most first."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.kind] += tensor.num_bytes
+    return dict(sizes.most_common())

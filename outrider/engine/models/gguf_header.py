@@ -41,7 +41,7 @@ class GgufHeader:
     """The header of one file."""
 
     path: Path
-    fields: Mapping[str, Any]  # by name; of a list its length
+    fields: Mapping[str, Any]  # by name; of a list of strings its length
     tensors: Mapping[str, GgufTensor]
 
     @classmethod
@@ -118,7 +118,7 @@ def _value(file: BinaryIO, type_id: int) -> Any:
     elif element_id == _ARRAY:
         raise GgufDamagedError("holds a list of lists in its header")
     else:
-        _exactly(file, count * struct.calcsize(f"<{_format_of(element_id)}"))
+        return _unpack(file, f"{count}{_format_of(element_id)}")
     return count
 
 

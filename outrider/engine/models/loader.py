@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,20 @@ from transformers import AutoTokenizer, PreTrainedModel
 from outrider.engine.backends import attention
 from outrider.engine.backends.choice import CacheOptions, Choice, Machine, choose
 from outrider.engine.backends.runner import ModelRunner
-from outrider.engine.models.checkpoint import TOKENIZER_FILES, ModelRefusedError, Source, one_line, placed, read_model
+from outrider.engine.models.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    ModelRefusedError,
+    Source,
+    one_line,
+    opened,
+    placed,
+    read_model,
+)
 from outrider.engine.models.configuration import context_length_of, eos_token_ids_of, hold_rotary_factors
 from outrider.engine.models.generation import GenerationDefaults, generation_defaults_of
 from outrider.engine.models.identity import identity_of
+from outrider.engine.models.plan import planned
 from outrider.engine.models.probe import Probe, expected_rows, probe_text, rows_of, why_different, why_disturbed
 from outrider.engine.models.spec import DecoderSpec
 
@@ -99,15 +109,16 @@ def load(options: ModelOptions) -> LoadedModel:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    with _refusing(f"{options.model} cannot be run"):
+    with refusing_first_pass(f"{options.model} cannot be run"):
         return _load(options)
 
 
 def _load(options: ModelOptions) -> LoadedModel:
     source = Source.of(options.model, options.revision, options.trust_remote_code)
-    device = _device(options.device)
+    device = device_of(options.device)
     model = _load_model(options, source, device)
     spec, probe = read_checked(model)
+    spec = replace(spec, reread=lambda: read_checked(_load_model(options, source, device))[0])
     vocab_size = spec.vocab_size
     tokenizer = _load_tokenizer(source, vocab_size)
     eos_token_ids = eos_token_ids_of(model, vocab_size)
@@ -139,7 +150,7 @@ def load_plain(options: ModelOptions) -> PreTrainedModel:
         ModelRefusedError: nothing of that name, or no causal language model.
     """
     return _load_model(
-        options, Source.of(options.model, options.revision, options.trust_remote_code), _device(options.device)
+        options, Source.of(options.model, options.revision, options.trust_remote_code), device_of(options.device)
     )
 
 
@@ -147,7 +158,8 @@ def _accelerator_id(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device of an option; raises ModelRefusedError where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -162,12 +174,22 @@ def _device(name: str) -> torch.device:
 
 
 def _load_model(options: ModelOptions, source: Source, device: torch.device) -> PreTrainedModel:
+    checkpoint = opened_by(options, source, device)
+    plan = planned(checkpoint, device, options.caches.max_cached_tokens)
+    if plan:
+        plan.check()
+    model = read_model(checkpoint)
+    return model if "device_map" in checkpoint.arguments else placed(model, device)
+
+
+def opened_by(options: ModelOptions, source: Source, device: torch.device) -> Checkpoint:
+    """Return the model's files; raises ModelRefusedError."""
     arguments: dict = {"dtype": _dtype(options, device)}
     if options.quantization:
         arguments["quantization_config"] = _quantization(options.quantization)
-    if not (options.device_map or options.quantization):
-        return placed(read_model(source, **arguments), device)
-    return read_model(source, **arguments, device_map=options.device_map or {"": str(device)})
+    if options.device_map or options.quantization:
+        arguments["device_map"] = options.device_map or {"": str(device)}
+    return opened(source, **arguments)
 
 
 def _dtype(options: ModelOptions, device: torch.device):
@@ -198,17 +220,17 @@ def read_checked(model: PreTrainedModel) -> tuple[DecoderSpec, Probe]:
     attention.register()
     name, config = type(model).__name__, model.config.get_text_config()
     own_attention = model.config._attn_implementation
-    _switch(model, name)
+    switch_attention(model)
     context_length = context_length_of(config)
     hold_rotary_factors(model, context_length)
     token_ids, device = probe_text(model), next(model.parameters()).device
-    with _refusing(f"{name} cannot run a short text"):
+    with refusing_first_pass(f"{name} cannot run a short text"):
         model.set_attn_implementation(own_attention)
         expected = model(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0]
     if not expected.isfinite().all():
         raise ModelRefusedError(f"{name} gives logits that are not finite for a short text: {_NOT_FINITE}")
-    _switch(model, name)
-    with _refusing(f"{name} cannot be run with packed attention"):
+    switch_attention(model)
+    with refusing_first_pass(f"{name} cannot be run with packed attention"):
         spec = DecoderSpec.read(model)
         probe = Probe(token_ids, expected_rows(expected), spec.is_rounded)
         actual = rows_of(ModelRunner(spec.reference), token_ids)
@@ -227,7 +249,7 @@ def read_checked(model: PreTrainedModel) -> tuple[DecoderSpec, Probe]:
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def refusing_first_pass(what: str) -> Iterator[None]:
     """Turn whatever a first pass raises into a ModelRefusedError; of a model's code it can be anything."""
     try:
         yield
@@ -237,9 +259,9 @@ def _refusing(what: str) -> Iterator[None]:
         raise ModelRefusedError(f"{what}: {one_line(error)}") from error
 
 
-def _switch(model: PreTrainedModel, name: str) -> None:
+def switch_attention(model: PreTrainedModel) -> None:
     """Switch the model to packed attention; raises ModelRefusedError where it has attention of its own alone."""
-    reason = f"{name} does not follow transformers' attention interface, so its family cannot be served"
+    reason = f"{type(model).__name__} does not follow transformers' attention interface, so its family cannot be served"
     try:
         model.set_attn_implementation(attention.ATTENTION_NAME)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A short text that shows whether a backend computes what the model's own attention gives.
+"""Compares a backend with the model's own attention on a short text.
 
 Shapes: n tokens of the text, R rows, V vocabulary size.
 """
@@ -28,7 +28,7 @@ MAX_EXACT_DISTANCE = 1e-2  # of float32; kernels that round products to ten bits
 MAX_DISTURBANCE = 1e-3  # relative distance in float32; what is beside a text may change how its sums are rounded
 MAX_DRAFT_DISTANCE = 1e-3  # of the probabilities of drafts
 _LENGTH, _START = 12, 5  # of the text, and where its rows are read from
-_SMALL_WINDOW = 32  # a window or chunk up to which the text goes beyond it
+_SMALL_WINDOW = 32  # the text is longer than windows and chunks up to this size
 _NUM_DRAWS, _MAX_SUPPORT = 2, 64
 
 
@@ -63,9 +63,9 @@ class Probe:
 
 
 def probe_text(model: PreTrainedModel) -> list[int]:
-    """Return a text that begins with plain tokens and then holds what some models treat in a way of its own.
+    """Return a text of plain tokens and a padding token, which some models treat specially.
 
-    It is long enough to show windows and chunks at work, where they are small.
+    It is longer than small sliding windows and chunks.
     """
     config: Any = model.config.get_text_config()
     sizes = [getattr(config, key, None) or 0 for key in ("sliding_window", "attention_chunk_size")]
@@ -79,7 +79,7 @@ def probe_text(model: PreTrainedModel) -> list[int]:
 
 @torch.inference_mode()
 def rows_of(runner: Runner, token_ids: Sequence[int]) -> torch.Tensor:
-    """Return the rows `[n - _START, V]` of a text, fed with a rollback on the way and with one token alone."""
+    """Return the rows `[n - _START, V]` of a text, fed with a rollback and with a single last token."""
     cache = runner.new_cache()
     runner.forward([Feed(cache, token_ids[:7], 1)])
     cache.truncate(_START)
@@ -90,15 +90,15 @@ def rows_of(runner: Runner, token_ids: Sequence[int]) -> torch.Tensor:
 
 
 def expected_rows(logits: torch.Tensor) -> torch.Tensor:
-    """Return the rows that `rows_of` gives, of those of the whole text `[n, V]`."""
+    """Return, of all rows of the text `[n, V]`, those that `rows_of` returns."""
     return logits[_START:]
 
 
 @torch.inference_mode()
 def probe_drafts(runner: DraftingRunner, vocab_size: int) -> tuple[list[Draft | None], list[Draft | None]]:
-    """Return what the runner drafts in one call, and what is drawn token by token from the rows that it returns.
+    """Return what the runner drafts in one call, and what is drawn token by token from its rows.
 
-    Three texts are continued, in the three ways in which a token is drawn.
+    Three texts are continued: with uniforms, greedily, and with shared noise.
     """
     texts = [[index * 7919 % vocab_size for index in range(first, 2 * first)] for first in (1, 2, 4)]
     limits = [_MAX_SUPPORT] * 3
@@ -128,16 +128,16 @@ def are_alike(drafts: list[Draft | None], others: list[Draft | None], tolerance:
 
 
 def total_variation(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest total variation of two laws in rows of logits `[R, V]`."""
+    """Return the largest total variation between the distributions of two tensors of logits `[R, V]`."""
     return (actual.float().softmax(-1) - expected.float().softmax(-1)).abs().sum(-1).max().item() / 2
 
 
 def why_different(actual: torch.Tensor, expected: torch.Tensor, is_rounded: bool) -> str | None:
     """Return in words how far apart rows of logits `[R, V]` are; None where rounding explains it.
 
-    Of half precision and of quantised weights (`is_rounded`), what counts is a row's distance in relation to its
-    spread: a law that is sharp makes a large variation of a small difference. Without rounding both count: a law that
-    is flat makes a small variation of a large one.
+    For half precision and quantised weights (`is_rounded`), only the distance relative to a row's spread counts: a
+    sharp distribution turns a small difference into a large variation. Otherwise both count: a flat distribution turns
+    a large difference into a small variation.
     """
     variation, distance = total_variation(actual, expected), _relative_distance(actual, expected)
     if not is_rounded and not variation < MAX_VARIATION:
@@ -149,10 +149,7 @@ def why_different(actual: torch.Tensor, expected: torch.Tensor, is_rounded: bool
 
 @torch.inference_mode()
 def why_disturbed(forward_pass: ForwardPass, token_ids: list[int], context_length: int, is_rounded: bool) -> str | None:
-    """Return in words how a text's rows change beside one at the end of the context, or after it; None for not at all.
-
-    The other text has no past: where tokens stand is all that counts here.
-    """
+    """Return in words how a text's rows change beside or after another text at the end of the context; None if not."""
     num_tokens, num_others = len(token_ids), 3
     far = [*range(num_tokens), *range(context_length - num_others, context_length)]
     alone = _rows_at(forward_pass, token_ids, list(range(num_tokens)), num_tokens)
@@ -164,7 +161,7 @@ def why_disturbed(forward_pass: ForwardPass, token_ids: list[int], context_lengt
 
 
 def _rows_at(forward_pass: ForwardPass, token_ids: list[int], positions: list[int], num_tokens: int) -> torch.Tensor:
-    """Return the rows of the first `num_tokens` tokens, which are one text; what is behind them is another."""
+    """Return the rows of the first `num_tokens` tokens, which are one text; the others are a second text."""
     device, parts = forward_pass.device, [slice(0, num_tokens), slice(num_tokens, len(token_ids))]
     packed = PackedBatch([(part, SequenceCache()) for part in parts if part.start < part.stop])
     ids, at = (torch.tensor(values, device=device) for values in (token_ids, positions))

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from outrider.common.memory import trim_heap
 from outrider.engine.backends.runner import TransformersForward
-from outrider.engine.kv_cache import EntryShape
+from outrider.engine.kv_cache import KvShape
 from outrider.engine.models.configuration import context_length_of, vocab_size_of
 from outrider.engine.models.matrix import Matrix, TensorMatrix
 from outrider.engine.models.visibility import Visible
@@ -67,6 +68,16 @@ class Linear:
         """`[O]`."""
         biases = [module.bias.detach() for module in self._modules if module.bias is not None]
         return (biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else None
+
+    def release(self) -> None:
+        """Let go of the weight's memory, which the modules then cannot multiply with."""
+        for module in self._modules:
+            module.weight.data = module.weight.data.new_empty(0)
+        trim_heap()
+
+    @property
+    def is_released(self) -> bool:
+        return self._modules[0].weight.numel() == 0
 
     def shared(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight, contiguous, and bias; the modules go on with views of them, so that nothing is held twice."""
@@ -156,6 +167,7 @@ class DecoderSpec:
     is_rounded: bool  # half precision or quantised
     weights: DecoderWeights | None
     why_unread: str = ""  # where there are no weights
+    reread: Callable[[], DecoderSpec] | None = None  # from the model's files
 
     @classmethod
     def read(cls, model: PreTrainedModel) -> DecoderSpec:
@@ -180,12 +192,25 @@ class DecoderSpec:
             why_unread=why_unread,
         )
 
+    def taken(self, product: Linear) -> torch.Tensor:
+        """Return the weight `[O, I]` of a product to a backend that copies it. Where it can be read again, the model
+        lets go of it, so that no more than one product is held twice."""
+        weight = product.weight
+        if self.reread:
+            product.release()
+        return weight
+
+    def whole(self) -> DecoderSpec:
+        """Return the model with all of its weights: itself, or read again where a backend has taken some."""
+        is_taken = self.weights is not None and self.weights.layers[0].query_key_value.is_released
+        return self.reread() if is_taken and self.reread else self
+
     @property
     def num_query_heads(self) -> int:
         """Hq, of a model whose weights are read."""
         assert self.weights
-        assert self.entries
-        return self.weights.layers[0].output.weight.shape[1] // self.entries.head_dim
+        assert self.kv_shape
+        return self.weights.layers[0].output.weight.shape[1] // self.kv_shape.head_dim
 
     @property
     def device(self) -> torch.device:
@@ -193,9 +218,9 @@ class DecoderSpec:
         return self.reference.device
 
     @property
-    def entries(self) -> EntryShape | None:
+    def kv_shape(self) -> KvShape | None:
         """What a position of a cache holds; None where the layers' entries are not of one size."""
-        return self.reference.entries
+        return self.reference.kv_shape
 
 
 def _is_quantised(model: PreTrainedModel) -> bool:
@@ -214,9 +239,9 @@ def _read_weights(model: Any, reference: TransformersForward) -> DecoderWeights:
         raise _NotReadError("the weights are quantised")
     if len({(weight.device, weight.dtype) for weight in model.parameters()}) > 1:
         raise _NotReadError("the weights are not of one type on one device")
-    if reference.entries is None or any(visible.chunk_size for visible in reference.visible):
+    if reference.kv_shape is None or any(visible.chunk_size for visible in reference.visible):
         raise _NotReadError("its layers see chunks, or are not of one size")
-    if reference.entries.num_layers != model.config.num_hidden_layers:
+    if reference.kv_shape.num_layers != model.config.num_hidden_layers:
         raise _NotReadError("not all of its layers have caches")
     return _READERS[family](model, reference.visible)
 

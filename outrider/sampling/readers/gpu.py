@@ -1,6 +1,6 @@
 """The reader for GPUs: what the reference does, by few kernels.
 
-Many programs read a row together, each a part of it. They find the largest score, which says whether the row is a law,
+Many programs read a row together, each a part of it. They find the largest score, which says whether the row is valid,
 the sum of exponentials, and then the candidates for a support; one more draws from these. What a draw takes matters,
 for all drafts of a round wait for it, one after the other.
 
@@ -51,7 +51,7 @@ def _scan(
     rows, parts, vocab_sizes, vocab_size, temperatures, row_stride, num_parts,
     HAS_SIZES: tl.constexpr, NUM_BEST: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row: what _law_of needs to know of it, and its best scores with their ids."""
+    """One part of one row: what _row_stats needs to know of it, and its best scores with their ids."""
     row, part = tl.program_id(0), tl.program_id(1)
     size = vocab_size
     if HAS_SIZES:
@@ -61,16 +61,16 @@ def _scan(
     temperature = tl.load(temperatures + row)
     top = tl.max(scores, 0)
     numbers = tl.where(top > float("-inf"), tl.exp((scores - top) * _inverse(temperature)), 0.0)
-    told = parts + row * (4 + 2 * NUM_BEST) * num_parts + part
-    tl.store(told, top.to(tl.float64))
-    tl.store(told + num_parts, tl.min(tl.where(scores == top, ids, _NO_ID), 0).to(tl.float64))
-    tl.store(told + 2 * num_parts, tl.sum(numbers.to(tl.float64), 0))
-    tl.store(told + 3 * num_parts, tl.sum((scores != scores).to(tl.int32), 0).to(tl.float64))
+    output = parts + row * (4 + 2 * NUM_BEST) * num_parts + part
+    tl.store(output, top.to(tl.float64))
+    tl.store(output + num_parts, tl.min(tl.where(scores == top, ids, _NO_ID), 0).to(tl.float64))
+    tl.store(output + 2 * num_parts, tl.sum(numbers.to(tl.float64), 0))
+    tl.store(output + 3 * num_parts, tl.sum((scores != scores).to(tl.int32), 0).to(tl.float64))
     last_score, last_id = float("inf"), -1
     for index in tl.static_range(NUM_BEST):
         last_score, last_id = _next_best(scores, ids, last_score, last_id, -1)
-        tl.store(told + (4 + 2 * index) * num_parts, last_score.to(tl.float64))
-        tl.store(told + (5 + 2 * index) * num_parts, last_id.to(tl.float64))
+        tl.store(output + (4 + 2 * index) * num_parts, last_score.to(tl.float64))
+        tl.store(output + (5 + 2 * index) * num_parts, last_id.to(tl.float64))
 
 
 @triton.jit
@@ -86,20 +86,20 @@ def _next_best(scores, ids, last_score, last_id, but):
 
 
 @triton.jit
-def _law_of(parts, row, num_parts, temperature, NUM_BEST: tl.constexpr, PARTS: tl.constexpr):
-    """Return a row's largest score, its first place, what the row's numbers sum to, and whether it is a law."""
+def _row_stats(parts, row, num_parts, temperature, NUM_BEST: tl.constexpr, PARTS: tl.constexpr):
+    """Return a row's largest score, its first index, what the row's numbers sum to, and whether the row is finite."""
     index = tl.arange(0, PARTS)
-    is_part, told = index < num_parts, parts + row * (4 + 2 * NUM_BEST) * num_parts + index
-    tops = tl.load(told, mask=is_part, other=float("-inf"))
-    firsts = tl.load(told + num_parts, mask=is_part, other=_NO_ID)
-    sums = tl.load(told + 2 * num_parts, mask=is_part, other=0.0)
-    num_bad = tl.sum(tl.load(told + 3 * num_parts, mask=is_part, other=0.0), 0)
+    is_part, source = index < num_parts, parts + row * (4 + 2 * NUM_BEST) * num_parts + index
+    tops = tl.load(source, mask=is_part, other=float("-inf"))
+    firsts = tl.load(source + num_parts, mask=is_part, other=_NO_ID)
+    sums = tl.load(source + 2 * num_parts, mask=is_part, other=0.0)
+    num_bad = tl.sum(tl.load(source + 3 * num_parts, mask=is_part, other=0.0), 0)
     top = tl.max(tops, 0)
     first = tl.min(tl.where(tops == top, firsts, _NO_ID), 0).to(tl.int32)
     scales = tl.exp((tops - top) * _inverse(temperature).to(tl.float64))
     total = tl.sum(tl.where(tops > float("-inf"), sums * scales, 0.0), 0)
-    is_law = (num_bad == 0) & (top > float("-inf")) & (top < float("inf"))
-    return top.to(tl.float32), first, tl.where(temperature > 0, total, 1.0), is_law
+    is_valid = (num_bad == 0) & (top > float("-inf")) & (top < float("inf"))
+    return top.to(tl.float32), first, tl.where(temperature > 0, total, 1.0), is_valid
 
 
 @triton.jit
@@ -130,13 +130,13 @@ def _arrival_times(noise, ids):
 
 @triton.jit(do_not_specialize=["num_parts"])
 def _collect(
-    rows, parts, counts, room_ids, room_numbers, vocab_sizes, temperatures, row_stride, num_parts, min_prob,
-    ARE_COUNTED: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, ROOM: tl.constexpr,
+    rows, parts, counts, kept_ids, kept_numbers, vocab_sizes, temperatures, row_stride, num_parts, min_prob,
+    ARE_COUNTED: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """The candidates of one part of one row: count them, or once all are counted, keep them in the order of ids."""
     row, part = tl.program_id(0), tl.program_id(1)
     size, temperature = tl.load(vocab_sizes + row).to(tl.int32), tl.load(temperatures + row)
-    top, first, total, _ = _law_of(parts, row, num_parts, temperature, NUM_BEST, PARTS)
+    top, first, total, _ = _row_stats(parts, row, num_parts, temperature, NUM_BEST, PARTS)
     ids = part * PART + tl.arange(0, PART)
     scores = tl.load(rows + row * row_stride + ids, mask=ids < size, other=float("-inf"))
     numbers = _numbers(scores, ids, top, first, temperature)
@@ -147,27 +147,27 @@ def _collect(
         index = tl.arange(0, PARTS)
         start = tl.sum(tl.load(its_counts + index, mask=index < part, other=0), 0)
         where = start + tl.cumsum(is_candidate.to(tl.int32), 0) - 1
-        tl.store(room_ids + row * ROOM + where, ids, mask=is_candidate & (where < ROOM))
-        tl.store(room_numbers + row * ROOM + where, numbers, mask=is_candidate & (where < ROOM))
+        tl.store(kept_ids + row * CAPACITY + where, ids, mask=is_candidate & (where < CAPACITY))
+        tl.store(kept_numbers + row * CAPACITY + where, numbers, mask=is_candidate & (where < CAPACITY))
     else:
         tl.store(its_counts + part, tl.sum(is_candidate.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["num_parts"])
 def _draft(
-    parts, counts, table, token_ids, room_ids, room_numbers, temperatures, max_supports, uniforms, noises, num_parts,
-    MOST: tl.constexpr, NUM_OTHERS: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr,
+    parts, counts, table, token_ids, kept_ids, kept_numbers, temperatures, max_supports, uniforms, noises, num_parts,
+    MOST: tl.constexpr, NUM_OTHERS: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """One row of DraftRows.table: its support, in the order of ids, and what is drawn from it."""
     row, index = tl.program_id(0), tl.arange(0, PARTS)
     target = table + row * (2 * MOST + 2 + 2 * NUM_OTHERS)
     temperature = tl.load(temperatures + row)
-    top, first, total, is_law = _law_of(parts, row, num_parts, temperature, NUM_BEST, PARTS)
+    top, first, total, is_valid = _row_stats(parts, row, num_parts, temperature, NUM_BEST, PARTS)
     # There are no more candidates than 1 / min_prob.
     count = tl.sum(tl.load(counts + row * num_parts + index, mask=index < num_parts, other=0), 0)
-    room = tl.arange(0, ROOM)
-    numbers = tl.load(room_numbers + row * ROOM + room, mask=room < count, other=0.0)
-    ids = tl.load(room_ids + row * ROOM + room, mask=room < count, other=0)
+    candidates = tl.arange(0, CAPACITY)
+    numbers = tl.load(kept_numbers + row * CAPACITY + candidates, mask=candidates < count, other=0.0)
+    ids = tl.load(kept_ids + row * CAPACITY + candidates, mask=candidates < count, other=0)
 
     # The likeliest of them, if they are too many: the bits of positive floats are in the order of the floats.
     limit = tl.minimum(tl.load(max_supports + row).to(tl.int32), MOST)
@@ -188,36 +188,36 @@ def _draft(
     where = tl.cumsum(is_kept.to(tl.int32), 0) - 1
     is_kept &= where < limit
     num_kept = tl.sum(is_kept.to(tl.int32), 0)
-    told = tl.arange(0, MOST)
-    tl.store(target + told, tl.zeros([MOST], tl.float64))
+    slots = tl.arange(0, MOST)
+    tl.store(target + slots, tl.zeros([MOST], tl.float64))
     tl.debug_barrier()
     tl.store(target + where, ids.to(tl.float64), mask=is_kept)
-    tl.store(room_numbers + row * ROOM + where, numbers, mask=is_kept)
+    tl.store(kept_numbers + row * CAPACITY + where, numbers, mask=is_kept)
     tl.debug_barrier()
 
     # The draw.
-    ids = tl.load(target + told).to(tl.int32)
-    numbers = tl.load(room_numbers + row * ROOM + told, mask=told < num_kept, other=0.0)
+    ids = tl.load(target + slots).to(tl.int32)
+    numbers = tl.load(kept_numbers + row * CAPACITY + slots, mask=slots < num_kept, other=0.0)
     weights = tl.maximum(_rounded(numbers.to(tl.float64) / total / _WEIGHT_UNIT), 1.0)
-    weights = tl.where(told < num_kept, weights, 0.0)
-    tl.store(target + MOST + told, weights)
+    weights = tl.where(slots < num_kept, weights, 0.0)
+    tl.store(target + MOST + slots, weights)
     cumulative = tl.cumsum(weights, 0)
     point = tl.load(uniforms + row) * tl.sum(weights, 0)
-    place = tl.minimum(tl.sum((cumulative <= point).to(tl.int32), 0), num_kept - 1)
-    is_coupled = (tl.load(noises + row * 4) != 0) & (temperature != 0)
-    rates = tl.where(told < num_kept, numbers.to(tl.float64) / _arrival_times(noises + row * 4, ids), 0.0)
-    place = tl.where(is_coupled, tl.argmax(rates, 0).to(tl.int32), place)
-    place = tl.maximum(place, 0)
-    drawn = tl.sum(tl.where(told == place, ids, 0), 0)
-    tl.store(token_ids + row, tl.where(is_law, drawn, 0).to(tl.int64))
-    tl.store(target + 2 * MOST, place.to(tl.float64))
-    tl.store(target + 2 * MOST + 1, is_law.to(tl.float64))
+    drawn_slot = tl.minimum(tl.sum((cumulative <= point).to(tl.int32), 0), num_kept - 1)
+    has_noise = (tl.load(noises + row * 4) != 0) & (temperature != 0)
+    rates = tl.where(slots < num_kept, numbers.to(tl.float64) / _arrival_times(noises + row * 4, ids), 0.0)
+    drawn_slot = tl.where(has_noise, tl.argmax(rates, 0).to(tl.int32), drawn_slot)
+    drawn_slot = tl.maximum(drawn_slot, 0)
+    drawn = tl.sum(tl.where(slots == drawn_slot, ids, 0), 0)
+    tl.store(token_ids + row, tl.where(is_valid, drawn, 0).to(tl.int64))
+    tl.store(target + 2 * MOST, drawn_slot.to(tl.float64))
+    tl.store(target + 2 * MOST + 1, is_valid.to(tl.float64))
     others = target + 2 * MOST + 2
-    if is_coupled:
-        _tell_next_in_race(others, ids, rates, NUM_OTHERS)
+    if has_noise:
+        _write_next_in_race(others, ids, rates, NUM_OTHERS)
     else:
         its_parts = parts + row * (4 + 2 * NUM_BEST) * num_parts
-        _tell_others(others, its_parts, num_parts, temperature, top, first, total, drawn, NUM_OTHERS, NUM_BEST, PARTS)
+        _write_others(others, its_parts, num_parts, temperature, top, first, total, drawn, NUM_OTHERS, NUM_BEST, PARTS)
 
 
 @triton.jit
@@ -227,7 +227,7 @@ def _rounded(numbers):
 
 
 @triton.jit
-def _tell_next_in_race(others, ids, rates, NUM_OTHERS: tl.constexpr):
+def _write_next_in_race(others, ids, rates, NUM_OTHERS: tl.constexpr):
     """Write the ids that arrive behind the first, and their shares in the rates of all of them."""
     total = tl.max(rates, 0)
     left = tl.where(tl.arange(0, rates.shape[0]) == tl.argmax(rates, 0), -1.0, rates)
@@ -237,15 +237,15 @@ def _tell_next_in_race(others, ids, rates, NUM_OTHERS: tl.constexpr):
         left = tl.where(tl.arange(0, rates.shape[0]) == tl.argmax(left, 0), -1.0, left)
     left = tl.where(tl.arange(0, rates.shape[0]) == tl.argmax(rates, 0), -1.0, rates)
     for index in tl.static_range(NUM_OTHERS):
-        rate, place = tl.maximum(tl.max(left, 0), 0.0), tl.argmax(left, 0)
-        found = tl.sum(tl.where(tl.arange(0, rates.shape[0]) == place, ids, 0), 0)
+        rate, slot = tl.maximum(tl.max(left, 0), 0.0), tl.argmax(left, 0)
+        found = tl.sum(tl.where(tl.arange(0, rates.shape[0]) == slot, ids, 0), 0)
         tl.store(others + index, found.to(tl.float64))
         tl.store(others + NUM_OTHERS + index, rate / sum_of_all)
-        left = tl.where(tl.arange(0, rates.shape[0]) == place, -1.0, left)
+        left = tl.where(tl.arange(0, rates.shape[0]) == slot, -1.0, left)
 
 
 @triton.jit
-def _tell_others(
+def _write_others(
     others, its_parts, num_parts, temperature, top, first, total, drawn,
     NUM_OTHERS: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -259,9 +259,9 @@ def _tell_others(
     for other in tl.static_range(NUM_OTHERS):
         score, found = float("-inf"), _NO_ID
         for rank in tl.static_range(NUM_BEST):
-            told = its_parts + (4 + 2 * rank) * num_parts + index
-            scores = tl.load(told, mask=index < num_parts, other=float("-inf")).to(tl.float32)
-            ids = tl.load(told + num_parts, mask=index < num_parts, other=_NO_ID).to(tl.int32)
+            source = its_parts + (4 + 2 * rank) * num_parts + index
+            scores = tl.load(source, mask=index < num_parts, other=float("-inf")).to(tl.float32)
+            ids = tl.load(source + num_parts, mask=index < num_parts, other=_NO_ID).to(tl.int32)
             its_score, its_id = _next_best(scores, ids, last_score, last_id, drawn)
             is_better = (its_score > score) | ((its_score == score) & (its_id < found))
             score, found = tl.where(is_better, its_score, score), tl.where(is_better, its_id, found)
@@ -288,15 +288,15 @@ def draft_table(
     num_others: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do what reference.draft_table does. Where numbers at a support's limit are equal, it may stay below it."""
-    rows, room = rows.float(), triton.next_power_of_2(min(int(1 / min_prob) + 1, rows.shape[1]))
-    most = min(triton.next_power_of_2(most), room)
+    rows, capacity = rows.float(), triton.next_power_of_2(min(int(1 / min_prob) + 1, rows.shape[1]))
+    most = min(triton.next_power_of_2(most), capacity)
     table = torch.empty(len(rows), table_width(most, num_others), dtype=torch.float64, device=rows.device)
     token_ids = vocab_sizes.new_empty(len(rows), dtype=torch.int64)
-    room_ids = vocab_sizes.new_empty(len(rows), room, dtype=torch.int32)
-    room_numbers = room_ids.new_empty(room_ids.shape, dtype=torch.float32)
+    kept_ids = vocab_sizes.new_empty(len(rows), capacity, dtype=torch.int32)
+    kept_numbers = kept_ids.new_empty(kept_ids.shape, dtype=torch.float32)
     temperatures, cut, num_best = options.temperatures, _Cut.of(rows), num_others + 1
-    parts, its_sizes = cut.new_parts(rows, num_best), {"NUM_BEST": num_best, "PARTS": cut.padded, "ROOM": room}
-    counts = room_ids.new_empty(len(rows), cut.number)
+    parts, its_sizes = cut.new_parts(rows, num_best), {"NUM_BEST": num_best, "PARTS": cut.padded, "CAPACITY": capacity}
+    counts = kept_ids.new_empty(len(rows), cut.number)
     with _on(rows.device):
         _scan[(len(rows), cut.number)](
             rows, parts, vocab_sizes, 0, temperatures, rows.stride(0), cut.number,
@@ -304,11 +304,11 @@ def draft_table(
         )  # fmt: skip
         for are_counted in (False, True):
             _collect[(len(rows), cut.number)](
-                rows, parts, counts, room_ids, room_numbers, vocab_sizes, temperatures, rows.stride(0), cut.number,
+                rows, parts, counts, kept_ids, kept_numbers, vocab_sizes, temperatures, rows.stride(0), cut.number,
                 min_prob, ARE_COUNTED=are_counted, PART=cut.size, **its_sizes, num_warps=8,
             )  # fmt: skip
         _draft[(len(rows),)](
-            parts, counts, table, token_ids, room_ids, room_numbers, temperatures, max_supports, options.uniforms,
+            parts, counts, table, token_ids, kept_ids, kept_numbers, temperatures, max_supports, options.uniforms,
             options.noises, cut.number, MOST=most, NUM_OTHERS=num_others, **its_sizes, num_warps=16,
         )  # fmt: skip
     return table, token_ids
@@ -331,7 +331,7 @@ class _Cut:
         return max(_USUAL_PARTS, triton.next_power_of_2(self.number))  # one kernel for all usual vocabularies
 
     def new_parts(self, rows: torch.Tensor, num_best: int) -> torch.Tensor:
-        """Return room for what _scan finds."""
+        """Return the buffer that _scan writes."""
         return rows.new_empty(len(rows), 4 + 2 * num_best, self.number, dtype=torch.float64)
 
 
@@ -340,40 +340,40 @@ def _target(
     rows, parts, support_ids, ends, temperatures, uniforms, noises, left, table, num_rows, row_stride, vocab_size,
     num_parts, PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
-    """One row of what target_table returns; `left` is room for what is left of it."""
-    row, places = tl.program_id(0), tl.arange(0, BLOCK)
-    source, room = rows + row * row_stride, left + row.to(tl.int64) * vocab_size
+    """One row of what target_table returns; `left` is a buffer for what is left of it."""
+    row, offsets = tl.program_id(0), tl.arange(0, BLOCK)
+    source, rest = rows + row * row_stride, left + row.to(tl.int64) * vocab_size
     temperature = tl.load(temperatures + row)
-    top, first, total, is_law = _law_of(parts, row, num_parts, temperature, 0, PARTS)
+    top, first, total, is_valid = _row_stats(parts, row, num_parts, temperature, 0, PARTS)
     scale = 1.0 / total
     for start in range(0, vocab_size, BLOCK):
-        ids = start + places
+        ids = start + offsets
         scores = tl.load(source + ids, mask=ids < vocab_size, other=float("-inf"))
         probs = _numbers(scores, ids, top, first, temperature).to(tl.float64) * scale
-        tl.store(room + ids, probs, mask=ids < vocab_size)
+        tl.store(rest + ids, probs, mask=ids < vocab_size)
     tl.debug_barrier()
     begin, end = 0, tl.load(ends + row).to(tl.int32)
     if row > 0:
         begin = tl.load(ends + row - 1).to(tl.int32)
-    told = table + 4 * num_rows
+    reported = table + 4 * num_rows
     for start in range(begin, end, BLOCK_IDS):
         index = start + tl.arange(0, BLOCK_IDS)
         ids = tl.load(support_ids + index, mask=index < end, other=0).to(tl.int32)
-        probs = tl.load(room + ids, mask=index < end, other=0.0)
+        probs = tl.load(rest + ids, mask=index < end, other=0.0)
         rounded = tl.floor(probs / _PROB_UNIT) * _PROB_UNIT
-        tl.store(told + index, rounded, mask=index < end)
-        tl.store(room + ids, probs - rounded, mask=index < end)
+        tl.store(reported + index, rounded, mask=index < end)
+        tl.store(rest + ids, probs - rounded, mask=index < end)
     tl.debug_barrier()
     sums = tl.zeros([BLOCK], tl.float64)
     for start in range(0, vocab_size, BLOCK):
-        sums += tl.load(room + start + places, mask=start + places < vocab_size, other=0.0)
+        sums += tl.load(rest + start + offsets, mask=start + offsets < vocab_size, other=0.0)
     mass = tl.sum(sums, 0)
     tl.store(table + row, mass)
-    tl.store(table + 2 * num_rows + row, is_law.to(tl.float64))
+    tl.store(table + 2 * num_rows + row, is_valid.to(tl.float64))
     if (tl.load(noises + row * 4) != 0) & (temperature != 0):
-        token_id = _race(room, vocab_size, noises + row * 4, BLOCK)
+        token_id = _race(rest, vocab_size, noises + row * 4, BLOCK)
     else:
-        token_id = _inverse_cdf(room, vocab_size, tl.load(uniforms + row) * mass, BLOCK)
+        token_id = _inverse_cdf(rest, vocab_size, tl.load(uniforms + row) * mass, BLOCK)
     tl.store(table + num_rows + row, token_id.to(tl.float64))
     score = tl.load(source + token_id)
     prob = _numbers(score, token_id, top, first, temperature).to(tl.float64) * scale
@@ -386,11 +386,11 @@ def _inverse_cdf(weights, size, point, BLOCK: tl.constexpr):
 
     Rounding may carry the point past the end; the last id with weight is taken then.
     """
-    places = tl.arange(0, BLOCK)
+    offsets = tl.arange(0, BLOCK)
     before, before_block = tl.zeros([1], tl.float64).sum(0), tl.zeros([1], tl.float64).sum(0)
     block, lasts = -1, tl.zeros([BLOCK], tl.int32)
     for start in range(0, size, BLOCK):
-        ids = start + places
+        ids = start + offsets
         part = tl.load(weights + ids, mask=ids < size, other=0.0)
         lasts = tl.where(part > 0, ids, lasts)
         after = before + tl.sum(part, 0)
@@ -399,7 +399,7 @@ def _inverse_cdf(weights, size, point, BLOCK: tl.constexpr):
         before = after
     found = _NO_ID + 0
     if block >= 0:
-        ids = block + places
+        ids = block + offsets
         part = tl.load(weights + ids, mask=ids < size, other=0.0)
         passed = (before_block + tl.cumsum(part, 0) > point) & (part > 0)
         found = tl.min(tl.where(passed, ids, _NO_ID), 0)
@@ -413,10 +413,10 @@ def _inverse_cdf(weights, size, point, BLOCK: tl.constexpr):
 @triton.jit
 def _race(weights, size, noise, BLOCK: tl.constexpr):
     """Return the id that arrives first."""
-    places = tl.arange(0, BLOCK)
+    offsets = tl.arange(0, BLOCK)
     highest, winners = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.int32)
     for start in range(0, size, BLOCK):
-        ids = start + places
+        ids = start + offsets
         part = tl.load(weights + ids, mask=ids < size, other=0.0)
         rates = part / _arrival_times(noise, ids)
         winners = tl.where(rates > highest, ids, winners)

@@ -26,7 +26,7 @@ class DraftRows:
 
     ids: torch.Tensor  # [N, S] int64, ascending
     weights: torch.Tensor  # [N, S] int64
-    places: torch.Tensor  # [N, 1] int64, of the token among `ids`
+    indices: torch.Tensor  # [N, 1] int64, of the token in `ids`
     are_finite: torch.Tensor  # [N, 1] bool
     others: torch.Tensor  # [N, M] int64
     other_probs: torch.Tensor  # [N, M] float64
@@ -34,13 +34,13 @@ class DraftRows:
     @property
     def table(self) -> torch.Tensor:
         """All of it in one, `[N, table_width] float64`."""
-        parts = (self.ids, self.weights, self.places, self.are_finite, self.others, self.other_probs)
+        parts = (self.ids, self.weights, self.indices, self.are_finite, self.others, self.other_probs)
         return torch.cat([part.double() for part in parts], -1)
 
     @property
     def token_ids(self) -> torch.Tensor:
         """The tokens drawn, `[N] int64`; 0 where the row is not finite."""
-        return torch.where(self.are_finite, self.ids.gather(1, self.places), 0)[:, 0]
+        return torch.where(self.are_finite, self.ids.gather(1, self.indices), 0)[:, 0]
 
 
 def draft_table(*arguments, **settings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,19 +78,19 @@ def draft_rows(
     support, order = torch.where(is_kept, ids, rows.shape[1]).sort(dim=-1)
     kept_probs = torch.where(is_kept, probs, 0.0).gather(1, order)
     weights = torch.where(kept_probs > 0, (kept_probs / WEIGHT_UNIT).round().long().clamp(min=1), 0)
-    by_uniform = _place(weights, options.uniforms)
+    by_uniform = _index_by(weights, options.uniforms)
     rates = kept_probs / arrival_times(options.noises.long(), support)
-    places = torch.where(options.have_noise, rates.argmax(-1, keepdim=True), by_uniform)
+    indices = torch.where(options.have_noise, rates.argmax(-1, keepdim=True), by_uniform)
     if num_others:
-        drawn_rank = order.gather(1, places)
+        drawn_rank = order.gather(1, indices)
         others, other_probs = _others(top, ids, probs, drawn_rank, options.are_greedy, num_others)
-        next_places, next_shares = _next_in_race(rates, num_others)
-        others = torch.where(options.have_noise, support.gather(1, next_places), others)
+        next_indices, next_shares = _next_in_race(rates, num_others)
+        others = torch.where(options.have_noise, support.gather(1, next_indices), others)
         other_probs = torch.where(options.have_noise, next_shares, other_probs)
     else:
         others, other_probs = ids[:, :0], probs[:, :0]
     support = torch.where(weights > 0, support, 0)
-    return DraftRows(support, weights, places, are_finite, others, other_probs)
+    return DraftRows(support, weights, indices, are_finite, others, other_probs)
 
 
 def _probs(top: torch.Tensor, scores: torch.Tensor, options: RowOptions) -> torch.Tensor:
@@ -103,7 +103,7 @@ def _probs(top: torch.Tensor, scores: torch.Tensor, options: RowOptions) -> torc
     return torch.where(options.are_greedy, is_first.double(), probs)
 
 
-def _place(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def _index_by(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Return an index `[N, 1]` for each row of whole `weights` `[N, S]`, drawn by its uniform."""
     cumulative = weights.cumsum(-1)
     points = uniforms[:, None] * cumulative[:, -1:]
@@ -124,12 +124,11 @@ def _others(
 
 
 def _next_in_race(rates: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the places of those that arrive behind the first, `[N, M]`, and their shares in the rates of all."""
-    found, places = rates.topk(min(number + 1, rates.shape[1]), dim=-1)
+    """Return the indices of those that arrive after the first, `[N, M]`, and their shares of the rates of all."""
+    found, indices = rates.topk(min(number + 1, rates.shape[1]), dim=-1)
     shares = found / found.sum(-1, keepdim=True)
-    missing = number + 1 - found.shape[1]
-    pad = (0, missing)
-    return F.pad(places[:, 1:], pad), F.pad(shares[:, 1:], pad)
+    padding = (0, number + 1 - found.shape[1])
+    return F.pad(indices[:, 1:], padding), F.pad(shares[:, 1:], padding)
 
 
 def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, options: RowOptions) -> torch.Tensor:
@@ -145,10 +144,10 @@ def target_table(rows: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor, opti
     """
     owners = torch.searchsorted(ends, torch.arange(len(ids), dtype=ends.dtype, device=ids.device), right=True)
     cells = ids.long() + owners * rows.shape[1]
-    likeliest, places = rows.max(-1, keepdim=True)
+    likeliest, indices = rows.max(-1, keepdim=True)
     left = ((rows.double() - likeliest.double()) / options.temperatures.clamp(min=COLDEST)[:, None]).exp_()
     left /= left.sum(-1, keepdim=True)
-    left = torch.where(options.are_greedy, torch.zeros_like(left).scatter_(1, places, 1.0), left)
+    left = torch.where(options.are_greedy, torch.zeros_like(left).scatter_(1, indices, 1.0), left)
     on_support = left.take(cells)
     reported = round_down(on_support)
     left.view(-1)[cells] = on_support - reported

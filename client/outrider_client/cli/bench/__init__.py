@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import click
 
-from outrider_client.cli.bench.commands import DEFINITIONS_TEXT, latency, report, rpc, sweep, throughput
+from outrider_client.cli.bench.commands import DEFINITIONS_TEXT, latency, pair, report, rpc, sweep, throughput
 
 
 class SweepByDefault(click.Group):
@@ -32,5 +32,5 @@ def bench() -> None:
     """
 
 
-for command in (sweep, latency, throughput, rpc, report):
+for command in (sweep, pair, latency, throughput, rpc, report):
     bench.add_command(command)

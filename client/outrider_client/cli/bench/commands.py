@@ -109,6 +109,23 @@ def rpc(**values: Any) -> None:
         hand_out("rpc", bench, bench.measure(grid), values)
 
 
+@click.command(context_settings=_SETTINGS | {"default_map": {"repetitions": 1, "warm_up": 0}})
+@pair_options
+@lengths_option("8")
+@click.option("--temperature", type=NumberList(float), default="0,1", help="Values of the temperature.")
+@text_options
+@output_options
+@shows_errors
+def pair(**values: Any) -> None:
+    """Look at a pair for about a minute: how its acceptance falls with the position in a round, and what it gains.
+
+    The same as a sweep with one K, without a warm-up and without repetitions.
+    """
+    grid = make_grid([BASELINE, "speculative"], values["temperature"], values["num_speculative_tokens"])
+    with opened(values) as bench:
+        hand_out("sweep", bench, bench.measure(grid), values)
+
+
 @click.command(context_settings=_SETTINGS)
 @click.argument("result", type=_RESULT)
 @click.argument("other", type=_RESULT, required=False)

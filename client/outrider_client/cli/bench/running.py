@@ -63,7 +63,7 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
     prompts = read_prompts(values["prompt_file"], values["num_prompts"])
     with _pair(values) as addresses, SpeculativeClient(addresses.target, addresses.draft) as client:
         info = _checked_info(client, addresses)
-        settings = settings.resolved(info.target)
+        settings = settings.resolved(info.target, client.tokenizer)
         ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
         peer = _peer(peer_module, info, settings, values["peer_threads"]) if peer_module else None
         gc.collect()
@@ -149,7 +149,7 @@ def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
 def _checked_info(client: SpeculativeClient, addresses: PairAddresses) -> PairInfo:
     info = client.info()
     if info.draft is None and addresses.draft != LOOKUP_DRAFT:
-        raise click.ClickException("the draft service does not answer: a benchmark needs both")
+        raise click.ClickException(f"no draft service answers at {addresses.draft}: a benchmark needs both")
     if info.mismatch:
         raise click.ClickException(info.mismatch)
     return info

@@ -1,5 +1,5 @@
-"""Kernels for CUDA GPUs, written in Triton, and the forward pass that is made of them.
+"""Triton kernels for CUDA GPUs, and a forward pass made of them.
 
-Knows: Triton, the layers of some families, pages. Does not know: which sequences share a pass, graphs, sampling.
+Knows: Triton, the layers of some families, KV blocks. Does not know: which sequences share a pass, graphs, sampling.
 Begin with `forward.py`.
 """

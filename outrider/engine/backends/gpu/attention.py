@@ -1,11 +1,11 @@
-"""Attention to caches in pages, by kernels that are made for verification: few queries behind a long cache.
+"""Paged attention kernels made for verification: few queries behind a long cache.
 
-Every sequence of a pass attends in one call. The query heads that share a key-value head are rows of one product, and
-so are a round's tokens: K proposals of a model with four query heads for each key-value head are 4·K rows, which read
-the cache once. A long cache is divided among several programs (flash-decoding), since one alone could not read memory
-fast enough; another kernel puts their parts together, always in the same order.
+All sequences of a pass attend in one call. The query heads that share a key-value head, and the tokens of a round, are
+rows of one product: K proposals of a model with four query heads per key-value head are 4·K rows, which read the cache
+once. A long cache is divided among several programs (flash-decoding), since one cannot saturate the memory; a second
+kernel combines their parts, always in the same order.
 
-Shapes: T tokens in the packed row, N sequences, P pages in the pool, B pages that one sequence can have, Hq query
+Shapes: T tokens in the packed row, N sequences, P blocks in the pool, B blocks that one sequence can have, Hq query
 heads, H key-value heads, G = Hq / H, D head size, S parts of a cache.
 """
 
@@ -19,70 +19,70 @@ import triton.language as tl
 
 from outrider.engine.backends.paged.attention import PagedKernels
 
-NUM_SPLITS = 16  # of a cache, where there are processors for them
+NUM_SPLITS = 16  # parts of a cache, if there are idle processors
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FEW_ROWS, _MANY_ROWS = 16, 64  # of one program
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _attend(
     query, keys, values, output, parts, sums, cu_seq_q, seqused_k, block_table,
-    scale, query_token, query_head, key_slot, value_slot, key_head, value_head, table_row, num_tokens, num_blocks,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    scale, query_token, query_head, key_slot, value_slot, key_head, value_head, table_row, num_tokens, num_tiles,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One part of one sequence's cache, for one key-value head and some rows: row t·G + g is its head g of token t."""
-    sequence, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    sequence, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     head, split = tl.program_id(1), tl.program_id(2)
     first = tl.load(cu_seq_q + sequence)
     num_new = tl.load(cu_seq_q + sequence + 1) - first
     length = tl.load(seqused_k + sequence)
-    first_row = block * BLOCK_ROWS
+    first_row = tile * TILE_ROWS
     if first_row >= num_new * GROUP:
         return
-    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    rows = first_row + tl.arange(0, TILE_ROWS)
     is_row = rows < num_new * GROUP
     tokens, query_heads = first + rows // GROUP, head * GROUP + rows % GROUP
     positions = length - num_new + rows // GROUP
     dims = tl.arange(0, PADDED_DIM)
     is_dim = dims < HEAD_DIM
 
-    # What some row of the block sees, divided evenly among the parts.
-    end = tl.minimum(length, length - num_new + (first_row + BLOCK_ROWS - 1) // GROUP + 1)
+    # What some row of the tile sees, divided evenly among the parts.
+    end = tl.minimum(length, length - num_new + (first_row + TILE_ROWS - 1) // GROUP + 1)
     begin = 0
     if WINDOW >= 0:
-        begin = tl.maximum(0, length - num_new + first_row // GROUP - WINDOW) // BLOCK_KEYS * BLOCK_KEYS
-    share = tl.cdiv(tl.cdiv(end - begin, BLOCK_KEYS), NUM_SPLITS) * BLOCK_KEYS
+        begin = tl.maximum(0, length - num_new + first_row // GROUP - WINDOW) // TILE_KEYS * TILE_KEYS
+    share = tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), NUM_SPLITS) * TILE_KEYS
     begin += split * share
     end = tl.minimum(end, begin + share)
 
-    log_sum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    mixed = tl.zeros([BLOCK_ROWS, PADDED_DIM], tl.float32)
+    log_sum = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+    mixed = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
     if begin < end:
         queries = tl.load(
             query + tokens[:, None] * query_token + query_heads[:, None] * query_head + dims[None, :],
             mask=is_row[:, None] & is_dim[None, :], other=0.0,
         )  # fmt: skip
-        highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_ROWS], tl.float32)
-        for start in range(begin, end, BLOCK_KEYS):
-            places = start + tl.arange(0, BLOCK_KEYS)
-            is_place = places < end
-            pages = tl.load(block_table + sequence * table_row + places // PAGE_SIZE, mask=is_place, other=0)
-            slots = pages.to(tl.int64) * PAGE_SIZE + places % PAGE_SIZE
+        highest = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([TILE_ROWS], tl.float32)
+        for start in range(begin, end, TILE_KEYS):
+            at = start + tl.arange(0, TILE_KEYS)
+            is_key = at < end
+            blocks = tl.load(block_table + sequence * table_row + at // BLOCK_SIZE, mask=is_key, other=0)
+            slots = blocks.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
             key = tl.load(
                 keys + slots[None, :] * key_slot + head * key_head + dims[:, None],
-                mask=is_place[None, :] & is_dim[:, None], other=0.0,
+                mask=is_key[None, :] & is_dim[:, None], other=0.0,
             )  # fmt: skip
             value = tl.load(
                 values + slots[:, None] * value_slot + head * value_head + dims[None, :],
-                mask=is_place[:, None] & is_dim[None, :], other=0.0,
+                mask=is_key[:, None] & is_dim[None, :], other=0.0,
             )  # fmt: skip
             scores = tl.dot(queries, key, input_precision="ieee") * (scale * _LOG2_E)
-            is_seen = is_place[None, :] & (places[None, :] <= positions[:, None])
+            is_seen = is_key[None, :] & (at[None, :] <= positions[:, None])
             if WINDOW >= 0:
-                is_seen &= places[None, :] >= positions[:, None] - WINDOW
+                is_seen &= at[None, :] >= positions[:, None] - WINDOW
             scores = tl.where(is_seen, scores, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(scores, 1))
             floor = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a row may see nothing here
@@ -95,14 +95,14 @@ def _attend(
         mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
         log_sum = tl.where(total > 0, highest + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
 
-    place = tokens * (NUM_HEADS * GROUP) + query_heads
+    row_index = tokens * (NUM_HEADS * GROUP) + query_heads
     if NUM_SPLITS == 1:
         tl.store(
-            output + place[:, None] * HEAD_DIM + dims[None, :], mixed.to(output.dtype.element_ty),
+            output + row_index[:, None] * HEAD_DIM + dims[None, :], mixed.to(output.dtype.element_ty),
             mask=is_row[:, None] & is_dim[None, :],
         )  # fmt: skip
     else:
-        part = split * num_tokens * (NUM_HEADS * GROUP) + place
+        part = split * num_tokens * (NUM_HEADS * GROUP) + row_index
         tl.store(sums + part, log_sum, mask=is_row)
         tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], mixed, mask=is_row[:, None] & is_dim[None, :])
 
@@ -141,36 +141,36 @@ def paged_attention(
     seqused_k: torch.Tensor,
     block_table: torch.Tensor,
 ) -> torch.Tensor:
-    """Do what varlen_attn does with a block table, for causal attention; pages may have any size.
+    """Do what varlen_attn does with a block table, for causal attention and blocks of any size.
 
     Args:
-        query: `[T, Hq, D]`, the numbers of a head side by side.
-        key, value: `[P, page_size, H, D]`.
+        query: `[T, Hq, D]`, contiguous in D.
+        key, value: `[P, block_size, H, D]`.
 
     Returns:
-        `[T, Hq, D]`; anything in the rows of tokens that belong to no sequence.
+        `[T, Hq, D]`; arbitrary for padding.
     """
     num_tokens, num_query_heads, head_dim = query.shape
-    page_size, num_heads = key.shape[1:3]
+    block_size, num_heads = key.shape[1:3]
     group = num_query_heads // num_heads
-    block_rows = _FEW_ROWS if max_q * group <= _FEW_ROWS else _MANY_ROWS
+    tile_rows = _FEW_ROWS if max_q * group <= _FEW_ROWS else _MANY_ROWS
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    block_keys = 32 if padded_dim > 128 or query.dtype == torch.float32 else 64
-    num_sequences, num_blocks = len(seqused_k), triton.cdiv(max_q * group, block_rows)
-    num_programs = num_sequences * num_blocks * num_heads
-    num_splits = NUM_SPLITS if 4 * num_programs <= 2 * _num_processors(query.device) and max_k > block_keys else 1
+    tile_keys = 32 if padded_dim > 128 or query.dtype == torch.float32 else 64
+    num_sequences, num_tiles = len(seqused_k), triton.cdiv(max_q * group, tile_rows)
+    num_programs = num_sequences * num_tiles * num_heads
+    num_splits = NUM_SPLITS if 4 * num_programs <= 2 * _num_processors(query.device) and max_k > tile_keys else 1
     output = query.new_empty(num_tokens, num_query_heads, head_dim)
-    parts, sums = output, output  # not touched, where there is one part
+    parts, sums = output, output  # not used if there is one part
     if num_splits > 1:
         parts = query.new_empty(num_splits, num_tokens, num_query_heads, head_dim, dtype=torch.float32)
         sums = parts.new_empty(num_splits, num_tokens, num_query_heads)
-    _attend[(num_sequences * num_blocks, num_heads, num_splits)](
+    _attend[(num_sequences * num_tiles, num_heads, num_splits)](
         query, key, value, output, parts, sums, cu_seq_q, seqused_k, block_table,
         head_dim**-0.5 if scale is None else scale, query.stride(0), query.stride(1),
-        key.stride(1), value.stride(1), key.stride(2), value.stride(2), block_table.stride(0), num_tokens, num_blocks,
-        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PAGE_SIZE=page_size, WINDOW=window_size[0],
+        key.stride(1), value.stride(1), key.stride(2), value.stride(2), block_table.stride(0), num_tokens, num_tiles,
+        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK_SIZE=block_size, WINDOW=window_size[0],
         NUM_HEADS=num_heads, NUM_SPLITS=num_splits,
-        BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, num_warps=4, num_stages=2,
+        TILE_ROWS=tile_rows, TILE_KEYS=tile_keys, num_warps=4, num_stages=2,
     )  # fmt: skip
     if num_splits > 1:
         _combine[(num_tokens * num_query_heads,)](
@@ -186,5 +186,5 @@ def _num_processors(device: torch.device) -> int:
 
 
 KERNELS = PagedKernels(
-    "our own kernels", paged_attention, page_size=64, dtypes=(torch.bfloat16, torch.float16, torch.float32)
+    "our own kernels", paged_attention, block_size=64, dtypes=(torch.bfloat16, torch.float16, torch.float32)
 )

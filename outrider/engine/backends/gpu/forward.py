@@ -1,11 +1,11 @@
-"""A forward pass of our own on GPUs, for families whose layers are norm, attention, norm, feed-forward.
+"""Our own forward pass on GPUs, for families whose layers are norm, attention, norm, feed-forward.
 
-Eight kernels make a layer of few tokens: query, key and value together; rotary embedding and the way into the pages;
-attention (two kernels, where a cache is read in parts); the output, in parts; a norm, which adds them to the residual;
+A layer of few tokens takes eight kernels: query, key and value together; rotary embedding and storing in blocks;
+attention (two kernels if a cache is read in parts); the output, in parts; a norm, which adds the parts to the residual;
 the feed-forward layer's first product with its activation; its second, in parts; the next layer's norm.
 
-The products' weights are the model's own, put side by side where one kernel reads them together: the model goes on
-with views of them, and nothing is held twice.
+Weights that one kernel reads together are moved next to each other, and the model keeps views of them: nothing is held
+twice.
 
 Shapes: T tokens in the packed row, R rows read, V vocabulary size, E hidden size, Hq query heads, H key-value heads, D
 head size, F feed-forward size.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from outrider.engine.backends.attention import AttentionBatch
-from outrider.engine.backends.gpu.entries import Angles, store_entries
+from outrider.engine.backends.gpu.kv_store import Angles, store_kv
 from outrider.engine.backends.gpu.products import GATED_SILU, GELU, RELU, GpuNorm, GpuProduct
 from outrider.engine.backends.paged.attention import PagedBatch
 from outrider.engine.models.spec import Activation, DecoderSpec, LayerSpec
@@ -52,14 +52,13 @@ class GpuForward:
     """Runs a model on paged caches. See ForwardPass; logits are float32."""
 
     def __init__(self, spec: DecoderSpec):
-        """Take the weights of a model to which `why_not` has no objection; it goes on with memory that is shared."""
-        weights, entries = spec.weights, spec.entries
+        """Share the weights of a model that `why_not` accepts."""
+        weights, kv_shape = spec.weights, spec.kv_shape
         assert weights
-        assert entries
-        self._num_query_heads, self._head_dim, self.device = spec.num_query_heads, entries.head_dim, spec.device
+        assert kv_shape
+        self._num_query_heads, self._head_dim, self.device = spec.num_query_heads, kv_shape.head_dim, spec.device
         with torch.no_grad():
             self._layers = [_layer(layer, _ACTIVATIONS[weights.activation]) for layer in weights.layers]
-        # Behind each layer.
         self._next_norms = [*(layer.attention_norm for layer in self._layers[1:]), GpuNorm(weights.norm)]
         self._embedding, self._positions = weights.embedding, weights.positions
         self._angles = Angles(*weights.rotary.angles(spec.context_length)) if weights.rotary else None
@@ -78,7 +77,7 @@ class GpuForward:
         for index, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
             projected = layer.query_key_value(normed).view(len(hidden), -1, self._head_dim)
             keys, values = packed.layers[index]
-            store_entries(projected, keys, values, packed.slots, positions, self._angles)
+            store_kv(projected, keys, values, packed.slots, positions, self._angles)
             query = projected[:, : self._num_query_heads]
             mixed = packed.mix(index, query, layer.scaling, layer.visible)
             hidden, normed = layer.feed_forward_norm.of_sum(hidden, layer.output.parts(mixed.view(len(hidden), -1)))

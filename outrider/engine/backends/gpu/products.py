@@ -1,10 +1,10 @@
-"""Products of few rows with large weights, and norms, each one kernel with what belongs to it.
+"""Products of few rows with large weights, and norms: one kernel each, biases, activations and residuals included.
 
-A pass over few tokens takes as long as reading the weights. What costs beside it are kernels: biases, activations and
-residuals between the products take as long as reading some megabytes each. So a product does them too:
-y = f(x · Wᵀ + b) + r. A program reads some rows of W from end to end.
+A pass over few tokens takes as long as reading the weights. A separate kernel for a bias, an activation or a residual
+would add the time of reading several megabytes, so a product computes y = f(x · Wᵀ + b) + r at once. A program reads
+whole rows of W.
 
-More rows than that are left to torch's own products, which know how to reuse what they read.
+Products of more rows are left to torch, which reuses what it reads.
 
 Shapes: T rows, I inputs, O outputs, E hidden size.
 """
@@ -33,13 +33,10 @@ def _product(
     NUM_INPUTS: tl.constexpr, PART_INPUTS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_INPUTS: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUTPUTS outputs of all rows, or one part of their sums: that of PART_INPUTS inputs.
-
-    With GATED_SILU the weight holds the gates' rows, then as many others.
-    """
+    """BLOCK_OUTPUTS outputs of all rows, or one part of their sums, over PART_INPUTS inputs; see GpuProduct."""
     part = tl.program_id(1)
     rows = tl.arange(0, BLOCK_ROWS)
-    places = part * PART_INPUTS + tl.arange(0, BLOCK_INPUTS)
+    columns = part * PART_INPUTS + tl.arange(0, BLOCK_INPUTS)
     outs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     is_row, is_out = rows < num_rows, outs < num_outputs
     from_outs = weight + tl.where(is_out, outs, 0).to(tl.int64) * NUM_INPUTS
@@ -48,16 +45,16 @@ def _product(
     sums = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
     others = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
     for start in tl.range(0, PART_INPUTS, BLOCK_INPUTS, num_stages=NUM_STAGES):
-        is_place = start + places < NUM_INPUTS
-        x = tl.load(from_rows + start + places[None, :], mask=is_row[:, None] & is_place[None, :], other=0.0)
+        is_input = start + columns < NUM_INPUTS
+        x = tl.load(from_rows + start + columns[None, :], mask=is_row[:, None] & is_input[None, :], other=0.0)
         w = tl.load(
-            from_outs[None, :] + start + places[:, None], mask=is_place[:, None], other=0.0,
+            from_outs[None, :] + start + columns[:, None], mask=is_input[:, None], other=0.0,
             eviction_policy="evict_first",
         )  # fmt: skip
         sums = tl.dot(x, w, sums, input_precision="ieee")
         if ACTIVATION == 3:
             w = tl.load(
-                from_others[None, :] + start + places[:, None], mask=is_place[:, None], other=0.0,
+                from_others[None, :] + start + columns[:, None], mask=is_input[:, None], other=0.0,
                 eviction_policy="evict_first",
             )  # fmt: skip
             others = tl.dot(x, w, others, input_precision="ieee")
@@ -77,7 +74,7 @@ def _product(
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut into programs."""
+    """How a product is divided among programs."""
 
     outputs: int
     inputs: int
@@ -87,7 +84,7 @@ class Tiles:
 
     @classmethod
     def of(cls, num_outputs: int, num_inputs: int, activation: int, in_parts: bool) -> Tiles:
-        """Return the fastest that was found on an H200 (docs/performance.md); none takes more than 99 KiB of memory."""
+        """Return the fastest on an H200 (docs/performance.md) that takes at most 99 KiB of shared memory."""
         if in_parts:
             return cls(32, 128, 6, parts=2)
         if activation == GATED_SILU:
@@ -108,11 +105,9 @@ class GpuProduct:
         output_dtype: torch.dtype | None = None,
         in_parts: bool = False,
     ):
-        """Prepare it.
-
-        Args:
-            weight: `[O, I]`, contiguous; with GATED_SILU `[2 O, I]`, the gates' rows first.
-            in_parts: it is asked for `parts`, without an activation.
+        """Args:
+        weight: `[O, I]`, contiguous; with GATED_SILU `[2 O, I]`, the gates' rows first.
+        in_parts: only `parts` will be called; takes no activation.
         """
         assert weight.is_contiguous()
         assert not (in_parts and activation)
@@ -120,7 +115,7 @@ class GpuProduct:
         self._num_outputs = len(weight) // (2 if activation == GATED_SILU else 1)
         self._output_dtype = output_dtype or weight.dtype
         tiles = Tiles.of(self._num_outputs, weight.shape[1], activation, in_parts)
-        self._tiles = replace(tiles, inputs=tiles.inputs * 2 // weight.itemsize)  # as many bytes of wider weights
+        self._tiles = replace(tiles, inputs=tiles.inputs * 2 // weight.itemsize)  # the same bytes for every type
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return `[T, O]` for `inputs` `[T, I]`."""
@@ -132,14 +127,14 @@ class GpuProduct:
         return self.by_torch(inputs)
 
     def parts(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return `[S, T, O]`, which are the product when they are added up, as GpuNorm does.
+        """Return `[S, T, O]`, whose sum is the product; GpuNorm adds them.
 
-        Of few outputs, programs that read whole rows of W are too few to keep the memory busy.
+        With few outputs, programs that read whole rows of W would be too few to saturate the memory.
         """
         return self.in_one_kernel(inputs, self._tiles) if len(inputs) <= MOST_ROWS else self.by_torch(inputs)[None]
 
     def in_one_kernel(self, inputs: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-        """Return `[tiles.parts, T, O]`, float32 where there are several parts."""
+        """Return `[tiles.parts, T, O]`; float32 if there are several parts."""
         num_rows, num_inputs = len(inputs), self._weight.shape[1]
         dtype = self._output_dtype if tiles.parts == 1 else torch.float32
         outputs = inputs.new_empty(tiles.parts, num_rows, self._num_outputs, dtype=dtype)
@@ -153,7 +148,6 @@ class GpuProduct:
         return outputs
 
     def by_torch(self, inputs: torch.Tensor) -> torch.Tensor:
-        """See __call__."""
         outputs = F.linear(inputs, self._weight, self._bias)
         if self._activation == GELU:
             outputs = F.gelu(outputs, approximate="tanh")
@@ -170,30 +164,30 @@ def _norm(
     inputs, parts, weight, bias, sums, outputs, num_rows, input_row, eps,
     NUM_PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """One row: add the parts to it, if there are any, and take its RMS norm, or layer norm where IS_CENTRED."""
-    row, places = tl.program_id(0), tl.arange(0, BLOCK)
-    is_place = places < SIZE
-    scale = tl.load(weight + places, mask=is_place, other=0.0).to(tl.float32)
+    """One row: add the parts to it, if any, and take its RMS norm, or layer norm if IS_CENTRED."""
+    row, dims = tl.program_id(0), tl.arange(0, BLOCK)
+    is_dim = dims < SIZE
+    scale = tl.load(weight + dims, mask=is_dim, other=0.0).to(tl.float32)
     if IS_CENTRED:
-        shift = tl.load(bias + places, mask=is_place, other=0.0).to(tl.float32)
-    x = tl.load(inputs + row * input_row + places, mask=is_place, other=0.0).to(tl.float32)
+        shift = tl.load(bias + dims, mask=is_dim, other=0.0).to(tl.float32)
+    x = tl.load(inputs + row * input_row + dims, mask=is_dim, other=0.0).to(tl.float32)
     for part in tl.static_range(NUM_PARTS):
-        x += tl.load(parts + (part * num_rows + row) * SIZE + places, mask=is_place, other=0.0).to(tl.float32)
+        x += tl.load(parts + (part * num_rows + row) * SIZE + dims, mask=is_dim, other=0.0).to(tl.float32)
     if NUM_PARTS:
         rounded = x.to(sums.dtype.element_ty)
-        tl.store(sums + row * SIZE + places, rounded, mask=is_place)
+        tl.store(sums + row * SIZE + dims, rounded, mask=is_dim)
         x = rounded.to(tl.float32)
     if IS_CENTRED:
-        x = tl.where(is_place, x - tl.sum(x, 0) / SIZE, 0.0)
+        x = tl.where(is_dim, x - tl.sum(x, 0) / SIZE, 0.0)
     x = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * scale
     if IS_CENTRED:
         x += shift
-    tl.store(outputs + row * SIZE + places, x.to(outputs.dtype.element_ty), mask=is_place)
+    tl.store(outputs + row * SIZE + dims, x.to(outputs.dtype.element_ty), mask=is_dim)
 
 
 @dataclass(frozen=True)
 class GpuNorm:
-    """A norm that first adds up what it is the norm of."""
+    """A norm that can first add up parts of its input."""
 
     norm: Norm
 
@@ -214,5 +208,5 @@ class GpuNorm:
 
 
 def _or(tensor: Any, other: torch.Tensor) -> torch.Tensor:
-    """Return the tensor; the other where there is none, for a kernel that will not read it."""
+    """Return the tensor, or `other` if there is none: kernels need a pointer even where they do not read it."""
     return other if tensor is None else tensor

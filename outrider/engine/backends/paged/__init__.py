@@ -1,5 +1,5 @@
-"""KV caches in pages of one pool, and passes of fixed shapes that can be recorded: how accelerators run a model.
+"""Paged KV caches, and passes of fixed shapes that CUDA graphs can record: how accelerators run a model.
 
-Knows: attention kernels that read pages, CUDA graphs. Does not know: which sequences share a pass, or why.
+Knows: attention kernels that read blocks, CUDA graphs. Does not know: which sequences share a pass, or why.
 Begin with `runner.py`.
 """

@@ -1,9 +1,9 @@
-"""Attention to caches in pages, all sequences of a pass in one call, by one of three kernels of the same signature.
+"""Paged attention: all sequences of a pass in one call, by one of three kernels with the same signature.
 
-On GPUs our own (gpu/attention.py) does it; where that cannot run, `torch.nn.attention.varlen.varlen_attn` does, in half
-precision and with pages of 256 tokens. Anywhere else a reference stands for them, which tests compare with.
+On GPUs it is our own kernel (gpu/attention.py) or, where that cannot run, torch's `varlen_attn`, which takes half
+precision and blocks of 256 tokens. Elsewhere it is a reference, which tests compare with.
 
-Shapes: T tokens in the packed row, N sequences, P pages in the pool, B pages that one sequence can have, Hq query
+Shapes: T tokens in the packed row, N sequences, P blocks in the pool, B blocks that one sequence can have, Hq query
 heads, H key-value heads, D head size.
 """
 
@@ -25,28 +25,27 @@ VarlenAttention = Callable[..., Any]  # varlen_attn's signature, and a tensor [T
 
 @dataclass(frozen=True)
 class PagedKernels:
-    """What reads pages, and of which size they are."""
+    """An attention kernel, and what it supports."""
 
     name: str
     varlen_attn: VarlenAttention
-    page_size: int
+    block_size: int
     dtypes: tuple[torch.dtype, ...]
     max_head_dim: int = 256
-    head_dim_unit: int = 8  # the kernel takes its multiples
+    head_dim_unit: int = 8  # head sizes are multiples of it
 
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """Where the sequences of a pass and their caches lie, on the device. See attention.AttentionBatch.
+    """The sequences of a pass and their caches, on the device. See attention.AttentionBatch.
 
-    Rows of the packed row behind cu_seq_q[N] belong to no sequence: they write to the scratch page, and what attention
-    returns for them is arbitrary.
+    Tokens from cu_seq_q[N] on are padding: they write to the scratch block, and attention returns anything for them.
     """
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [P, page_size, H, D] of each layer
+    layers: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [P, block_size, H, D] of each layer
     varlen_attn: VarlenAttention
-    slots: torch.Tensor  # [T] int64, page · page_size + offset of each new token's entries
-    cu_seq_q: torch.Tensor  # [N + 1] int32, where each sequence's tokens begin, and where the last one's end
+    slots: torch.Tensor  # [T] int64, block · block_size + offset of each new token
+    cu_seq_q: torch.Tensor  # [N + 1] int32, where each sequence's tokens begin, and where the last sequence's end
     seqused_k: torch.Tensor  # [N] int32, each sequence's length after the pass
     block_table: torch.Tensor  # [N, B] int32
     max_q: int  # no sequence has more new tokens
@@ -65,25 +64,25 @@ class PagedBatch:
         """See AttentionBatch.
 
         Raises:
-            TypeError: the model caps its scores or has chunks, which varlen_attn does not.
+            TypeError: the model caps its scores or has chunks, which varlen_attn does not support.
         """
         if softcap is not None:
             raise TypeError("paged attention does not cap scores")
         if visible.chunk_size is not None:
-            raise TypeError("paged attention does not know chunks")
-        for entries, new in zip(self.layers[layer], (key, value), strict=True):
-            entries.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
+            raise TypeError("paged attention does not support chunks")
+        for cached, new in zip(self.layers[layer], (key, value), strict=True):
+            cached.flatten(0, 1).index_copy_(0, self.slots, new[0].transpose(0, 1))
         return self.mix(layer, query[0].transpose(0, 1), scaling, visible)[None]
 
     def mix(self, layer: int, query: torch.Tensor, scaling: float | None, visible: Visible) -> torch.Tensor:
-        """Attend, every sequence to its own cache, which holds the new tokens already; `[T, Hq, D]` both ways."""
+        """Attend, each sequence to its own cache, which already holds the new tokens; `[T, Hq, D]` in and out."""
         keys, values = self.layers[layer]
         return self.varlen_attn(
             query,
             keys,
             values,
             self.cu_seq_q,
-            self.cu_seq_q,  # the kernel wants some, and with a block table reads seqused_k in its place
+            self.cu_seq_q,  # required, but unused: with a block table the kernel reads seqused_k
             self.max_q,
             self.max_length,
             scale=scaling,
@@ -94,10 +93,10 @@ class PagedBatch:
         )
 
     def _window(self, visible: Visible) -> tuple[int, int]:
-        """Return how many keys before and behind its own each query may see, -1 for all.
+        """Return how many keys before and after its own each query sees, -1 for all.
 
-        One query is its sequence's last, so that nothing is to be hidden from it; saying so lets varlen_attn take the
-        query heads that share a key-value head together.
+        A single query is its sequence's last and sees everything. Saying so lets varlen_attn process the query heads of
+        one key-value head together.
         """
         if visible.sliding_window is not None:
             return visible.sliding_window - 1, 0
@@ -119,32 +118,28 @@ def reference_varlen_attn(
     seqused_k: torch.Tensor,
     block_table: torch.Tensor,
 ) -> torch.Tensor:
-    """Do what varlen_attn does with a block table: gather each sequence's pages, and attend with torch's own function.
+    """Do what varlen_attn does with a block table: gather each sequence's blocks, and attend with torch's own function.
 
     Args:
         query: `[T, Hq, D]`.
-        key, value: `[P, page_size, H, D]`.
+        key, value: `[P, block_size, H, D]`.
 
     Returns:
-        `[T, Hq, D]`; NaN for rows that belong to no sequence, so that nobody can have used them unseen.
+        `[T, Hq, D]`; NaN for padding, so that a use of it shows.
     """
     output = torch.full_like(query, torch.nan)
     visible = CAUSAL if window_size[0] < 0 else Visible(sliding_window=window_size[0] + 1)
     bounds, lengths = cu_seq_q.tolist(), seqused_k.tolist()
     assert max(end - start for start, end in itertools.pairwise(bounds)) <= max_q
     assert max(lengths) <= max_k
-    for (start, end), length, pages in zip(itertools.pairwise(bounds), lengths, block_table, strict=True):
+    for (start, end), length, blocks in zip(itertools.pairwise(bounds), lengths, block_table, strict=True):
         if start == end:
             continue
-        keys, values = (entries[pages].flatten(0, 1)[:length].transpose(0, 1) for entries in (key, value))
+        keys, values = (cached[blocks].flatten(0, 1)[None, :length].transpose(1, 2) for cached in (key, value))
         queries = query[start:end].transpose(0, 1)[None]
+        mask = causal_mask(queries, length, visible)
         mixed = F.scaled_dot_product_attention(
-            queries,
-            keys[None],
-            values[None],
-            attn_mask=causal_mask(queries, length, visible),
-            scale=scale,
-            enable_gqa=enable_gqa,
+            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
         )
         output[start:end] = mixed[0].transpose(0, 1)
     return output

@@ -1,13 +1,13 @@
-"""The KV cache in pages: one pool of fixed memory for every sequence of an engine, as GPUs' attention kernels read it.
+"""The paged KV cache: one pool of blocks for all sequences of an engine, as attention kernels on GPUs read it.
 
-A sequence's entries lie in pages of `page_size` positions, in any order; its page table says where. Page 0 belongs to
-no sequence: what padding writes goes there, and nobody's result depends on it.
+A sequence's keys and values lie in blocks of `block_size` positions, in any order; its block table lists them. Block 0
+is scratch: padding writes to it, and no result depends on it.
 
-A cache holds exactly the pages that its length needs: a truncation gives the others back at once. So what the pool has
-lent out is known from the lengths alone, which is how the engine counts, and the pool cannot run dry while the
-engine's cap holds. Crossing the border of a page costs a list operation, and moves no entries.
+A cache holds exactly the blocks that its length needs, and a truncation frees the others at once. So the number of
+blocks in use follows from the lengths, which is how the engine counts, and the pool cannot run out while the engine
+keeps its cap.
 
-Shapes: P pages in the pool, H key-value heads, D head size, n new tokens.
+Shapes: P blocks in the pool, H key-value heads, D head size, n new tokens.
 """
 
 from __future__ import annotations
@@ -15,114 +15,107 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from outrider.engine.kv_cache import EntryShape
+from outrider.engine.kv_cache import KvShape
 
-SCRATCH_PAGE = 0
-MOST_COPIED_AT_ONCE = 1024  # positions, which lie twice in memory meanwhile
+SCRATCH_BLOCK = 0
+MOST_COPIED_AT_ONCE = 1024  # positions, since a copy holds them twice in memory
 
 
-class PagePool:
-    """The memory of all caches, and which pages of it are free."""
+class BlockPool:
+    """The memory of all caches, and its free blocks."""
 
-    def __init__(self, max_cached_tokens: int, page_size: int, shape: EntryShape, device: torch.device | str = "cpu"):
-        """The pool has room for one sequence of `max_cached_tokens` tokens, so its last page may be partly used.
+    def __init__(self, max_cached_tokens: int, block_size: int, shape: KvShape, device: torch.device | str = "cpu"):
+        """Allocate the pool, for one sequence of `max_cached_tokens` tokens or several shorter ones.
 
         Raises:
-            torch.OutOfMemoryError: the device has not as much memory.
+            torch.OutOfMemoryError: the device does not have that much memory.
         """
-        self.page_size = page_size
-        self.num_pages = -(-max_cached_tokens // page_size)  # that sequences can have
-        self._free = list(range(self.num_pages, SCRATCH_PAGE, -1))
-        size = (shape.num_layers, 2, self.num_pages + 1, page_size, shape.num_kv_heads, shape.head_dim)
-        self._entries = torch.zeros(size, dtype=shape.dtype, device=device)
-        self.layers = [(keys, values) for keys, values in self._entries]  # [P, page_size, H, D] each
+        self.block_size = block_size
+        self.num_blocks = self.num_blocks_for(max_cached_tokens)  # without the scratch block
+        self._free = list(range(self.num_blocks, SCRATCH_BLOCK, -1))
+        size = (shape.num_layers, 2, self.num_blocks + 1, block_size, shape.num_kv_heads, shape.head_dim)
+        self._keys_and_values = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.layers = [(keys, values) for keys, values in self._keys_and_values]  # [P, block_size, H, D] each
 
     @property
     def num_free(self) -> int:
-        """Pages that no cache holds."""
         return len(self._free)
 
     def take(self) -> int:
-        """Return a free page, which is the caller's from now on."""
         assert self._free, "the engine let more be cached than the pool holds"
         return self._free.pop()
 
-    def give_back(self, page: int) -> None:
-        """Take back a page that `take` returned."""
-        assert page != SCRATCH_PAGE
-        self._free.append(page)
+    def give_back(self, block: int) -> None:
+        assert block != SCRATCH_BLOCK
+        self._free.append(block)
 
     @torch.inference_mode()
     def copy(self, from_slots: np.ndarray, to_slots: np.ndarray) -> None:
-        """Copy the entries of some positions, `[n] int64` each, in every layer."""
-        slots = torch.from_numpy(np.stack([from_slots, to_slots])).to(self._entries.device)
-        by_slot = self._entries.flatten(0, 1).flatten(1, 2)
+        """Copy the keys and values of some slots, `[n] int64`, to others in every layer."""
+        slots = torch.from_numpy(np.stack([from_slots, to_slots])).to(self._keys_and_values.device)
+        by_slot = self._keys_and_values.flatten(0, 1).flatten(1, 2)
         for source, destination in slots.split(MOST_COPIED_AT_ONCE, dim=1):
             by_slot[:, destination] = by_slot[:, source]
 
-    def num_pages_for(self, num_tokens: int) -> int:
-        """Return how many pages `num_tokens` positions fill, the last of them perhaps in part."""
-        return -(-num_tokens // self.page_size)
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks `num_tokens` positions take; the last may be partly used."""
+        return -(-num_tokens // self.block_size)
 
 
 class PagedCache:
-    """Which pages hold the first `length` tokens of one sequence. See kv_cache.Cache."""
+    """The blocks that hold the first `length` tokens of one sequence. See kv_cache.Cache."""
 
-    def __init__(self, pool: PagePool, max_length: int):
-        """`max_length` is the most tokens that the sequence will ever have."""
+    def __init__(self, pool: BlockPool, max_length: int):
+        """`max_length` is the most tokens that the sequence may have."""
         self._pool = pool
-        self._length = self._num_pages = 0
-        self._table = np.full(pool.num_pages_for(max_length), SCRATCH_PAGE, dtype=np.int32)
+        self._length = self._num_blocks = 0
+        self._table = np.full(pool.num_blocks_for(max_length), SCRATCH_BLOCK, dtype=np.int32)
 
     @property
     def length(self) -> int:
-        """Number of tokens whose entries every layer holds."""
         return self._length
 
     @property
-    def page_table(self) -> np.ndarray:
-        """The sequence's pages in order, `[most pages it can have] int32`; those it has not are the scratch page."""
+    def block_table(self) -> np.ndarray:
+        """The sequence's blocks in order, `[most blocks it can have] int32`, padded with the scratch block."""
         return self._table
 
     @property
-    def pages(self) -> list[int]:
-        """The pages that the sequence has."""
-        return self._table[: self._num_pages].tolist()
+    def block_ids(self) -> list[int]:
+        return self._table[: self._num_blocks].tolist()
 
     def cost(self, num_tokens: int) -> int:
-        """Return what `num_tokens` tokens of one sequence count against the cap: whole pages."""
-        return self._pool.num_pages_for(num_tokens) * self._pool.page_size
+        """See kv_cache.Cache; whole blocks count."""
+        return self._pool.num_blocks_for(num_tokens) * self._pool.block_size
 
     def num_fitting(self, budget: int) -> int:
-        """Return how many more tokens the sequence can have when it may cost `budget` more."""
-        return self.cost(self._length) - self._length + budget // self._pool.page_size * self._pool.page_size
+        return self.cost(self._length) - self._length + budget // self._pool.block_size * self._pool.block_size
 
     def reserve(self, num_new: int) -> np.ndarray:
-        """Take the pages that the next `num_new` tokens need and return the slots of their entries.
+        """Take the blocks that the next `num_new` tokens need; until `advance`, `truncate` gives them back.
 
         Returns:
-            `[n] int64`: page · page_size + offset. Until `advance`, `truncate` gives the pages back.
+            The tokens' slots, `[n] int64`: block · block_size + offset.
 
         Raises:
-            ValueError: the sequence would be longer than it may become; no page has been taken.
+            ValueError: the sequence would be longer than `max_length`; no block has been taken.
         """
         end = self._length + num_new
-        num_needed = self._pool.num_pages_for(end)
+        num_needed = self._pool.num_blocks_for(end)
         if num_needed > len(self._table):
-            most = len(self._table) * self._pool.page_size
-            raise ValueError(f"a sequence of {end} tokens is longer than the {most} that its page table has place for")
-        while self._num_pages < num_needed:
-            self._table[self._num_pages] = self._pool.take()
-            self._num_pages += 1
+            most = len(self._table) * self._pool.block_size
+            raise ValueError(f"a sequence of {end} tokens is longer than the {most} that its block table can list")
+        while self._num_blocks < num_needed:
+            self._table[self._num_blocks] = self._pool.take()
+            self._num_blocks += 1
         return self._slots(self._length, end)
 
     def _slots(self, start: int, end: int) -> np.ndarray:
-        """Return where the entries of some positions are."""
-        pages, offsets = np.divmod(np.arange(start, end), self._pool.page_size)
-        return self._table[pages].astype(np.int64) * self._pool.page_size + offsets
+        blocks, offsets = np.divmod(np.arange(start, end), self._pool.block_size)
+        return self._table[blocks].astype(np.int64) * self._pool.block_size + offsets
 
     def copy_from(self, other: PagedCache, length: int) -> None:
-        """See kv_cache.Cache; both are of one pool."""
+        """See kv_cache.Cache; both caches share a pool."""
         start = self._length
         try:
             self._pool.copy(other._slots(start, length), self.reserve(length - start))
@@ -132,20 +125,19 @@ class PagedCache:
         self.advance(length - start)
 
     def advance(self, num_new: int) -> None:
-        """Count the entries that a finished forward pass has written in every layer."""
-        assert self._pool.num_pages_for(self._length + num_new) == self._num_pages
+        """Count the tokens that a finished forward pass has written in every layer."""
+        assert self._pool.num_blocks_for(self._length + num_new) == self._num_blocks
         self._length += num_new
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens, and the pages that they need."""
+        """Keep the first `length` tokens and the blocks that they need."""
         assert 0 <= length <= self._length
         self._length = length
-        kept = self._pool.num_pages_for(length)
-        for page in self._table[kept : self._num_pages].tolist():
-            self._pool.give_back(page)
-        self._table[kept : self._num_pages] = SCRATCH_PAGE
-        self._num_pages = kept
+        kept = self._pool.num_blocks_for(length)
+        for block in self._table[kept : self._num_blocks].tolist():
+            self._pool.give_back(block)
+        self._table[kept : self._num_blocks] = SCRATCH_BLOCK
+        self._num_blocks = kept
 
     def clear(self) -> None:
-        """Forget everything and give all pages back."""
         self.truncate(0)

@@ -1,9 +1,9 @@
-"""Drafts several tokens in one go on paged caches: what one pass draws, the next one feeds, and the host waits once.
+"""Drafts several tokens per call on paged caches: each pass feeds what the one before drew, and the host waits once.
 
-A step is a pass of one token for each sequence, the draw, and the way to the next step: the token that was drawn, its
-position and its slot. All of it is recorded, so that a round of drafts is some replays and one copy to the host. The
-pages of all steps are reserved beforehand. What a step draws with (uniforms, temperatures) lies in one buffer for all
-steps, and a counter on the device says which step it is.
+A step is a pass of one token per sequence, the draw, and the inputs of the next step: the drawn token, its position and
+its slot. A recorded graph holds all of it, so a round of drafts is a few replays and one copy to the host. The blocks
+of all steps are reserved first. The numbers that all steps draw with lie in one buffer, which a counter on the device
+indexes.
 
 Shapes: n draws, N sequences (of a bucket, where a graph is meant), S tokens of a support at most, M other tokens, V
 vocabulary size.
@@ -31,11 +31,11 @@ class _Ahead:
     """A cache as it will be when a step begins."""
 
     length: int
-    page_table: np.ndarray
+    block_table: np.ndarray
 
 
 class _StagedNumbers:
-    """What all steps draw with: a pinned buffer of float64, and its twin on the device."""
+    """The numbers that all steps draw with: a pinned buffer of float64, and its copy on the device."""
 
     def __init__(self, num_sequences: int, device: torch.device):
         self._shapes = {
@@ -57,7 +57,7 @@ class _StagedNumbers:
         return {name: part[: int(np.prod(shape))].view(shape) for (name, shape), part in parts}
 
     def send(self, draws: Draws) -> None:
-        """Write how to draw, and copy it; the next step is the first."""
+        """Write the numbers of `draws` and copy them; the next step is the first."""
         num_draws, num_sequences = draws.uniforms.shape
         for name in ("vocab_sizes", "max_supports", "temperatures"):
             self._arrays[name][:num_sequences] = getattr(draws, name)
@@ -66,18 +66,18 @@ class _StagedNumbers:
         self._device.copy_(self._host, non_blocking=True)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return an array on the device: always the same tensor."""
+        """Return an array on the device; always the same tensor."""
         return self._tensors[name]
 
     def options(self) -> RowOptions:
-        """Return how the present step draws."""
+        """Return the numbers of the current step."""
         step = self["step"].long()
         uniforms, noises = (self[name].index_select(0, step)[0] for name in ("uniforms", "noises"))
         return RowOptions(self["temperatures"], uniforms, noises)
 
 
 def _padded_size(shape: tuple[int, ...]) -> int:
-    """Return how many numbers an array takes so that the next one begins at a multiple of 16 bytes."""
+    """Return the size of an array, padded so that the next one begins at a multiple of 16 bytes."""
     size = int(np.prod(shape))
     return size + size % 2
 
@@ -95,7 +95,7 @@ class _Chain:
 
 @dataclass(frozen=True)
 class _FirstPass:
-    """A pass of several tokens in front of a chain, and the chain's first draw."""
+    """A pass of several tokens before a chain, and the chain's first draw."""
 
     inputs: StagedInputs
     replay: Replay
@@ -105,7 +105,7 @@ class DraftingPagedRunner(PagedRunner):
     """A PagedRunner that also draws tokens itself. See runner.DraftingRunner."""
 
     def __init__(self, *arguments, **settings):
-        """See PagedRunner; it must have graphs, or what stands for them."""
+        """See PagedRunner; `graphs` is required."""
         super().__init__(*arguments, **settings)
         assert self._graph_runner
         self._capture: Callable[[Callable[[], None]], Replay] = self._graph_runner.capture
@@ -113,13 +113,11 @@ class DraftingPagedRunner(PagedRunner):
         self._first_passes: dict[GraphKey, _FirstPass] = {}
 
     def can_draft(self, sizes: Sequence[int], draws: Draws) -> bool:
-        """See DraftingRunner."""
         fits = len(draws.uniforms) <= MOST_DRAWS and draws.num_others <= MOST_OTHERS and not draws.have_filters
         return fits and draws.max_supports.max() <= MOST_SUPPORT and self._buckets.key_for(sizes) is not None
 
     @torch.inference_mode()
     def prepare_drafting(self) -> None:
-        """See DraftingRunner."""
         with self._on_device():
             for key in self._buckets.all():
                 if key.tokens_per_sequence == 1:
@@ -129,7 +127,6 @@ class DraftingPagedRunner(PagedRunner):
 
     @torch.inference_mode()
     def draft(self, feeds: Sequence[Feed], draws: Draws) -> list[Draft | None]:
-        """See DraftingRunner."""
         num_more = len(draws.uniforms) - 1
         with self._growing(feeds, num_more) as slots:
             drawn = self._draw_all(feeds, slots, draws)
@@ -138,7 +135,7 @@ class DraftingPagedRunner(PagedRunner):
         return [draft and draft.with_others(draws.num_others) for draft in drafts]
 
     def _draw_all(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray], draws: Draws) -> torch.Tensor:
-        """Have all steps run; return where the host will find what they drew, `[n, N, numbers of a draft]`."""
+        """Run all steps; return what they drew, `[n, N, numbers of a draft]`, on the host once the device is done."""
         key = self._buckets.key_for([len(feed.token_ids) for feed in feeds])
         assert key
         num_draws, chain = len(draws.uniforms), self._chain_of(key.num_sequences)
@@ -152,7 +149,7 @@ class DraftingPagedRunner(PagedRunner):
             first.inputs.send(feeds, [its_slots[:size] for its_slots, size in zip(slots, sizes, strict=True)])
             if num_draws > 1:
                 ahead = [
-                    Feed(_Ahead(feed.cache.length + size, feed.cache.page_table), [0], 1)
+                    Feed(_Ahead(feed.cache.length + size, feed.cache.block_table), [0], 1)
                     for feed, size in zip(feeds, sizes, strict=True)
                 ]
                 next_slots = [its_slots[size : size + 1] for its_slots, size in zip(slots, sizes, strict=True)]
@@ -165,7 +162,7 @@ class DraftingPagedRunner(PagedRunner):
         return host.copy_(chain.drawn[:num_draws], non_blocking=True)
 
     def _chain_of(self, num_sequences: int) -> _Chain:
-        """Return the chain, recorded now if there is none."""
+        """Return the chain, recorded on first use."""
         if num_sequences not in self._chains:
             inputs = self._inputs(num_sequences, num_sequences)
             inputs.send([], [])
@@ -187,7 +184,7 @@ class DraftingPagedRunner(PagedRunner):
         return self._chains[num_sequences]
 
     def _first_pass_of(self, key: GraphKey) -> _FirstPass:
-        """Return the first pass, recorded now if there is none."""
+        """Return the first pass, recorded on first use."""
         if key not in self._first_passes:
             chain, inputs = self._chain_of(key.num_sequences), self._inputs(key.num_sequences, key.num_tokens)
             inputs.send([], [])
@@ -202,7 +199,7 @@ class DraftingPagedRunner(PagedRunner):
 
     @staticmethod
     def _draw(logits: torch.Tensor, inputs: StagedInputs, numbers: _StagedNumbers) -> torch.Tensor:
-        """Draw from `logits` `[N, V]`, to be fed by the next step of `inputs`; return `[N, numbers of a draft]`."""
+        """Draw from `logits` `[N, V]` into the next step's `inputs`; return `[N, numbers of a draft]`."""
         read, sizes, limits = table_reader_for(logits).draft_table, numbers["vocab_sizes"], numbers["max_supports"]
         table, token_ids = read(logits, sizes, numbers.options(), limits, MIN_SUPPORT_PROB, MOST_SUPPORT, MOST_OTHERS)
         inputs["token_ids"].copy_(token_ids)
@@ -210,15 +207,15 @@ class DraftingPagedRunner(PagedRunner):
 
     @staticmethod
     def _end_step(drawn: torch.Tensor, found: torch.Tensor, numbers: _StagedNumbers) -> None:
-        """Keep what a step found; the next one is another."""
+        """Keep what a step drew, and count it."""
         drawn.index_copy_(0, numbers["step"].long(), found[None])
-        numbers["step"].add_(1).remainder_(MOST_DRAWS)  # recording runs it more often than drafting does
+        numbers["step"].add_(1).remainder_(MOST_DRAWS)  # recording runs it more often than MOST_DRAWS
 
     def _move_on(self, inputs: StagedInputs) -> None:
-        """Make the inputs those of the next position."""
-        positions, page_size = inputs["positions"].add_(1), self._pool.page_size
+        """Advance the inputs to the next position."""
+        positions, block_size = inputs["positions"].add_(1), self._pool.block_size
         inputs["seqused_k"].add_(1)
         table = inputs["block_table"]
-        index = (positions // page_size).clamp_(max=table.shape[1] - 1)
-        pages = table.gather(1, index[:, None])[:, 0].long()
-        inputs["slots"].copy_(pages * page_size + positions % page_size)
+        index = (positions // block_size).clamp_(max=table.shape[1] - 1)
+        blocks = table.gather(1, index[:, None])[:, 0].long()
+        inputs["slots"].copy_(blocks * block_size + positions % block_size)

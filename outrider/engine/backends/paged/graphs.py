@@ -1,7 +1,7 @@
-"""Forward passes of fixed sizes, recorded once and replayed: which sizes there are, and who records.
+"""Forward passes of fixed sizes, recorded once and replayed.
 
 A pass of a few tokens costs the CPU more to launch than the GPU to compute. A recorded pass is launched in one call,
-but its sizes and addresses are fixed: so passes are padded to a bucket, and read and write buffers that stay.
+but its sizes and addresses are fixed. So passes are padded to a bucket, and use buffers that do not move.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ class GraphKey:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the packed row, which the sequences may divide as they like."""
+        """Capacity of the packed row, which the sequences share in any way."""
         return self.num_sequences * self.tokens_per_sequence
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes that passes are padded to: powers of two in both directions."""
+    """The sizes that passes are padded to: powers of two, of sequences and of tokens."""
 
     max_sequences: int = 64
     max_tokens_per_sequence: int = 16
     max_tokens: int = 128  # beyond, a pass takes so long that launching it does not matter
 
     def key_for(self, sizes: Sequence[int]) -> GraphKey | None:
-        """Return the smallest bucket for sequences that feed `sizes` tokens; None where they are beyond the largest.
+        """Return the smallest bucket for sequences that feed `sizes` tokens; None if none is large enough.
 
-        A bucket of one token for each sequence is for passes where each feeds exactly one.
+        A bucket of one token per sequence is only for passes where each sequence feeds exactly one.
         """
         num_sequences = _power_of_two(len(sizes))
         tokens_per_sequence = _power_of_two(max(*sizes, -(-sum(sizes) // num_sequences)))
@@ -48,7 +48,7 @@ class Buckets:
         return key if self._has(key) else None
 
     def all(self) -> list[GraphKey]:
-        """Return all buckets, the largest first, so that the memory of one serves those after it."""
+        """Return all buckets, largest first, so that later recordings reuse the memory of earlier ones."""
         counts = [1 << bit for bit in range(max(self.max_sequences, self.max_tokens_per_sequence).bit_length())]
         keys = (GraphKey(sequences, tokens) for sequences in counts for tokens in counts)
         return sorted(filter(self._has, keys), key=lambda key: key.num_tokens, reverse=True)
@@ -62,38 +62,36 @@ class Buckets:
 
 
 def _power_of_two(number: int) -> int:
-    """Return the smallest power of two that is no less."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 class GraphRunner(Protocol):
-    """Records functions that read from and write to tensors which stay where they are."""
+    """Records functions whose tensors keep their addresses."""
 
     def capture(self, function: Callable[[], None]) -> Replay:
-        """Return what does as `function` does, on whatever its tensors then hold. `function` may run meanwhile."""
+        """Return a call that does what `function` does on its tensors' current contents; may run `function`."""
 
 
 class EagerRunner:
-    """Records nothing and runs the function anew: the stand-in where there are no CUDA graphs."""
+    """Records nothing: every replay runs the function. For devices without CUDA graphs."""
 
     def capture(self, function: Callable[[], None]) -> Replay:
-        """See GraphRunner."""
         return function
 
 
 class CudaGraphRunner:
-    """CUDA graphs, which share one pool of memory, since no two of them run at a time."""
+    """CUDA graphs; they share one memory pool, since no two run at a time."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._memory = torch.cuda.graph_pool_handle()
 
     def capture(self, function: Callable[[], None]) -> Replay:
-        """See GraphRunner."""
         with torch.cuda.device(self._device):
             self._warm_up(function)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with their own work on the device meanwhile.
+            # thread_local: other threads may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 function()
         return graph.replay

@@ -1,10 +1,9 @@
-"""Runs forward passes on paged caches, padded to buckets and replayed as CUDA graphs where the pass is small.
+"""Runs forward passes on paged caches. Small passes are padded to buckets and replayed as CUDA graphs.
 
-Everything a pass reads but the weights and the caches (token ids, positions, slots, lengths, page tables) is written
-into one pinned buffer and goes to the device in one copy. The block tables go along: 4 bytes for each page of a
-sequence, whose rows each cache keeps up to date on the host.
+All inputs of a pass but weights and caches (token ids, positions, slots, lengths, block tables) are written into one
+pinned buffer and go to the device in one copy.
 
-Shapes: T rows of the packed row, N sequences, B pages that one sequence can have, R rows read, V vocabulary size.
+Shapes: T tokens in the packed row, N sequences, B blocks that one sequence can have, R rows read, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ import torch
 
 from outrider.engine.backends.batch import Batch, Feed
 from outrider.engine.backends.paged.attention import PagedBatch, VarlenAttention
-from outrider.engine.backends.paged.cache import SCRATCH_PAGE, PagedCache, PagePool
+from outrider.engine.backends.paged.cache import SCRATCH_BLOCK, BlockPool, PagedCache
 from outrider.engine.backends.paged.graphs import Buckets, GraphKey, GraphRunner, Replay
 from outrider.engine.backends.runner import ForwardPass
 from outrider.sampling.transfers import wait_for
 
-ALIGNMENT = 16  # bytes: compiled kernels come in one kind for pointers that are, and another for those that are not
+ALIGNMENT = 16  # bytes: Triton compiles a kernel anew for pointers that are not aligned to it
 
 
 class StagedInputs:
-    """The inputs of passes of one size: a pinned buffer, its twin on the device, and the arrays that both hold."""
+    """The inputs of passes of one size: a pinned buffer, its copy on the device, and the arrays in both."""
 
-    def __init__(self, num_sequences: int, num_tokens: int, max_pages: int, device: torch.device):
+    def __init__(self, num_sequences: int, num_tokens: int, max_blocks: int, device: torch.device):
         long_sizes = {"token_ids": num_tokens, "positions": num_tokens, "slots": num_tokens, "rows": num_tokens}
         int_sizes = {
             "cu_seq_q": num_sequences + 1,
             "seqused_k": num_sequences,
-            "block_table": num_sequences * max_pages,
+            "block_table": num_sequences * max_blocks,
         }
         sizes = {name: (torch.int64, size) for name, size in long_sizes.items()}
         sizes |= {name: (torch.int32, size) for name, size in int_sizes.items()}
@@ -43,45 +42,45 @@ class StagedInputs:
         self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._arrays = {name: part.numpy() for name, part in _parts(self._host, sizes).items()}
         self._tensors = _parts(self._device, sizes)
-        self._table_shape = (num_sequences, max_pages)
+        self._table_shape = (num_sequences, max_blocks)
 
     def send(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> int:
-        """Write the inputs for `feeds`, whose new entries go to `slots`, and copy them; return how many rows they want.
+        """Write the inputs for `feeds`, whose tokens go to `slots`, and copy them; return how many rows are read.
 
-        What is left of the arrays is padding: tokens that write to the scratch page, and sequences that read it alone.
+        The rest of the arrays is padding: tokens that write to the scratch block, and sequences that read only it.
         """
         batch = Batch.of(feeds)
-        self._fill(batch, [feed.cache.page_table for feed in feeds], slots)
-        self._device.copy_(self._host, non_blocking=True)  # done when the pass is, which the runner waits for
+        self._fill(batch, [feed.cache.block_table for feed in feeds], slots)
+        self._device.copy_(self._host, non_blocking=True)  # the runner waits for the pass behind it
         return len(batch.rows)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return an array on the device: always the same tensor."""
+        """Return an array on the device; always the same tensor."""
         tensor = self._tensors[name]
         return tensor.view(self._table_shape) if name == "block_table" else tensor
 
-    def _fill(self, batch: Batch, page_tables: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> None:
+    def _fill(self, batch: Batch, block_tables: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> None:
         host, num_tokens, num_sequences = self._arrays, len(batch.token_ids), len(batch.lengths)
         host["token_ids"][:num_tokens] = batch.token_ids
         host["positions"][:num_tokens] = batch.positions
         host["slots"][:num_tokens] = np.concatenate(slots) if slots else 0
         for name in ("token_ids", "positions", "slots"):
-            host[name][num_tokens:] = 0  # slot 0 is the scratch page's first
+            host[name][num_tokens:] = 0  # slot 0 is in the scratch block
         host["rows"][: len(batch.rows)] = batch.rows
         host["cu_seq_q"][: num_sequences + 1] = batch.starts
         host["seqused_k"][:num_sequences] = batch.lengths + np.diff(batch.starts)
-        for index, page_table in enumerate(page_tables):
-            host["block_table"].reshape(self._table_shape)[index] = page_table
+        for index, block_table in enumerate(block_tables):
+            host["block_table"].reshape(self._table_shape)[index] = block_table
         self._fill_sequences(num_sequences, num_tokens)
 
     def _fill_sequences(self, num_fed: int, num_tokens: int) -> None:
-        """Pad the sequences: one token each where every sequence has one, which kernels rely on, else none."""
+        """Pad the sequences: with one token each where every sequence has one, as kernels require, else with none."""
         host, (num_sequences, _) = self._arrays, self._table_shape
         num_padding = num_sequences - num_fed
         each_has_one = len(host["token_ids"]) == num_sequences
         host["cu_seq_q"][num_fed + 1 :] = num_tokens + (np.arange(1, num_padding + 1) if each_has_one else 0)
         host["seqused_k"][num_fed:] = 1
-        host["block_table"].reshape(self._table_shape)[num_fed:] = SCRATCH_PAGE
+        host["block_table"].reshape(self._table_shape)[num_fed:] = SCRATCH_BLOCK
 
 
 def _padded_bytes(dtype: torch.dtype, size: int) -> int:
@@ -89,7 +88,7 @@ def _padded_bytes(dtype: torch.dtype, size: int) -> int:
 
 
 def _parts(storage: torch.Tensor, sizes: dict[str, tuple[torch.dtype, int]]) -> dict[str, torch.Tensor]:
-    """Return views of the bytes of `storage`, each aligned as kernels that are compiled for it expect."""
+    """Return views of `storage`, each aligned."""
     parts, start = {}, 0
     for name, (dtype, size) in sizes.items():
         parts[name] = storage[start : start + size * dtype.itemsize].view(dtype)
@@ -108,20 +107,19 @@ class _Graph:
 class PagedRunner:
     """Runs a forward pass on paged caches. See runner.Runner.
 
-    Passes that fit a bucket are replayed, others run as they are. Rows that are returned are copies: the next pass
-    does not touch them.
+    Passes that fit a bucket are replayed; others run unpadded. The rows returned are copies.
     """
 
     def __init__(
         self,
         forward_pass: ForwardPass,
-        pool: PagePool,
+        pool: BlockPool,
         context_length: int,
         varlen_attn: VarlenAttention,
         graphs: GraphRunner | None,
         buckets: Buckets | None = None,
     ):
-        """Without `graphs` every pass runs as it is, without padding."""
+        """Without `graphs` every pass runs unpadded."""
         self._forward_pass, self._pool, self._context_length = forward_pass, pool, context_length
         self._varlen_attn, self._graph_runner = varlen_attn, graphs
         self._buckets = buckets or Buckets()
@@ -134,26 +132,23 @@ class PagedRunner:
         return self._forward_pass.device
 
     def new_cache(self) -> PagedCache:
-        """See Runner."""
         return PagedCache(self._pool, self._context_length)
 
     def forward(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """See Runner."""
         found: list[torch.Tensor] = []
         self.forward_with(feeds, found.append)
         return found[0]
 
     @torch.inference_mode()
     def forward_with(self, feeds: Sequence[Feed], then: Callable[[torch.Tensor], None]) -> None:
-        """See DeviceRunner."""
         with self._growing(feeds) as slots:
             then(self._run(feeds, slots))
 
     @contextmanager
     def _growing(self, feeds: Sequence[Feed], num_more: int = 0) -> Iterator[list[np.ndarray]]:
-        """Reserve slots for the tokens of `feeds` and `num_more` behind each; then wait for the device and grow caches.
+        """Reserve slots for `feeds` and `num_more` tokens behind each; then wait for the device and grow the caches.
 
-        Where something fails they stay as they were.
+        If anything fails, the caches stay as they were.
         """
         try:
             slots = [feed.cache.reserve(len(feed.token_ids) + num_more) for feed in feeds]
@@ -161,17 +156,17 @@ class PagedRunner:
                 try:
                     yield slots
                 finally:
-                    wait_for(self.device)  # behind a failure, too: buffers and pages are in use until then
+                    wait_for(self.device)  # after a failure too: buffers and blocks are in use until then
         except BaseException:
             for feed in feeds:
-                feed.cache.truncate(feed.cache.length)  # gives back what was reserved
+                feed.cache.truncate(feed.cache.length)  # frees what was reserved
             raise
         for feed in feeds:
             feed.cache.advance(len(feed.token_ids) + num_more)
 
     @torch.inference_mode()
     def record_all(self) -> None:
-        """Record every bucket, so that no session waits for it."""
+        """Record every bucket, so that no session has to wait for it."""
         if self._graph_runner:
             with self._on_device():
                 for key in self._buckets.all():
@@ -180,14 +175,14 @@ class PagedRunner:
     def _run(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> torch.Tensor:
         key = self._buckets.key_for([len(feed.token_ids) for feed in feeds])
         if self._graph_runner is None or key is None:
-            return self._run_as_it_is(feeds, slots)
+            return self._run_unpadded(feeds, slots)
         graph = self._graph_of(key, self._graph_runner)
         num_rows = graph.inputs.send(feeds, slots)
         graph.replay()
         assert self._logits is not None
         return self._logits.index_select(0, graph.inputs["rows"][:num_rows])
 
-    def _run_as_it_is(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> torch.Tensor:
+    def _run_unpadded(self, feeds: Sequence[Feed], slots: Sequence[np.ndarray]) -> torch.Tensor:
         sizes = [len(feed.token_ids) for feed in feeds]
         inputs = self._inputs(len(feeds), sum(sizes))
         rows = inputs["rows"][: inputs.send(feeds, slots)]
@@ -195,7 +190,7 @@ class PagedRunner:
         return self._call(inputs, rows, max(sizes), longest)
 
     def _graph_of(self, key: GraphKey, runner: GraphRunner) -> _Graph:
-        """Return the recorded pass for `key`, recorded now if there is none; padding alone is in its inputs then."""
+        """Return the recorded pass for `key`, recorded on first use with inputs of padding only."""
         if key not in self._graphs:
             inputs = self._inputs(key.num_sequences, key.num_tokens)
             inputs.send([], [])
@@ -211,7 +206,7 @@ class PagedRunner:
         return self._graphs[key]
 
     def _inputs(self, num_sequences: int, num_tokens: int) -> StagedInputs:
-        return StagedInputs(num_sequences, num_tokens, self._pool.num_pages_for(self._context_length), self.device)
+        return StagedInputs(num_sequences, num_tokens, self._pool.num_blocks_for(self._context_length), self.device)
 
     def _call(self, inputs: StagedInputs, rows: torch.Tensor, max_q: int, max_length: int) -> torch.Tensor:
         batch = PagedBatch(

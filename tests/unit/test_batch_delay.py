@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from outrider_target.gathering import GRACE, LATE, Gathering
+from outrider_target.batch_delay import GRACE, LATE, BatchDelay
 
 FLAT = (0.0047, 0.00002)  # seconds of a pass, and of each token in it: Llama-3 8B on a GPU
 STEEP = (0.0009, 0.0004)  # a small model on a processor core
@@ -21,7 +21,7 @@ def rate(
 
     The last `num_leaving` stop after 20 rounds, without a word.
     """
-    gathering, random, now, num_rounds = Gathering(), Random(seed), 0.0, 0
+    batch_delay, random, now, num_rounds = BatchDelay(), Random(seed), 0.0, 0
     left = [10**6] * (len(turns_s) - num_leaving) + [20] * num_leaving
     coming = [(0.001 * index, index) for index in range(len(turns_s))]
     heapify(coming)
@@ -31,17 +31,17 @@ def rate(
         while True:
             while coming and coming[0][0] <= until:
                 at, session = heappop(coming)
-                gathering.on_round(session, NUM_TOKENS, at)
+                batch_delay.on_round(session, NUM_TOKENS, at)
                 waiting.append(session)
-            patience_s = gathering.patience_s(len(waiting), until) if gathers else 0.0
+            patience_s = batch_delay.seconds(len(waiting), until) if gathers else 0.0
             if not patience_s:
                 break
             until = min(until + patience_s, coming[0][0] if coming else float("inf"))
         seconds = passes[0] + passes[1] * NUM_TOKENS * len(waiting)
         now = until + seconds
-        gathering.add_pass(NUM_TOKENS * len(waiting), seconds)
+        batch_delay.add_pass(NUM_TOKENS * len(waiting), seconds)
         for session in waiting:
-            gathering.on_answer(session, now)
+            batch_delay.on_answer(session, now)
             left[session] -= 1
             if left[session]:
                 heappush(coming, (now + turns_s[session] * random.gauss(1, 0.1), session))
@@ -76,64 +76,64 @@ def test_sessions_that_leave_without_a_word_hold_nobody_up():
     assert with_them > 0.97 * rate([0.0015] * 4, FLAT, gathers=True)
 
 
-def known(base_s: float, token_s: float) -> Gathering:
-    gathering = Gathering()
+def known(base_s: float, token_s: float) -> BatchDelay:
+    batch_delay = BatchDelay()
     for index in range(300):
-        gathering.add_pass(10 * (index % 5), base_s + token_s * 10 * (index % 5))
-    return gathering
+        batch_delay.add_pass(10 * (index % 5), base_s + token_s * 10 * (index % 5))
+    return batch_delay
 
 
-def away(gathering: Gathering, session: str, turn_s: float, num_tokens: int = 1) -> None:
+def away(batch_delay: BatchDelay, session: str, turn_s: float, num_tokens: int = 1) -> None:
     """Have a session's answer go out at 1.0, after a turn of such length."""
-    gathering.on_answer(session, 0.0)
-    gathering.on_round(session, num_tokens, 0.0)
-    gathering.on_answer(session, 1.0 - turn_s)
-    gathering.on_round(session, num_tokens, 1.0)
-    gathering.on_answer(session, 1.0)
+    batch_delay.on_answer(session, 0.0)
+    batch_delay.on_round(session, num_tokens, 0.0)
+    batch_delay.on_answer(session, 1.0 - turn_s)
+    batch_delay.on_round(session, num_tokens, 1.0)
+    batch_delay.on_answer(session, 1.0)
 
 
 @pytest.mark.parametrize(("num_waiting", "waits"), [(1, True), (4, True), (5, False)])
 def test_it_waits_where_those_to_come_gain_more_than_the_others_lose(num_waiting, waits):
     """Two come in 1 ms, with 60 tokens of 0.05 ms: they win 2 (10 - 1) ms, and each that is there loses 1 + 3."""
-    gathering = known(0.01, 0.00005)
+    batch_delay = known(0.01, 0.00005)
     for session in ("one", "other"):
-        away(gathering, session, 0.001, num_tokens=30)
-    assert gathering.patience_s(num_waiting, 1.0) == (pytest.approx(0.001) if waits else 0.0)
+        away(batch_delay, session, 0.001, num_tokens=30)
+    assert batch_delay.seconds(num_waiting, 1.0) == (pytest.approx(0.001) if waits else 0.0)
 
 
 def test_it_waits_where_a_pass_of_their_own_would_hold_up_the_next_rounds_of_those_who_are_there():
     """As above, but the five that are there would be back after 1 ms, and wait for that pass of 13 ms."""
-    gathering = known(0.01, 0.00005)
+    batch_delay = known(0.01, 0.00005)
     for session in ("one", "other"):
-        away(gathering, session, 0.001, num_tokens=30)
+        away(batch_delay, session, 0.001, num_tokens=30)
     for session in range(5):
-        away(gathering, f"there {session}", 0.001)
-        gathering.on_round(f"there {session}", 1, 1.0)
-    assert gathering.patience_s(5, 1.0) == pytest.approx(0.001)
+        away(batch_delay, f"there {session}", 0.001)
+        batch_delay.on_round(f"there {session}", 1, 1.0)
+    assert batch_delay.seconds(5, 1.0) == pytest.approx(0.001)
 
 
 def test_it_waits_for_as_many_as_are_worth_it():
-    gathering = known(0.01, 0.0)
+    batch_delay = known(0.01, 0.0)
     for session, turn_s in {"soon": 0.001, "later": 0.003, "much later": 0.02}.items():
-        away(gathering, session, turn_s)
-    assert gathering.patience_s(1, 1.0) == pytest.approx(0.003)
-    assert gathering.patience_s(1, 1.002) == pytest.approx(0.001)
+        away(batch_delay, session, turn_s)
+    assert batch_delay.seconds(1, 1.0) == pytest.approx(0.003)
+    assert batch_delay.seconds(1, 1.002) == pytest.approx(0.001)
 
 
 def test_what_is_late_is_waited_for_in_small_steps_and_then_no_more():
-    gathering = known(0.01, 0.0)
-    away(gathering, "late", 0.004)
-    assert gathering.patience_s(1, 1.0041) == pytest.approx(GRACE * 0.004)
-    assert gathering.patience_s(1, 1.0 + 1.01 * LATE * 0.004) == 0.0
+    batch_delay = known(0.01, 0.0)
+    away(batch_delay, "late", 0.004)
+    assert batch_delay.seconds(1, 1.0041) == pytest.approx(GRACE * 0.004)
+    assert batch_delay.seconds(1, 1.0 + 1.01 * LATE * 0.004) == 0.0
 
 
 def test_nobody_is_waited_for_who_is_new_or_waits_or_has_ended():
-    gathering = known(0.01, 0.0)
-    gathering.on_round("new", 1, 1.0)
-    gathering.on_answer("new", 1.0)
-    away(gathering, "waits", 0.001)
-    gathering.on_round("waits", 1, 1.001)
-    away(gathering, "ended", 0.001)
-    gathering.forget("ended")
-    gathering.on_answer("ended", 1.0)
-    assert gathering.patience_s(1, 1.0) == 0.0
+    batch_delay = known(0.01, 0.0)
+    batch_delay.on_round("new", 1, 1.0)
+    batch_delay.on_answer("new", 1.0)
+    away(batch_delay, "waits", 0.001)
+    batch_delay.on_round("waits", 1, 1.001)
+    away(batch_delay, "ended", 0.001)
+    batch_delay.forget("ended")
+    batch_delay.on_answer("ended", 1.0)
+    assert batch_delay.seconds(1, 1.0) == 0.0

@@ -1,6 +1,6 @@
-"""Rotary embedding, and the way of new keys and values into their pages, in one kernel.
+"""Rotary embedding and the storing of new keys and values in their blocks, in one kernel.
 
-Shapes: T tokens in the packed row, L positions, Hq query heads, H key-value heads, D head size, P pages in the pool.
+Shapes: T tokens in the packed row, L positions, Hq query heads, H key-value heads, D head size, P blocks in the pool.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ def _store(
     NUM_QUERY_HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, HALF_DIM: tl.constexpr, PADDED_HALF: tl.constexpr,
     HAS_ANGLES: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: a query is turned where it is, a key on its way to its page, a value goes as it is."""
+    """One head of one token: rotate a query in place, rotate and store a key, store a value."""
     token, head = tl.program_id(0), tl.program_id(1) + first_head
     head_dim = 2 * HALF_DIM
-    place = tl.arange(0, PADDED_HALF)
-    is_place = place < HALF_DIM
+    dims = tl.arange(0, PADDED_HALF)
+    is_dim = dims < HALF_DIM
     source = projected + (token * (NUM_QUERY_HEADS + 2 * NUM_HEADS) + head) * head_dim
-    low = tl.load(source + place, mask=is_place)
-    high = tl.load(source + HALF_DIM + place, mask=is_place)
+    low = tl.load(source + dims, mask=is_dim)
+    high = tl.load(source + HALF_DIM + dims, mask=is_dim)
     if HAS_ANGLES and head < NUM_QUERY_HEADS + NUM_HEADS:
-        angle = tl.load(positions + token) * HALF_DIM + place
-        cosine = tl.load(cosines + angle, mask=is_place)
-        sine = tl.load(sines + angle, mask=is_place)
+        angle = tl.load(positions + token) * HALF_DIM + dims
+        cosine = tl.load(cosines + angle, mask=is_dim)
+        sine = tl.load(sines + angle, mask=is_dim)
         x, y = low.to(tl.float32), high.to(tl.float32)
         low = (x * cosine - y * sine).to(low.dtype)
         high = (y * cosine + x * sine).to(high.dtype)
@@ -39,19 +39,19 @@ def _store(
         slot = tl.load(slots + token)
         target = keys if head < NUM_QUERY_HEADS + NUM_HEADS else values
         target += (slot * NUM_HEADS + (head - NUM_QUERY_HEADS) % NUM_HEADS) * head_dim
-    tl.store(target + place, low, mask=is_place)
-    tl.store(target + HALF_DIM + place, high, mask=is_place)
+    tl.store(target + dims, low, mask=is_dim)
+    tl.store(target + HALF_DIM + dims, high, mask=is_dim)
 
 
 @dataclass(frozen=True)
 class Angles:
-    """Of rotary embedding: number i of a head turns with number i + D/2, as in transformers."""
+    """Rotary embedding: element i of a head rotates with element i + D/2, as in transformers."""
 
     cosines: torch.Tensor  # [L, D/2] float32
     sines: torch.Tensor
 
 
-def store_entries(
+def store_kv(
     projected: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -59,12 +59,12 @@ def store_entries(
     positions: torch.Tensor,
     angles: Angles | None,
 ) -> None:
-    """Write the keys and values of `projected` into one layer's pages; with `angles`, turn keys and queries first.
+    """Write the keys and values of `projected` into one layer's blocks; with `angles`, rotate keys and queries first.
 
     Args:
-        projected: `[T, Hq + 2 H, D]`, contiguous: queries, which are turned in place, keys, values.
-        keys, values: `[P, page_size, H, D]`, contiguous.
-        slots: `[T] int64`, page · page_size + offset.
+        projected: `[T, Hq + 2 H, D]`, contiguous: queries, which are rotated in place, keys, values.
+        keys, values: `[P, block_size, H, D]`, contiguous.
+        slots: `[T] int64`, block · block_size + offset.
         positions: `[T] int64`.
     """
     num_tokens, num_all_heads, head_dim = projected.shape

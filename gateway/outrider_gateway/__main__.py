@@ -1,0 +1,113 @@
+"""`python -m outrider_gateway`, installed as `outrider-gateway`, and as `outrider serve gateway`."""
+
+from __future__ import annotations
+
+import ipaddress
+from contextlib import suppress
+
+import click
+
+from outrider.common import extras
+
+
+@click.command(context_settings={"show_default": True, "auto_envvar_prefix": "OUTRIDER_GATEWAY"})
+@click.option(
+    "--pair",
+    "pairs",
+    multiple=True,
+    default=["outrider=localhost:50052,localhost:50051"],
+    metavar="NAME=TARGET[,DRAFT]",
+    help="A pair of services, and the name by which callers ask for it; several may be given. The draft follows the last comma.",
+)
+@click.option(
+    "--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one."
+)
+@click.option("--insecure", is_flag=True, help="Serve beyond this machine although anyone may then ask.")
+@click.option(
+    "--request-timeout",
+    type=click.FloatRange(0),
+    default=600.0,
+    metavar="SECONDS",
+    help="Time for one request; 0 for no limit.",
+)
+@click.option("--max-requests", type=click.IntRange(1), default=256, help="Requests at once; more get 429.")
+@click.option(
+    "--max-body",
+    type=click.IntRange(1),
+    default=4 << 20,
+    metavar="BYTES",
+    help="Largest body of a request; larger ones get 413.",
+)
+@click.option(
+    "--keepalive",
+    type=click.FloatRange(0.01),
+    default=5.0,
+    metavar="SECONDS",
+    help="Silence of a stream until a comment says that it lives.",
+)
+@click.option(
+    "--target-patience",
+    type=click.FloatRange(0),
+    default=30.0,
+    metavar="SECONDS",
+    help="Time to wait for a target that fails; then 503.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(1),
+    default=30.0,
+    metavar="SECONDS",
+    help="Time for running requests to end on SIGTERM; a second signal ends them at once.",
+)
+def main(
+    pairs: tuple[str, ...],
+    listen: str,
+    insecure: bool,
+    request_timeout: float,
+    max_requests: int,
+    max_body: int,
+    keepalive: float,
+    target_patience: float,
+    grace: float,
+) -> None:
+    """Serve OpenAI's HTTP interface in front of pairs of services.
+
+    Every option is also an environment variable: OUTRIDER_GATEWAY_ and its name, such as OUTRIDER_GATEWAY_LISTEN.
+    """
+    host, port = _host_and_port(listen)
+    if not (insecure or _is_loopback(host)):
+        raise click.UsageError(
+            f"--listen {listen} is open to other machines, and anyone there could ask: listen on 127.0.0.1, or give "
+            "--insecure where something else keeps strangers out"
+        )
+    try:
+        from outrider_client.conversation.patience import Patience
+        from outrider_client.errors import InvalidRequestError
+        from outrider_gateway import serving
+        from outrider_gateway.http import Options
+        from outrider_gateway.pairs import PairAddress
+    except ModuleNotFoundError as error:
+        raise click.ClickException(extras.missing(str(error.name), "the gateway", "http")) from error
+    try:
+        addresses = [PairAddress.parse(pair) for pair in pairs]
+        options = Options(request_timeout or None, max_requests, max_body, keepalive)
+        serving.serve(addresses, host, port, options, Patience(retry_s=target_patience), grace)
+    except (ValueError, InvalidRequestError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _host_and_port(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
+        raise click.UsageError(f"--listen is {listen!r}: give HOST:PORT, such as 127.0.0.1:8000")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m outrider_gateway")

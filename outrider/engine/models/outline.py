@@ -1,0 +1,96 @@
+"""Which backend would run a model, found without its numbers: a model of zeros shows what its layers ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from outrider.engine.backends import attention
+from outrider.engine.backends.choice import BACKENDS, Machine
+from outrider.engine.kv_cache import EntryShape
+from outrider.engine.models.checkpoint import Checkpoint, ModelRefusedError, Source
+from outrider.engine.models.loader import ModelOptions, device_of, opened_by, refusing_first_pass, switch_attention
+from outrider.engine.models.plan import Plan, planned
+from outrider.engine.models.spec import DecoderSpec
+from outrider.engine.models.stored import replace_weights, without_numbers
+from outrider.engine.models.streaming import Unread, filled
+
+
+def plan_of(options: ModelOptions) -> Plan:
+    """Return what a start would take, and the first backend that has no objection: whether its rows are right, and
+    whether all weights are there, shows when the model is loaded.
+
+    Raises:
+        ModelRefusedError: as loading the model would raise it, as far as headers show; or its files say too little.
+    """
+    source = Source.of(options.model, options.revision, options.trust_remote_code)
+    device = device_of(options.device)
+    with refusing_first_pass(f"{options.model} cannot be planned"):
+        checkpoint = opened_by(options, source, device)
+        plan = planned(checkpoint, device, options.caches.max_cached_tokens)
+        if plan is None:
+            raise ModelRefusedError(
+                f"{options.model} cannot be planned: that takes weights in safetensors or GGUF files that are not "
+                "quantised by another library, nor by --quantization, nor spread by --device-map"
+            )
+        spec = _Planned.of(checkpoint, plan, device)
+        return _with_backend(plan, spec, Machine(options.threads or torch.get_num_threads(), options.caches))
+
+
+def _with_backend(plan: Plan, spec: DecoderSpec, machine: Machine) -> Plan:
+    names: dict[str, list[str]] = {}  # by objection
+    for backend in BACKENDS:
+        reason = backend.why_not(spec, machine)
+        if reason is None:
+            notes = tuple(f"{', '.join(its)}: {reason}" for reason, its in names.items())
+            return replace(plan, backend=backend.name, notes=notes)
+        names.setdefault(reason, []).append(backend.name)
+    raise AssertionError("the last backend has no objection")
+
+
+@dataclass(frozen=True)
+class _Planned(DecoderSpec):
+    """A model without numbers on a CPU, as if it were of another type and elsewhere."""
+
+    planned_device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> _Planned:
+        zeros = {
+            name: Unread(torch.float32, partial(torch.zeros(()).expand, value.shape))
+            for name, value in checkpoint.outline.state_dict().items()
+        }
+        model, _ = filled(checkpoint.outline, zeros, torch.float32)
+        modules = [its for its in model.named_modules() if type(its[1]) in (torch.nn.Linear, torch.nn.Embedding)]
+        replace_weights(model, {f"{name}.weight": _Shape(tuple(module.weight.shape)) for name, module in modules})
+        attention.register()
+        switch_attention(model)
+        with without_numbers(model):
+            spec = DecoderSpec.read(model)
+        known = {its.name: getattr(spec, its.name) for its in fields(spec)}
+        dtype = getattr(torch, plan.dtype)
+        known |= {"dtype": dtype, "is_rounded": dtype not in (torch.float32, torch.float64)}
+        return cls(**known, planned_device=device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.planned_device
+
+    @property
+    def entries(self) -> EntryShape | None:
+        entries = self.reference.entries
+        return entries and replace(entries, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A matrix without numbers."""
+
+    shape: tuple[int, int]
+    kind: str = "F32"
+
+    def raw(self, first: int, last: int) -> np.ndarray:
+        raise AssertionError("a plan reads no numbers")
