@@ -20,12 +20,13 @@ SAMPLINGS = {
     "plain": SamplingParams(temperature=1, seed=2, max_new_tokens=64, ignore_eos=True),
     "filters": SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=3, max_new_tokens=64, ignore_eos=True),
 }
+FOUND: dict[str, dict[str, str]] = {}  # texts of the first number of threads
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[SpeculativeClient]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["one thread", "two threads"])
+def client(request) -> Iterator[SpeculativeClient]:
     with (
-        local_pair("builtin:target", "builtin:draft", 1) as pair,
+        local_pair("builtin:target", "builtin:draft", request.param) as pair,
         SpeculativeClient(pair.target, pair.draft, patience=NEVER_WITHOUT_DRAFT) as client,
     ):
         yield client
@@ -44,6 +45,12 @@ def test_a_seeds_text_is_the_same_for_any_number_of_proposals(client, name):
         for length, overlap in ((1, True), (2, False), (5, True), (9, False), (9, True))
     }
     assert len(texts) == 1
+
+
+def test_texts_are_those_of_any_number_of_threads(client):
+    """Every part of the test finds the texts of the first."""
+    texts = {name: write(client, sampling, num_speculative_tokens=4) for name, sampling in SAMPLINGS.items()}
+    assert texts == FOUND.setdefault("texts", texts)
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)

@@ -153,7 +153,7 @@ STORAGES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 def kinds_of(runner: CompiledLlamaRunner) -> list[str]:
     """Return how each matrix of a runner lies in memory."""
-    return [matrix.kind for matrix in runner._stored.values()]
+    return [matrix.kind for matrix in runner._matrices]
 
 
 @dataclass(frozen=True)
@@ -338,10 +338,8 @@ class TestTypesOfCaches:
         runner = CompiledLlamaRunner(spec, kv_dtype=kv_dtype)
         cache, copied = runner.new_cache(), runner.new_cache()
         runner.forward([Feed(cache, ids[:600], 1)])
-        assert (
-            cache._keys.nbytes + cache._values.nbytes
-            == cache.capacity * spec.kv_shape.num_bytes * kv_dtype.itemsize // 4
-        )
+        num_bytes = cache.capacity * spec.kv_shape.num_bytes * kv_dtype.itemsize // 4
+        assert cache._keys.nbytes + cache._values.nbytes == num_bytes
         copied.copy_from(cache, 500)
         assert torch.equal(runner.forward([Feed(copied, ids[500:], 200)]), at_once(runner, ids)[500:])
 

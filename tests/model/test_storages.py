@@ -209,8 +209,8 @@ def test_a_model_of_blocks_gives_what_its_numbers_give(kind, is_tied):
     spec, ids = spec_of(model), texts(1)[3]
     runner = CompiledLlamaRunner(spec, num_threads=2)
     logits = runner.forward([Feed(runner.new_cache(), ids, len(ids))])
-    assert {its.kind for its in runner._stored.values()} == {kind}
-    assert len(runner._stored) == 2 * 7 + (1 if is_tied else 2)
+    assert {its.kind for its in runner._matrices} == {kind}
+    assert len(runner._matrices) == 2 * 7 + (1 if is_tied else 2)
 
     wide = CompiledLlamaRunner(spec_of(copy.deepcopy(plain)))
     assert torch.equal(wide.forward([Feed(wide.new_cache(), ids, len(ids))]), logits)
@@ -225,7 +225,7 @@ def test_the_reference_multiplies_with_the_same_memory(kind):
     runner, ids = CompiledLlamaRunner(spec_of(model)), texts(1)[2]
     expected = own_logits(plain, ids)
     store_products(model, runner.product_of)
-    assert all(module.product in runner._stored.values() for module in stored_modules(model).values())
+    assert all(module.product in runner._matrices for module in stored_modules(model).values())
     model.set_attn_implementation("sdpa")
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]

@@ -36,7 +36,10 @@ from outrider.engine.backends.compiled.storage import (
 )
 from outrider.engine.backends.compiled.team import share
 
-ROWS = 6  # most rows multiplied at once
+# Most rows multiplied at once. From seven on, those of wide panels are multiplied with one half of it after the other:
+# a number is still made of its bits only once, and the sums stay in registers.
+ROWS = 8 if PARTS == 4 else 6
+_MOST_SUMS = 24  # vectors of them
 UNROLLED = 4  # inputs at once, of storages without blocks
 PREFETCHED = 4096  # bytes; half of it and twice as much are a little slower
 FLOAT16, BFLOAT16, FLOAT32 = np.dtype(np.uint16), np.dtype(np.int16), np.dtype(np.float32)  # of caches
@@ -61,8 +64,12 @@ def _prefetch(builder, address, size: int) -> None:
         builder.call(prefetch, [ahead, ir.Constant(WORD, 0), ir.Constant(WORD, 3), ir.Constant(WORD, 1)])
 
 
-def _add_products(builder, storage: Storage, num_parts, x_rows, panel, bounds, step, sums) -> Vectors:
-    """Write a loop from block to block, `step` at once as long as there are so many; return the sums behind it."""
+def _add_products(builder, storage: Storage, num_parts, parts, x_rows, panel, bounds, step, sums) -> Vectors:
+    """Write a loop from block to block, `step` at once as long as there are so many.
+
+    Returns where it stops, and behind that the sums of some `parts` of a panel for each row. What is decoded of others
+    nobody uses, so that LLVM leaves it out.
+    """
     first, last = bounds
     entry, check, body, end = builder.block, *map(builder.append_basic_block, ("check", "blocks", "end"))
     builder.branch(check)
@@ -82,7 +89,7 @@ def _add_products(builder, storage: Storage, num_parts, x_rows, panel, bounds, s
             for row, address in enumerate(x_rows):
                 pointer = builder.inttoptr(builder.add(address, here), ir.PointerType())
                 spread = _spread(builder, builder.load(pointer, typ=FLOAT, align=4))
-                for part, place in enumerate(range(row * num_parts, (row + 1) * num_parts)):
+                for place, part in enumerate(parts, row * len(parts)):
                     after[place] = multiply_add(builder, spread, weights[part], after[place])
             number += 1
     builder.branch(check)
@@ -94,19 +101,23 @@ def _add_products(builder, storage: Storage, num_parts, x_rows, panel, bounds, s
 
 
 def _multiply(
-    builder, storage: Storage, num_parts, num_rows, x, x_stride, panel, num_inputs, y, y_stride, adds
+    builder, storage: Storage, num_parts, parts, num_rows, x, x_stride, panel, num_inputs, y, y_stride, adds
 ) -> None:
-    """Write code that multiplies `num_rows` rows; LLVM's own vectoriser does not keep so many sums in registers."""
+    """Write code that multiplies `num_rows` rows with some `parts` of a panel.
+
+    LLVM's own vectoriser does not keep so many sums in registers.
+    """
 
     def rows_of(base, stride):
         return [builder.add(base, builder.mul(stride, constant(4 * row))) for row in range(num_rows)]
 
-    y_parts = [(row, 4 * LANES * part) for row in rows_of(y, y_stride) for part in range(num_parts)]
+    y_parts = [(row, 4 * LANES * part) for row in rows_of(y, y_stride) for part in parts]
     zero, first = filled(FLOAT, 0.0), constant(0)
     sums = [builder.select(adds, load(builder, row, FLOAT, offset), zero) for row, offset in y_parts]
     x_rows, num_blocks = rows_of(x, x_stride), builder.udiv(num_inputs, constant(storage.num_inputs))
     for step in (UNROLLED, 1) if storage.num_inputs == 1 else (1,):
-        first, *sums = _add_products(builder, storage, num_parts, x_rows, panel, (first, num_blocks), step, sums)
+        bounds = first, num_blocks
+        first, *sums = _add_products(builder, storage, num_parts, parts, x_rows, panel, bounds, step, sums)
     for (row, offset), value in zip(y_parts, sums, strict=True):
         builder.store(value, builder.inttoptr(builder.add(row, constant(offset)), ir.PointerType()), align=4)
 
@@ -130,7 +141,9 @@ def multiply_panel(typing_context, storage, width, num_rows, x, x_stride, panel,
             block = builder.append_basic_block(f"rows_{number}")
             choice.add_case(constant(number), block)
             builder.position_at_end(block)
-            _multiply(builder, its, num_parts, number, *rest)
+            size = num_parts if number * num_parts <= _MOST_SUMS else num_parts // 2
+            for first in range(0, num_parts, size):
+                _multiply(builder, its, num_parts, range(first, first + size), number, *rest)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()

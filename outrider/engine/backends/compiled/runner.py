@@ -18,7 +18,7 @@ from outrider.engine.backends.compiled.products import StoredMatrix
 from outrider.engine.backends.compiled.storage import LANES, PANEL
 from outrider.engine.backends.compiled.team import Team
 from outrider.engine.backends.llama import why_not as why_not_llama
-from outrider.engine.models.matrix import Matrix
+from outrider.engine.models.matrix import Matrix, TensorMatrix
 from outrider.engine.models.spec import DecoderSpec, DecoderWeights, Linear
 from outrider.sampling.draws import MIN_SUPPORT_PROB, Draft, Draws, drafts_of
 
@@ -60,17 +60,23 @@ class CompiledLlamaRunner:
         )
         width, cache_type = attention_width(entries.head_dim), CACHE_TYPES[kv_dtype]
         self._cache_shape = PanelShape(len(weights.layers), entries.num_kv_heads, entries.head_dim, width, cache_type)
-        self._rotary, self._vocab_size, self._team = weights.rotary, spec.vocab_size, Team(num_threads)
+        self._rotary, self._team = weights.rotary, Team(num_threads)
+        self._vocab_size = weights.head_layer.matrices[0].shape[0]  # as many as a product writes
         self._arena = Arena()
-        self._stored: dict[Matrix, StoredMatrix] = {}  # which descriptors point to
-        self._weights = self._weights_of(weights)
+        self._matrices: list[StoredMatrix] = []  # which descriptors point to
+        self._stored: dict[Matrix, StoredMatrix] = {}  # of those that take no memory themselves
+        self._weights = self._weights_of(spec, weights)
         self._scratch = self._scratch_for(_NUM_TOKENS, _NUM_POSITIONS)
 
     def product_of(self, matrix: Matrix) -> StoredMatrix:
         """Return what multiplies with a matrix; it is read and stored when it is first asked for."""
-        if matrix not in self._stored:
-            self._stored[matrix] = StoredMatrix(matrix, self._arena)
-        return self._stored[matrix]
+        found = self._stored.get(matrix)
+        if found is None:
+            found = StoredMatrix(matrix, self._arena)
+            self._matrices.append(found)
+            if not isinstance(matrix, TensorMatrix):
+                self._stored[matrix] = found
+        return found
 
     def new_cache(self) -> PanelCache:
         """See Runner."""
@@ -152,27 +158,36 @@ class CompiledLlamaRunner:
         cosines, sines = self._rotary.angles(length)
         return cosines.numpy(), sines.numpy()
 
-    def _weights_of(self, weights: DecoderWeights) -> Weights:
+    def _weights_of(self, spec: DecoderSpec, weights: DecoderWeights) -> Weights:
         """Return the model's numbers as the kernels read them."""
-        layers = weights.layers
+        layers, (cosines, sines) = weights.layers, self._angles_up_to(_NUM_POSITIONS)
         norms = [norm for layer in layers for norm in (layer.attention_norm, layer.feed_forward_norm)]
-        cosines, sines = self._angles_up_to(_NUM_POSITIONS)
+        is_tied = weights.head_layer.matrices == weights.embedding_layer.matrices
+        embedding = self._descriptor(weights.embedding_layer)
         return Weights(
-            embedding=self._descriptors([weights.embedding_layer])[0, 0],
+            embedding=embedding,
             norms=torch.stack([norm.weight for norm in [*norms, weights.norm]]).numpy(),
-            query_key_value=self._descriptors([layer.query_key_value for layer in layers]),
             biases=np.stack([_bias_of(layer.query_key_value) for layer in layers]),
-            output=self._descriptors([layer.output for layer in layers])[:, 0],
-            gate_up=self._descriptors([layer.up for layer in layers]),
-            down=self._descriptors([layer.down for layer in layers])[:, 0],
-            head=self._descriptors([weights.head_layer])[0, 0],
+            query_key_value=np.stack([self._taken(spec, layer.query_key_value) for layer in layers]),
+            output=np.stack([self._taken(spec, layer.output)[0] for layer in layers]),
+            gate_up=np.stack([self._taken(spec, layer.up) for layer in layers]),
+            down=np.stack([self._taken(spec, layer.down)[0] for layer in layers]),
+            head=embedding if is_tied else self._descriptor(weights.head_layer),
             cosines=cosines,
             sines=sines,
         )
 
-    def _descriptors(self, products: Sequence[Linear]) -> np.ndarray:
-        """Return descriptors `[products, matrices of each, 7]`; a matrix that stands in two places is stored once."""
-        return np.array([[self.product_of(matrix).descriptor for matrix in product.matrices] for product in products])
+    def _descriptor(self, product: Linear) -> np.ndarray:
+        (matrix,) = product.matrices
+        return np.array(self.product_of(matrix).descriptor)
+
+    def _taken(self, spec: DecoderSpec, product: Linear) -> np.ndarray:
+        """Return descriptors `[matrices, 7]`; the model lets go of weights in memory that can be read again."""
+        matrices = product.matrices
+        descriptors = np.array([self.product_of(matrix).descriptor for matrix in matrices])
+        if spec.reread and isinstance(matrices[0], TensorMatrix):
+            product.release()
+        return descriptors
 
 
 def _bias_of(projection: Linear) -> np.ndarray:
