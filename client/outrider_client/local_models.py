@@ -56,7 +56,7 @@ class LocalModel:
         try:
             from gguf import GGUFReader  # of an extra
         except ModuleNotFoundError as error:
-            raise InvalidRequestError(f"{self.name} is a GGUF file: install the extra gguf to read it") from error
+            raise InvalidRequestError(f"{self.name} is a GGUF file: install the extra serve to read it") from error
         try:
             return GGUFReader(str(self.path))
         except Exception as error:  # of numpy and others, where the file is cut
