@@ -40,7 +40,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     rows = {
         "architecture": plan["architecture"],
         "weights in its files": formats,
-        "weights in memory": f"{_size(plan['weight_bytes'])} in {plan['dtype']}",
+        "weights in memory": f"{_size(plan['weight_bytes'])} in {'these' if plan['keeps_blocks'] else plan['dtype']}",
         "caches": f"{plan['kv_bytes_per_token']:,} bytes a token, {_size(plan['cache_bytes'])} for "
         + (f"{tokens:,} tokens" if tokens else f"a text of {plan['context_length']:,} tokens"),
         "free memory": "unknown" if plan["free_bytes"] is None else f"{_size(plan['free_bytes'])} of {plan['device']}",

@@ -35,6 +35,9 @@ REFERENCE = PagedKernels("the reference", reference_varlen_attn, 16, (torch.floa
 log = logging.getLogger(__name__)
 
 
+COMPILED = "compiled"  # the backend that multiplies with blocks
+
+
 @dataclass(frozen=True)
 class CacheOptions:
     """How a service keeps its caches."""
@@ -163,6 +166,8 @@ def _why_not_compiled(spec: DecoderSpec, machine: Machine) -> str | None:
 
 
 def _make_compiled(spec: DecoderSpec, machine: Machine, max_cached_tokens: int) -> Runner:
+    if spec.runner:
+        return spec.runner
     from outrider.engine.backends.compiled.runner import CompiledLlamaRunner
 
     log.info("compiling the model, if this machine has not done so before")
@@ -257,7 +262,7 @@ def _make_host_pass(spec: DecoderSpec) -> ForwardPass:
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 BACKENDS = (
-    Backend("compiled", _why_not_compiled, _make_compiled, rounds_caches=True),
+    Backend(COMPILED, _why_not_compiled, _make_compiled, rounds_caches=True),
     _paged_backend("gpu", _our_kernels, _make_gpu, _why_not_gpu),
     _paged_backend("paged transformers", _our_kernels, lambda spec: spec.reference),
     _paged_backend("paged transformers (varlen_attn)", _torch_kernels, lambda spec: spec.reference),

@@ -20,11 +20,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from outrider.engine.models.files import formats_of, in_gguf, in_safetensors, parts_of
+from outrider.engine.models.files import formats_of, in_gguf, in_safetensors, is_block_format, parts_of
 from outrider.engine.models.gguf_header import GgufDamagedError, GgufHeader
 from outrider.engine.models.streaming import (
     Unread,
     filled,
+    filled_but_for_matrices,
     gguf_names,
     outline_of,
     safetensors_files,
@@ -181,6 +182,11 @@ class Checkpoint:
     formats: Mapping[str, int] = field(default_factory=dict)  # bytes by format
     left_over: Collection[str] = ()  # what the files have, and nothing asks for
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether weights are quantised in blocks, as in GGUF files."""
+        return any(is_block_format(kind) for kind in self.formats)
+
 
 def opened(source: Source, **arguments: Any) -> Checkpoint:
     """Read the configuration and the headers of a model's files.
@@ -203,8 +209,11 @@ def opened(source: Source, **arguments: Any) -> Checkpoint:
         return _opened_gguf(source, arguments) if source.gguf_file else _opened(source, arguments)
 
 
-def read_model(checkpoint: Checkpoint) -> PreTrainedModel:
+def read_model(checkpoint: Checkpoint, keeps_matrices: bool = False) -> PreTrainedModel:
     """Return the model with every weight as its files have it, in evaluation mode.
+
+    Args:
+        keeps_matrices: leave the matrices of linear layers and embeddings in the files, for products of one's own.
 
     Raises:
         ModelRefusedError: a damaged file, or weights that are missing, left over or of another shape.
@@ -212,7 +221,7 @@ def read_model(checkpoint: Checkpoint) -> PreTrainedModel:
     source = checkpoint.source
     with refusing(source), _without_its_warnings():
         try:
-            model, report = _read(checkpoint)
+            model, report = _read(checkpoint, keeps_matrices)
         except NotImplementedError as error:  # of comparing what has been left without numbers with what is tied to it
             raise ModelRefusedError(
                 f"{source.name} cannot be loaded: its files have a head of another shape than the embedding, to which "
@@ -227,7 +236,7 @@ def read_model(checkpoint: Checkpoint) -> PreTrainedModel:
     return model.eval()
 
 
-def _read(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+def _read(checkpoint: Checkpoint, keeps_matrices: bool) -> tuple[Any, dict[str, Any]]:
     """Return the model, and transformers' report."""
     source = checkpoint.source
     if checkpoint.outline is None:
@@ -237,7 +246,10 @@ def _read(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
                 source.path, **source.arguments(), **checkpoint.arguments, **arguments
             )
         return loaded
-    model, report = filled(checkpoint.outline, checkpoint.tensors, checkpoint.arguments["dtype"])
+    if keeps_matrices:
+        model, report = filled_but_for_matrices(checkpoint.outline, checkpoint.tensors)
+    else:
+        model, report = filled(checkpoint.outline, checkpoint.tensors, checkpoint.arguments["dtype"])
     if not source.gguf_file:
         model.generation_config = _generation_config(source)
     return model, report

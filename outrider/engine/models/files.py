@@ -146,6 +146,11 @@ def pieces(matrix: Matrix) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, num_outputs)
 
 
+def is_block_format(kind: str) -> bool:
+    """Whether numbers of the format share scales in blocks."""
+    return kind not in _TORCH_TYPES
+
+
 def torch_type_of(kind: str) -> torch.dtype:
     """Return the type that holds such numbers as they are: of blocks, float32."""
     return _TORCH_TYPES.get(kind, torch.float32)

@@ -16,11 +16,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
+
+from outrider.engine.models.files import pieces
+from outrider.engine.models.stored import stored_modules
 
 NUM_DIGITS = 32
 READ_WHOLE_BYTES = 64 * 1024 * 1024
@@ -39,7 +44,7 @@ def identity_of(model: PreTrainedModel, tokenizer: bytes | None, eos_token_ids: 
     """
     digest = hashlib.sha256()
     parts = [_json(model.config.to_dict()), _json(eos_token_ids), b"" if tokenizer is None else tokenizer]
-    for part in (*parts, *_weights(model)):
+    for part in (*parts, *_weights(model), *_kept_matrices(model)):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()[:NUM_DIGITS]
@@ -70,6 +75,22 @@ def _weights(model: PreTrainedModel) -> Iterator[bytes]:
             yield _bytes_of(_sample(tensor))
             if tensor.dim() == 2 and min(tensor.shape) > 1:
                 yield _bytes_of(_of_each_line(tensor))
+
+
+def _kept_matrices(model: PreTrainedModel) -> Iterator[bytes]:
+    """Yield names, formats, shapes and bytes of matrices that are as their files have them.
+
+    Of large models, `RUN_LENGTH` bytes of each row, from another place in each.
+    """
+    modules = sorted(stored_modules(model).items())
+    is_small = sum(math.prod(module.matrix.shape) for _, module in modules) <= READ_WHOLE_BYTES
+    for name, module in modules:
+        yield f"{name} {module.matrix.kind} {tuple(module.matrix.shape)}".encode()
+        for first, last in pieces(module.matrix):
+            raw = module.matrix.raw(first, last)
+            starts = np.arange(first, last)[:, None] * _STRIDE
+            columns = (starts + np.arange(RUN_LENGTH)) % raw.shape[1]
+            yield (raw if is_small else np.take_along_axis(raw, columns, axis=1)).tobytes()
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

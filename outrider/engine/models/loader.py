@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel
 
 from outrider.engine.backends import attention
-from outrider.engine.backends.choice import CacheOptions, Choice, Machine, choose
+from outrider.engine.backends.choice import BACKENDS, COMPILED, CacheOptions, Choice, Machine, choose
 from outrider.engine.backends.runner import ModelRunner
 from outrider.engine.models.checkpoint import (
     TOKENIZER_FILES,
@@ -31,9 +31,10 @@ from outrider.engine.models.checkpoint import (
 from outrider.engine.models.configuration import context_length_of, eos_token_ids_of, hold_rotary_factors
 from outrider.engine.models.generation import GenerationDefaults, generation_defaults_of
 from outrider.engine.models.identity import identity_of
-from outrider.engine.models.plan import planned
+from outrider.engine.models.plan import kept_in_blocks, planned
 from outrider.engine.models.probe import Probe, expected_rows, probe_text, rows_of, why_different, why_disturbed
 from outrider.engine.models.spec import DecoderSpec
+from outrider.engine.models.stored import store_products, without_numbers
 
 FINGERPRINT_BLOCK = 1024
 _NOT_FINITE = "its weights are damaged, or a number in config.json is"
@@ -115,10 +116,12 @@ def load(options: ModelOptions) -> LoadedModel:
 
 def _load(options: ModelOptions) -> LoadedModel:
     source = Source.of(options.model, options.revision, options.trust_remote_code)
-    device = device_of(options.device)
-    model = _load_model(options, source, device)
+    device, machine = device_of(options.device), Machine(torch.get_num_threads(), options.caches)
+    checkpoint = opened_by(options, source, device)
+    kept = _keeping_blocks(options, checkpoint, machine) if may_keep_blocks(checkpoint, device) else None
+    model, runner = kept or (_load_model(options, checkpoint, device), None)
     spec, probe = read_checked(model)
-    spec = replace(spec, reread=lambda: read_checked(_load_model(options, source, device))[0])
+    spec = replace(spec, runner=runner, reread=lambda: read_checked(_load_model(options, checkpoint, device))[0])
     vocab_size = spec.vocab_size
     tokenizer = _load_tokenizer(source, vocab_size)
     eos_token_ids = eos_token_ids_of(model, vocab_size)
@@ -135,7 +138,7 @@ def _load(options: ModelOptions) -> LoadedModel:
     }
     del model  # a backend of our own has the weights: their memory is for the caches
     try:
-        choice = choose(spec, Machine(torch.get_num_threads(), options.caches), probe)
+        choice = choose(spec, machine, probe)
     except torch.OutOfMemoryError as error:
         raise ModelRefusedError(
             f"the caches of {options.model} do not fit into the memory of {facts['device']}: lower --max-cached-tokens"
@@ -149,9 +152,8 @@ def load_plain(options: ModelOptions) -> PreTrainedModel:
     Raises:
         ModelRefusedError: nothing of that name, or no causal language model.
     """
-    return _load_model(
-        options, Source.of(options.model, options.revision, options.trust_remote_code), device_of(options.device)
-    )
+    source, device = Source.of(options.model, options.revision, options.trust_remote_code), device_of(options.device)
+    return _load_model(options, opened_by(options, source, device), device)
 
 
 def _accelerator_id(device: torch.device) -> str:
@@ -173,8 +175,38 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _load_model(options: ModelOptions, source: Source, device: torch.device) -> PreTrainedModel:
-    checkpoint = opened_by(options, source, device)
+def may_keep_blocks(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether weights are blocks, and their numbers are asked for exactly, on a CPU."""
+    return checkpoint.has_blocks and device.type == "cpu" and checkpoint.arguments["dtype"] == torch.float32
+
+
+def _keeping_blocks(
+    options: ModelOptions, checkpoint: Checkpoint, machine: Machine
+) -> tuple[PreTrainedModel, Any] | None:
+    """Return a model whose matrices are those of the compiled runner, which stay blocks, and that runner.
+
+    None where compiled code cannot run the model.
+    """
+    backend = next(its for its in BACKENDS if its.name == COMPILED)
+    model = read_model(checkpoint, keeps_matrices=True)
+    attention.register()
+    own_attention = model.config._attn_implementation
+    switch_attention(model)
+    with without_numbers(model):
+        spec = DecoderSpec.read(model)
+    if backend.why_not(spec, machine):
+        return None
+    plan = planned(checkpoint, spec.device, options.caches.max_cached_tokens)
+    if plan:
+        kept_in_blocks(plan).check()
+        log.info("reading %s", kept_in_blocks(plan).sizes())
+    runner: Any = backend.make(spec, machine, 0)
+    store_products(model, runner.product_of)
+    model.set_attn_implementation(own_attention)
+    return model, runner
+
+
+def _load_model(options: ModelOptions, checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
     plan = planned(checkpoint, device, options.caches.max_cached_tokens)
     if plan:
         plan.check()

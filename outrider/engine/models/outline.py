@@ -9,11 +9,18 @@ import numpy as np
 import torch
 
 from outrider.engine.backends import attention
-from outrider.engine.backends.choice import BACKENDS, Machine
+from outrider.engine.backends.choice import BACKENDS, COMPILED, Machine
 from outrider.engine.kv_cache import KvShape
 from outrider.engine.models.checkpoint import Checkpoint, ModelRefusedError, Source
-from outrider.engine.models.loader import ModelOptions, device_of, opened_by, refusing_anything, switch_attention
-from outrider.engine.models.plan import Plan, planned
+from outrider.engine.models.loader import (
+    ModelOptions,
+    device_of,
+    may_keep_blocks,
+    opened_by,
+    refusing_anything,
+    switch_attention,
+)
+from outrider.engine.models.plan import Plan, kept_in_blocks, planned
 from outrider.engine.models.spec import DecoderSpec
 from outrider.engine.models.stored import replace_weights, without_numbers
 from outrider.engine.models.streaming import Unread, filled
@@ -37,7 +44,8 @@ def plan_of(options: ModelOptions) -> Plan:
                 "quantised by another library, nor by --quantization, nor spread by --device-map"
             )
         spec = _Planned.of(checkpoint, plan, device)
-        return _with_backend(plan, spec, Machine(options.threads or torch.get_num_threads(), options.caches))
+        plan = _with_backend(plan, spec, Machine(options.threads or torch.get_num_threads(), options.caches))
+        return kept_in_blocks(plan) if plan.backend == COMPILED and may_keep_blocks(checkpoint, device) else plan
 
 
 def _with_backend(plan: Plan, spec: DecoderSpec, machine: Machine) -> Plan:

@@ -6,7 +6,7 @@ A weight counts once for each of its roles: backends of a CPU keep a head apart 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Plan:
     context_length: int
     max_cached_tokens: int  # that all caches hold together; 0 where nobody has set it
     free_bytes: int | None  # of the device
+    keeps_blocks: bool = False  # whether weights stay in the formats of the files
     backend: str = ""  # empty where it cannot be told before the model is loaded
     notes: tuple[str, ...] = field(default=())  # why nothing that comes before it does
 
@@ -40,8 +41,13 @@ class Plan:
 
     def sizes(self) -> str:
         """Return what is read and what it becomes, in words."""
-        formats = " and ".join(self.formats)
-        return f"{_gb(sum(self.formats.values()))} of weights in {formats}: {_gb(self.weight_bytes)} in {self.dtype}"
+        read = f"{_gb(sum(self.formats.values()))} of weights in {' and '.join(self.formats)}"
+        return f"{read}, kept so" if self.keeps_blocks else f"{read}: {_gb(self.weight_bytes)} in {self.dtype}"
+
+    @property
+    def weight_format(self) -> str:
+        """In which weights lie in memory."""
+        return " and ".join(self.formats) if self.keeps_blocks else self.dtype
 
     def check(self) -> None:
         """Raise ModelRefusedError where the weights, and the caches that were asked for, do not fit."""
@@ -51,7 +57,7 @@ class Plan:
         caches = f" and {_gb(cache_bytes)} for caches of {self.max_cached_tokens} tokens" if cache_bytes else ""
         raise ModelRefusedError(
             f"{self.model} does not fit into the memory of {self.device}: it takes {_gb(self.weight_bytes)} for "
-            f"weights in {self.dtype}{caches}, and {_gb(self.free_bytes)} are free: {self._remedy()}"
+            f"weights in {self.weight_format}{caches}, and {_gb(self.free_bytes)} are free: {self._remedy()}"
         )
 
     def _remedy(self) -> str:
@@ -59,12 +65,17 @@ class Plan:
         tokens = (self.free_bytes - self.weight_bytes) // max(1, self.kv_bytes_per_token)
         if tokens > 0 and self.max_cached_tokens > tokens:
             return f"set --max-cached-tokens to {tokens} at most"
-        halved = ", --dtype bfloat16" if self.dtype in ("float32", "float64") else ""
+        halved = ", --dtype bfloat16" if self.weight_format in ("float32", "float64") else ""
         return f"take a smaller model{halved} or a machine with more memory"
 
 
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
+
+
+def kept_in_blocks(plan: Plan) -> Plan:
+    """Return the plan for weights that stay as the files have them, a tied head once."""
+    return replace(plan, keeps_blocks=True, weight_bytes=sum(plan.formats.values()))
 
 
 def planned(checkpoint: Checkpoint, device: torch.device, max_cached_tokens: int) -> Plan | None:

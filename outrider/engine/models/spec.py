@@ -168,6 +168,7 @@ class DecoderSpec:
     weights: DecoderWeights | None
     why_unread: str = ""  # where there are no weights
     reread: Callable[[], DecoderSpec] | None = None  # from the model's files
+    runner: Any = None  # that has the matrices with which the reference multiplies; None where it has its own
 
     @classmethod
     def read(cls, model: PreTrainedModel) -> DecoderSpec:
@@ -202,7 +203,7 @@ class DecoderSpec:
 
     def whole(self) -> DecoderSpec:
         """Return the model with all of its weights: itself, or read again where a backend has taken some."""
-        is_taken = self.weights is not None and self.weights.layers[0].query_key_value.is_released
+        is_taken = self.runner or (self.weights and self.weights.layers[0].query_key_value.is_released)
         return self.reread() if is_taken and self.reread else self
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from outrider.engine.models.files import FileTensor, Reordered, tensor_of, torch_type_of, unturned
 from outrider.engine.models.matrix import Matrix
+from outrider.engine.models.stored import replace_weights
 
 _TURNED = re.compile(r"\.attn_([qk])\.weight$")  # projections whose rows a Llama's GGUF file has in another order
 _OUTSIDE = ("token_embd.weight", "output.weight")  # the largest tensors, which every family has as they are
@@ -27,9 +29,9 @@ _OUTSIDE = ("token_embd.weight", "output.weight")  # the largest tensors, which 
 class Unread:
     """A tensor of a checkpoint that is read when transformers asks for all of it."""
 
-    def __init__(self, dtype: torch.dtype, read: Callable[[], torch.Tensor]):
-        """`read` returns it, of type `dtype`."""
-        self.dtype, self._read = dtype, read
+    def __init__(self, dtype: torch.dtype, read: Callable[[], torch.Tensor], matrix: Matrix | None = None):
+        """`read` returns it, of type `dtype`; a `matrix` has the same numbers as the file has them."""
+        self.dtype, self._read, self.matrix = dtype, read, matrix
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
@@ -51,6 +53,24 @@ def filled(outline: Any, tensors: Mapping[str, Unread], dtype: Any) -> tuple[Any
         None, config=outline.config, state_dict=tensors, dtype=dtype, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
+
+
+def filled_but_for_matrices(outline: Any, tensors: Mapping[str, Unread]) -> tuple[Any, dict[str, Any]]:
+    """Return the model in float32, linear layers and embeddings with unread matrices of the files; and the report.
+
+    transformers gets zeros without memory for them, so that its report is about shapes and names as ever.
+    """
+    products = (torch.nn.Linear, torch.nn.Embedding)
+    places = {f"{name}.weight" for name, module in outline.named_modules() if type(module) in products}
+    matrices = {name: its.matrix for name, its in tensors.items() if its.matrix is not None and name in places}
+    zeros = {
+        name: Unread(torch.float32, partial(torch.zeros(()).expand, matrix.shape)) for name, matrix in matrices.items()
+    }
+    model, report = filled(outline, {**tensors, **zeros}, torch.float32)
+    weights = dict(model.named_parameters(remove_duplicate=False))  # a tied one under both of its names
+    matrix_of = {id(weights[name]): matrix for name, matrix in matrices.items()}
+    replace_weights(model, {name: matrix_of[id(its)] for name, its in weights.items() if id(its) in matrix_of})
+    return model, report
 
 
 def safetensors_files(path: str, revision: str | None) -> list[Path]:
@@ -131,7 +151,8 @@ def _weight(target: str, parts: dict[str, FileTensor], names: Mapping[str, str],
     (name, tensor), *more = parts.items()
     plain = None if more else _as_it_is(name, tensor, processor)
     if plain:
-        return Unread(torch.float32, lambda: tensor_of(plain, tensor.dims, torch.float32))
+        matrix = plain if len(tensor.dims) == 2 else None
+        return Unread(torch.float32, lambda: tensor_of(plain, tensor.dims, torch.float32), matrix)
     return Unread(torch.float32, lambda: _processed(target, parts, names, processor))
 
 
