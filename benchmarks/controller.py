@@ -1,8 +1,8 @@
-"""Whether K chosen by the client is ever much slower than the target alone: good, useless and slow drafts, many users.
+"""Whether K chosen by the client is ever much slower than the target only: good, useless and slow drafts, many users.
 
     python -m benchmarks.controller --save-result result.json
 
-Both services run as processes of their own on loopback, one thread each. A text of the target alone and one of
+Both services run as processes of their own on loopback, one thread each. A text of the target only and one of
 `num_speculative_tokens="auto"` take turns, on the same prompts. Every text is made with a client that knows nothing of
 the pair yet (of many texts at once: all of them with one), so what the client pays for learning is part of each ratio;
 the second half of a text shows what is left of it then. Rejection sampling is measured unless `--rule` says
@@ -48,7 +48,7 @@ from outrider_client.params import AUTO
 from outrider_client.results import GenerationStats, RoundStats
 from outrider_client.sync import SpeculativeClient
 
-LEAST_RATIO = 0.95  # of the target alone
+LEAST_RATIO = 0.95  # of the target only
 DEFAULTS = {"max_new_tokens": 256, "num_prompts": 6, "rule": "rejection"}
 TARGET, DRAFT = "builtin:target", "builtin:draft"
 USELESS = "random weights"  # stands for the folder that they are written to
@@ -66,7 +66,7 @@ class Case:
         return "sequential" if self.num_users == 1 else "concurrent"
 
     def cells(self, temperatures: Sequence[float]) -> list[Cell]:
-        """Return the target alone, auto without a seed and auto with one; at temperature 0 those two are the same."""
+        """Return the target only, auto without a seed and auto with one; at temperature 0 those two are the same."""
         cells = []
         for temperature in temperatures:
             cells += [Cell(BASELINE, temperature), Cell(AUTO_METHOD, temperature)]
@@ -81,7 +81,7 @@ def _seeded(temperature: float) -> Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Auto over the target alone, under the same conditions."""
+    """Auto over the target only, under the same conditions."""
 
     case: str
     cell: Cell
@@ -162,7 +162,7 @@ def _second_half(sample: Sample) -> Sample | None:
 
 
 def outcomes_of(case: str, samples: Sequence[Sample], order: Order) -> list[Outcome]:
-    """Return one outcome for each cell but the target alone, in the order of Cell.order."""
+    """Return one outcome for each cell but the target only, in the order of Cell.order."""
     cells = sorted({sample.cell for sample in samples}, key=lambda cell: cell.order)
     by_cell = {cell: [sample for sample in samples if sample.cell == cell] for cell in cells}
     return [_outcome(case, cell, by_cell, order) for cell in cells if cell.method != BASELINE]
@@ -198,7 +198,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
         f"Of auto without a seed, the ratio shall be {LEAST_RATIO:g} or more."
     )
     table = Table(
-        title=f"Auto K over the target alone (AR), {TARGET}",
+        title=f"Auto K over the target only (AR), {TARGET}",
         caption=caption,
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -298,7 +298,7 @@ def document_of(results: Mapping[str, Result], outcomes: Sequence[Outcome]) -> d
 @as_json
 @shows_errors
 def main(chosen: tuple[str, ...], users: list[int], save_result: Path | None, as_json: bool, **values: Any) -> None:
-    """Measure num_speculative_tokens="auto" against the target alone."""
+    """Measure num_speculative_tokens="auto" against the target only."""
     results: dict[str, Result] = {}
     outcomes: list[Outcome] = []
     with closing(asyncio.new_event_loop()) as loop:

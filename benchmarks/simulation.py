@@ -116,7 +116,7 @@ class Draft:
         self.is_told, self.was_rejected, self.ready_at = False, False, 0.0
 
     def on_round(self, needs_draft: bool, now: float, catch_up_s: float) -> None:
-        """Begin a round: a draft that has fallen behind is told the text's tokens where it is needed."""
+        """Begin a round: a draft that has fallen behind receives the text's tokens where it is needed."""
         if needs_draft and not self.is_told:
             self.ready_at = now + catch_up_s
         self.is_told = needs_draft

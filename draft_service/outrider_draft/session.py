@@ -200,7 +200,7 @@ class Session:
         self.forks: list[Path] = []  # those that prepare for nothing are kept for their caches
         self._accept = AddressedUniforms(options.seed, Purpose.ACCEPT)
         self._has_forked = False  # since the last commit
-        self._owes_stop = False  # the client has not been told that drafting has stopped
+        self._owes_stop = False  # the client does not know yet that drafting has stopped
         self.gap_s: float | None = None  # the lesser of the last two, from a round's proposals to the next commit
         self._last_gap_s: float | None = None
         self._drafted_at: float | None = None  # when those of the present round were

@@ -42,5 +42,5 @@ def in_halves(
 
 
 def failed_alone() -> InternalError:
-    """Return what the session is told that made something raise."""
+    """Return the error for the session that made something raise."""
     return InternalError("the service failed on this session; its log says how")

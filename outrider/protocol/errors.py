@@ -73,7 +73,7 @@ class UnavailableError(ServiceError):
 
 
 class InternalError(ServiceError):
-    """The model failed on this request alone."""
+    """The model failed on this request only."""
 
     reason = "MODEL_FAILED"
 

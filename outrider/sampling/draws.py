@@ -72,7 +72,7 @@ class Draws:
     max_supports: np.ndarray  # [N] int64
     uniforms: np.ndarray  # [n, N] float64
     noises: np.ndarray  # [n, N, 4] uint64
-    num_others: int = 0  # likeliest tokens that are told beside the one drawn
+    num_others: int = 0  # likeliest tokens that are reported beside the one drawn
 
     @classmethod
     def of(

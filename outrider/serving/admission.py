@@ -141,7 +141,7 @@ class Place:
 
 
 class Places:
-    """So many places, each for one session. Who finds none is refused, and told when to come again.
+    """So many places, each for one session. Who finds none is refused, with a time after which to retry.
 
     When all are taken, a newcomer whose circle has clearly fewer than another gets the greediest one's youngest place.
     """

@@ -12,7 +12,7 @@ from outrider.protocol.errors import NotFoundError
 from outrider.serving.admission import Turnstile
 
 Status = health_pb2.HealthCheckResponse
-MOST_WATCHES = 1024  # at once, 256 of one connection; more are told the status and nothing after it
+MOST_WATCHES = 1024  # at once, 256 of one connection; others get the status and nothing after it
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
@@ -34,7 +34,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._wake()
 
     def end_watches(self) -> None:
-        """Let every watch end when it has told the status."""
+        """Let every watch end when it has reported the status."""
         self._is_ending = True
         self._wake()
 

@@ -53,7 +53,7 @@ def pair(services, tmp_path_factory) -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def texts(pair) -> dict[str, list[int]]:
-    """The text of each sampling by the target alone."""
+    """The text of each sampling by the target only."""
     with SpeculativeClient(pair.target.address) as client:
         how = {"method": "autoregressive", "rule": "shared_noise"}
         return {name: client.generate(PROMPT, its, **how).token_ids for name, its in SAMPLINGS.items()}

@@ -448,7 +448,7 @@ def test_the_draft_is_prepared_for_before_the_first_round_only_where_it_will_be_
 
 
 def test_a_slow_draft_that_is_always_right_is_taken_up_where_long_rounds_pay():
-    """In rounds of two it costs time; in long ones the pair is half as fast again as the target alone."""
+    """In rounds of two it costs time; in long ones the pair is half as fast again as the target only."""
     pair = Pair(acceptance=0.995, draft_token_s=0.0009, forward_s=0.0009, overhead_s=0.001)
     assert pair.rate(2) < 0.9 * pair.rate(0) < 1.1 * pair.rate(0) < pair.rate(16)
     rate, choices = rate_of(pair, unknown(), 2000, 1)

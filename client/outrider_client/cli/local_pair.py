@@ -36,7 +36,7 @@ class PairAddresses:
 
 @contextmanager
 def local_pair(target_model: str, draft_model: str | None, threads: int) -> Iterator[PairAddresses]:
-    """Start both services, wait until they are warm, and stop them at the end; without a draft model, the target alone.
+    """Start both services, wait until they are warm, and stop them at the end; without a draft model, the target only.
 
     Raises:
         click.ClickException: a service did not start; the message holds its log.

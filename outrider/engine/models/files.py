@@ -42,7 +42,7 @@ class Progress:
         self._next_report, self._lock = time.monotonic() + _REPORT_S, Lock()
 
     def add(self, num_bytes: int) -> None:
-        """Count what has been read; a second reading is not told."""
+        """Count what has been read; a second reading is not reported."""
         with self._lock:
             self._num_bytes += num_bytes
             if self._num_bytes > self._total_bytes or time.monotonic() < self._next_report:

@@ -31,7 +31,7 @@ NUM_DIGITS = 32
 READ_WHOLE_BYTES = 64 * 1024 * 1024
 NUM_RUNS, RUN_LENGTH = 64, 16
 _STRIDE = 7919  # a prime: neighbouring lines are looked at in places far apart
-# Where the files lie, which library wrote them, and how they are run; types of weights are told by the weights.
+# Where the files lie, which library wrote them, and how they are run; types are part of the weights.
 _NOT_THE_MODEL = {"name_or_path", "transformers_version", "auto_map", "dtype", "torch_dtype", "use_cache"}
 
 

@@ -31,7 +31,7 @@ class Plan:
     max_cached_tokens: int  # that all caches hold together; 0 where nobody has set it
     free_bytes: int | None  # of the device
     keeps_blocks: bool = False  # whether weights stay in the formats of the files
-    backend: str = ""  # empty where it cannot be told before the model is loaded
+    backend: str = ""  # empty where it is not known before the model is loaded
     notes: tuple[str, ...] = field(default=())  # why nothing that comes before it does
 
     @property
