@@ -112,7 +112,7 @@ def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
 def test_info_of_a_model_that_no_service_has_says_what_it_would_take():
     """Weights of 16 bits in its files are as many numbers of 32 in memory."""
     plan = json.loads(run("info", "--plan=builtin:draft", "--threads=2", "--max-cached-tokens=10", "--json").stdout)
-    assert (plan["backend"], plan["dtype"], plan["max_cached_tokens"]) == ("torch", "float32", 10)
+    assert (plan["backend"], plan["dtype"], plan["max_cached_tokens"]) == ("compiled", "float32", 10)
     assert plan["cache_bytes"] == 10 * plan["kv_bytes_per_token"]
     assert plan["notes"][0].startswith("compiled: it takes one thread of the CPU")
     assert plan["weight_bytes"] >= 2 * sum(plan["formats"].values())
