@@ -197,9 +197,10 @@ def _keeping_blocks(
     if backend.why_not(spec, machine):
         return None
     plan = planned(checkpoint, spec.device, options.caches.max_cached_tokens)
-    if plan:
-        kept_in_blocks(plan).check()
-        log.info("reading %s", kept_in_blocks(plan).sizes())
+    assert plan, "blocks are read from GGUF files, whose headers say what there is"
+    plan = kept_in_blocks(plan)
+    plan.check()
+    log.info("reading %s", plan.sizes())
     runner: Any = backend.make(spec, machine, 0)
     store_products(model, runner.product_of)
     model.set_attn_implementation(own_attention)

@@ -22,8 +22,8 @@ from outrider.engine.models.loader import (
 )
 from outrider.engine.models.plan import Plan, kept_in_blocks, planned
 from outrider.engine.models.spec import DecoderSpec
-from outrider.engine.models.stored import replace_weights, without_numbers
-from outrider.engine.models.streaming import Unread, filled
+from outrider.engine.models.stored import without_numbers
+from outrider.engine.models.streaming import Unread, filled_but_for_matrices
 
 
 def plan_of(options: ModelOptions) -> Plan:
@@ -68,12 +68,10 @@ class _Planned(DecoderSpec):
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> _Planned:
         zeros = {
-            name: Unread(torch.float32, partial(torch.zeros(()).expand, value.shape))
+            name: Unread(torch.float32, partial(torch.zeros(()).expand, value.shape), _Shape(tuple(value.shape)))
             for name, value in checkpoint.outline.state_dict().items()
         }
-        model, _ = filled(checkpoint.outline, zeros, torch.float32)
-        modules = [its for its in model.named_modules() if type(its[1]) in (torch.nn.Linear, torch.nn.Embedding)]
-        replace_weights(model, {f"{name}.weight": _Shape(tuple(module.weight.shape)) for name, module in modules})
+        model, _ = filled_but_for_matrices(checkpoint.outline, zeros)
         attention.register()
         switch_attention(model)
         with without_numbers(model):
