@@ -287,6 +287,7 @@ class ModelHost(Generic[WorkerT]):
             backend_notes=model.choice.notes,
             generation_defaults=defaults_to_proto(defaults.values, defaults.unused) if says_some else None,
             weight_formats=model.weight_formats,
+            quantize=options.quantize or "",
         )
 
     async def stats(self) -> common_pb2.ServiceStats:

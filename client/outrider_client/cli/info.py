@@ -110,7 +110,7 @@ def _column(model: common_pb2.ModelInfo, stats: common_pb2.ServiceStats) -> dict
         "model": model.model_id,
         "architecture": model.architecture,
         "device, type": f"{model.device}, {model.dtype}",
-        "weights in": ", ".join(model.weight_formats),
+        "weights in": ", ".join(model.weight_formats) + (f" (quantised to {model.quantize})" if model.quantize else ""),
         "backend": model.backend,
         "vocabulary": f"{model.vocab_size:,}",
         "tokenizer": f"{model.tokenizer.num_pieces:,} pieces" if model.HasField("tokenizer") else "none",

@@ -141,7 +141,7 @@ def _load(options: ModelOptions) -> LoadedModel:
         "dtype": str(model.dtype).removeprefix("torch."),
         "generation_defaults": generation_defaults_of(model, vocab_size, eos_token_ids),
     }
-    own_format = _format_of(model, checkpoint)
+    own_format = quantization_of(model.config) or facts["dtype"]
     del model  # a backend of our own has the weights: their memory is for the caches
     try:
         choice = choose(spec, machine, probe)
@@ -151,12 +151,6 @@ def _load(options: ModelOptions) -> LoadedModel:
         ) from error
     weight_formats = getattr(choice.runner, "weight_formats", (own_format,))
     return LoadedModel(options, choice, tokenizer, weight_formats=weight_formats, **facts)
-
-
-def _format_of(model: PreTrainedModel, checkpoint: Checkpoint) -> str:
-    """Return how the weights lie in memory where a backend has none of its own."""
-    rounded = f" with the numbers of {' and '.join(checkpoint.rounded_to)}" if checkpoint.rounded_to else ""
-    return quantization_of(model.config) or str(model.dtype).removeprefix("torch.") + rounded
 
 
 def load_plain(options: ModelOptions) -> PreTrainedModel:
