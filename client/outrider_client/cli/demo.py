@@ -60,7 +60,7 @@ def demo(context: click.Context, prompt: str, temperature: list[float], as_json:
     """See the embedded pair write a story, next to the target only.
 
     Starts both services on free loopback ports, shows the texts as they come, measures both methods alternately, and
-    stops the services. With --chat it starts a target alone, and answers line by line until an empty line.
+    stops the services. With --chat it starts only a target, and answers line by line until an empty line.
     """
     if chat:
         _chat(context, values["target_model"], values["threads"])
