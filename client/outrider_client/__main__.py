@@ -21,10 +21,10 @@ from outrider_client.cli.doctor import doctor
 from outrider_client.cli.generate import generate
 from outrider_client.cli.info import info
 from outrider_client.cli.keys import keys
+from outrider_client.cli.options import SERVICES
 from outrider_client.cli.pairs import pairs
 from outrider_client.cli.serve import serve
 
-SERVICES = ("OUTRIDER_DRAFT", "OUTRIDER_GATEWAY", "OUTRIDER_TARGET")  # whose programs have their own variables
 INTERRUPTED = 128 + signal.SIGINT
 
 

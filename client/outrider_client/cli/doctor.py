@@ -16,7 +16,7 @@ from rich.table import Table
 
 from outrider.common import extras
 from outrider.common.variables import misspelt
-from outrider_client.cli.options import addresses, as_json, err, out, print_json
+from outrider_client.cli.options import SERVICES, addresses, as_json, err, out, print_json
 from outrider_client.cli.plan import plan_of
 from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.errors import OutriderError
@@ -80,8 +80,6 @@ def _version(library: str) -> str:
 
 
 def _variables(context: click.Context) -> Iterator[Finding]:
-    from outrider_client.__main__ import SERVICES
-
     for sentence in misspelt(context.find_root().command, os.environ, SERVICES):
         yield Finding("environment", "note", sentence)
 
