@@ -26,7 +26,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from outrider_client.cli.local_pair import local_pair
+from outrider_client.local_pair import local_pair
 from outrider_client.lookup import lookup
 from outrider_client.lookup.experience import PRIOR_AGREEMENT, Experience, class_of
 from outrider_client.params import SamplingParams, SpeculationParams

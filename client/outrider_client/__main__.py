@@ -17,6 +17,7 @@ from outrider_client.cli.generate import generate
 from outrider_client.cli.info import info
 from outrider_client.cli.keys import keys
 from outrider_client.cli.pairs import pairs
+from outrider_client.cli.serve import serve
 
 
 @click.group(context_settings={"auto_envvar_prefix": "OUTRIDER", "help_option_names": ["-h", "--help"]})
@@ -29,7 +30,7 @@ def main() -> None:
     """
 
 
-for command in (demo, generate, chat, info, pairs, bench, keys):
+for command in (demo, serve, generate, chat, info, pairs, bench, keys):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -151,11 +151,6 @@ def test_where_nothing_listens_nobody_waits_and_one_sentence_says_so():
     )
 
 
-def test_chat_answers_each_line_in_the_models_format(addresses):
-    result = run("chat", *addresses, "--seed=1", "--max-new-tokens=4", text="Hi\nMore\n\n")
-    assert result.stderr.count("4 tokens, ") == 2
-
-
 @pytest.mark.parametrize("command", ["generate", "generate as json", "chat", "bench"])
 def test_a_draft_that_fails_is_reported_once_and_the_text_is_the_targets(addresses, command):
     """It describes itself as it should, and refuses everything else."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -22,7 +24,7 @@ from outrider_client.cli.options import (
     speculation_options,
 )
 from outrider_client.params import Prompt, SamplingParams, SpeculationParams
-from outrider_client.results import GenerationResult, GenerationStats
+from outrider_client.results import Chunk, GenerationResult, GenerationStats
 from outrider_client.sync import SpeculativeClient
 
 
@@ -51,7 +53,7 @@ def generate(prompt: str, **values: Any) -> None:
             return
         result = write(client, given, sampling, speculation, out.is_terminal, values["timeout"])
     notice.say(result.stats)
-    err.print(summary(result.stats), style="dim")
+    err.print(summary([result.stats]), style="dim")
 
 
 def _parse_token_ids(text: str) -> list[int]:
@@ -69,28 +71,42 @@ def write(
     speculation: SpeculationParams,
     colour: bool,
     timeout: float | None = None,
+    can_stop: bool = False,
 ) -> GenerationResult:
-    """Write a text to standard output as it comes; return the result."""
-    stream = client.stream(prompt, sampling, speculation, timeout=timeout)
-    for number, chunk in enumerate(stream):
-        if number == 0 and isinstance(prompt, str):  # only once the services have answered
-            out.out(prompt, end="", style="dim" if colour else None)
-        for segment in chunk.segments:
-            style = (DRAFTED_STYLE if segment.is_drafted else TARGET_STYLE) if colour else ""
-            out.print(Text(segment.text, style=style), end="", soft_wrap=True)
-        out.file.flush()
+    """Write a text to standard output as it comes; return the result.
+
+    With `can_stop`, Ctrl-C ends the text instead of the program: the result then has what was written so far.
+    """
+    with client.stream(prompt, sampling, speculation, timeout=timeout) as stream:
+        try:
+            for number, chunk in enumerate(stream):
+                if number == 0 and isinstance(prompt, str):  # only once the services have answered
+                    out.out(prompt, end="", style="dim" if colour else None)
+                _show(chunk, colour)
+        except KeyboardInterrupt:
+            if not can_stop:
+                raise
     out.print()
-    return stream.result
+    return stream.partial
 
 
-def summary(stats: GenerationStats) -> str:
-    """Return one line on a finished generation."""
-    parts = [f"{stats.num_generated_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s"]
-    if stats.num_draft_tokens:
-        parts.append(f"acceptance {stats.acceptance_rate:.2f}")
-    accepted = stats.num_accepted_tokens_by_source
+def _show(chunk: Chunk, colour: bool) -> None:
+    for segment in chunk.segments:
+        style = (DRAFTED_STYLE if segment.is_drafted else TARGET_STYLE) if colour else ""
+        out.print(Text(segment.text, style=style), end="", soft_wrap=True)
+    out.file.flush()
+
+
+def summary(texts: Sequence[GenerationStats]) -> str:
+    """Return one line on what was written, be it one text or several."""
+    total: Callable[[str], float] = lambda name: sum(getattr(stats, name) for stats in texts)  # noqa: E731
+    num_tokens, num_drafted, num_rounds = total("num_generated_tokens"), total("num_draft_tokens"), total("num_rounds")
+    parts = [f"{num_tokens} tokens, {num_tokens / (total('total_s') or 1):.1f} tokens/s"]
+    if num_drafted:
+        parts.append(f"acceptance {total('num_accepted_tokens') / num_drafted:.2f}")
+    accepted = sum((Counter(stats.num_accepted_tokens_by_source) for stats in texts), Counter[str]())
     if accepted.keys() - {"draft"}:
         parts.append("accepted from " + ", ".join(f"{source} {number}" for source, number in accepted.items()))
-    if stats.num_rounds:
-        parts.append(f"{stats.mean_acceptance_length:.2f} tokens per target pass")
+    if num_rounds:
+        parts.append(f"{num_tokens / num_rounds:.2f} tokens per target pass")
     return "; ".join(parts)

@@ -100,6 +100,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for the text, not for the template
             )
         except (OSError, ValueError, TypeError) as error:
             raise InvalidRequestError(
