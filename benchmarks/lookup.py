@@ -4,7 +4,7 @@
     python -m benchmarks.lookup --model builtin:target --stories
 
 The target's service is started here, or named by `--target`; there is no draft service. Each prompt is written by the
-target alone, by lookup with K = `auto` and with K = 8, and with a prediction: of an edit, the text before it; of other
+target only, by lookup with K = `auto` and with K = 8, and with a prediction: of an edit, the text before it; of other
 questions, the text that was written the first time, with every tenth word changed, as when they are asked again.
 Methods alternate on each prompt, and a speed-up is the median of the ratios within a repetition. All texts have one
 seed, and are checked to be the same.

@@ -38,7 +38,7 @@ class Sequence:
     caller: Caller = ()
     last_used: int = 0  # number of the pass
     num_evicted: int = 0  # leading tokens that evictions dropped and that have not been fed since
-    is_spare: bool = False  # nobody's text, but a guess at one: the first to go where room is short
+    is_spare: bool = False  # nobody's text, but a guess at one: the first to go where memory is short
 
     def rewrite(self, start_position: int, token_ids: SequenceOf[int]) -> None:
         """Make the tokens what they were before `start_position`, then `token_ids`; keep the cache where they agree."""
@@ -120,7 +120,7 @@ class Engine:
     """Owns the runner and all caches. Used by one thread at a time, but for `is_quick`."""
 
     def __init__(self, runner: Runner, max_cached_tokens: int, max_batch_tokens: int, keep_caches: bool = True):
-        """The cap is what one sequence of `max_cached_tokens` tokens costs: with pages, whole pages.
+        """The cap is what one sequence of `max_cached_tokens` tokens costs: with blocks, whole blocks.
 
         With `keep_caches` off every demand is computed from its first token: an ablation, no way to save memory.
         """
@@ -172,7 +172,7 @@ class Engine:
         """Make `sequence` the first `length` tokens of `other`, cache included.
 
         Returns:
-            Whether there was room; without, the cache lacks some of what that of `other` holds.
+            Whether memory sufficed; else the cache lacks some of what that of `other` holds.
         """
         sequence.become(other, length)
         cache, num_cached = sequence.cache, min(length, other.cache.length)
@@ -186,7 +186,7 @@ class Engine:
         """Run one forward pass for `demands` (at least one) and return those that it finished.
 
         The others keep what they got; call again with them. When the model or `then` raises, all demands and caches are
-        as before, but for caches that were dropped to make room.
+        as before, but for caches that were dropped to free memory.
 
         Args:
             then: is called once with the demands that the pass finishes, and their rows. A device may be at work on
@@ -316,7 +316,7 @@ class Engine:
                 continue
             num_tokens, cost = wanted[index], _cost_of_growing(cache, wanted[index])
             if cost > free:
-                free = self._make_room(cost, free, demands, index)
+                free = self._free_memory(cost, free, demands, index)
                 num_tokens = max(0, min(num_tokens, cache.num_fitting(free)))
                 cost = _cost_of_growing(cache, num_tokens)
             if num_tokens:
@@ -327,13 +327,13 @@ class Engine:
     def _free(self) -> int:
         return self._max_cost - sum([_cost(sequence.cache) for sequence in self._sequences])
 
-    def _make_room(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
+    def _free_memory(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
         """Drop caches until `needed` is free for `demands[index]`, or none is left to drop; return what is free then.
 
         Idle caches go first, spare ones before the others and then the least recently used; then those of demands that
         wait behind this one, the latest first. An earlier demand is never set back by a later one, so each is served
         in the end. Caches of a caller who holds no more than his share go for another one only where the earliest
-        demand of all finds no other room.
+        demand of all finds no other memory.
         """
         in_use = {demand.sequence for demand in demands}
         idle = sorted(self._sequences - in_use, key=lambda sequence: (not sequence.is_spare, sequence.last_used))

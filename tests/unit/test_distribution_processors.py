@@ -279,8 +279,8 @@ def test_a_round_ends_before_the_first_row_that_its_proposals_leave_nothing_of(n
     assert len(verdict.rows.support_probs) == len(verdict.rows.outside_token_ids) == 2
     assert num_logprobs is None or len(verdict.rows.logprobs) == 2
     for index, reported in enumerate(verdict.rows.support_probs):
-        law = expected_probs(toys.TARGET_LOGITS, params, [*TEXT, 6, 0][: len(TEXT) + index], 3)
-        assert reported == pytest.approx(law, abs=PROB_UNIT)
+        expected = expected_probs(toys.TARGET_LOGITS, params, [*TEXT, 6, 0][: len(TEXT) + index], 3)
+        assert reported == pytest.approx(expected, abs=PROB_UNIT)
 
 
 class Drafting:
