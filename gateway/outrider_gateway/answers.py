@@ -27,42 +27,57 @@ class Answer:
         }
         num_texts = len(texts.asks)
         self._num_logprobs_sent, self._offsets = [0] * num_texts, [0] * num_texts
-        self._echoes: list[str] = [""] * num_texts
+        self._echoes: list[str] = [""] * num_texts  # of which no event has told yet
 
     def set_echoes(self, echoes: Sequence[str]) -> None:
         """Set the text that comes before each text."""
         self._echoes = list(echoes)
-        self._offsets = [len(echo) for echo in echoes]
 
     def whole(self, model: Model) -> dict[str, Any]:
         """Return the finished answer."""
-        choices = [self._choice(index, result, model.texts) for index, result in enumerate(self._texts.results)]
+        results = self._texts.results
+        choices = [self._choice(index, result, model.texts) for index, result in enumerate(results)]
         fields = {"object": self._kind, "system_fingerprint": model.fingerprint}
-        return self._head | fields | {"choices": choices, "usage": self.usage()}
+        more = self._of_prompt(results[0], model.texts) if self._is_chat else {}
+        return self._head | fields | {"choices": choices, "usage": self.usage()} | more
 
     def _choice(self, index: int, result: GenerationResult, texts: TokenTexts | None) -> dict[str, Any]:
         text = self._echoes[index] + result.text
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}
-        logprobs = self._logprobs(index, result.logprobs, texts)
-        return {"index": index, **body, "logprobs": logprobs, "finish_reason": result.finish_reason}
+        logprobs = self._logprobs(index, self._scored(result), texts)
+        choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": result.finish_reason}
+        return choice if self._is_chat else choice | self._of_prompt(result, texts)
+
+    def _of_prompt(self, result: GenerationResult, texts: TokenTexts | None) -> dict[str, Any]:
+        """Return the prompt's log-probabilities in vLLM's form, where they are asked for by its field."""
+        number = self._request.prompt_logprobs
+        if number is None:
+            return {}
+        return {"prompt_logprobs": [_prompt_logprob(it, number, texts or _NoTexts()) for it in result.prompt_logprobs]}
+
+    def _scored(self, result: GenerationResult) -> list[Scored]:
+        """Return what is known of each token that an answer shows: of the prompt too, where it is echoed."""
+        found: list[Scored] = [(each.token_id, each) for each in result.logprobs]
+        if not isinstance(self._request, CompletionRequest) or not self._request.echo:
+            return found
+        return [*zip(result.prompt_token_ids, result.prompt_logprobs, strict=False), *found]
 
     def opening(self, model: Model) -> list[dict[str, Any]]:
-        """Return the events before any text: a chat's role, and a completion's echo."""
-        if self._is_chat:
-            bodies: list[Any] = [{"delta": {"role": "assistant", "content": ""}} for _ in self._echoes]
-        else:
-            bodies = [{"text": echo} for echo in self._echoes] if any(self._echoes) else []
-        return [self._event(model, self._open_choice(index, body)) for index, body in enumerate(bodies)]
+        """Return the events before any text: a chat's role."""
+        if not self._is_chat:
+            return []
+        body = {"delta": {"role": "assistant", "content": ""}}
+        return [self._event(model, self._open_choice(index, body)) for index in range(len(self._texts.asks))]
 
     def event(self, model: Model, index: int, piece: Piece) -> dict[str, Any]:
-        """Return the event of all tokens that one text has got together, and of its end."""
+        """Return the event of all tokens that one text has got together, and of its end; the first has the echo."""
         stream, chunks = self._texts.streams[index], piece.chunks
-        text = "".join(chunk.text for chunk in chunks)
+        text, self._echoes[index] = self._echoes[index] + "".join(chunk.text for chunk in chunks), ""
         choice = self._open_choice(
             index, {"delta": {"content": text} if text else {}} if self._is_chat else {"text": text}
         )
         if self._request.logprobs not in (None, False):
-            so_far, num_sent = stream.partial.logprobs, self._num_logprobs_sent[index]
+            so_far, num_sent = self._scored(stream.partial), self._num_logprobs_sent[index]
             self._num_logprobs_sent[index] = len(so_far)
             choice["logprobs"] = self._logprobs(index, so_far[num_sent:], model.texts)
         if piece.is_last:
@@ -113,26 +128,27 @@ class Answer:
             "outrider": counters_of(results),
         }
 
-    def _logprobs(self, index: int, found: Sequence[TokenLogprobs], texts: TokenTexts | None) -> dict[str, Any] | None:
-        if self._request.logprobs in (None, False):
+    def _logprobs(self, index: int, found: Sequence[Scored], texts: TokenTexts | None) -> dict[str, Any] | None:
+        number = self._request.logprobs
+        if number is None or number is False:
             return None
         tokens = texts or _NoTexts()
         if self._is_chat:
-            return {"content": [_chat_logprob(each, tokens) for each in found], "refusal": None}
-        names = [tokens.text_of(each.token_id) for each in found]
+            return {"content": [_chat_logprob(its, tokens) for _, its in found if its], "refusal": None}
+        names = [tokens.text_of(token_id) for token_id, _ in found]
         offsets = []
         for name in names:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(name)
         return {
             "tokens": names,
-            "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": [
-                {tokens.text_of(it): logprob for it, logprob in [*each.likeliest, (each.token_id, each.logprob)]}
-                for each in found
-            ],
+            "token_logprobs": [its and its.logprob for _, its in found],
+            "top_logprobs": [its and _top_logprobs(its, number, tokens) for _, its in found],
             "text_offset": offsets,
         }
+
+
+Scored = tuple[int, TokenLogprobs | None]  # a token, and what is known of it: nothing of a prompt's first
 
 
 class _NoTexts:
@@ -151,6 +167,26 @@ def _chat_logprob(found: TokenLogprobs, tokens: TokenTexts | _NoTexts) -> dict[s
 
     chosen = named(found.token_id, found.logprob)
     return chosen | {"top_logprobs": [named(*each) for each in found.likeliest]}
+
+
+def _top_logprobs(found: TokenLogprobs, number: int, tokens: TokenTexts | _NoTexts) -> dict[str, float]:
+    """Return the likeliest tokens and the token itself by their texts; of those with one text, the likeliest counts."""
+    named: dict[str, float] = {}
+    for token_id, logprob in [*found.likeliest[:number], (found.token_id, found.logprob)]:
+        named.setdefault(tokens.text_of(token_id), logprob)
+    return named
+
+
+def _prompt_logprob(found: TokenLogprobs | None, number: int, tokens: TokenTexts | _NoTexts) -> dict[str, Any] | None:
+    """Return a token of a prompt, and the likeliest ones in its place, by their ids."""
+    if found is None:
+        return None
+    own = found.token_id, found.logprob, found.rank
+    likeliest = [(*each, rank) for rank, each in enumerate(found.likeliest[:number], start=1)]
+    return {
+        str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": tokens.text_of(token_id)}
+        for token_id, logprob, rank in [own, *(each for each in likeliest if each[0] != found.token_id)]
+    }
 
 
 def _of_prediction(results: Sequence[GenerationResult]) -> tuple[int, int]:

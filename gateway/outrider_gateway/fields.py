@@ -137,7 +137,7 @@ def sampling_of(request: CompletionRequest | ChatRequest, num_prompt_tokens: int
     _check_ids(fields, model.info.vocab_size)
     fields["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop or ()
     fields["max_new_tokens"] = _most_tokens(request, num_prompt_tokens, model)
-    return SamplingParams(**fields, logprobs=_num_logprobs(request))
+    return SamplingParams(**fields, logprobs=_num_logprobs(request), prompt_logprobs=_num_prompt_logprobs(request))
 
 
 def _check_ids(fields: dict[str, Any], vocab_size: int) -> None:
@@ -181,21 +181,38 @@ def _most_tokens(request: CompletionRequest | ChatRequest, num_prompt_tokens: in
         default = model.default_max_tokens or left
     else:
         default = COMPLETION_TOKENS
-    if asked is not None and asked < 1:
-        raise invalid(f"max_tokens is {asked}: give 1 or more", "max_tokens")
+    least = 1 if _num_prompt_logprobs(request) is None else 0
+    if asked is not None and asked < least:
+        raise invalid(f"max_tokens is {asked}: give 1 or more, or 0 with echo or prompt_logprobs", "max_tokens")
     return default if asked is None else asked
 
 
 def _num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
     """Return how many likeliest tokens to report with each; None for no log-probabilities."""
     if isinstance(request, CompletionRequest):
-        if request.echo and request.logprobs is not None:
-            raise invalid("logprobs with echo needs the prompt's, which the target does not score yet", "logprobs")
         name, asked = "logprobs", request.logprobs
     else:
         if request.top_logprobs and not request.logprobs:
             raise invalid("top_logprobs needs logprobs, which is false: give true", "top_logprobs")
         name, asked = "top_logprobs", (request.top_logprobs or 0) if request.logprobs else None
+    return _checked_number(name, asked)
+
+
+def _num_prompt_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+    """Return how many likeliest tokens are needed beside each of the prompt's; None if the prompt is not scored.
+
+    An echo shows as many as the text has; without them, it is scored where nothing is to be written.
+    """
+    asked = _checked_number("prompt_logprobs", request.prompt_logprobs)
+    if asked is not None and request.stream:
+        raise invalid("prompt_logprobs is not for streams: leave one of them out", "prompt_logprobs")
+    if not isinstance(request, CompletionRequest) or not request.echo:
+        return asked
+    shown = 0 if request.logprobs is None and request.max_tokens == 0 else request.logprobs
+    return max((each for each in (asked, shown) if each is not None), default=None)
+
+
+def _checked_number(name: str, asked: int | None) -> int | None:
     if asked is not None and not 0 <= asked <= MOST_LOGPROBS:
         raise invalid(f"{name} is {asked}: give a number from 0 to {MOST_LOGPROBS}", name)
     return asked

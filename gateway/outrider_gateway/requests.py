@@ -31,7 +31,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tool_choice": (("none", "auto"), _TOOLS),
     "functions": (([],), _TOOLS),
     "function_call": (("none", "auto"), _TOOLS),
-    "prompt_logprobs": ((), "the target does not score prompts yet: leave it out"),
     "suffix": (("",), "the models continue text and do not fill gaps: leave it out, and put the text into the prompt"),
     "best_of": ((1,), "texts are not ranked: leave it out, and give n"),
     "use_beam_search": ((False,), "texts are sampled: leave it out"),
@@ -93,6 +92,7 @@ class Generation(msgspec.Struct, kw_only=True):
     ignore_eos: bool = False
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     prediction: Prediction | None = None

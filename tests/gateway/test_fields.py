@@ -193,7 +193,7 @@ def test_what_cannot_change_the_text_is_ignored(gateway, fields):
     ("name", "value"),
     [
         *((name, {"type": "json_object"}) for name in ("response_format", "structured_outputs")),
-        *(("tools", [{"type": "function"}]), ("tool_choice", "required"), ("prompt_logprobs", 1), ("suffix", "end")),
+        *(("tools", [{"type": "function"}]), ("tool_choice", "required"), ("suffix", "end")),
         *(("best_of", 2), ("use_beam_search", True), ("verbosity", "low"), ("no_such_field", 1), ("best_of", True)),
     ],
 )
@@ -261,8 +261,6 @@ def test_fields_that_need_each_other_say_so(gateway):
     ):
         answer = gateway.post(CHAT, messages=MESSAGES, **fields)
         assert (answer.status, answer.error["param"]) == (400, name), answer.body
-    echoed = gateway.post(PLAIN, prompt="Once", echo=True, logprobs=1)
-    assert (echoed.status, echoed.error["param"]) == (400, "logprobs")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"\xff", b"[" * 100000])
