@@ -14,7 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from outrider_client.__main__ import main
-from outrider_client.bench.samples import PEER_METHODS
+from outrider_client.bench.samples import PEERS
+from tests import tiny_models
+from tests.fake_llama import write_bench, write_speculative
+from tests.gguf_files import write_gguf
 
 LENGTH = 6
 SIZES = [f"--max-new-tokens={LENGTH}", "--repetitions=2", "--warm-up=0", "--num-prompts=2", "--temperature=0,1"]
@@ -83,13 +86,13 @@ def test_sweep_is_what_bench_by_itself_means_and_measures_every_cell(addresses, 
 
 def test_latency_measures_transformers_on_the_same_prompts_and_lengths(addresses):
     document = json.loads(run("latency", *addresses, "-k", "3", *SIZES, *COMPARED, "--json"))
-    methods = ["autoregressive", "speculative", *PEER_METHODS]
+    methods = ["autoregressive", "speculative", *PEERS["transformers"]]
     assert [row["cell"]["method"] for row in document["summary"]] == methods * 2
     for sample in document["samples"]:
         assert sum(sample["num_tokens_per_chunk"]) == LENGTH
         assert sample["arrivals_s"] == sorted(sample["arrivals_s"])
         assert sample["arrivals_s"][-1] <= sample["wall_s"]
-        assert (sample["stats"] is None) == (sample["method"] in PEER_METHODS)
+        assert (sample["stats"] is None) == (sample["method"] in PEERS["transformers"])
     keys = [
         (sample["method"], sample["temperature"], sample["repetition"], sample["prompt_index"])
         for sample in document["samples"]
@@ -167,3 +170,69 @@ def test_a_model_that_only_the_services_have_cannot_be_compared(addresses, paths
         hidden.rename(paths["draft"])
     assert result.exit_code == 1
     assert "--compare transformers loads the services' models here" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama.cpp")
+    write_speculative(folder)
+    return write_bench(folder)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    for role, seed in (("target", 2), ("draft", 1)):
+        write_gguf(tiny_models.make_model("llama", seed, vocab_size=259), folder / f"{role}.gguf")
+    return {role: folder / f"{role}.gguf" for role in ("target", "draft")}
+
+
+class TestLlamaCpp:
+    """Stand-ins for its programs write what those write: a token takes a millisecond, and half of one for the pair."""
+
+    SHORT = ("--temperature=0", "-k", "3", "--llama-timeout=60")
+
+    def test_its_programs_run_on_the_files_of_services_that_are_started(self, programs, files, tmp_path):
+        """By the words of the help: `outrider bench --compare llama.cpp --llama-bench PATH`, and the two models."""
+        saved, prompts = tmp_path / "result.json", tmp_path / "prompts.txt"
+        prompts.write_text("Hallo\n")
+        models = [f"--prompts={prompts}"] + [f"--{role}-model={path}" for role, path in files.items()]
+        compared = ["--compare", "llama.cpp", "--llama-bench", str(programs), "--peer-threads=1"]
+        printed = run(*compared, *models, *SIZES, *self.SHORT, f"--save-result={saved}")
+        document = json.loads(saved.read_text())
+        methods = ["autoregressive", "speculative", *PEERS["llama.cpp"]]
+        assert [row["cell"]["method"] for row in document["summary"]] == methods
+        alone = [sample for sample in document["samples"] if sample["method"] == "llama.cpp"]
+        assert [sample["num_tokens_per_chunk"] for sample in alone] == [[LENGTH]] * 2
+        assert {sample["wall_s"] for sample in alone} == {1e-3 * (len("Hallo") + LENGTH)}
+        assert document["threads"] == {"service": 1, "peer": 1}
+        assert document["versions"]["llama.cpp"] == "9124 (abcdef0)"
+        sizes = {record["program"]: record["file_bytes"] for record in document["memory"]}
+        target, draft = (files[role].stat().st_size for role in ("target", "draft"))
+        assert sizes == {
+            "target service": target, "draft service": draft, "llama.cpp": target, "llama spec": target + draft
+        }  # fmt: skip
+        assert all(record["resident_bytes"] > 10**6 for record in document["memory"])
+        for words in ("speculative K 3  llama.cpp ", "speculative K 3  llama spec K 3", "AR               llama.cpp "):
+            assert words in printed
+        assert is_narrow(printed)
+        assert run("report", str(saved)) == printed
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (
+                None,
+                "--compare llama.cpp runs the services' GGUF files here, and {target} cannot be read: Is a directory",
+            ),
+            ("{file}", "runs {target}, and not {file}: name its file, or leave out --target-model"),
+        ],
+    )
+    def test_running_services_of_other_models_are_refused(self, addresses, paths, programs, files, model, message):
+        """These run a folder of safetensors."""
+        names = {"target": paths["target"], "file": str(files["draft"])}
+        models = [f"--target-model={model.format(**names)}"] if model else []
+        arguments = [*addresses, *models, "--compare=llama.cpp", f"--llama-bench={programs}", *SIZES]
+        result = CliRunner(env={"COLUMNS": "800"}).invoke(main, ["bench", *arguments])
+        assert result.exit_code != 0
+        assert message.format(**names) in result.stderr

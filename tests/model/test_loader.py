@@ -25,6 +25,7 @@ from outrider.engine.models.loader import (
 )
 from outrider.engine.models.probe import Probe
 from outrider.engine.models.streaming import gguf_names, outline_of
+from tests.gguf_files import write_gguf
 from tests.model.against_transformers import fastest_pass
 from tests.tiny_models import CONTEXT_LENGTH, FAMILIES, REFUSED_FAMILIES, VOCAB_SIZE, byte_tokenizer, make_model, save
 
@@ -93,64 +94,10 @@ class TestLoaded:
 class TestGguf:
     """The format of llama.cpp, read by transformers: the same tensors under other names, rotary halves interleaved."""
 
-    PARTS = (
-        ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"), ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
-        ("model.layers.", "blk."), ("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head",
-        "output"),
-    )  # fmt: skip
-
-    def write(
-        self, model, path: Path, context_length: int | None = CONTEXT_LENGTH, most_tensors: int = 0, **more: object
-    ) -> None:
-        """Write a llama model in float32, with a tokenizer of the 256 bytes, two special pieces and one merge.
-
-        With `most_tensors` in files of so many each. Tensors and settings are added as in `more`, whose names have two
-        underscores where a file has a full stop.
-        """
-        config, writer = model.config, gguf.GGUFWriter(path, "llama", split_max_tensors=most_tensors)
-        if context_length:
-            writer.add_context_length(context_length)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        writer.add_rope_dimension_count(config.head_dim)
-        vocabulary = byte_tokenizer().get_vocab()
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([*sorted(vocabulary, key=vocabulary.__getitem__), "he"])
-        writer.add_token_types([3, 3, *[1] * 257])  # control, normal
-        writer.add_token_merges(["h e"])
-        writer.add_bos_token_id(0)
-        writer.add_eos_token_id(1)
-        for name, tensor in model.state_dict().items():
-            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-                name.split(".")[-2]
-            )
-            if heads:
-                tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
-            for ours, theirs in self.PARTS:
-                name = name.replace(ours, theirs)
-            writer.add_tensor(name, tensor.float().numpy())
-        for name, value in more.items():
-            if isinstance(value, torch.Tensor):
-                writer.add_tensor(name.replace("__", "."), value.numpy())
-            else:
-                kind = {float: "float32", int: "uint32", str: "string", bool: "bool"}[type(value)]
-                getattr(writer, f"add_{kind}")(f"llama.{name.replace('__', '.')}", value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
     def test_a_file_gives_the_model_that_was_written(self, tmp_path):
         """float32: three layers of sums that round by 2^-24 of values up to 10 make some 1e-5."""
         model, path, ids = make_model("llama", 0, vocab_size=259), tmp_path / "tiny.gguf", [5, 80, 258, 7]
-        self.write(model, path)
+        write_gguf(model, path)
         loaded = load_from(path, dtype="float32")
         assert (loaded.architecture, loaded.vocab_size, loaded.context_length) == ("llama", 259, CONTEXT_LENGTH)
         assert loaded.eos_token_ids == (1,)
@@ -167,7 +114,7 @@ class TestGguf:
     def test_files_of_a_split_model_are_one(self, tmp_path, part):
         """Any of them names it. The head is in the last, and the settings are in the first."""
         model, ids = make_model("llama", 0, vocab_size=259), [5, 80, 258, 7]
-        self.write(model, tmp_path / "tiny.gguf", most_tensors=12)
+        write_gguf(model, tmp_path / "tiny.gguf", most_tensors=12)
         assert len(list(tmp_path.iterdir())) == 3
         runner = load_from(tmp_path / f"tiny-{part}-of-00003.gguf", dtype="float32").choice.runner
         with torch.inference_mode():
@@ -175,7 +122,7 @@ class TestGguf:
         assert (runner.forward([Feed(runner.new_cache(), ids, 4)]) - expected).abs().max() < 1e-4
 
     def test_a_split_model_without_one_of_its_files(self, tmp_path):
-        self.write(make_model("llama", 0, vocab_size=259), tmp_path / "tiny.gguf", most_tensors=12)
+        write_gguf(make_model("llama", 0, vocab_size=259), tmp_path / "tiny.gguf", most_tensors=12)
         (tmp_path / "tiny-00002-of-00003.gguf").unlink()
         with pytest.raises(
             ModelRefusedError,
@@ -213,7 +160,7 @@ class TestGguf:
     def test_a_tensor_that_transformers_passes_over_refuses_the_file(self, tmp_path, name):
         """As the rotary factors of Llama 3.1, without which a long text would be another."""
         path = tmp_path / "tiny.gguf"
-        self.write(make_model("llama", 0, vocab_size=259), path, **{name: torch.ones(32, 32)})
+        write_gguf(make_model("llama", 0, vocab_size=259), path, **{name: torch.ones(32, 32)})
         with pytest.raises(
             ModelRefusedError, match=f"its files have {name.replace('__', '.')}, which this architecture"
         ):
@@ -228,7 +175,7 @@ class TestGguf:
     def test_a_setting_that_transformers_passes_over_refuses_the_file(self, tmp_path, name, value):
         """As the window of Phi-3, or factors of a long context."""
         path = tmp_path / "tiny.gguf"
-        self.write(make_model("llama", 0, vocab_size=259), path, **{name: value})
+        write_gguf(make_model("llama", 0, vocab_size=259), path, **{name: value})
         with pytest.raises(
             ModelRefusedError, match=f"its files have llama.{name.replace('__', '.')}, which this architecture"
         ):
@@ -241,12 +188,12 @@ class TestGguf:
             "rope__scaling__factor": 1.0,
             "attention__sliding_window": CONTEXT_LENGTH,
         }
-        self.write(make_model("llama", 0, vocab_size=259), path, **idle, attention__causal=True, logit_scale=1.0)
+        write_gguf(make_model("llama", 0, vocab_size=259), path, **idle, attention__causal=True, logit_scale=1.0)
         assert load_from(path, dtype="float32").context_length == CONTEXT_LENGTH
 
     def test_a_context_length_that_would_be_made_up_refuses_the_file(self, tmp_path):
         path = tmp_path / "tiny.gguf"
-        self.write(make_model("llama", 0, vocab_size=259), path, context_length=None)
+        write_gguf(make_model("llama", 0, vocab_size=259), path, context_length=None)
         with pytest.raises(ModelRefusedError, match=r"tiny\.gguf does not say llama\.context_length"):
             load_from(path, dtype="float32")
 

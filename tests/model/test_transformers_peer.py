@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from outrider_client.bench.samples import PEER_METHODS, Cell, Settings
+from outrider_client.bench.samples import PEERS, Cell, Settings
 from outrider_client.bench.transformers_peer import PeerOptions, TransformersPeer, draft_config, load_peer
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import SamplingParams
@@ -55,7 +55,7 @@ def test_it_has_the_processors_of_the_settings(paths):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("method", PEER_METHODS)
+@pytest.mark.parametrize("method", PEERS["transformers"])
 def test_every_method_makes_texts_of_the_length_asked_for(peer, method, temperature):
     timeline, stats = peer.generate(PROMPT, Cell(method, temperature, 3), seed=1)
     assert timeline.num_tokens == LENGTH

@@ -61,9 +61,14 @@ def test_help_defines_the_metrics(arguments):
         (["--methods=transformers"], "'transformers' is none of speculative, autoregressive, draft"),
         (["throughput", "--request-rate=2", "--compare=transformers"], "--compare needs users"),
         (["--draft=localhost:1"], "give both --target and --draft, or neither"),
+        (["--compare=llama.cpp"], "--compare llama.cpp needs --llama-bench PATH"),
+        (["--llama-bench=llama-bench"], "--llama-bench and --llama-speculative are of --compare llama.cpp"),
+        (["latency", "--compare=llama.cpp"], "'llama.cpp' is not 'transformers'"),
+        (["--compare=transformers", "--draft=lookup"], "--compare transformers runs the draft's model too"),
     ],
 )
-def test_a_wrong_option_is_refused_before_anything_starts(arguments, message):
+def test_a_wrong_option_is_refused_before_anything_starts(arguments, message, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # where no program of llama.cpp is
     assert message in run(*arguments, status=2).stderr
 
 
@@ -87,6 +92,18 @@ def test_a_missing_extra_is_named_before_anything_starts(library, module, option
     message = run("--draft-model=nothing", option, status=1).stderr
     assert f"{library} is not installed" in message
     assert extra in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--llama-bench=/no/llama-bench", "--target-model=a.gguf"], "there is no program /no/llama-bench"),
+        (["--llama-bench=/bin/true"], "builtin:target cannot be read: No such file"),
+        (["--llama-bench=/bin/true", f"--target-model={__file__}"], f"GGUF files, and {__file__} is none"),
+    ],
+)
+def test_what_llama_cpp_lacks_is_named_before_anything_starts(arguments, message):
+    assert message in run("--compare=llama.cpp", *arguments, status=1).stderr
 
 
 class TestReport:

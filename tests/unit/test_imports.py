@@ -197,7 +197,7 @@ def test_nothing_in_reach_of_the_client_but_one_module_imports_torch():
 
 def test_what_compares_with_transformers_is_imported_late_and_in_one_place():
     users = [module for module, names in imports_of().items() if COMPARING in names]
-    assert users == ["outrider_client.cli.bench.running"]
+    assert users == ["outrider_client.cli.bench.peers"]
     tree = ast.parse((ROOT / "client/outrider_client/cli/bench/running.py").read_text(encoding="utf-8"))
     at_the_top = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     assert "transformers_peer" not in {alias.name for node in at_the_top for alias in node.names}

@@ -28,6 +28,8 @@ _METHOD_COLOURS = {
     "transformers-assisted": "#E69F00",
     "transformers-dynamic": "#009E73",
     "transformers-heuristic": "#56B4E9",
+    "llama.cpp": "#D55E00",
+    "llama.cpp-speculative": "#E69F00",
 }
 _PALETTE = ("#E69F00", "#F0E442", "#0072B2", "#56B4E9", "#009E73", "#BBBBBB")
 _PART_COLOURS = dict(zip((*TIME_PARTS, "rest"), _PALETTE, strict=True))

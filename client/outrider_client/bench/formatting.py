@@ -14,6 +14,8 @@ METHOD_LABELS = {
     "transformers-assisted": "hf assisted",
     "transformers-dynamic": "hf dynamic",
     "transformers-heuristic": "hf heuristic",
+    "llama.cpp": "llama.cpp",
+    "llama.cpp-speculative": "llama spec",
 }
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from outrider_client.bench.memory import Memory
 from outrider_client.bench.rounds import summarise_rounds
 from outrider_client.bench.samples import Sample, Settings
 from outrider_client.bench.summary import Order, Row, measured_costs, summarise
@@ -45,6 +46,7 @@ class Result:
     versions: dict[str, str | None]
     machine: dict[str, Any]
     made_at: str
+    memory: Sequence[Memory] = ()  # of services started here and of llama.cpp, where the two are compared
 
     @property
     def title(self) -> str:
@@ -68,6 +70,7 @@ class Result:
             "settings": asdict(self.settings),
             "prompts": list(self.prompts),
             "costs": costs and asdict(costs),
+            "memory": [each.as_dict() for each in self.memory],
             "summary": [row.as_dict() for row in summary],
             "samples": [sample.as_dict() for sample in self.samples],
         }
@@ -79,9 +82,10 @@ class Result:
             raise InvalidRequestError(
                 f"schema is {document.get('schema')!r}: this version reads results of schema {SCHEMA}; measure again"
             )
-        fields = {name: document[name] for name in cls.__dataclass_fields__}
+        fields = {"memory": []} | {name: document[name] for name in cls.__dataclass_fields__ if name in document}
         fields["settings"] = Settings.from_dict(fields["settings"])
         fields["samples"] = [Sample.from_dict(record) for record in fields["samples"]]
+        fields["memory"] = [Memory.from_dict(record) for record in fields["memory"]]
         return cls(**fields)
 
 

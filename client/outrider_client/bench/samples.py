@@ -17,9 +17,13 @@ from outrider_client.text.text import TargetTokenizer, word_to_ids
 BASELINE = "autoregressive"
 AUTO_METHOD = f"speculative-{AUTO}"  # the client picks K
 OWN_METHODS = (*METHODS, AUTO_METHOD)
-PEER_METHODS = ("transformers", "transformers-assisted", "transformers-dynamic", "transformers-heuristic")
+PEERS = {  # by the values of --compare
+    "transformers": ("transformers", "transformers-assisted", "transformers-dynamic", "transformers-heuristic"),
+    "llama.cpp": ("llama.cpp", "llama.cpp-speculative"),
+}
+PEER_METHODS = tuple(method for methods in PEERS.values() for method in methods)
 ALL_METHODS = (*OWN_METHODS, *PEER_METHODS)  # in the order of tables, where the baseline comes first
-METHODS_WITH_K = ("speculative", "transformers-assisted")
+METHODS_WITH_K = ("speculative", "transformers-assisted", "llama.cpp-speculative")
 
 
 @dataclass(frozen=True)

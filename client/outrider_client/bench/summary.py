@@ -10,14 +10,13 @@ from typing import Any, Literal
 from outrider_client.bench.limit import Costs, ideal_tokens_per_s
 from outrider_client.bench.metrics import Distribution, Spread, Timeline
 from outrider_client.bench.rounds import full_rounds
-from outrider_client.bench.samples import OWN_METHODS, Cell, Sample
+from outrider_client.bench.samples import ALL_METHODS, Cell, Sample
 from outrider_client.results import GenerationStats
 
 Order = Literal["sequential", "concurrent"]  # how the texts of a cell and repetition ran
 
 TIME_PARTS = ("draft wait", "queue", "forward", "wire", "client")
-_FAMILIES = {method: method for method in OWN_METHODS} | {
-    "transformers": "transformers",
+_FAMILIES = {method: method for method in ALL_METHODS} | {
     "transformers-assisted": "assisted",
     "transformers-dynamic": "assisted",
     "transformers-heuristic": "assisted",
@@ -26,7 +25,10 @@ COMPARED = (
     ("speculative", "autoregressive"),
     ("speculative", "transformers"),
     ("speculative", "assisted"),
+    ("speculative", "llama.cpp"),
+    ("speculative", "llama.cpp-speculative"),
     ("autoregressive", "transformers"),
+    ("autoregressive", "llama.cpp"),
 )  # families of methods
 LARGEST_REST = 0.03  # of wall clock that the parts may leave unexplained
 FLOAT32_BYTES = 4

@@ -12,9 +12,10 @@ from rich.table import Table
 from outrider_client.bench.differences import Difference
 from outrider_client.bench.formatting import METHOD_LABELS, cell_name, figure, optional, spread_text
 from outrider_client.bench.limit import Costs
+from outrider_client.bench.memory import Memory
 from outrider_client.bench.metrics import Distribution
 from outrider_client.bench.rounds import RoundRow
-from outrider_client.bench.samples import PEER_METHODS, Cell
+from outrider_client.bench.samples import PEERS, Cell
 from outrider_client.bench.summary import LARGEST_REST, TIME_PARTS, Comparison, Row
 
 TIMES_NOTE = "TTFT, TPOT, ITL in milliseconds; --help defines them."
@@ -151,10 +152,10 @@ def rounds_table(rows: Sequence[RoundRow], title: str) -> Table:
     return table
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+def comparison_table(comparisons: Sequence[Comparison], threads: Mapping[str, int | None]) -> Table:
     """Return the table of methods over each other, a column for each load."""
     loads = list(dict.fromkeys(_load(one.faster) for one in comparisons))
-    note = f"Tokens/s over tokens/s, repetition by repetition. {_ratio_note(loads)}"
+    note = f"Tokens/s over tokens/s, repetition by repetition. {_ratio_note(loads)}{_threads_note(threads)}"
     table = _new_table("How many times as fast, each method with its fastest K", note)
     for name in ("T", "this", "than that"):
         table.add_column(name, justify="right" if name == "T" else "left", vertical="bottom", overflow="fold")
@@ -188,6 +189,17 @@ def _ratio_note(loads: Sequence[str]) -> str:
     return SPREAD_NOTE if len(loads) <= _MOST_SPREADS else "Medians over repetitions."
 
 
+def memory_table(memory: Sequence[Memory]) -> Table:
+    note = "Of a service when the last text was written, of llama.cpp the most of a process: pages of mapped files too."
+    table = _new_table("Resident memory, MB", note)
+    for name in ("", "file", "resident", "resident\n/file"):
+        table.add_column(name, justify="right" if name else "left", vertical="bottom", overflow="fold")
+    for each in memory:
+        sizes = (f"{num_bytes / 1e6:,.0f}" for num_bytes in (each.file_bytes, each.resident_bytes))
+        table.add_row(each.program, *sizes, figure(each.share_of_file))
+    return table
+
+
 def difference_table(difference: Difference) -> Table:
     note = f"Tokens/s. {SPREAD_NOTE} Yes: the medians differ by more than the sum of the deviations."
     columns = ("load", "first", "second", "second\n/first", "beyond\nspread")
@@ -215,9 +227,19 @@ def settings_table(difference: Difference) -> Table:
 
 def _methods_note(rows: Sequence[Row]) -> str:
     note = "AR: autoregressive, target only."
-    if any(row.cell.method in PEER_METHODS for row in rows):
+    if any(row.cell.method in PEERS["transformers"] for row in rows):
         note += " hf: transformers in one process; assisted: constant K; dynamic, heuristic: its own schedules."
+    if any(row.cell.method in PEERS["llama.cpp"] for row in rows):
+        note += " llama.cpp: its llama-bench, the target only; llama spec: its own speculation with the draft."
     return note
+
+
+def _threads_note(threads: Mapping[str, int | None]) -> str:
+    if not threads["peer"]:
+        return ""
+    return (
+        f" CPU threads: {threads['service'] or 'unknown'} of each service, {threads['peer']} of what is compared with."
+    )
 
 
 def _load(cell: Cell) -> str:

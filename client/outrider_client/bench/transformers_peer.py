@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from outrider.engine.models.loader import ModelOptions, ModelRefusedError, load_plain
 from outrider_client.bench.metrics import Timeline
-from outrider_client.bench.samples import Cell, Settings
+from outrider_client.bench.samples import PEERS, Cell, Settings
 from outrider_client.errors import InvalidRequestError
 
 _SETTLE_S = 0.05  # the services' OpenMP threads spin for some milliseconds after their work
@@ -49,7 +49,10 @@ class TransformersPeer:
     are those of the settings, as far as transformers has them.
     """
 
+    methods = PEERS["transformers"]
+
     def __init__(self, options: PeerOptions, settings: Settings):
+        self.threads = options.threads
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(options.threads)

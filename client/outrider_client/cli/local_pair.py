@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 import click
@@ -32,6 +32,7 @@ class PairAddresses:
 
     target: str
     draft: str
+    pids: Mapping[str, int] = field(default_factory=dict)  # of those that were started here, by role
 
 
 @contextmanager
@@ -49,7 +50,8 @@ def local_pair(target_model: str, draft_model: str | None, threads: int) -> Iter
                 if model:
                     children.append(_start(module, model, threads))
             found = [_address(child) for child in children]
-            addresses = PairAddresses(found[0], found[1] if draft_model else LOOKUP_DRAFT)
+            pids = {role: child.process.pid for role, child in zip(("target", "draft"), children, strict=False)}
+            addresses = PairAddresses(found[0], found[1] if draft_model else LOOKUP_DRAFT, pids)
         yield addresses
     finally:
         for child in children:

@@ -15,13 +15,14 @@ from outrider_client.bench import result_file
 from outrider_client.bench.differences import compare_results
 from outrider_client.bench.grid import make_grid
 from outrider_client.bench.metrics import DEFINITIONS
-from outrider_client.bench.samples import BASELINE, OWN_METHODS, PEER_METHODS, Cell, Sample
+from outrider_client.bench.samples import BASELINE, OWN_METHODS, PEERS, Cell, Sample
 from outrider_client.bench.tables import difference_table, settings_table
 from outrider_client.bench.throughput import LoadRunner, PeerLoad, ServicesLoad, run_loads
 from outrider_client.cli.bench.options import (
     NumberList,
     csv_option,
     lengths_option,
+    llama_options,
     method_options,
     output_options,
     pair_options,
@@ -37,7 +38,8 @@ DEFINITIONS_TEXT = "\n\n".join(f"{name}: {text}" for name, text in DEFINITIONS.i
 
 
 @click.command(context_settings=_SETTINGS)
-@method_options("1,2,4,8")
+@method_options("1,2,4,8", compared=tuple(PEERS))
+@llama_options
 @shows_errors
 def sweep(**values: Any) -> None:
     """Measure methods × K × temperature, one text at a time.
@@ -46,7 +48,7 @@ def sweep(**values: Any) -> None:
     pass. The ideal pair is computed from this run's own forward times and acceptance; docs/benchmarks.md derives it.
     """
     with opened(values) as bench:
-        hand_out("sweep", bench, bench.measure(_grid(values, PEER_METHODS)), values)
+        hand_out("sweep", bench, bench.measure(_grid(values, bench.peer_methods)), values)
 
 
 @click.command(context_settings=_SETTINGS, epilog=DEFINITIONS_TEXT)
@@ -55,7 +57,7 @@ def sweep(**values: Any) -> None:
 def latency(**values: Any) -> None:
     """Measure TTFT, TPOT, ITL and tokens/s of one text at a time."""
     with opened(values) as bench:
-        hand_out("latency", bench, bench.measure(_grid(values, PEER_METHODS)), values)
+        hand_out("latency", bench, bench.measure(_grid(values, bench.peer_methods)), values)
 
 
 @click.command(context_settings=_SETTINGS, epilog=DEFINITIONS_TEXT)
@@ -81,7 +83,7 @@ def throughput(**values: Any) -> None:
     """
     if values["request_rate"] and values["compare"]:
         raise click.UsageError("--compare needs users: transformers makes batches, not texts that begin at any time")
-    cells = _grid(values, ["transformers"])
+    cells = _grid(values, ["transformers"] if values["compare"] else [])
     if values["request_rate"]:
         cells = [replace(cell, request_rate=rate) for rate in values["request_rate"] for cell in cells]
     else:
@@ -151,9 +153,8 @@ def report(result: Path, other: Path | None, **values: Any) -> None:
 
 
 def _grid(values: dict[str, Any], peers: Sequence[str]) -> list[Cell]:
-    """Return the cells that the options ask for; --compare adds `peers` to the methods."""
-    methods = [*values["methods"], *(peers if values["compare"] else ())]
-    return make_grid(methods, values["temperature"], values["num_speculative_tokens"])
+    """Return the cells that the options ask for, and those of the methods of `peers`."""
+    return make_grid([*values["methods"], *peers], values["temperature"], values["num_speculative_tokens"])
 
 
 def _measure_loads(bench: Bench, cells: Sequence[Cell], values: dict[str, Any]) -> list[Sample]:

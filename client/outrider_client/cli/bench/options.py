@@ -59,7 +59,7 @@ class MethodList(click.ParamType):
 
 pair_options = add_options(
     address_options(None, None),
-    click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each service that this command starts."),
+    click.option("--threads", type=click.IntRange(1), help="CPU threads of each service that this command starts: 1 by default, and with --compare llama.cpp as many as that has."),
     click.option("--target-model", default="builtin:target", help="Model of the target service that this command starts."),
     click.option("--draft-model", default="builtin:draft", help="Model of the draft service that this command starts."),
 )  # fmt: skip
@@ -71,6 +71,18 @@ text_options = add_options(
     click.option("--warm-up", type=click.IntRange(0), default=1, help="Repetitions beforehand that do not count."),
     options_of(SamplingParams, OF_A_CELL, seed=0, ignore_eos=True),  # so that all texts have one length
     options_of(SpeculationParams, OF_A_CELL),
+)  # fmt: skip
+
+COMPARED_HELP = {
+    "transformers": "transformers: measure its own generate too, with the same two models in this process (extra: serve).",
+    "llama.cpp": "llama.cpp: measure it on the same GGUF files, with programs that you have (--llama-bench).",
+}
+_PROGRAM = click.Path(path_type=Path)
+
+llama_options = add_options(
+    click.option("--llama-bench", type=_PROGRAM, help="llama.cpp's llama-bench; by default the one on the PATH."),
+    click.option("--llama-speculative", type=_PROGRAM, help="llama.cpp's llama-speculative-simple or llama-speculative; by default the one beside llama-bench. Further settings are llama.cpp's own environment variables."),
+    click.option("--llama-timeout", type=click.FloatRange(0, min_open=True), default=300.0, help="Most seconds of one process of llama.cpp, which loads the model and writes a text."),
 )  # fmt: skip
 
 plot_option = click.option("--plot", "plot_folder", type=click.Path(file_okay=False, path_type=Path), help="Draw charts into this folder (extra: plot).")  # fmt: skip
@@ -90,7 +102,7 @@ def lengths_option(default: str, least: int = 1) -> Any:
     return click.option("-k", "--num-speculative-tokens", type=LengthList(least), default=default, help=text)
 
 
-def method_options(lengths: str) -> Callable:
+def method_options(lengths: str, compared: tuple[str, ...] = ("transformers",)) -> Callable:
     """Return the options of a subcommand that measures methods; `lengths` are the values of K by default."""
     return add_options(
         pair_options,
@@ -98,7 +110,7 @@ def method_options(lengths: str) -> Callable:
         lengths_option(lengths),
         click.option("--temperature", type=NumberList(float), default="0,1", help="Values of the temperature."),
         text_options,
-        click.option("--compare", type=click.Choice(["transformers"]), help="Measure transformers' own generate too, with the same two models in this process (extra: serve)."),
+        click.option("--compare", type=click.Choice(compared), help=" ".join(COMPARED_HELP[name] for name in compared)),
         click.option("--peer-threads", type=click.IntRange(0), default=0, help="CPU threads of what is compared with; 0 takes all cores."),
         output_options,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from outrider_client.bench.tables import (
     comparison_table,
     latency_table,
     limit_table,
+    memory_table,
     rounds_table,
     scaling_table,
     speed_table,
@@ -39,7 +40,9 @@ def tables_of(result: Result) -> list[Table]:
         tables += [latency_table(rows)] if result.kind == "latency" else []
     comparisons = compare_methods(result.samples, result.order)
     if comparisons and (result.kind == "throughput" or any(row.cell.method in PEER_METHODS for row in rows)):
-        tables.append(comparison_table(comparisons))
+        tables.append(comparison_table(comparisons, result.threads))
+    if result.memory:
+        tables.append(memory_table(result.memory))
     costs = measured_costs(result.samples)
     if costs and any(row.ideal_tokens_per_s for row in rows):
         tables.append(limit_table(rows, costs))

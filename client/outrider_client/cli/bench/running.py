@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -15,11 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from outrider_client.bench import result_file
 from outrider_client.bench.formatting import cell_name
 from outrider_client.bench.grid import Runner, run_grid
+from outrider_client.bench.llama_peer import LlamaPeer
+from outrider_client.bench.memory import Memory, file_bytes, resident_bytes
 from outrider_client.bench.prompts import read_prompts
 from outrider_client.bench.result_file import Kind, Result
-from outrider_client.bench.samples import OF_A_CELL, OWN_METHODS, PEER_METHODS, Cell, Sample, Settings
+from outrider_client.bench.samples import OF_A_CELL, OWN_METHODS, Cell, Sample, Settings
 from outrider_client.bench.services import ServicesRunner
-from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, tables_of
+from outrider_client.cli.bench.peers import num_service_threads, peer_maker
+from outrider_client.cli.bench.presenting import charts_module, draw, tables_of
 from outrider_client.cli.local_pair import PairAddresses, local_pair
 from outrider_client.cli.options import DraftNotice, err, out, params_of, print_json
 from outrider_client.connection import LOOKUP_DRAFT
@@ -39,7 +41,21 @@ class Bench:
     settings: Settings
     prompts: list[str]
     prompt_ids: list[list[int]]
-    peer: Any  # a TransformersPeer, or None
+    peer: Any  # a TransformersPeer, a LlamaPeer, or None
+
+    @property
+    def peer_methods(self) -> tuple[str, ...]:
+        return self.peer.methods if self.peer else ()
+
+    @property
+    def memory(self) -> list[Memory]:
+        """What the programs have that run GGUF files: services that were started here, and those of llama.cpp."""
+        if not isinstance(self.peer, LlamaPeer):
+            return []
+        pids, files = self.addresses.pids, self.peer.files
+        sizes = {role: resident_bytes(pid) for role, pid in pids.items() if role in files}
+        ours = [Memory(f"{role} service", file_bytes(files[role]), size) for role, size in sizes.items() if size]
+        return [*ours, *self.peer.memory]
 
     def measure(self, grid: Sequence[Cell]) -> list[Sample]:
         """Run the grid, one text at a time."""
@@ -54,7 +70,7 @@ class Bench:
 @contextmanager
 def opened(values: dict[str, Any]) -> Iterator[Bench]:
     """Yield the bench that a command's values ask for. Missing extras are reported before anything starts."""
-    peer_module = _peer_module() if values.get("compare") else None
+    make_peer = peer_maker(values)
     if values.get("plot_folder"):
         charts_module()
     sampling = params_of(SamplingParams, values, OF_A_CELL)
@@ -65,7 +81,8 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
         info = _checked_info(client, addresses)
         settings = settings.resolved(info.target, client.tokenizer)
         ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
-        peer = _peer(peer_module, info, settings, values["peer_threads"]) if peer_module else None
+        texts = dict(zip(map(tuple, ids), prompts, strict=True))
+        peer = make_peer(info, settings, texts) if make_peer else None
         gc.collect()
         gc.freeze()  # objects of torch and transformers would cost each full collection 0.1 s of measured time
         yield Bench(addresses, client, info, settings, prompts, ids, peer)
@@ -80,7 +97,7 @@ def measure_grid(
 ) -> list[Sample]:
     """Run the grid on prompts of token ids, one text at a time, with a progress bar on standard error."""
     runners: dict[str, Runner] = dict.fromkeys(OWN_METHODS, ServicesRunner(client, settings))
-    runners |= dict.fromkeys(PEER_METHODS, peer) if peer else {}
+    runners |= dict.fromkeys(peer.methods, peer) if peer else {}
     with progress((settings.warm_up + settings.repetitions) * len(prompts) * len(grid)) as advance:
         return run_grid(runners, prompts, grid, settings, advance)
 
@@ -102,10 +119,13 @@ def progress(total: int) -> Iterator[Callable[[Cell], None]]:
 def hand_out(kind: Kind, bench: Bench, samples: Sequence[Sample], values: dict[str, Any]) -> None:
     """Save, write, draw and show the result, as a command's values ask for."""
     threads = {
-        "service": None if values["target"] else values["threads"],
-        "peer": _num_peer_threads(values["peer_threads"]) if bench.peer else None,
+        "service": None if values["target"] else num_service_threads(values),
+        "peer": bench.peer.threads if bench.peer else None,
     }
     result = result_file.new_result(kind, bench.settings, bench.prompts, bench.described, threads, samples)
+    if bench.memory:
+        versions = result.versions | {"llama.cpp": bench.peer.version}
+        result = replace(result, memory=bench.memory, versions=versions)
     notice = DraftNotice(bench.addresses.draft)
     for sample in samples:
         if sample.stats:
@@ -134,15 +154,15 @@ def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
     """Yield the addresses given, or those of a pair started here."""
     target, draft = values["target"], values["draft"]
     looks_up = draft == LOOKUP_DRAFT
-    if looks_up and values.get("compare"):
-        raise click.UsageError("--compare runs the draft's model too: give a draft service")
+    if looks_up and values.get("compare") == "transformers":
+        raise click.UsageError("--compare transformers runs the draft's model too: give a draft service")
     if (draft is None) != (target is None) and not looks_up:
         raise click.UsageError("give both --target and --draft, or neither to start the embedded pair here")
     if draft and target:
         yield PairAddresses(target, draft)
         return
     draft_model = None if looks_up else values["draft_model"]
-    with local_pair(values["target_model"], draft_model, values["threads"]) as pair:
+    with local_pair(values["target_model"], draft_model, num_service_threads(values)) as pair:
         yield pair
 
 
@@ -153,31 +173,3 @@ def _checked_info(client: SpeculativeClient, addresses: PairAddresses) -> PairIn
     if info.mismatch:
         raise click.ClickException(info.mismatch)
     return info
-
-
-def _peer_module() -> ModuleType:
-    try:
-        from outrider_client.bench import transformers_peer
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "--compare transformers", "serve") from error
-    return transformers_peer
-
-
-def _peer(module: ModuleType, info: PairInfo, settings: Settings, threads: int) -> Any:
-    """Load the models that the services run, in their dtype and on their kind of device."""
-    assert info.draft
-    options = module.PeerOptions(
-        target_model=info.target.model_id,
-        draft_model=info.draft.model_id,
-        dtype=info.target.dtype,
-        device=info.target.device,
-        context_length=info.target.context_length,
-        eos_token_ids=tuple(info.target.eos_token_ids),
-        threads=_num_peer_threads(threads),
-    )
-    with err.status("loading both models for transformers"):
-        return module.load_peer(options, settings)
-
-
-def _num_peer_threads(threads: int) -> int:
-    return threads or result_file.num_cores()
