@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         ServiceUnavailableError,
     )
     from outrider_client.pair import PairInfo
-    from outrider_client.params import SamplingParams, SpeculationParams
+    from outrider_client.params import SamplingParams, SpeculationParams, StructuredOutputs
     from outrider_client.results import Chunk, GenerationResult, GenerationStats, Segment
     from outrider_client.sync import GenerationStream, SpeculativeClient
 
@@ -49,6 +49,7 @@ __all__ = [
     "ServiceUnavailableError",
     "SpeculationParams",
     "SpeculativeClient",
+    "StructuredOutputs",
     "__version__",
 ]
 
@@ -65,6 +66,7 @@ _MODULES = {
     "Segment": "results",
     "SpeculationParams": "params",
     "SpeculativeClient": "sync",
+    "StructuredOutputs": "params",
 }  # of outrider_client; the others are its errors
 
 if not TYPE_CHECKING:

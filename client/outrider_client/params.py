@@ -12,6 +12,7 @@ from outrider.protocol.errors import InvalidArgumentError
 from outrider.sampling.distribution import (
     BIASES,
     COUNT,
+    GRAMMAR,
     IDS,
     MOST_LOGPROBS,
     MOST_TOP_K,
@@ -19,6 +20,7 @@ from outrider.sampling.distribution import (
     SEQUENCES,
     DistributionParams,
 )
+from outrider.sampling.structured import StructuredOutputs as StructuredOutputs
 from outrider_client import arguments
 from outrider_client.errors import InvalidRequestError
 from outrider_client.rules.rules import RULES, RuleName
@@ -39,6 +41,7 @@ _PLAIN: dict[str, Callable[[str, Any, str], Any]] = {
     IDS: arguments.token_ids,
     SEQUENCES: lambda name, value, remedy: arguments.words(name, value, f"a list of texts, or of {remedy}"),
     BIASES: arguments.biases,
+    GRAMMAR: lambda name, value, _: value,  # it checks itself
 }  # by the kinds of a distribution's parameters
 
 
@@ -53,7 +56,8 @@ class SamplingParams(DistributionParams):
     None in a field of `NEUTRAL` is open: it takes the default of the target model's generation_config, as in vLLM, or
     else the value in `NEUTRAL`. Services get the `distribution`, in which nothing is open. Ids may be any iterable,
     `logit_bias` also a mapping. `bad_words` takes texts as well as sequences of ids: a text is banned as the target's
-    tokenizer encodes it with a leading space, and without. A text ends at `stop_token_ids` too.
+    tokenizer encodes it with a leading space, and without. A text ends at `stop_token_ids` too. `structured_outputs`
+    may be a mapping of the fields of StructuredOutputs.
 
     Raises:
         InvalidRequestError: a value is out of range or of another type; the message names the field.

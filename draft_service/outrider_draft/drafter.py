@@ -78,6 +78,7 @@ class Drafter:
         batch_until: int,
         emit: Callable[[Drafted | ServiceError], None],
         caller: Caller = (),
+        grammar: OutputMask | None = None,
     ) -> Session:
         """Return a new session, which drafts at once. Passes are shared fairly among callers.
 
@@ -89,7 +90,7 @@ class Drafter:
                 f"committed.token_ids holds {len(token_ids)} tokens: give 1 to {self._context_length}"
             )
         self._check_window(window, len(token_ids))
-        session = Session(options, emit, next(self._arrivals), window, batch_until, caller)
+        session = Session(options, emit, next(self._arrivals), window, batch_until, caller, grammar)
         session.begin(token_ids)
         self.thread.post(lambda: self._begin(session), is_long=True)
         return session

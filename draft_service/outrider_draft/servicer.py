@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from outrider.common.callers import Caller
 from outrider.common.mailbox import Mailbox
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError, ServiceError
@@ -72,7 +71,7 @@ class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer
             if opening is None:
                 return
             outbox: Outbox = Mailbox()
-            session = self._open(drafter, opening.open, outbox, call.caller)
+            session = await self._open(drafter, opening.open, outbox, call)
             session.is_unread = lambda: len(outbox) > MOST_UNSENT
             call.is_busy = lambda: session.has_work
             commits = asyncio.ensure_future(self._read_commits(drafter, session, call, requests, outbox))
@@ -89,7 +88,7 @@ class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer
                 drafter.close(session)
                 commits.cancel()
 
-    def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: Outbox, caller: Caller) -> Session:
+    async def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: Outbox, call: Call) -> Session:
         options = self._draft_options(message)
         if message.HasField("tokenizer") and message.tokenizer != self._host.tokenizer_fingerprint:
             raise InvalidArgumentError(
@@ -99,7 +98,9 @@ class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer
             raise InvalidArgumentError("open.committed.start_position is not 0: a session opens at position 0")
         token_ids = wire.unpack_ids(message.committed.token_ids, "open.committed.token_ids", self._host.vocab_size)
         _check_batch_until("open.batch_until", message)
-        return drafter.open(options, token_ids, message.window, message.batch_until, outbox.put, caller)
+        grammar = await self._host.grammar_of(options.params, call)
+        asked = message.window, message.batch_until
+        return drafter.open(options, token_ids, *asked, outbox.put, call.caller, grammar)
 
     def _draft_options(self, message: draft_pb2.OpenProposals) -> DraftOptions:
         limit = self._options.max_support

@@ -19,7 +19,7 @@ from outrider.common.callers import Caller
 from outrider.engine.engine import Demand
 from outrider.engine.engine import Sequence as EngineSequence
 from outrider.protocol.errors import FailedPreconditionError, ServiceError
-from outrider.sampling.distribution import DistributionParams, History
+from outrider.sampling.distribution import DistributionParams, History, OutputMask
 from outrider.sampling.draws import NO_SUPPORT, Draft
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider_draft.alternatives import Alternative, likely_alternatives
@@ -125,7 +125,7 @@ class Path:
         """What logits processors see behind the sequence; None where there are none."""
         options, tokens = self.session.options, self.sequence.tokens
         return (
-            History(np.array(tokens[:], dtype=np.int64), options.num_prompt_tokens)
+            History(np.array(tokens[:], dtype=np.int64), options.num_prompt_tokens, self.session.grammar)
             if options.params.processors
             else None
         )
@@ -187,8 +187,10 @@ class Session:
         window: int,
         batch_until: int = 0,
         caller: Caller = (),
+        grammar: OutputMask | None = None,
     ):
-        self.is_open = True
+        """`grammar` is what the output follows; all paths share it, since it is a function of what each has written."""
+        self.is_open, self.grammar = True, grammar
         self.options, self.emit, self.arrival = options, emit, arrival
         self.batch_until, self.branch = batch_until, options.branch
         self.numbers = self._numbers()

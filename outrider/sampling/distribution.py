@@ -11,11 +11,12 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from outrider.protocol.errors import InvalidArgumentError
+from outrider.sampling.structured import StructuredOutputs
 
 COLDEST, HOTTEST = 1e-3, 1e3
 MOST_TOP_K = (1 << 31) - 1
@@ -28,12 +29,14 @@ MOST_BIASES = MOST_BAD_WORD_IDS = 1024
 Logits = Any  # torch.Tensor [V]; clients read the parameters here, and have no torch
 
 NUMBER, COUNT, IDS, SEQUENCES, BIASES = "number", "count", "ids", "sequences", "biases"  # kinds of parameters
+GRAMMAR = "grammar"
 _PLAIN: dict[str, Callable[[Any], Any]] = {
     NUMBER: lambda value: value,
     COUNT: lambda value: value,
     IDS: tuple,
     SEQUENCES: lambda sequences: tuple(map(tuple, sequences)),
     BIASES: lambda biases: tuple(sorted(dict(biases).items())),
+    GRAMMAR: lambda value: None if value is None else StructuredOutputs.of(value),
 }  # what is held of a value: something that can be hashed
 
 
@@ -110,6 +113,10 @@ class DistributionParams:
     # `stop_token_ids` are not written before so many tokens of output.
     min_tokens: int = _param(COUNT, 0, _COUNT, f"a number from 0 to {MOST_TOP_K}")
     stop_token_ids: Sequence[int] = _param(IDS, (), _are_ids(MOST_STOP_IDS), f"up to {MOST_STOP_IDS} token ids")
+    # What the output is written by; where it is complete, only ids that end the text follow.
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = _param(
+        GRAMMAR, None, lambda _: True, "a mapping with one of json, regex, choice, grammar and json_object"
+    )
 
     def __post_init__(self) -> None:
         for param in fields(DistributionParams):
@@ -132,14 +139,26 @@ class DistributionParams:
         return tuple(it for it in PROCESSORS if it.needs(self))
 
 
-def no_token_left(params: DistributionParams, position: int) -> str:
+def no_token_left(params: DistributionParams, position: int, why: str | None = None) -> str:
     """Return what to say where processors leave no token for a position."""
     names = ", ".join(name for it in params.processors if it.masks for name in it.parameters)
     who = names or "the sampling parameters"
-    return f"{who} leave no token for position {position}: mask fewer, or ask for fewer tokens"
+    reason = f" ({why})" if why else ""
+    return f"{who} leave no token for position {position}{reason}: mask fewer, or ask for fewer tokens"
 
 
 FILTERED = DistributionParams(top_k=2, top_p=0.9, min_p=0.01)  # for warming up: every filter has something to do
+
+
+class OutputMask(Protocol):
+    """Says which tokens may follow an output."""
+
+    failure: (
+        str | None
+    )  # why none of them may follow the output that was asked about last, where that is no mask's doing
+
+    def allowed(self, output_ids: np.ndarray, num_ids: int) -> np.ndarray:
+        """Return `[num_ids] bool`: the ids that may follow `output_ids`, none where these may not stand either."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,7 @@ class History:
 
     token_ids: np.ndarray  # [n] int64
     num_prompt_tokens: int  # what follows these is the output
+    grammar: OutputMask | None = None  # of the row's text, if it has `structured_outputs`
 
     @property
     def output_ids(self) -> np.ndarray:
@@ -167,6 +187,17 @@ class Processor:
     def apply(self, logits: Logits, params: DistributionParams, history: History) -> None:
         """Change `logits` `[V]`, a row behind `history`; ids that the row does not have are passed over."""
         raise NotImplementedError
+
+
+class Grammar(Processor):
+    """Masks the tokens that cannot follow the output in what it is to be written by."""
+
+    parameters = ("structured_outputs",)
+    masks = True
+
+    def apply(self, logits: Logits, params: DistributionParams, history: History) -> None:
+        assert history.grammar is not None, "structured_outputs need a compiled grammar"
+        logits[~history.grammar.allowed(history.output_ids, len(logits))] = -math.inf
 
 
 class AllowedTokenIds(Processor):
@@ -259,8 +290,9 @@ class NoRepeatNgrams(Processor):
             logits[_known(ngrams[are_alike, -1], logits)] = -math.inf
 
 
-# The order is vLLM's: masks that are always the same, biases, min_tokens, penalties, masks by what is written.
+# A grammar, then vLLM's order: masks that are always the same, biases, min_tokens, penalties, masks by what is written.
 PROCESSORS = (
+    Grammar(),
     AllowedTokenIds(),
     LogitBias(),
     MinTokens(),

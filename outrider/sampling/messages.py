@@ -8,13 +8,19 @@ from typing import Any
 
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError
-from outrider.sampling.distribution import BIASES, IDS, MOST_TOP_K, SEQUENCES, DistributionParams
+from outrider.sampling.distribution import BIASES, GRAMMAR, IDS, MOST_TOP_K, SEQUENCES, DistributionParams
+from outrider.sampling.structured import StructuredOutputs
 from outrider.v1 import common_pb2
 
 _TO_PROTO: dict[str | None, Callable[[Any], Any]] = {
     SEQUENCES: lambda words: [common_pb2.TokenSequence(token_ids=word) for word in words],
     BIASES: dict,
+    GRAMMAR: lambda asked: None if asked is None else _grammar_to_proto(asked),
 }  # by kinds of parameters, where the message has something else
+_FROM_PROTO: dict[str | None, Callable[[Any], Any]] = {
+    SEQUENCES: lambda words: [word.token_ids for word in words],
+    GRAMMAR: lambda message: _grammar_from_proto(message),
+}
 
 
 def params_from_proto(message: common_pb2.SamplingParams, vocab_size: int | None = None) -> DistributionParams:
@@ -70,9 +76,8 @@ def _values_of(message: Any) -> dict[str, Any]:
     for param in fields(DistributionParams):
         field = message.DESCRIPTOR.fields_by_name.get(param.name)
         if field and not (field.has_presence and not message.HasField(param.name)):
-            value = getattr(message, param.name)
-            is_of_messages = param.metadata["kind"] == SEQUENCES
-            values[param.name] = [each.token_ids for each in value] if is_of_messages else value
+            read = _FROM_PROTO.get(param.metadata["kind"], lambda plain: plain)
+            values[param.name] = read(getattr(message, param.name))
     return values
 
 
@@ -98,3 +103,19 @@ def params_to_proto(params: DistributionParams, shares_noise: bool = False) -> c
 
 def _to_proto(kind: str | None, value: Any) -> Any:
     return _TO_PROTO.get(kind, lambda plain: plain)(value)
+
+
+def _grammar_to_proto(asked: StructuredOutputs) -> common_pb2.StructuredOutputs:
+    value = getattr(asked, asked.kind)
+    if asked.kind == "choice":
+        value = common_pb2.Choices(texts=value)
+    return common_pb2.StructuredOutputs(**{asked.kind: value})
+
+
+def _grammar_from_proto(message: common_pb2.StructuredOutputs) -> StructuredOutputs:
+    """Return what is asked for; raises InvalidArgumentError for a message without one of the fields."""
+    kind = message.WhichOneof("kind")
+    values = {kind: getattr(message, kind)} if kind else {}
+    if kind == "choice":
+        values = {kind: message.choice.texts[:]}
+    return StructuredOutputs(**values)

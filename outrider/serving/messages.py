@@ -8,7 +8,7 @@ from typing import TypeVar
 from outrider.protocol.errors import InvalidArgumentError
 
 LONGEST_CONTEXT = 2**19  # tokens that a service offers by default, so that a bound stands before its model is known
-MOST_OTHER_BYTES = 64 * 1024  # of all fields but tokens and supports; a tokenizer's fingerprint has 8 for 1,024 ids
+MOST_OTHER_BYTES = 128 * 1024  # of all fields but tokens and supports; half of them for a grammar's text
 SUPPORT_ID_BYTES = 5  # most of a uint32 as a varint
 PROPOSAL_BYTES = 32  # a proposal's own fields, with the tags and lengths of its support
 MOST_GRPC_BYTES = 2**31 - 1

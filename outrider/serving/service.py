@@ -24,9 +24,12 @@ from outrider.engine.models.loader import LoadedModel, ModelOptions, ModelRefuse
 from outrider.engine.models.outline import plan_of
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InvalidArgumentError, ModelChangedError, NotFoundError, UnavailableError
+from outrider.sampling.distribution import DistributionParams, OutputMask
+from outrider.sampling.grammars import Grammars
 from outrider.sampling.messages import defaults_to_proto
 from outrider.serving.admission import Places, Turnstile
 from outrider.serving.calls import LAST_WORD_S, Call
+from outrider.serving.grammars import GrammarCache
 from outrider.serving.messages import LONGEST_CONTEXT, MOST_OTHER_BYTES, most_bytes
 from outrider.serving.options import ServiceOptions
 from outrider.serving.server import Server, run_until_signal
@@ -69,6 +72,7 @@ class ModelHost(Generic[WorkerT]):
         self._worker: WorkerT | None = None
         self._fingerprint: common_pb2.TokenizerFingerprint | None = None
         self._places = Places(options.max_sessions, options.max_sessions_per_caller)
+        self._grammars = GrammarCache(self._read_tokenizer)
         self._openings, self._questions = Turnstile(MOST_OPENINGS), Turnstile(MOST_QUESTIONS)
         self._calls: set[Call] = set()  # sessions, and those that are about to open one
         self._is_draining = False
@@ -138,6 +142,27 @@ class ModelHost(Generic[WorkerT]):
         for start in range(0, len(whole), TOKENIZER_PART_BYTES):
             call.note_life()
             yield whole[start : start + TOKENIZER_PART_BYTES]
+
+    async def grammar_of(self, params: DistributionParams, call: Call) -> OutputMask | None:
+        """Return what masks the text of a session; None where it asks for no grammar.
+
+        Raises:
+            InvalidArgumentError: the grammar is refused, or the model came without a tokenizer.
+        """
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise InvalidArgumentError(
+                f"structured_outputs need a tokenizer, and {self._options.model} came without one: serve the model "
+                "with its tokenizer.json, or leave them out"
+            )
+        grammar = await call.wait(self._grammars.get(params.structured_outputs, call.caller))
+        return grammar.begin(params.stop_token_ids)
+
+    def _read_tokenizer(self) -> Grammars:
+        model, tokenizer = self._loaded, self.tokenizer
+        assert tokenizer is not None
+        return Grammars(tokenizer.tokenizer_json.decode(), model.vocab_size, model.eos_token_ids)
 
     @property
     def tokenizer_fingerprint(self) -> common_pb2.TokenizerFingerprint | None:

@@ -24,7 +24,7 @@ from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
-from outrider.sampling.distribution import FILTERED, DistributionParams, History, no_token_left
+from outrider.sampling.distribution import FILTERED, DistributionParams, History, OutputMask, no_token_left
 from outrider.sampling.draws import NO_SUPPORT, Reading, TargetRows
 from outrider.sampling.logprobs import logprobs_of
 from outrider.sampling.pipeline import begin_reading, joined, leaves_no_token
@@ -82,6 +82,7 @@ class Session:
     sequence: EngineSequence = field(default_factory=EngineSequence)
     num_prompt_tokens: int = 0  # behind which the output begins
     num_logprobs: int | None = None  # likeliest tokens whose log-probabilities rows report; None: no row reports any
+    grammar: OutputMask | None = None  # that the output follows
     is_open: bool = True
     failure: ServiceError | None = None  # what its next round is answered with
 
@@ -138,6 +139,7 @@ class Scheduler:
         caller: Caller = (),
         num_prompt_tokens: int = 0,
         num_logprobs: int | None = None,
+        grammar: OutputMask | None = None,
     ) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.
 
@@ -153,7 +155,7 @@ class Scheduler:
             )
         needs_noise = shares_noise and not params.is_greedy  # a greedy draw is the same with any number
         numbers = SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE)
-        session = Session(params, numbers, EngineSequence(caller=caller), num_prompt_tokens, num_logprobs)
+        session = Session(params, numbers, EngineSequence(caller=caller), num_prompt_tokens, num_logprobs, grammar)
         session.sequence.tokens.extend(committed.token_ids)
         self.thread.post(lambda: self._begin(session), is_long=True)
         return session
@@ -293,7 +295,8 @@ class Scheduler:
         sequence, demand = job.session.sequence, job.demand
         if rows is None:
             if _leaves_no_token(job):
-                return InvalidArgumentError(no_token_left(job.session.params, job.round.committed.end))
+                its, grammar = job.session.params, job.session.grammar
+                return InvalidArgumentError(no_token_left(its, job.round.committed.end, grammar and grammar.failure))
             sequence.cache.clear()
             return InternalError("the model returned NaN or infinity for this session")
         assert demand.started_at is not None
@@ -377,7 +380,8 @@ def _histories_of(job: _Job, num_rows: int) -> list[History | None]:
     if not session.params.processors:
         return [None] * num_rows
     token_ids, first = np.array(session.sequence.tokens[:], dtype=np.int64), job.round.committed.end
-    return [History(token_ids[: first + offset], session.num_prompt_tokens) for offset in range(num_rows)]
+    seen = session.num_prompt_tokens, session.grammar
+    return [History(token_ids[: first + offset], *seen) for offset in range(num_rows)]
 
 
 def _leaves_no_token(job: _Job) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
-from outrider.common.callers import Caller
 from outrider.common.mailbox import Mailbox
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError, NotFoundError, ServiceError
@@ -16,6 +15,7 @@ from outrider.sampling.distribution import MOST_LOGPROBS
 from outrider.sampling.draws import NO_SUPPORT
 from outrider.sampling.logprobs import Logprobs
 from outrider.sampling.messages import params_from_proto
+from outrider.serving.calls import Call
 from outrider.serving.options import ServiceOptions
 from outrider.serving.service import HostedServicer
 from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
@@ -62,7 +62,7 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             if opening is None:
                 return
             shares_noise = opening.open.sampling.shared_noise
-            session = self._open(scheduler, opening.open, shares_noise, call.caller)
+            session = await self._open(scheduler, opening.open, shares_noise, call)
             call.is_busy = lambda: scheduler.is_busy(session)
             answers: Mailbox[Verdict | ServiceError] = Mailbox()
             try:
@@ -80,19 +80,22 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             finally:
                 scheduler.close(session)
 
-    def _open(
-        self, scheduler: Scheduler, message: target_pb2.OpenVerification, shares_noise: bool, caller: Caller
+    async def _open(
+        self, scheduler: Scheduler, message: target_pb2.OpenVerification, shares_noise: bool, call: Call
     ) -> Session:
         if message.num_logprobs > MOST_LOGPROBS:
             raise InvalidArgumentError(f"open.num_logprobs is {message.num_logprobs}: give at most {MOST_LOGPROBS}")
+        params = params_from_proto(message.sampling, self._host.vocab_size)
+        committed, num_prompt_tokens = self._opening_span(message.committed), wire.num_prompt_tokens(message)
         return scheduler.open(
-            params_from_proto(message.sampling, self._host.vocab_size),
+            params,
             message.seed,
-            self._opening_span(message.committed),
+            committed,
             shares_noise,
-            caller,
-            wire.num_prompt_tokens(message),
+            call.caller,
+            num_prompt_tokens,
             message.num_logprobs if message.HasField("num_logprobs") else None,
+            await self._host.grammar_of(params, call),
         )
 
     def _opening_span(self, span: common_pb2.TokenSpan) -> Span:

@@ -96,7 +96,7 @@ class TextFile(click.ParamType):
 
 
 def _with_ids(pairs: list[tuple[str, Any]]) -> dict[str | int, Any]:
-    return {int(key) if key.isdecimal() else key: value for key, value in pairs}
+    return {int(key) if key.isdecimal() and key == str(int(key)) else key: value for key, value in pairs}
 
 
 _REMEDIES = {param.name: param.metadata["remedy"] for param in PARAMETERS}
@@ -109,6 +109,7 @@ HELP = {
     "seed": "The same seed gives the same text, whatever the draft does (but see --rule); without it, a new one.",
     "stop": "End before this text; may be given several times.",
     "bad_words": "Words that are not written, as a JSON list of texts, or of lists of token ids.",
+    "structured_outputs": 'What the text is written by, as a JSON object with one of json (a schema), regex, choice, grammar (Lark) and json_object, such as \'{"regex": "[0-9]+"}\'.',
     "ignore_eos": "Go on after an end-of-sequence token.",
     "method": "The pair, the target only, or the draft only.",
     "num_speculative_tokens": "K: most proposals in a round; `auto` picks the fastest, round by round.",

@@ -40,9 +40,9 @@ class Task:
 
     @property
     def sampling(self) -> common_pb2.SamplingParams:
-        """How both services draw. Under `min_tokens` they also need the ids that end the text."""
+        """How both services draw. For `min_tokens` and grammars they also need the ids that end the text."""
         params, ends = self.distribution, list[int]()
-        if params.min_tokens:
+        if params.min_tokens or params.structured_outputs:
             ends = [*dict.fromkeys((*params.stop_token_ids, *self.target_info.eos_token_ids))][:MOST_STOP_IDS]
         return params_to_proto(replace(params, stop_token_ids=ends), self.rule.shares_noise)
 

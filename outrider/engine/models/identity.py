@@ -6,8 +6,8 @@ number of each row and each column of a matrix that is no expert's. So it sees e
 further, merged, quantised or rounded, the row of every token, and every piece of a tokenizer.
 
 It does not see: single numbers of a large matrix; rows of an expert's; weights that accelerate keeps off every device;
-what is no part of the files, such as versions of libraries, kernels, and code that a checkpoint brings; and
-what somebody hides from it on purpose. It tells models apart, and proves nothing.
+what is no part of the files, such as versions of libraries, kernels, and code that a checkpoint brings, but that of
+llguidance, whose masks are part of what a model with a tokenizer writes; and what somebody hides from it on purpose. It tells models apart, and proves nothing.
 
 Shapes: E matrices in a tensor, N numbers in a matrix.
 """
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from outrider.engine.models.files import pieces
 from outrider.engine.models.stored import stored_modules
+from outrider.sampling import grammars
 
 NUM_DIGITS = 32
 READ_WHOLE_BYTES = 64 * 1024 * 1024
@@ -43,7 +44,8 @@ def identity_of(model: PreTrainedModel, tokenizer: bytes | None, eos_token_ids: 
         tokenizer: all that makes text of ids and ids of text; None where there is none.
     """
     digest = hashlib.sha256()
-    parts = [_json(model.config.to_dict()), _json(eos_token_ids), b"" if tokenizer is None else tokenizer]
+    parts = [_json(model.config.to_dict()), _json(eos_token_ids)]
+    parts += [b""] if tokenizer is None else [tokenizer, grammars.VERSION.encode()]
     for part in (*parts, *_weights(model), *_kept_matrices(model)):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
