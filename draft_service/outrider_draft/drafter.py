@@ -22,7 +22,7 @@ from outrider.engine.engine import Sequence as EngineSequence
 from outrider.engine.isolation import failed_alone, in_halves
 from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
-from outrider.sampling.distribution import FILTERED, DistributionParams
+from outrider.sampling.distribution import FILTERED, DistributionParams, OutputMask
 from outrider.sampling.draws import MOST_SUPPORT, Draft, Draws
 from outrider.sampling.pipeline import draft_tokens, leaves_no_token
 from outrider_draft.session import Commit, Drafted, DraftOptions, Path, Session

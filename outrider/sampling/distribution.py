@@ -114,7 +114,7 @@ class DistributionParams:
     min_tokens: int = _param(COUNT, 0, _COUNT, f"a number from 0 to {MOST_TOP_K}")
     stop_token_ids: Sequence[int] = _param(IDS, (), _are_ids(MOST_STOP_IDS), f"up to {MOST_STOP_IDS} token ids")
     # What the output is written by; where it is complete, only ids that end the text follow.
-    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = _param(
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = _param(  # noqa: RUF009 - a field, as others
         GRAMMAR, None, lambda _: True, "a mapping with one of json, regex, choice, grammar and json_object"
     )
 
@@ -153,9 +153,7 @@ FILTERED = DistributionParams(top_k=2, top_p=0.9, min_p=0.01)  # for warming up:
 class OutputMask(Protocol):
     """Says which tokens may follow an output."""
 
-    failure: (
-        str | None
-    )  # why none of them may follow the output that was asked about last, where that is no mask's doing
+    failure: str | None  # why nothing may follow the output that was asked about last, where a limit was met
 
     def allowed(self, output_ids: np.ndarray, num_ids: int) -> np.ndarray:
         """Return `[num_ids] bool`: the ids that may follow `output_ids`, none where these may not stand either."""

@@ -27,6 +27,7 @@ from outrider.protocol.errors import InvalidArgumentError, ModelChangedError, No
 from outrider.sampling.distribution import DistributionParams, OutputMask
 from outrider.sampling.grammars import Grammars
 from outrider.sampling.messages import defaults_to_proto
+from outrider.sampling.structured import StructuredOutputs
 from outrider.serving.admission import Places, Turnstile
 from outrider.serving.calls import LAST_WORD_S, Call
 from outrider.serving.grammars import GrammarCache
@@ -149,14 +150,15 @@ class ModelHost(Generic[WorkerT]):
         Raises:
             InvalidArgumentError: the grammar is refused, or the model came without a tokenizer.
         """
-        if params.structured_outputs is None:
+        asked = params.structured_outputs
+        if asked is None:
             return None
         if self.tokenizer is None:
             raise InvalidArgumentError(
                 f"structured_outputs need a tokenizer, and {self._options.model} came without one: serve the model "
                 "with its tokenizer.json, or leave them out"
             )
-        grammar = await call.wait(self._grammars.get(params.structured_outputs, call.caller))
+        grammar = await call.wait(self._grammars.get(StructuredOutputs.of(asked), call.caller))
         return grammar.begin(params.stop_token_ids)
 
     def _read_tokenizer(self) -> Grammars:

@@ -295,8 +295,9 @@ class Scheduler:
         sequence, demand = job.session.sequence, job.demand
         if rows is None:
             if _leaves_no_token(job):
-                its, grammar = job.session.params, job.session.grammar
-                return InvalidArgumentError(no_token_left(its, job.round.committed.end, grammar and grammar.failure))
+                grammar = job.session.grammar
+                why = grammar.failure if grammar else None
+                return InvalidArgumentError(no_token_left(job.session.params, job.round.committed.end, why))
             sequence.cache.clear()
             return InternalError("the model returned NaN or infinity for this session")
         assert demand.started_at is not None

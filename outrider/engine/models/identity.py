@@ -6,8 +6,9 @@ number of each row and each column of a matrix that is no expert's. So it sees e
 further, merged, quantised or rounded, the row of every token, and every piece of a tokenizer.
 
 It does not see: single numbers of a large matrix; rows of an expert's; weights that accelerate keeps off every device;
-what is no part of the files, such as versions of libraries, kernels, and code that a checkpoint brings, but that of
-llguidance, whose masks are part of what a model with a tokenizer writes; and what somebody hides from it on purpose. It tells models apart, and proves nothing.
+what is no part of the files, such as versions of libraries, kernels, and code that a checkpoint brings; and what
+somebody hides from it on purpose. llguidance alone is part of a model that has a tokenizer, since its masks decide what
+is written. The identity tells models apart, and proves nothing.
 
 Shapes: E matrices in a tensor, N numbers in a matrix.
 """
