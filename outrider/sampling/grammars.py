@@ -95,12 +95,13 @@ class Grammar:
         return self._grammars.new_matcher(self._source)
 
     def check(self) -> None:
-        """Raise InvalidArgumentError if the grammar, a first token of it, or taking that back is refused."""
+        """Raise InvalidArgumentError if the grammar, its first two tokens, or taking one back is refused."""
         matcher = self._matcher.deep_copy()
         if not matcher.is_error():
             first = np.flatnonzero(_bits(matcher, self._grammars.vocab_size))
             if len(first) and matcher.validate_tokens([int(first[0])]):
                 matcher.consume_token(int(first[0]))
+                matcher.compute_bitmask()
                 matcher.rollback(1)
         if matcher.is_error():
             raise _refusal(self.asked, matcher.get_error())

@@ -43,7 +43,7 @@ class StructuredOutputs:
             value = _choices(value)
         elif given == ["json_object"] and value is not True:
             raise _refusal("json_object", value, "True or False")
-        elif not isinstance(value, str | bool):
+        elif given in (["regex"], ["grammar"]) and not isinstance(value, str):
             raise _refusal(given[0], value, "text")
         object.__setattr__(self, given[0], value)
         object.__setattr__(self, "choice", tuple(self.choice or ()))

@@ -125,6 +125,9 @@ class ProcessedPair(Pair):
 
     forgets_proposals: bool = False  # broken: rows see only the committed tokens
 
+    def history_of(self, prefix: Prefix) -> History:
+        return history_of(prefix)
+
     @functools.cache  # noqa: B019 - a test's own object
     def target_probs(self, prefix: Prefix) -> torch.Tensor:
         row = processed(TARGET.logits(prefix)[0].tolist(), self.params, PROMPT, prefix)
@@ -134,7 +137,7 @@ class ProcessedPair(Pair):
     @functools.cache  # noqa: B019
     def drafts(self, prefix: Prefix) -> list[tuple[float, Proposal]]:
         arguments = [self.draft_params], [self.max_support], [0.5]
-        [draft] = pipeline.draft_tokens([DRAFT.logits(prefix)], *arguments, histories=[history_of(prefix)])
+        [draft] = pipeline.draft_tokens([DRAFT.logits(prefix)], *arguments, histories=[self.history_of(prefix)])
         assert draft
         ids, probs = draft.support_ids, normalised(draft.weights)
         return [(probs[index], Proposal(int(token_id), ids, probs, index)) for index, token_id in enumerate(ids)]
@@ -148,7 +151,7 @@ class ProcessedPair(Pair):
 
     @functools.cache  # noqa: B019
     def rows_at(self, prefix: Prefix, support: Prefix, seen: Prefix) -> list[tuple[float, TargetRow]]:
-        logits, ids, history = TARGET.logits(prefix), np.array(support, dtype=np.int64), history_of(seen)
+        logits, ids, history = TARGET.logits(prefix), np.array(support, dtype=np.int64), self.history_of(seen)
         row = apply(logits[0], self.params, history)
         plain = DistributionParams(self.params.temperature, self.params.top_k, self.params.top_p)
         outside = probability_rows(row[None], [plain])[0].numpy().copy()
