@@ -67,6 +67,10 @@ SAMPLINGS = [
     ("no_repeat_ngram_size", 2**31),
     ("min_tokens", 2**31),
     ("stop_token_ids", [1] * 257),
+    ("structured_outputs", {}),
+    ("structured_outputs", {"regex": ""}),
+    ("structured_outputs", {"choice": {"texts": []}}),
+    ("structured_outputs", {"regex": "[0-9]+"}),  # of models without a tokenizer
 ]
 UNKNOWN_IDS = [
     ("logit_bias", {VOCAB_SIZE: 1.0}), ("allowed_token_ids", [1, VOCAB_SIZE]), ("stop_token_ids", [2**32 - 1]),
