@@ -1,5 +1,5 @@
-"""Structured output through real services: the distribution is the target's on what the grammar allows, a seed's text is
-one text however it is written, what is written parses, and hostile grammars hurt nobody else.
+"""Structured output through real services: texts follow the target's distribution on what the grammar allows, a seed's
+text is one text however it is written, what is written parses, and hostile grammars hurt nobody else.
 
 The law is computed with transformers and tests/grammars.py's definition; `tests.e2e.test_distribution_whole_stack` has
 the statistic.
@@ -38,7 +38,7 @@ from tests.servers import DRAFT, TARGET, RunningServer, Services
 
 ASKED = {"regex": PATTERN}
 PROMPT, LENGTH = [2, 0, 1], 5  # the longest texts have four letters, and their end
-NUM_TEXTS, NUM_TEXTS_BROKEN = 400, 300
+NUM_TEXTS, NUM_TEXTS_BROKEN = 250, 200
 NUM_AT_ONCE = 16
 Law = dict[tuple[int, ...], float]
 
@@ -89,9 +89,9 @@ def judged(rule: str, num_speculative_tokens: int, **more: Any) -> Scenario:
 
 
 SCENARIOS = {
-    **{f"rejection, K = {k}": judged("rejection", k) for k in (1, 2, 8)},
-    **{f"block, K = {k}": judged("block", k) for k in (1, 3, 8)},
-    **{f"shared noise, K = {k}": judged("shared_noise", k) for k in (1, 3, 8)},
+    **{f"rejection, K = {k}": judged("rejection", k) for k in (1, 3, 8)},
+    **{f"block, K = {k}": judged("block", k) for k in (2, 8)},
+    **{f"shared noise, K = {k}": judged("shared_noise", k) for k in (1, 4)},
     "small supports": judged("rejection", 3, max_support=2),
     "the target only": Scenario(speculation={"method": "autoregressive"}),
     "filters": Scenario(asked(temperature=0.8, top_k=2, top_p=0.9, min_p=0.05)),
@@ -127,12 +127,21 @@ def exact_law(model: PreTrainedModel, sampling: SamplingParams) -> Law:
 
 
 def written(pair: Pair, scenario: Scenario, number: int) -> Counter[tuple[int, ...]]:
-    """Return how often each text came, in `number` generations with the seeds 0, 1, …"""
+    """Return how often each text came, in `number` generations with the seeds 0, 1, …
+
+    One that ends because no token is left counts as a text without tokens, which no law has.
+    """
     how = SpeculationParams(**scenario.speculation)
-    requests = [replace(scenario.sampling, seed=seed, max_new_tokens=LENGTH) for seed in range(number)]
+
+    def write_one(seed: int) -> tuple[int, ...]:
+        sampling = replace(scenario.sampling, seed=seed, max_new_tokens=LENGTH)
+        try:
+            return tuple(client.generate(PROMPT, sampling, how).token_ids)
+        except InvalidRequestError:
+            return ()
+
     with pair.client(draft=scenario.draft) as client, ThreadPoolExecutor(NUM_AT_ONCE) as threads:
-        results = threads.map(lambda sampling: client.generate(PROMPT, sampling, how), requests)
-        return Counter(tuple(result.token_ids) for result in results)
+        return Counter(threads.map(write_one, range(number)))
 
 
 def compare(counts: Counter[tuple[int, ...]], law: Law) -> tuple[float, float]:
@@ -174,7 +183,7 @@ def test_a_mask_that_is_not_renormalised_over_is_noticed(pair):
     """A target that draws freely, and keeps what fits: the classic way to do it wrong."""
     law = exact_law(pair.model, asked())
     free = replace(Scenario().sampling, structured_outputs=None)
-    kept = Counter({text: n for text, n in written(pair, Scenario(free), 3000).items() if text in law})
+    kept = Counter({text: n for text, n in written(pair, Scenario(free), 1500).items() if text in law})
     assert kept.total() > 100
     statistic, limit = compare(kept, law)
     assert statistic > 2 * limit
@@ -215,8 +224,8 @@ def test_a_seeds_text_is_one_text_for_every_number_of_proposals(byte_pair, name,
     with byte_pair.client() as client:
         texts = [write(client, name, rule=rule, num_speculative_tokens=k) for k in (1, 2, 3, 5, 8)]
         if rule == "shared_noise":
-            texts.append(write(client, name, method="autoregressive"))
-    assert all(text == texts[0] for text in texts)
+            texts.append(write(client, name, rule=rule, method="autoregressive"))
+    assert texts == texts[:1] * len(texts)
     assert len(texts[0]) == 60
 
 
