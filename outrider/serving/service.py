@@ -313,6 +313,8 @@ class ModelHost(Generic[WorkerT]):
             backend=model.choice.backend,
             backend_notes=model.choice.notes,
             generation_defaults=defaults_to_proto(defaults.values, defaults.unused) if says_some else None,
+            weight_formats=model.weight_formats,
+            quantize=options.quantize or "",
         )
 
     async def stats(self) -> common_pb2.ServiceStats:
@@ -347,6 +349,7 @@ def _model_options(options: ServiceOptions) -> ModelOptions:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         quantization=options.quantization,
+        quantize=options.quantize,
         device_map=options.device_map,
         threads=options.threads,
         caches=CacheOptions(options.max_cached_tokens, options.cuda_graphs, options.paged, options.kv_dtype),
@@ -393,11 +396,7 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
     if options.plan or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if options.plan:
-        try:
-            plan = plan_of(_model_options(options))
-        except ModelRefusedError as error:
-            raise click.ClickException(str(error)) from error
-        click.echo(json.dumps(asdict(plan) | {"cache_bytes": plan.cache_bytes}))
+        _show_plan(options)
         return
     host = options.listen.rpartition(":")[0]
 
@@ -422,3 +421,11 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
     if status is not None:
         sys.stdout.flush()
         os._exit(status)  # a thread is in the middle of a pass, or of loading, and is not waited for
+
+
+def _show_plan(options: ServiceOptions) -> None:
+    try:
+        plan = plan_of(_model_options(options))
+    except ModelRefusedError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(json.dumps(asdict(plan) | {"weight_bytes": plan.weight_bytes, "cache_bytes": plan.cache_bytes}))
