@@ -126,7 +126,7 @@ class FreshLoad(ServicesLoad):
 
     def __init__(self, bench: Bench, loop: asyncio.AbstractEventLoop):
         self._addresses = bench.addresses.target, bench.addresses.draft
-        super().__init__(*self._addresses, bench.settings, loop)
+        super().__init__(AsyncSpeculativeClient(*self._addresses), bench.settings, loop)
 
     def run(self, texts: Sequence[Text], cell: Cell, seed: int) -> list[Made]:
         self._loop.run_until_complete(self._client.close())

@@ -88,7 +88,7 @@ class Services:
         servicer = kind.servicer(settings)
 
         async def make() -> Server:
-            return Server(kind.name, servicer, kind.register, settings.listen)
+            return Server(kind.name, servicer, kind.register, settings.listen, settings.doors)
 
         server = self.run(make())
         self._running.append(server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -23,6 +24,7 @@ from outrider_client.connection import (
 from outrider_client.conversation.effects import Broken, Link, Received
 from outrider_client.conversation.patience import Patience
 from outrider_client.core import Core, TextView, run_now
+from outrider_client.credentials import Credentials
 from outrider_client.errors import ClientClosedError, DeadlineExceededError, InvalidRequestError
 from outrider_client.pair import PairInfo
 from outrider_client.params import Prompt, Prompts, SamplingParams, SpeculationFields, SpeculationParams
@@ -43,10 +45,20 @@ class AsyncSpeculativeClient:
     """
 
     def __init__(
-        self, target: str, draft: str | None = None, *, patience: Patience | None = None, connect_timeout: float = 10.0
+        self,
+        target: str,
+        draft: str | None = None,
+        *,
+        patience: Patience | None = None,
+        connect_timeout: float = 10.0,
+        api_key: str | None = None,
+        tls_ca: str | os.PathLike[str] | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
     ):
         """Arguments as for SpeculativeClient. Nothing is sent before the first use."""
-        settings = ConnectionSettings.of(target, draft, connect_timeout, patience)
+        credentials = Credentials.of(api_key, tls_ca, tls_cert, tls_key)
+        settings = ConnectionSettings.of(target, draft, connect_timeout, patience, credentials)
         self._core = Core(settings, _LoopConnection)
 
     async def __aenter__(self) -> AsyncSpeculativeClient:
@@ -150,7 +162,7 @@ class _LoopConnection(Connection):
     mailbox = Mailbox
 
     def __init__(self, settings: ConnectionSettings):
-        super().__init__(settings, grpc.aio.insecure_channel)
+        super().__init__(settings, grpc.aio)
         self.loop = asyncio.get_running_loop()
         self._closing: asyncio.Future[None] = self.loop.create_future()  # done once the client is closed
         self.describing = asyncio.Lock()
@@ -181,10 +193,10 @@ class _LoopConnection(Connection):
             await channel.close()
 
     async def unary(self, method: Any, request: Any, timeout: float) -> Any:
-        return readable(await method(request, timeout=timeout))
+        return readable(await method(request, timeout=timeout, metadata=self.metadata))
 
     async def collect(self, method: Any, request: Any, timeout: float, take: Callable[[Any], None]) -> None:
-        call = method(request, timeout=timeout)
+        call = method(request, timeout=timeout, metadata=self.metadata)
         try:
             async for message in call:
                 take(readable(message))

@@ -19,7 +19,7 @@ MOST_UINT32 = (1 << 32) - 1
 _NO_NUMBERS = frozenset("mMV")  # numpy's kinds of durations, times and records
 _MOST_ITEMS = 1 << 24  # of an iterable; more are taken for endless
 _HOST_AND_PORT = re.compile(r"(\[[^\]/]+\]|[^:/\[\]]+)(?::(.*))?")
-_PLAIN_SCHEME = re.compile(r"(http|grpc)://")
+_OWN_SCHEME = re.compile(r"(?:http|grpc)(s?)://")  # with an s: TLS
 _SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds|passthrough):")
 
 
@@ -217,16 +217,15 @@ def is_several(prompt: Any) -> bool:
 def address(name: str, value: object, default_port: int) -> str:
     """Return an address for gRPC: HOST:PORT, or one with a scheme that gRPC knows, such as `unix:PATH`.
 
-    HOST and HOST:PORT may follow `http://` or `grpc://`. An IPv6 address needs brackets if a port follows.
+    HOST and HOST:PORT may follow `http://`, `grpc://`, `https://` or `grpcs://`. An IPv6 address needs brackets if a
+    port follows.
     """
     remedy = "HOST or HOST:PORT, such as localhost or [::1]:50052"
     if not isinstance(value, str) or not value.isprintable() or " " in value:
         raise _refusal(name, value, remedy)
     if _SCHEME.match(value):
         return value
-    if value.startswith("https://"):
-        raise _refusal(name, value, f"{remedy}: the client speaks without TLS, so put a proxy beside it")
-    plain = _PLAIN_SCHEME.sub("", value).removesuffix("/")
+    plain = _OWN_SCHEME.sub("", value).removesuffix("/")
     found = _HOST_AND_PORT.fullmatch(f"[{plain}]" if plain.count(":") > 1 and "[" not in plain else plain)
     if not found:
         raise _refusal(name, value, remedy)
@@ -234,6 +233,12 @@ def address(name: str, value: object, default_port: int) -> str:
     if not (str(port).isdecimal() and 0 < int(port) < 1 << 16):
         raise _refusal(name, value, f"{remedy}, with a port from 1 to 65535")
     return f"{found[1]}:{port}"
+
+
+def wants_tls(address: str) -> bool | None:
+    """Return whether an address that `address` takes asks for TLS; None where it says neither."""
+    found = _OWN_SCHEME.match(address)
+    return bool(found[1]) if found else None
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 from typing import Any, Protocol, TypeVar, cast
 
@@ -18,6 +19,8 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from outrider.common.reread import Reread
+from outrider.common.tls import ClientTls
 from outrider.protocol.errors import ERROR_DOMAIN, InvalidArgumentError
 from outrider.sampling.messages import check_ids, defaults_of
 from outrider.sampling.rng import seed_of_text
@@ -27,6 +30,7 @@ from outrider_client.conversation.committed import Committed, Task
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Broken, Link
 from outrider_client.conversation.patience import Breaker, Patience
+from outrider_client.credentials import Credentials, channel_credentials
 from outrider_client.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -81,25 +85,53 @@ LOOKUP_DRAFT = "lookup"  # in place of a draft's address: proposals from the tex
 class ConnectionSettings:
     """A client's services, and how long it waits for them."""
 
-    target: str  # HOST or HOST:PORT
+    target: str  # HOST or HOST:PORT, perhaps behind a scheme that says whether TLS is spoken
     draft: str | None = None
     connect_s: float = 10.0  # for the target's description, at first use
     patience: Patience = field(default_factory=Patience)
     jitter: Callable[[], float] = field(default_factory=lambda: Random().random)  # of pauses; from [0, 1)
     looks_up: bool = False  # where a call does not say whether to
+    credentials: Credentials = field(default_factory=Credentials)
+    target_tls: Reread[ClientTls] | None = field(default=None, init=False)  # None: the service is spoken to without
+    draft_tls: Reread[ClientTls] | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, target: str, draft: str | None, connect_s: float, patience: Patience | None) -> ConnectionSettings:
+    def of(
+        cls,
+        target: str,
+        draft: str | None,
+        connect_s: float,
+        patience: Patience | None,
+        credentials: Credentials | None = None,
+    ) -> ConnectionSettings:
         """Return the settings that the arguments of a client mean."""
         looks_up = isinstance(draft, str) and draft == LOOKUP_DRAFT
         service = None if looks_up else draft
-        return cls(target, service, connect_s, Patience() if patience is None else patience, looks_up=looks_up)
+        return cls(
+            target,
+            service,
+            connect_s,
+            Patience() if patience is None else patience,
+            looks_up=looks_up,
+            credentials=credentials or Credentials(),
+        )
 
     def __post_init__(self) -> None:
         """Raise InvalidRequestError, which names the field, for invalid values."""
-        object.__setattr__(self, "target", arguments.address("target", self.target, TARGET_PORT))
-        if self.draft is not None:
-            object.__setattr__(self, "draft", arguments.address("draft", self.draft, DRAFT_PORT))
+        given = (("target", self.target, TARGET_PORT), ("draft", self.draft, DRAFT_PORT))
+        services = [each for each in given if each[0] == "target" or each[1] is not None]
+        addresses = {name: arguments.address(name, value, port) for name, value, port in services}
+        files = self.credentials.files
+        wishes = {name: arguments.wants_tls(str(value)) for name, value, _ in services}
+        with_tls = [name for name, wish in wishes.items() if (bool(files.paths) if wish is None else wish)]
+        if files.paths and not with_tls:
+            raise InvalidRequestError(
+                "tls_ca, tls_cert and tls_key are for addresses with TLS: begin one with grpcs://"
+            )
+        tls = self.credentials.tls() if with_tls else None
+        for name, address in addresses.items():
+            object.__setattr__(self, name, address)
+            object.__setattr__(self, f"{name}_tls", tls if name in with_tls else None)
         object.__setattr__(self, "connect_s", arguments.seconds("connect_timeout", self.connect_s))
         if not isinstance(self.patience, Patience):
             raise InvalidRequestError(f"patience is {arguments.shown(self.patience)}: give a Patience, or None")
@@ -120,6 +152,34 @@ class Stream(Protocol):
         """End the call, from any thread."""
 
 
+class Line:
+    """The way to one service. When files of TLS have changed there is a new channel; calls of the last one go on."""
+
+    def __init__(self, module: Any, address: str, tls: Reread[ClientTls] | None, stub: Callable, options: Sequence):
+        """`module` is grpc or grpc.aio; `stub` makes the generated stub of a channel."""
+        self._module, self._address, self._tls = module, address, tls
+        self._make_stub, self._options = stub, options
+        self.channels: list[Any] = []
+        self._shown: ClientTls | None = None
+        self._stub = self._open()
+
+    @property
+    def stub(self) -> Any:
+        if self._tls and self._tls.current is not self._shown:
+            self._stub = self._open()
+        return self._stub
+
+    def _open(self) -> Any:
+        if self._tls is None:
+            channel = self._module.insecure_channel(self._address, options=self._options)
+        else:
+            self._shown = self._tls.current
+            credentials = channel_credentials(self._shown)
+            channel = self._module.secure_channel(self._address, credentials, options=self._options)
+        self.channels.append(channel)
+        return self._make_stub(channel)
+
+
 class Connection(ABC):
     """The channels to both services, their stubs, and all kinds of waiting.
 
@@ -129,14 +189,27 @@ class Connection(ABC):
     mailbox: Callable[[], Any]  # makes a queue with `put`
     describing: Any  # the lock of the call that fetches the target's description
 
-    def __init__(self, settings: ConnectionSettings, open_channel: Callable[..., Any]):
-        """`open_channel` is `insecure_channel` of grpc or of grpc.aio."""
-        self.channels = [open_channel(settings.target, options=CHANNEL_OPTIONS)]
+    def __init__(self, settings: ConnectionSettings, module: Any):
+        """`module` is grpc or grpc.aio."""
+        target, draft = target_pb2_grpc.TargetServiceStub, draft_pb2_grpc.DraftServiceStub
+        self._target = Line(module, settings.target, settings.target_tls, target, CHANNEL_OPTIONS)
+        self._draft: Line | None = None
         if settings.draft is not None:
-            self.channels.append(open_channel(settings.draft, options=DRAFT_CHANNEL_OPTIONS))
-        self.target = target_pb2_grpc.TargetServiceStub(self.channels[0])
-        self.draft = draft_pb2_grpc.DraftServiceStub(self.channels[1]) if settings.draft is not None else None
+            self._draft = Line(module, settings.draft, settings.draft_tls, draft, DRAFT_CHANNEL_OPTIONS)
+        self.metadata = settings.credentials.metadata  # of each call
         self._pid = os.getpid()
+
+    @property
+    def target(self) -> Any:
+        return self._target.stub
+
+    @property
+    def draft(self) -> Any:
+        return self._draft.stub if self._draft else None
+
+    @property
+    def channels(self) -> list[Any]:
+        return self._target.channels + (self._draft.channels if self._draft else [])
 
     @property
     def is_lost(self) -> bool:
@@ -151,7 +224,8 @@ class Connection(ABC):
             )
 
     def method_of(self, link: Link) -> Any:
-        return self.target.Verify if link is Link.TARGET else self.draft.Propose  # type: ignore[union-attr]
+        method = self.target.Verify if link is Link.TARGET else self.draft.Propose
+        return partial(method, metadata=self.metadata)
 
     @abstractmethod
     async def unary(self, method: Any, request: Any, timeout: float) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import queue
 import threading
 import time
@@ -16,6 +17,7 @@ from outrider_client.connection import MOST_UNREAD, Connection, ConnectionSettin
 from outrider_client.conversation.effects import Broken, Link, Received
 from outrider_client.conversation.patience import Patience
 from outrider_client.core import Core, TextView, run_now
+from outrider_client.credentials import Credentials
 from outrider_client.pair import PairInfo
 from outrider_client.params import Prompt, Prompts, SamplingParams, SpeculationFields, SpeculationParams
 from outrider_client.results import Chunk, GenerationResult
@@ -37,7 +39,16 @@ class SpeculativeClient:
     """
 
     def __init__(
-        self, target: str, draft: str | None = None, *, patience: Patience | None = None, connect_timeout: float = 10.0
+        self,
+        target: str,
+        draft: str | None = None,
+        *,
+        patience: Patience | None = None,
+        connect_timeout: float = 10.0,
+        api_key: str | None = None,
+        tls_ca: str | os.PathLike[str] | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
     ):
         """Nothing is sent before the first use.
 
@@ -49,11 +60,18 @@ class SpeculativeClient:
             patience: how long to wait for whom.
             connect_timeout: seconds that the target may take to be ready at first use. After one second the wait is
                 logged, or, where nothing listens at the address, ended by ServiceUnavailableError.
+            api_key: shown to both services; for those that ask for one.
+            tls_ca: file of the authorities, as PEM, that services' certificates must come from; the system's unless
+                given. Services whose address begins with grpcs:// or https:// are spoken to with TLS, and with one of
+                these files all whose address does not begin with grpc:// or http://.
+            tls_cert, tls_key: files of the certificate that services are shown, and of its key, where they want one.
+                All three are read again when they change.
 
         Raises:
             InvalidRequestError: an argument is wrong.
         """
-        settings = ConnectionSettings.of(target, draft, connect_timeout, patience)
+        credentials = Credentials.of(api_key, tls_ca, tls_cert, tls_key)
+        settings = ConnectionSettings.of(target, draft, connect_timeout, patience, credentials)
         self._core = Core(settings, _ThreadConnection)
 
     def __enter__(self) -> SpeculativeClient:
@@ -176,7 +194,7 @@ class _ThreadConnection(Connection):
     mailbox = queue.SimpleQueue
 
     def __init__(self, settings: ConnectionSettings):
-        super().__init__(settings, grpc.insecure_channel)
+        super().__init__(settings, grpc)
         self._closing = threading.Event()
         self.describing = threading.Lock()
 
@@ -186,10 +204,10 @@ class _ThreadConnection(Connection):
             channel.close()
 
     async def unary(self, method: Any, request: Any, timeout: float) -> Any:
-        return readable(method(request, timeout=timeout))
+        return readable(method(request, timeout=timeout, metadata=self.metadata))
 
     async def collect(self, method: Any, request: Any, timeout: float, take: Callable[[Any], None]) -> None:
-        call = method(request, timeout=timeout)
+        call = method(request, timeout=timeout, metadata=self.metadata)
         try:
             for message in call:
                 take(readable(message))

@@ -54,25 +54,26 @@ class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer
     def __init__(self, options: ServiceOptions):
         super().__init__(options, Drafter)
 
-    async def GetModelInfo(self, request, context) -> draft_pb2.DraftServiceGetModelInfoResponse:
-        async with self._host.answer(context):
+    async def GetModelInfo(self, request, visitor) -> draft_pb2.DraftServiceGetModelInfoResponse:
+        async with self._host.answer(visitor):
             return draft_pb2.DraftServiceGetModelInfoResponse(
                 model=self._host.model_info(), stats=await self._host.stats()
             )
 
-    async def GetTokenizer(self, request, context) -> AsyncIterator[draft_pb2.DraftServiceGetTokenizerResponse]:
-        async with self._host.answer(context) as call:
+    async def GetTokenizer(self, request, visitor) -> AsyncIterator[draft_pb2.DraftServiceGetTokenizerResponse]:
+        async with self._host.answer(visitor) as call:
             for part in self._host.tokenizer_parts(call):
                 yield draft_pb2.DraftServiceGetTokenizerResponse(tokenizer_json=part)
 
-    async def Propose(self, requests, context) -> AsyncIterator[draft_pb2.ProposeResponse]:
+    async def Propose(self, requests, visitor) -> AsyncIterator[draft_pb2.ProposeResponse]:
         drafter = self._host.worker
-        async with self._host.admit(requests, context) as call:
+        async with self._host.admit(requests, visitor) as call:
             opening = call.opening
             if opening is None:
                 return
             outbox: Outbox = Mailbox()
             session = self._open(drafter, opening.open, outbox, call.caller)
+            self._host.note_tokens(call, opening.open.committed)
             session.is_unread = lambda: len(outbox) > MOST_UNSENT
             call.is_busy = lambda: session.has_work
             commits = asyncio.ensure_future(self._read_commits(drafter, session, call, requests, outbox))
@@ -136,6 +137,7 @@ class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer
                 commit = request.commit
                 token_ids = wire.unpack_ids(commit.span.token_ids, "commit.span.token_ids", self._host.vocab_size)
                 _check_batch_until("commit.batch_until", commit)
+                self._host.note_tokens(call, commit.span)
                 drafter.commit(
                     session,
                     Commit(

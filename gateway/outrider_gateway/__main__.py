@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
-from contextlib import suppress
-from typing import TextIO
-
 import click
 
 from outrider.common import extras
-from outrider.common.keys import parse_keys
+from outrider.common.doors import Doors, with_doors
 
 
 @click.command(context_settings={"show_default": True, "auto_envvar_prefix": "OUTRIDER_GATEWAY"})
@@ -24,12 +20,17 @@ from outrider.common.keys import parse_keys
 @click.option(
     "--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one."
 )
+@with_doors
 @click.option(
-    "--api-keys",
-    type=click.File(),
-    help="File of the callers' keys, as `outrider keys add` writes it; without, everyone may ask.",
+    "--service-key-file", metavar="FILE", help="File of the key that services are shown, where they ask for one."
 )
-@click.option("--insecure", is_flag=True, help="Serve beyond this machine although anyone may then ask.")
+@click.option(
+    "--service-tls-ca",
+    metavar="FILE",
+    help="Authorities that services' certificates must come from; without, the system's, for addresses that begin with grpcs://.",
+)
+@click.option("--service-tls-cert", metavar="FILE", help="Certificate that services are shown, where they want one.")
+@click.option("--service-tls-key", metavar="FILE", help="Its private key.")
 @click.option(
     "--request-timeout",
     type=click.FloatRange(0),
@@ -69,38 +70,39 @@ from outrider.common.keys import parse_keys
 def main(
     pairs: tuple[str, ...],
     listen: str,
-    api_keys: TextIO | None,
-    insecure: bool,
+    service_key_file: str | None,
+    service_tls_ca: str | None,
+    service_tls_cert: str | None,
+    service_tls_key: str | None,
     request_timeout: float,
     max_requests: int,
     max_body: int,
     keepalive: float,
     target_patience: float,
     grace: float,
+    doors: Doors,
 ) -> None:
     """Serve OpenAI's HTTP interface in front of pairs of services.
 
     Every option is also an environment variable: OUTRIDER_GATEWAY_ and its name, such as OUTRIDER_GATEWAY_LISTEN.
     """
     host, port = _host_and_port(listen)
-    if not (insecure or api_keys or _is_loopback(host)):
-        raise click.UsageError(
-            f"--listen {listen} is open to other machines, and anyone there could ask: listen on 127.0.0.1, give "
-            "--api-keys, or --insecure where something else keeps strangers out"
-        )
     try:
         from outrider_client.conversation.patience import Patience
+        from outrider_client.credentials import Credentials, read_secret
         from outrider_client.errors import InvalidRequestError
         from outrider_gateway import serving
         from outrider_gateway.http import Options
-        from outrider_gateway.pairs import PairAddress
+        from outrider_gateway.pairs import PairAddress, Pairs
     except ModuleNotFoundError as error:
         raise click.ClickException(extras.missing(str(error.name), "the gateway", "http")) from error
     try:
         addresses = [PairAddress.parse(pair) for pair in pairs]
-        keys = parse_keys(api_keys.read()) if api_keys else ()
-        options = Options(request_timeout or None, max_requests, max_body, keepalive, keys)
-        serving.serve(addresses, host, port, options, Patience(retry_s=target_patience), grace)
+        key = read_secret("--service-key-file", service_key_file) if service_key_file else None
+        credentials = Credentials.of(key, service_tls_ca, service_tls_cert, service_tls_key)
+        options = Options(request_timeout or None, max_requests, max_body, keepalive, doors)
+        patience = Patience(retry_s=target_patience)
+        serving.serve(lambda: Pairs(addresses, patience, credentials), host, port, options, grace)
     except (ValueError, InvalidRequestError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
@@ -110,12 +112,6 @@ def _host_and_port(listen: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) >= 1 << 16:
         raise click.UsageError(f"--listen is {listen!r}: give HOST:PORT, such as 127.0.0.1:8000")
     return host.strip("[]"), int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 if __name__ == "__main__":

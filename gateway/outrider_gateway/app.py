@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from outrider import __version__
 from outrider_client.errors import OutriderError
-from outrider_gateway.doors import Doors
+from outrider_gateway.doors import Keys
 from outrider_gateway.errors import HttpError, error_of, invalid
 from outrider_gateway.fields import chat_prompt_of
 from outrider_gateway.generating import Generating
@@ -74,7 +74,7 @@ def make_app(service: Service) -> Starlette:
         middleware=[
             Middleware(RequestIds),
             Middleware(Failures, service.metrics),
-            Middleware(Doors, service.options.keys),
+            Middleware(Keys, service.options.doors),
         ],
         exception_handlers={HTTPException: _told, HttpError: _told, OutriderError: _told},
         lifespan=lifespan,

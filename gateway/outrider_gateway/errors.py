@@ -24,8 +24,11 @@ _API_NAMES = {"max_new_tokens": "max_tokens", "num_speculative_tokens": "specula
 class HttpError(Exception):
     """An answer other than 200. `param` names the field that is wrong, `code` is for programs."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None, retry_s: float = RETRY_S
+    ):
         super().__init__(message)
+        self._retry_s = retry_s
         self.status, self.message, self.code, self.param = status, message, code, param
 
     def body(self) -> dict[str, Any]:
@@ -38,7 +41,7 @@ class HttpError(Exception):
             return {"www-authenticate": "Bearer", "x-should-retry": "false"}
         if self.status not in (429, 503):
             return {"x-should-retry": "false"}
-        wait_s = RETRY_S * (0.5 + random.random())
+        wait_s = self._retry_s * (1 + random.random() / 2)
         return {
             "retry-after-ms": str(round(wait_s * 1000)),
             "retry-after": str(max(1, round(wait_s))),

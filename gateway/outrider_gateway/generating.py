@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive, Send
 
+from outrider.common.keys import Key
 from outrider_client.errors import OutriderError
 from outrider_gateway.answers import Answer, counters_of
 from outrider_gateway.errors import HttpError, error_of
@@ -28,8 +30,9 @@ class Generating:
         reply = Reply(scope, send)
         try:
             body = await read_body(scope, receive, self._service.options.most_body_bytes)
-            with self._service.admission.place(scope["outrider.caller"]):
-                await unless_disconnected(receive, self._serve(body, reply))
+            caller = scope["outrider.caller"]
+            with self._service.admission.place(caller):
+                await unless_disconnected(receive, self._serve(body, reply, caller))
         except Disconnected:
             self._service.metrics.disconnected.inc()
         except HttpError as error:
@@ -41,7 +44,7 @@ class Generating:
         self._service.metrics.refused.labels(error.code or str(error.status)).inc()
         await reply.fail(error)
 
-    async def _serve(self, body: bytes, reply: Reply) -> None:
+    async def _serve(self, body: bytes, reply: Reply, caller: Key | None) -> None:
         request = request_of(self._kind, body)
         pair = self._service.pairs.named(request.model)
         model = await pair.model()
@@ -50,7 +53,8 @@ class Generating:
         else:
             prompts = await prompts_of(request, model)
         asks = asks_of(request, prompts, pair, model)
-        texts = Texts(pair.client, asks, self._service.options.request_timeout, self._service.metrics)
+        service, spend = self._service, partial(self._service.admission.allowances.spend, caller)
+        texts = Texts(pair.client, asks, service.options.request_timeout, service.metrics, spend)
         answer = Answer(request, pair.name, reply.request_id, texts)
         if isinstance(request, CompletionRequest) and request.echo:
             echoes = echoes_of(request, prompts, model)

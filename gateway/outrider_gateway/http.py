@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from outrider.common.keys import Key
+from outrider.common.doors import Doors
 from outrider_gateway.doors import Admission
 from outrider_gateway.errors import HttpError
 from outrider_gateway.metrics import Metrics
@@ -29,7 +29,7 @@ class Options:
     most_requests: int = 256
     most_body_bytes: int = 4 << 20
     keepalive: float = 5.0  # of silence in a stream, until a comment says that it lives
-    keys: tuple[Key, ...] = ()  # none: everyone may ask
+    doors: Doors = field(default_factory=Doors)
 
 
 @dataclass(frozen=True)

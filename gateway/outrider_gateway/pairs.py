@@ -9,6 +9,7 @@ from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
 from outrider_client.aio import AsyncSpeculativeClient
 from outrider_client.conversation.patience import Patience
+from outrider_client.credentials import Credentials
 from outrider_client.errors import InvalidRequestError
 from outrider_client.text.text import TargetTokenizer
 from outrider_gateway.errors import HttpError
@@ -65,11 +66,14 @@ class Model:
 class Pair:
     """One pair: its client, and what its target last said of itself."""
 
-    def __init__(self, address: PairAddress, patience: Patience):
+    def __init__(self, address: PairAddress, patience: Patience, credentials: Credentials):
         self.name, self.has_draft = address.name, address.draft is not None
         connect_s = min(patience.retry_s, CONNECT_S)
+        shown = {"api_key": credentials.api_key} | {
+            f"tls_{name}": path for name, path in vars(credentials.files).items()
+        }
         self.client = AsyncSpeculativeClient(
-            address.target, address.draft, patience=patience, connect_timeout=connect_s
+            address.target, address.draft, patience=patience, connect_timeout=connect_s, **shown
         )
         self._model: Model | None = None
 
@@ -89,8 +93,8 @@ class Pair:
 class Pairs:
     """All pairs of a gateway, by name; the first one serves requests that name no model."""
 
-    def __init__(self, addresses: Sequence[PairAddress], patience: Patience):
-        self.by_name: Mapping[str, Pair] = {each.name: Pair(each, patience) for each in addresses}
+    def __init__(self, addresses: Sequence[PairAddress], patience: Patience, credentials: Credentials):
+        self.by_name: Mapping[str, Pair] = {each.name: Pair(each, patience, credentials) for each in addresses}
 
     def named(self, name: str | None) -> Pair:
         """Return the pair of a name; raises HttpError 404 for an unknown one."""

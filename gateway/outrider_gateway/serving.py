@@ -6,30 +6,27 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import uvicorn
 import uvloop
 
-from outrider_client.conversation.patience import Patience
+from outrider.common.tls import ChangingContext
 from outrider_gateway.app import make_app
 from outrider_gateway.doors import Admission
 from outrider_gateway.http import Options, Service
 from outrider_gateway.metrics import Metrics
-from outrider_gateway.pairs import PairAddress, Pairs
+from outrider_gateway.pairs import Pairs
 
 
-def serve(
-    pairs: Sequence[PairAddress], host: str, port: int, options: Options, patience: Patience, grace: float
-) -> None:
+def serve(make_pairs: Callable[[], Pairs], host: str, port: int, options: Options, grace: float) -> None:
     """Serve until SIGTERM or SIGINT; running requests have `grace` seconds to end, and a second signal ends them."""
-    uvloop.run(_serve(pairs, host, port, options, patience, grace))
+    uvloop.run(_serve(make_pairs, host, port, options, grace))
 
 
-async def _serve(
-    pairs: Sequence[PairAddress], host: str, port: int, options: Options, patience: Patience, grace: float
-) -> None:
-    service = Service(options, Pairs(pairs, patience), Metrics(), Admission(options.most_requests))
+async def _serve(make_pairs: Callable[[], Pairs], host: str, port: int, options: Options, grace: float) -> None:
+    tls, admission = options.doors.tls, Admission(options.most_requests, options.doors.allowances)
+    service = Service(options, make_pairs(), Metrics(), admission)
     listening = listen(host, port)
     config = uvicorn.Config(
         make_app(service),
@@ -37,8 +34,10 @@ async def _serve(
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(grace)),
+        ssl_context_factory=(lambda config, default: ChangingContext(tls)) if tls else None,
     )
-    server = GatewayServer(config, f"Gateway serves on http://{address_of(listening)}")
+    scheme = "https" if tls else "http"
+    server = GatewayServer(config, f"Gateway serves on {scheme}://{address_of(listening)}")
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.end)

@@ -30,8 +30,16 @@ class Piece:
 class Texts:
     """The texts of one request. Leaving `pieces` ends them all."""
 
-    def __init__(self, client: AsyncSpeculativeClient, asks: Sequence[Ask], timeout: float | None, metrics: Metrics):
-        self._metrics = metrics
+    def __init__(
+        self,
+        client: AsyncSpeculativeClient,
+        asks: Sequence[Ask],
+        timeout: float | None,
+        metrics: Metrics,
+        spend: Callable[[int], None] = lambda num_tokens: None,
+    ):
+        """`spend` is told of the tokens of each prompt, and of those that are written, as they come."""
+        self._metrics, self._spend = metrics, spend
         self.asks = asks
         self.streams: list[AsyncGenerationStream] = [
             client.stream(ask.prompt_ids, ask.sampling, ask.speculation, timeout=timeout) for ask in asks
@@ -98,6 +106,7 @@ class Texts:
 
     async def _run(self, index: int) -> None:
         async with self._slots, self.streams[index] as stream:
+            self._spend(len(self.asks[index].prompt_ids))
             with self._metrics.text() as clock:
                 try:
                     await self._read(index, stream, clock)
@@ -107,6 +116,7 @@ class Texts:
     async def _read(self, index: int, stream: AsyncGenerationStream, clock: TextClock) -> None:
         async for chunk in stream:
             clock.on_tokens(len(chunk.token_ids))
+            self._spend(len(chunk.token_ids))
             await self._queue.put((index, chunk))
         clock.on_end(stream.result)
         await self._queue.put((index, None))

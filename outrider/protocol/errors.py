@@ -6,6 +6,7 @@
     │   ├── ModelChangedError     the session expects another model than the service has
     │   └── SessionIdleError      the session has said nothing for too long
     ├── ResourceExhaustedError    a limit is reached; `retry_delay_s` says when to come again
+    ├── UnauthenticatedError      the caller shows no key that is known here
     ├── NotFoundError             the service has no such thing
     ├── UnavailableError          still loading, or shutting down
     └── InternalError             the model failed on this request
@@ -58,6 +59,12 @@ class ResourceExhaustedError(ServiceError):
     def __init__(self, message: str, retry_delay_s: float):
         super().__init__(message)
         self.retry_delay_s = retry_delay_s
+
+
+class UnauthenticatedError(ServiceError):
+    """The caller shows no key that is known here."""
+
+    reason = "NO_KEY"
 
 
 class NotFoundError(ServiceError):

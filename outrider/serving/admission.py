@@ -157,12 +157,16 @@ class Places:
     def __len__(self) -> int:
         return len(self._taken)
 
-    def take(self, caller: Caller, give_up: Callable[[ServiceError], None]) -> Place:
+    def take(self, caller: Caller, give_up: Callable[[ServiceError], None], most_of_key: int | None = None) -> Place:
         """Return a place, until `leave`; `give_up` is called with an error when another gets it.
+
+        `most_of_key` is the limit of the caller's key, all its connections together; None for none of its own.
 
         Raises:
             ResourceExhaustedError: there is none for this caller.
         """
+        if most_of_key is not None and self._numbers[caller[:1]] >= most_of_key:
+            raise self._refusal(f"this key has {most_of_key} sessions already, as many as it may have")
         if self._limit_per_caller and self._numbers[caller] >= self._limit_per_caller:
             raise self._refusal(f"this caller has {self._limit_per_caller} sessions already, as many as one may have")
         if len(self._taken) >= self._limit:

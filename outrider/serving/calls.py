@@ -6,13 +6,24 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from outrider.common.callers import Caller
+from outrider.common.keys import Key
 from outrider.protocol.errors import ServiceError, SessionIdleError
 from outrider.serving.admission import Turn
 
 Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Who makes a call: what handlers get in place of gRPC's context."""
+
+    caller: Caller
+    key: Key | None = None  # None: there are no keys here
+
 
 LAST_WORD_S = 1.0  # for what is being sent when a stream is ended; whoever reads gets its status after it
 LOG_INTERVAL_S = 1.0
@@ -24,9 +35,9 @@ class Call:
     The handler waits in `wait` alone, where the error reaches it; what it is sending then goes out before.
     """
 
-    def __init__(self, caller: Caller, requests: AsyncIterator[Any] | None = None):
+    def __init__(self, visitor: Visitor, requests: AsyncIterator[Any] | None = None):
         """Belongs to the task that runs now."""
-        self.caller = caller
+        self.caller, self.key = visitor.caller, visitor.key
         self.opening: Any = None  # the first request, once it is there
         self.turn: Turn | None = None  # of openings, until the first answer
         self.is_busy: Callable[[], bool] = lambda: False  # whether work is under way that nobody is silent for

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from outrider.common.callers import caller_of
 from outrider.protocol.errors import NotFoundError
 from outrider.serving.admission import Turnstile
 
@@ -42,14 +41,14 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def Check(self, request, context) -> health_pb2.HealthCheckResponse:
+    async def Check(self, request, visitor) -> health_pb2.HealthCheckResponse:
         if request.service not in self._statuses:
             raise NotFoundError(f"this server has no service {request.service[:100]!r}")
         return Status(status=self._statuses[request.service])
 
-    async def Watch(self, request, context) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+    async def Watch(self, request, visitor) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         reported: int | None = None
-        turn = self._watches.try_to_enter(caller_of(context.peer()))
+        turn = self._watches.try_to_enter(visitor.caller)
         try:
             while True:
                 changed, is_last = self._changed, self._is_ending or turn is None  # of before the status goes out

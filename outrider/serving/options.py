@@ -6,11 +6,12 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import click
 
 from outrider.common import extras
+from outrider.common.doors import Doors, with_doors
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class ServiceOptions:
 
     model: str
     listen: str = "127.0.0.1:0"
+    doors: Doors = field(default_factory=Doors)
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -65,7 +67,7 @@ def service_options(default_model: str, default_port: int) -> Callable:
     """Return a decorator that adds the shared options to a command and hands it one ServiceOptions."""
     options = (
         click.option("--model", default=default_model, help="Hub id, local directory, .gguf file, or builtin:target / builtin:draft."),
-        click.option("--listen", default=f"127.0.0.1:{default_port}", metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one."),
+        click.option("--listen", default=f"127.0.0.1:{default_port}", metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one. Also unix:PATH."),
         click.option("--revision", help="Revision of the model on the hub."),
         click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="auto", help="Type of the weights; auto is float32 on a CPU and the checkpoint's own elsewhere."),
         click.option("--device", default="auto", help="cpu, cuda or cuda:N; auto is CUDA where there is one."),
@@ -95,6 +97,6 @@ def service_options(default_model: str, default_port: int) -> Callable:
 
         for option in reversed(options):
             with_options = option(with_options)
-        return with_options
+        return with_doors(with_options)
 
     return decorate

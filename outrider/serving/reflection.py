@@ -8,7 +8,6 @@ from typing import Any
 
 from grpc_reflection.v1alpha import reflection
 
-from outrider.common.callers import caller_of
 from outrider.serving.admission import Turnstile
 from outrider.serving.calls import Call
 
@@ -24,12 +23,12 @@ class ReflectionServicer(reflection.aio.ReflectionServicer):
         super().__init__(service_names)
         self._turns = Turnstile(MOST_STREAMS)
 
-    async def ServerReflectionInfo(self, requests, context) -> AsyncIterator[Any]:
-        call = Call(caller_of(context.peer()), requests)
+    async def ServerReflectionInfo(self, requests, visitor) -> AsyncIterator[Any]:
+        call = Call(visitor, requests)
         turn = await self._turns.enter(call.caller)
         try:
             call.limit_silence(SILENCE_S, "nothing has been asked")
-            async for answer in super().ServerReflectionInfo(_one_by_one(call), context):
+            async for answer in super().ServerReflectionInfo(_one_by_one(call), None):
                 yield answer
         finally:
             call.close()

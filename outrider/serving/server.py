@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -19,6 +19,9 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_status import rpc_status
 
+from outrider.common.callers import caller_of
+from outrider.common.doors import Doors, UnknownKeyError
+from outrider.common.tls import ServerTls
 from outrider.protocol.errors import (
     ERROR_DOMAIN,
     FailedPreconditionError,
@@ -27,10 +30,11 @@ from outrider.protocol.errors import (
     NotFoundError,
     ResourceExhaustedError,
     ServiceError,
+    UnauthenticatedError,
     UnavailableError,
     raise_errors_in,
 )
-from outrider.serving.calls import RareLog
+from outrider.serving.calls import RareLog, Visitor
 from outrider.serving.health import HealthServicer
 from outrider.serving.messages import MOST_OTHER_BYTES, check_small, reader
 from outrider.serving.reflection import ReflectionServicer
@@ -42,6 +46,7 @@ STATUS_CODES: dict[type[ServiceError], grpc.StatusCode] = {
     InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
     FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     NotFoundError: grpc.StatusCode.NOT_FOUND,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     InternalError: grpc.StatusCode.INTERNAL,
@@ -60,6 +65,7 @@ SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+EVERYONE = Doors()
 LAST_WORDS_S = 1.0  # for statuses to reach those who read them, when everything has ended
 
 
@@ -84,12 +90,13 @@ class ModelServicer(Protocol):
 class _Guarded:
     """Stands for a server while a generated function adds a servicer to it, and guards each handler.
 
-    Bytes are looked at before they are parsed; a ServiceError becomes its status, and whatever else is raised INTERNAL
-    without its text.
+    Callers are known before anything is done for them; handlers get a Visitor in place of gRPC's context. Bytes are
+    looked at before they are parsed; a ServiceError becomes its status, and whatever else is raised INTERNAL without
+    its text.
     """
 
-    def __init__(self, server: grpc.aio.Server, check_size: Callable[[int], None]):
-        self._server, self._check_size = server, check_size
+    def __init__(self, server: grpc.aio.Server, check_size: Callable[[int], None], doors: Doors):
+        self._server, self._check_size, self._doors = server, check_size, doors
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Wait for the same handlers by name."""
@@ -103,15 +110,51 @@ class _Guarded:
         assert handler.request_deserializer
         read = reader(handler.request_deserializer, self._check_size)
         if handler.stream_stream:
-            answer = _guarded_stream(method, handler.stream_stream)
+            answer = self._guarded_stream(method, handler.stream_stream)
             return grpc.stream_stream_rpc_method_handler(answer, read, handler.response_serializer)
         # Where gRPC itself awaits the request, a handler has to be there for what is raised.
         if handler.unary_stream:
-            answer = _guarded_stream(method, handler.unary_stream)
+            answer = self._guarded_stream(method, handler.unary_stream)
             return grpc.unary_stream_rpc_method_handler(answer, _returning_errors(read), handler.response_serializer)
         assert handler.unary_unary
-        answer = _guarded_unary(method, handler.unary_unary)
+        answer = self._guarded_unary(method, handler.unary_unary)
         return grpc.unary_unary_rpc_method_handler(answer, _returning_errors(read), handler.response_serializer)
+
+    def _guarded_stream(self, method: str, handler: Callable) -> Callable:
+        async def guarded(request, context) -> AsyncIterator:
+            try:
+                visitor = self._visitor(context)
+                raise_errors_in([request])
+                async for response in handler(request, visitor):
+                    yield response
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await abort(context, _service_error(method, error))
+
+        return guarded
+
+    def _guarded_unary(self, method: str, handler: Callable) -> Callable:
+        async def guarded(request, context):
+            try:
+                visitor = self._visitor(context)
+                raise_errors_in([request])
+                return await handler(request, visitor)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await abort(context, _service_error(method, error))
+
+        return guarded
+
+    def _visitor(self, context: grpc.aio.ServicerContext) -> Visitor:
+        """Return who calls; raises UnauthenticatedError where a key is missing that is needed here."""
+        shown = next((value for name, value in context.invocation_metadata() or () if name == "authorization"), "")
+        try:
+            key = self._doors.owner_of(shown if isinstance(shown, str) else shown.decode("latin-1"))
+        except UnknownKeyError as error:
+            raise UnauthenticatedError(f"{error}; clients have api_key and OUTRIDER_API_KEY for it") from None
+        return Visitor(caller_of(context.peer(), key.name if key else None), key)
 
 
 def _returning_errors(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -122,33 +165,6 @@ def _returning_errors(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return error
 
     return read_or_say_why_not
-
-
-def _guarded_stream(method: str, handler: Callable) -> Callable:
-    async def guarded(request, context) -> AsyncIterator:
-        try:
-            raise_errors_in([request])
-            async for response in handler(request, context):
-                yield response
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            await abort(context, _service_error(method, error))
-
-    return guarded
-
-
-def _guarded_unary(method: str, handler: Callable) -> Callable:
-    async def guarded(request, context):
-        try:
-            raise_errors_in([request])
-            return await handler(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            await abort(context, _service_error(method, error))
-
-    return guarded
 
 
 def _service_error(method: str, error: Exception) -> ServiceError:
@@ -196,8 +212,12 @@ class Server:
     gone.
     """
 
-    def __init__(self, service_name: str, servicer: ModelServicer, register: Callable, listen: str):
+    def __init__(
+        self, service_name: str, servicer: ModelServicer, register: Callable, listen: str, doors: Doors = EVERYONE
+    ):
         """`register` is the generated `add_…Servicer_to_server`; `listen` is HOST:PORT, and port 0 takes a free one.
+
+        Health answers whoever asks; everything else is behind `doors`.
 
         Raises:
             RuntimeError: the address cannot be bound.
@@ -206,13 +226,14 @@ class Server:
         most_bytes = max(servicer.most_message_bytes, MOST_OTHER_BYTES)
         self._server = grpc.aio.server(options=(*SERVER_OPTIONS, ("grpc.max_receive_message_length", most_bytes)))
         self._health = HealthServicer()
-        beside = _Guarded(self._server, check_small)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, beside)
-        register(servicer, _Guarded(self._server, servicer.check_message_size))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, _Guarded(self._server, check_small, EVERYONE))
+        register(servicer, _Guarded(self._server, servicer.check_message_size, doors))
         names = [service_name, HEALTH_SERVICE, reflection.SERVICE_NAME]
         self._reflection = ReflectionServicer(names)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(self._reflection, beside)
-        self.port: int = self._server.add_insecure_port(listen)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            self._reflection, _Guarded(self._server, check_small, doors)
+        )
+        self.port: int = _listen(self._server, listen, doors)
 
     async def start(self) -> None:
         """Listen, then load the model on a thread; returns when it is warm.
@@ -243,6 +264,31 @@ class Server:
         await self._servicer.drain(grace_s)
         self._health.end_watches()
         await self._server.stop(LAST_WORDS_S)
+
+
+def _listen(server: grpc.aio.Server, listen: str, doors: Doors) -> int:
+    """Return the port; certificates are looked at again for each connection."""
+    tls = doors.tls
+    if tls is None:
+        return server.add_insecure_port(listen)
+    shown = tls.current
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """Return what has changed, or None."""
+        nonlocal shown
+        before, shown = shown, tls.current
+        return None if shown is before else _configuration(shown)
+
+    credentials = grpc.dynamic_ssl_server_credentials(
+        _configuration(shown),
+        cast("Callable[[], grpc.ServerCertificateConfiguration]", fetch),  # the stubs do not know that None is taken
+        shown.client_ca is not None,
+    )
+    return server.add_secure_port(listen, credentials)
+
+
+def _configuration(tls: ServerTls) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(tls.key, tls.cert)], tls.client_ca)
 
 
 async def _on_thread(call: Callable[[], None]) -> None:

@@ -17,16 +17,23 @@ import click
 import transformers
 
 from outrider import __version__
-from outrider.common.callers import caller_of
+from outrider.common.keys import Limits
 from outrider.engine.backends.choice import CacheOptions
 from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.models.loader import LoadedModel, ModelOptions, ModelRefusedError, TokenizerFiles, load
 from outrider.engine.models.outline import plan_of
 from outrider.engine.thread import ModelThread
-from outrider.protocol.errors import InvalidArgumentError, ModelChangedError, NotFoundError, UnavailableError
+from outrider.protocol.errors import (
+    InvalidArgumentError,
+    ModelChangedError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from outrider.protocol.wire import ID_BYTES
 from outrider.sampling.messages import defaults_to_proto
-from outrider.serving.admission import Places, Turnstile
-from outrider.serving.calls import LAST_WORD_S, Call
+from outrider.serving.admission import Place, Places, Turnstile
+from outrider.serving.calls import LAST_WORD_S, Call, Visitor
 from outrider.serving.messages import LONGEST_CONTEXT, MOST_OTHER_BYTES, most_bytes
 from outrider.serving.options import ServiceOptions
 from outrider.serving.server import Server, run_until_signal
@@ -69,6 +76,7 @@ class ModelHost(Generic[WorkerT]):
         self._worker: WorkerT | None = None
         self._fingerprint: common_pb2.TokenizerFingerprint | None = None
         self._places = Places(options.max_sessions, options.max_sessions_per_caller)
+        self._allowances = options.doors.allowances
         self._openings, self._questions = Turnstile(MOST_OPENINGS), Turnstile(MOST_QUESTIONS)
         self._calls: set[Call] = set()  # sessions, and those that are about to open one
         self._is_draining = False
@@ -187,7 +195,7 @@ class ModelHost(Generic[WorkerT]):
             )
 
     @asynccontextmanager
-    async def admit(self, requests, context) -> AsyncIterator[Call]:
+    async def admit(self, requests, visitor: Visitor) -> AsyncIterator[Call]:
         """Give a stream that opens a session a place while the block lasts; `opening` of the call is its first message.
 
         A caller may have so many openings without an answer; whoever waits has not been read yet. A stream that ends
@@ -198,7 +206,7 @@ class ModelHost(Generic[WorkerT]):
                 cannot be read or opens nothing; or as many sessions as the limits allow are open.
         """
         _ = self.worker  # raises where nobody can be served
-        call = Call(caller_of(context.peer()), requests)
+        call = Call(visitor, requests)
         self._calls.add(call)
         try:
             call.turn = await call.wait(self._openings.enter(call.caller))
@@ -211,7 +219,7 @@ class ModelHost(Generic[WorkerT]):
             if call.opening is None:
                 yield call
                 return
-            place = self._places.take(call.caller, call.end)
+            place = self._place_for(call)
             try:
                 if call.opening.WhichOneof("kind") != "open":
                     raise InvalidArgumentError("kind is not `open`: the first message of a stream opens its session")
@@ -225,10 +233,23 @@ class ModelHost(Generic[WorkerT]):
             if not self._calls:
                 self._has_ended.set()
 
+    def _place_for(self, call: Call) -> Place:
+        """Return a place for a session; raises ResourceExhaustedError where a limit is reached."""
+        limits = call.key.limits if call.key else Limits()
+        if wait_s := self._allowances.wait_s(call.key):
+            raise ResourceExhaustedError(
+                f"this key has used up its {limits.tokens_per_minute} tokens a minute: come again later", wait_s
+            )
+        return self._places.take(call.caller, call.end, limits.sessions)
+
+    def note_tokens(self, call: Call, span: common_pb2.TokenSpan) -> None:
+        """Take note of tokens that a session has sent: its prompt, or what was committed since."""
+        self._allowances.spend(call.key, len(span.token_ids) // ID_BYTES)
+
     @asynccontextmanager
-    async def answer(self, context) -> AsyncIterator[Call]:
+    async def answer(self, visitor: Visitor) -> AsyncIterator[Call]:
         """Let a call without a session be answered in the block, when not too many are."""
-        call = Call(caller_of(context.peer()))
+        call = Call(visitor)
         turn = await self._questions.enter(call.caller)
         try:
             call.limit_silence(UNREAD_S, "nothing has been read")
@@ -312,6 +333,12 @@ class ModelHost(Generic[WorkerT]):
         )
 
 
+def _address(listen: str, port: int) -> str:
+    """Return the address that a server has which was to listen on `listen`; a unix socket has no port."""
+    host, colon, _ = listen.rpartition(":")
+    return listen if listen.startswith("unix") else f"{host}{colon}{port}"
+
+
 def _model_options(options: ServiceOptions) -> ModelOptions:
     return ModelOptions(
         model=options.model,
@@ -372,14 +399,13 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
             raise click.ClickException(str(error)) from error
         click.echo(json.dumps(asdict(plan) | {"cache_bytes": plan.cache_bytes}))
         return
-    host = options.listen.rpartition(":")[0]
 
     def announce(port: int) -> None:
-        click.echo(f"{service_name} serves {options.model} on {host}:{port}")
+        click.echo(f"{service_name} serves {options.model} on {_address(options.listen, port)}")
 
     async def run() -> int | None:
-        server = Server(service_name, servicer, register, options.listen)
-        log.info("listening on %s:%d, loading %s", host, server.port, options.model)
+        server = Server(service_name, servicer, register, options.listen, options.doors)
+        log.info("listening on %s, loading %s", _address(options.listen, server.port), options.model)
         return await run_until_signal(server, options.grace, announce)
 
     try:

@@ -38,14 +38,14 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
         if unused:
             log.warning("texts are written without what the generation_config sets here: %s", "; ".join(unused))
 
-    async def GetModelInfo(self, request, context) -> target_pb2.TargetServiceGetModelInfoResponse:
-        async with self._host.answer(context):
+    async def GetModelInfo(self, request, visitor) -> target_pb2.TargetServiceGetModelInfoResponse:
+        async with self._host.answer(visitor):
             return target_pb2.TargetServiceGetModelInfoResponse(
                 model=self._host.model_info(), stats=await self._host.stats()
             )
 
-    async def GetTokenizer(self, request, context) -> AsyncIterator[target_pb2.GetTokenizerResponse]:
-        async with self._host.answer(context) as call:
+    async def GetTokenizer(self, request, visitor) -> AsyncIterator[target_pb2.GetTokenizerResponse]:
+        async with self._host.answer(visitor) as call:
             tokenizer = self._host.tokenizer
             if tokenizer is None:
                 raise NotFoundError("the target model came without a tokenizer: send token ids")
@@ -55,14 +55,15 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             for part in self._host.tokenizer_parts(call):
                 yield target_pb2.GetTokenizerResponse(tokenizer_json=part)
 
-    async def Verify(self, requests, context) -> AsyncIterator[target_pb2.VerifyResponse]:
+    async def Verify(self, requests, visitor) -> AsyncIterator[target_pb2.VerifyResponse]:
         scheduler = self._host.worker
-        async with self._host.admit(requests, context) as call:
+        async with self._host.admit(requests, visitor) as call:
             opening = call.opening
             if opening is None:
                 return
             shares_noise = opening.open.sampling.shared_noise
             session = self._open(scheduler, opening.open, shares_noise, call.caller)
+            self._host.note_tokens(call, opening.open.committed)
             call.is_busy = lambda: scheduler.is_busy(session)
             answers: Mailbox[Verdict | ServiceError] = Mailbox()
             try:
@@ -72,6 +73,7 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
                             "kind is not `round`: only the first message of a stream opens a session"
                         )
                     scheduler.submit(session, self._round(request.round, shares_noise), answers.put)
+                    self._host.note_tokens(call, request.round.committed)
                     answer = await call.wait(answers.get())
                     call.note_answer()
                     if isinstance(answer, ServiceError):

@@ -84,10 +84,10 @@ def arrival_times(rate: float, num_texts: int, seed: int) -> list[float]:
 class ServicesLoad:
     """Generates texts with the two services, all from one event loop."""
 
-    def __init__(self, target: str, draft: str, settings: Settings, loop: asyncio.AbstractEventLoop):
-        """gRPC wants one loop per process, so it is the caller's."""
+    def __init__(self, client: AsyncSpeculativeClient, settings: Settings, loop: asyncio.AbstractEventLoop):
+        """The client is closed with this. gRPC wants one loop per process, so it is the caller's."""
         self._settings, self._loop = settings, loop
-        self._client = AsyncSpeculativeClient(target, draft)
+        self._client = client
 
     def close(self) -> None:
         self._loop.run_until_complete(self._client.close())

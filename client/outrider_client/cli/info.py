@@ -12,11 +12,12 @@ from rich.table import Table
 from outrider.protocol.errors import InvalidArgumentError
 from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
-from outrider_client.cli.options import addresses, as_json, out, print_json, shows_errors
+from outrider_client.cli.options import addresses, as_json, client_of, out, print_json, shows_errors
 from outrider_client.cli.plan import plan_of, plan_table
 from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.pair import PairInfo, as_plain_dict
-from outrider_client.sync import SpeculativeClient
+
+PLAN_OPTIONS = ("threads", "dtype", "device", "max_cached_tokens", "revision")
 
 
 @click.command(context_settings={"show_default": True})
@@ -33,17 +34,18 @@ from outrider_client.sync import SpeculativeClient
 @click.option("--revision", help="Revision of the model on the hub.")
 @as_json
 @shows_errors
-def info(target: str, draft: str, plan: str | None, as_json: bool, **options: Any) -> None:
+def info(plan: str | None, as_json: bool, **values: Any) -> None:
     """Describe both services, and say whether they can work together.
 
     Exits with 1 if they cannot, or if the draft does not answer. With --plan, describe a model that no service has yet.
     """
+    options, draft = {name: values[name] for name in PLAN_OPTIONS}, values["draft"]
     if plan:
         _show_plan(plan_of(plan, options), as_json)
         return
     if given := [name for name, value in options.items() if value is not None]:
         raise click.UsageError(f"--{given[0].replace('_', '-')} belongs to --plan")
-    with SpeculativeClient(target, draft) as client:
+    with client_of(values) as client:
         pair = client.info()
     has_draft = pair.draft or draft == LOOKUP_DRAFT
     verdict = pair.mismatch or ("fits" if has_draft else f"no draft service answers at {draft}")

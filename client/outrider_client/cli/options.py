@@ -13,11 +13,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import click
 from rich.console import Console
 
+from outrider_client.aio import AsyncSpeculativeClient
 from outrider_client.connection import LOOKUP_DRAFT
-from outrider_client.errors import OutriderError
+from outrider_client.credentials import read_secret
+from outrider_client.errors import InvalidRequestError, OutriderError
 from outrider_client.params import AUTO, NEUTRAL, PARAMETERS, SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats
+from outrider_client.sync import SpeculativeClient
 
+_Client = TypeVar("_Client", SpeculativeClient, AsyncSpeculativeClient)
 _Params = TypeVar("_Params", SamplingParams, SpeculationParams)
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -47,15 +51,39 @@ def address_options(default_target: str | None, default_draft: str | None) -> Ca
             f"The draft service; `{LOOKUP_DRAFT}` needs none: proposals are looked up in the text itself.",
         ),
     )
+    credentials = (
+        ("api-key", "KEY", "Shown to both services. Other users of this machine see it in the list of processes, so set OUTRIDER_API_KEY instead."),
+        ("api-key-file", "FILE", "The same, from a file that holds nothing else."),
+        ("tls-ca", "FILE", "Authorities that services' certificates must come from; without, the system's, for addresses that begin with grpcs://."),
+        ("tls-cert", "FILE", "Certificate to show to services that want one."),
+        ("tls-key", "FILE", "Its private key."),
+    )  # fmt: skip
     return add_options(
         *(
             click.option(f"--{role}", default=default, envvar=f"OUTRIDER_{role.upper()}", metavar=metavar, help=text)
             for role, default, metavar, text in addresses
-        )
-    )  # fmt: skip
+        ),
+        *(
+            click.option(f"--{name}", envvar=f"OUTRIDER_{name.upper().replace('-', '_')}", metavar=metavar, help=text)
+            for name, metavar, text in credentials
+        ),
+    )
 
 
 addresses = address_options("localhost", "localhost")
+
+
+CREDENTIALS = ("api_key", "api_key_file", "tls_ca", "tls_cert", "tls_key")
+
+
+def client_of(values: Mapping[str, Any], kind: Callable[..., _Client] = SpeculativeClient) -> _Client:
+    """Return a client of the services that a command's values name; raises InvalidRequestError."""
+    key, key_file = values["api_key"], values["api_key_file"]
+    if key and key_file:
+        raise InvalidRequestError("api_key is given twice, as --api-key and --api-key-file: give one of them")
+    key = read_secret("--api-key-file", key_file) if key_file else key or None
+    tls = {name: values[name] for name in CREDENTIALS if name.startswith("tls_")}
+    return kind(values["target"], values["draft"], api_key=key, **tls)
 
 
 class Length(click.ParamType):

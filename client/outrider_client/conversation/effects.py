@@ -34,7 +34,7 @@ BROKEN_LINK = (
     grpc.StatusCode.DATA_LOSS,
     grpc.StatusCode.DEADLINE_EXCEEDED,  # a proxy's; the conversation observes the caller's
 )
-ASKS_WHO = "something before the service wants to know who asks, and clients send no credentials"
+ASKS_WHO = "something before the service wants to know who asks, and does not know the client's api_key"
 MEANINGS = {
     grpc.StatusCode.UNIMPLEMENTED: "no such service of this version is at the client's address",
     grpc.StatusCode.PERMISSION_DENIED: ASKS_WHO,

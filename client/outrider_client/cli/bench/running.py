@@ -21,7 +21,7 @@ from outrider_client.bench.samples import OF_A_CELL, OWN_METHODS, PEER_METHODS, 
 from outrider_client.bench.services import ServicesRunner
 from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, tables_of
 from outrider_client.cli.local_pair import PairAddresses, local_pair
-from outrider_client.cli.options import DraftNotice, err, out, params_of, print_json
+from outrider_client.cli.options import CREDENTIALS, DraftNotice, client_of, err, out, params_of, print_json
 from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.params import SamplingParams, SpeculationParams
@@ -61,7 +61,7 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
     speculation = params_of(SpeculationParams, values, OF_A_CELL)
     settings = Settings(values["repetitions"], values["warm_up"], sampling, speculation)
     prompts = read_prompts(values["prompt_file"], values["num_prompts"])
-    with _pair(values) as addresses, SpeculativeClient(addresses.target, addresses.draft) as client:
+    with _pair(values) as addresses, client_of(shown_to(addresses, values)) as client:
         info = _checked_info(client, addresses)
         settings = settings.resolved(info.target, client.tokenizer)
         ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
@@ -144,6 +144,13 @@ def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
     draft_model = None if looks_up else values["draft_model"]
     with local_pair(values["target_model"], draft_model, values["threads"]) as pair:
         yield pair
+
+
+def shown_to(addresses: PairAddresses, values: dict[str, Any]) -> dict[str, Any]:
+    """Return values that make a client of this pair; one that was started here is shown nothing."""
+    is_given = bool(values["target"])
+    shown = {name: values[name] if is_given else None for name in CREDENTIALS}
+    return shown | {"target": addresses.target, "draft": addresses.draft}
 
 
 def _checked_info(client: SpeculativeClient, addresses: PairAddresses) -> PairInfo:
