@@ -10,7 +10,7 @@ from outrider_client.cli.generate import summary, write
 from outrider_client.cli.options import (
     DraftNotice,
     addresses,
-    client_of,
+    credentials_of,
     err,
     out,
     params_of,
@@ -33,7 +33,7 @@ from outrider_client.sync import SpeculativeClient
 def chat(system: str | None, plain: bool, **values: Any) -> None:
     """Chat with the target model, line by line; an empty line or end of input ends."""
     sampling, speculation = params_of(SamplingParams, values), params_of(SpeculationParams, values)
-    with client_of(values) as client:
+    with SpeculativeClient(values["target"], values["draft"], **credentials_of(values)) as client:
         conversation = _PlainText(client) if plain else Messages(client, system)
         converse(client, conversation, sampling, speculation, DraftNotice(values["draft"]))
 

@@ -13,7 +13,7 @@ from outrider_client.cli.options import (
     DraftNotice,
     addresses,
     as_json,
-    client_of,
+    credentials_of,
     err,
     out,
     params_of,
@@ -42,7 +42,7 @@ def generate(prompt: str, **values: Any) -> None:
     On a terminal, accepted tokens are green and the target's own are yellow.
     """
     sampling, speculation = params_of(SamplingParams, values), params_of(SpeculationParams, values)
-    with client_of(values) as client:
+    with SpeculativeClient(values["target"], values["draft"], **credentials_of(values)) as client:
         given = _parse_token_ids(prompt) if values["token_ids"] else prompt
         notice = DraftNotice(values["draft"])
         if values["as_json"]:

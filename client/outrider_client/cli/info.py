@@ -12,10 +12,11 @@ from rich.table import Table
 from outrider.protocol.errors import InvalidArgumentError
 from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
-from outrider_client.cli.options import addresses, as_json, client_of, out, print_json, shows_errors
+from outrider_client.cli.options import addresses, as_json, credentials_of, out, print_json, shows_errors
 from outrider_client.cli.plan import plan_of, plan_table
 from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.pair import PairInfo, as_plain_dict
+from outrider_client.sync import SpeculativeClient
 
 PLAN_OPTIONS = ("threads", "dtype", "device", "max_cached_tokens", "revision")
 
@@ -45,7 +46,7 @@ def info(plan: str | None, as_json: bool, **values: Any) -> None:
         return
     if given := [name for name, value in options.items() if value is not None]:
         raise click.UsageError(f"--{given[0].replace('_', '-')} belongs to --plan")
-    with client_of(values) as client:
+    with SpeculativeClient(values["target"], values["draft"], **credentials_of(values)) as client:
         pair = client.info()
     has_draft = pair.draft or draft == LOOKUP_DRAFT
     verdict = pair.mismatch or ("fits" if has_draft else f"no draft service answers at {draft}")

@@ -13,15 +13,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import click
 from rich.console import Console
 
-from outrider_client.aio import AsyncSpeculativeClient
 from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.credentials import read_secret
 from outrider_client.errors import InvalidRequestError, OutriderError
 from outrider_client.params import AUTO, NEUTRAL, PARAMETERS, SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats
-from outrider_client.sync import SpeculativeClient
 
-_Client = TypeVar("_Client", SpeculativeClient, AsyncSpeculativeClient)
 _Params = TypeVar("_Params", SamplingParams, SpeculationParams)
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -73,17 +70,13 @@ def address_options(default_target: str | None, default_draft: str | None) -> Ca
 addresses = address_options("localhost", "localhost")
 
 
-CREDENTIALS = ("api_key", "api_key_file", "tls_ca", "tls_cert", "tls_key")
-
-
-def client_of(values: Mapping[str, Any], kind: Callable[..., _Client] = SpeculativeClient) -> _Client:
-    """Return a client of the services that a command's values name; raises InvalidRequestError."""
+def credentials_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a client is given for what a command's values say of keys and TLS; raises InvalidRequestError."""
     key, key_file = values["api_key"], values["api_key_file"]
     if key and key_file:
         raise InvalidRequestError("api_key is given twice, as --api-key and --api-key-file: give one of them")
-    key = read_secret("--api-key-file", key_file) if key_file else key or None
-    tls = {name: values[name] for name in CREDENTIALS if name.startswith("tls_")}
-    return kind(values["target"], values["draft"], api_key=key, **tls)
+    shown = read_secret("--api-key-file", key_file) if key_file else key or None
+    return {"api_key": shown} | {name: values[name] for name in ("tls_ca", "tls_cert", "tls_key")}
 
 
 class Length(click.ParamType):

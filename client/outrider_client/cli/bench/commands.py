@@ -29,8 +29,8 @@ from outrider_client.cli.bench.options import (
     plot_option,
     text_options,
 )
-from outrider_client.cli.bench.running import Bench, hand_out, opened, progress, show_again, shown_to
-from outrider_client.cli.options import as_json, client_of, out, print_json, shows_errors
+from outrider_client.cli.bench.running import Bench, client_of, hand_out, opened, progress, show_again
+from outrider_client.cli.options import as_json, out, print_json, shows_errors
 
 _SETTINGS = {"show_default": True, "auto_envvar_prefix": "OUTRIDER_BENCH"}
 _RESULT = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -158,14 +158,14 @@ def _grid(values: dict[str, Any], peers: Sequence[str]) -> list[Cell]:
 
 
 def _measure_loads(bench: Bench, cells: Sequence[Cell], values: dict[str, Any]) -> list[Sample]:
-    settings, shown = bench.settings, shown_to(bench.addresses, values)
+    settings, client = bench.settings, client_of(AsyncSpeculativeClient, bench.addresses, values)
 
     def num_texts_of(cell: Cell) -> int:
         return values["num_texts"] if cell.request_rate else cell.num_users * values["texts_per_user"]
 
     with (
         closing(asyncio.new_event_loop()) as loop,
-        closing(ServicesLoad(client_of(shown, AsyncSpeculativeClient), settings, loop)) as services,
+        closing(ServicesLoad(client, settings, loop)) as services,
     ):
         runners: dict[str, LoadRunner] = dict.fromkeys(OWN_METHODS, services)
         if bench.peer:

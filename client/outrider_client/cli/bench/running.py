@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from outrider_client.aio import AsyncSpeculativeClient
 from outrider_client.bench import result_file
 from outrider_client.bench.formatting import cell_name
 from outrider_client.bench.grid import Runner, run_grid
@@ -21,12 +22,14 @@ from outrider_client.bench.samples import OF_A_CELL, OWN_METHODS, PEER_METHODS, 
 from outrider_client.bench.services import ServicesRunner
 from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, tables_of
 from outrider_client.cli.local_pair import PairAddresses, local_pair
-from outrider_client.cli.options import CREDENTIALS, DraftNotice, client_of, err, out, params_of, print_json
+from outrider_client.cli.options import DraftNotice, credentials_of, err, out, params_of, print_json
 from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.sync import SpeculativeClient
 from outrider_client.text.text import prompt_to_ids
+
+_Client = TypeVar("_Client", SpeculativeClient, AsyncSpeculativeClient)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def opened(values: dict[str, Any]) -> Iterator[Bench]:
     speculation = params_of(SpeculationParams, values, OF_A_CELL)
     settings = Settings(values["repetitions"], values["warm_up"], sampling, speculation)
     prompts = read_prompts(values["prompt_file"], values["num_prompts"])
-    with _pair(values) as addresses, client_of(shown_to(addresses, values)) as client:
+    with _pair(values) as addresses, client_of(SpeculativeClient, addresses, values) as client:
         info = _checked_info(client, addresses)
         settings = settings.resolved(info.target, client.tokenizer)
         ids = [prompt_to_ids(prompt, client.tokenizer, info.target.vocab_size) for prompt in prompts]
@@ -146,11 +149,9 @@ def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
         yield pair
 
 
-def shown_to(addresses: PairAddresses, values: dict[str, Any]) -> dict[str, Any]:
-    """Return values that make a client of this pair; one that was started here is shown nothing."""
-    is_given = bool(values["target"])
-    shown = {name: values[name] if is_given else None for name in CREDENTIALS}
-    return shown | {"target": addresses.target, "draft": addresses.draft}
+def client_of(kind: type[_Client], addresses: PairAddresses, values: dict[str, Any]) -> _Client:
+    """Return a client of the pair; one that was started here is shown no credentials."""
+    return kind(addresses.target, addresses.draft, **(credentials_of(values) if values["target"] else {}))
 
 
 def _checked_info(client: SpeculativeClient, addresses: PairAddresses) -> PairInfo:
