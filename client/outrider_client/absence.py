@@ -5,18 +5,17 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 
-from outrider.common.reread import Reread
 from outrider.common.tls import ClientTls, why_untrusted
 from outrider_client import arguments
 from outrider_client.conversation.effects import Broken
 from outrider_client.errors import ServiceUnavailableError
 
 if TYPE_CHECKING:
-    from outrider_client.connection import Connection
+    from outrider_client.connection import Connection, ConnectionSettings
 
 ABSENT_S = 1.0  # of failures, before a call gives up where nothing listens
 _NO_TLS = ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING", "HTTP_REQUEST")  # the other side's first bytes
@@ -31,9 +30,12 @@ class Absence:
     to wait for.
     """
 
-    def __init__(self, role: str, address: str, tls: Reread[ClientTls] | None, since: float | None = None):
+    def __init__(self, role: Literal["target", "draft"], settings: ConnectionSettings, since: float | None = None):
         """`since` is when the wait began, in the time of `time.monotonic`; None: with the first failure."""
-        self._role, self._address, self._tls, self._since = role, address, tls, since
+        self._role, self._since = role, since
+        is_target = role == "target"
+        self._address = settings.target if is_target else str(settings.draft)
+        self._tls = settings.target_tls if is_target else settings.draft_tls
 
     async def check(self, failure: Broken, connection: Connection) -> None:
         """Note a failure.

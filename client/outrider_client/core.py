@@ -251,7 +251,7 @@ class Core:
         def ask(connection: Connection, left_s: float) -> Awaitable[target_pb2.TargetServiceGetModelInfoResponse]:
             return connection.unary(connection.target.GetModelInfo, request, left_s)
 
-        absence = Absence("target", self.settings.target, self.settings.target_tls, since=time.monotonic())
+        absence = Absence("target", self.settings, since=time.monotonic())
         target = await self._ask_target(ask, Retrying(self.settings, deadline, NOTICE_S), absence)
         draft = await self.describe_draft(deadline) if self.settings.draft is not None else None
         if draft is None or isinstance(draft, Broken):
@@ -304,10 +304,8 @@ class Text:
         self._events: Any = None  # the connection's mailbox of (stream, event); None ends a wait
         self.result: GenerationResult | None = None  # once finished
         self._is_running = self._is_over = self._has_begun_again = False
-        draft, tls, needs_draft = core.settings.draft, core.settings.draft_tls, request.speculation.method == "draft"
-        self._draft_absence = (
-            Absence("draft", draft, tls) if draft and needs_draft else None
-        )  # of a draft without a target
+        needs_draft = core.settings.draft is not None and request.speculation.method == "draft"
+        self._draft_absence = Absence("draft", core.settings) if needs_draft else None  # of a draft without a target
 
     def __del__(self) -> None:
         self._is_over = True

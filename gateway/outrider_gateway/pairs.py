@@ -69,11 +69,16 @@ class Pair:
     def __init__(self, address: PairAddress, patience: Patience, credentials: Credentials):
         self.name, self.has_draft = address.name, address.draft is not None
         connect_s = min(patience.retry_s, CONNECT_S)
-        shown = {"api_key": credentials.api_key} | {
-            f"tls_{name}": path for name, path in vars(credentials.files).items()
-        }
+        files = credentials.files
         self.client = AsyncSpeculativeClient(
-            address.target, address.draft, patience=patience, connect_timeout=connect_s, **shown
+            address.target,
+            address.draft,
+            patience=patience,
+            connect_timeout=connect_s,
+            api_key=credentials.api_key,
+            tls_ca=files.ca,
+            tls_cert=files.cert,
+            tls_key=files.key,
         )
         self._model: Model | None = None
 
