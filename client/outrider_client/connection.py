@@ -126,7 +126,7 @@ class ConnectionSettings:
         with_tls = [name for name, wish in wishes.items() if (bool(files.paths) if wish is None else wish)]
         if files.paths and not with_tls:
             raise InvalidRequestError(
-                "tls_ca, tls_cert and tls_key are for addresses with TLS: begin one with grpcs://"
+                "tls_ca is given, or tls_cert, and no address speaks TLS: give one that begins with grpcs://"
             )
         tls = self.credentials.tls() if with_tls else None
         for name, address in addresses.items():

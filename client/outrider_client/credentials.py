@@ -27,7 +27,9 @@ class Credentials:
     def of(cls, api_key: Any, tls_ca: Any, tls_cert: Any, tls_key: Any) -> Credentials:
         """Return what the arguments of a client mean; raises InvalidRequestError, which names the one that is wrong."""
         if api_key is not None and not _is_key(api_key):
-            raise InvalidRequestError("api_key is no key: give printable ASCII, as `outrider keys add` prints it")
+            raise InvalidRequestError(
+                "api_key is no text of a key: give printable ASCII, as `outrider keys add` prints it"
+            )
         names = {"tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
         return cls(api_key, ClientFiles(*(_path(name, value) for name, value in names.items())))
 
@@ -49,10 +51,14 @@ def read_secret(name: str, path: str) -> str:
     try:
         return Path(path).read_text(encoding="ascii").strip()
     except UnicodeDecodeError:
-        raise InvalidRequestError(f"{name} {path} holds no key: give a file with a key and nothing else") from None
+        raise InvalidRequestError(
+            f"{name} is {path}, which holds no key: give a file with a key and nothing else"
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InvalidRequestError(f"{name} {path} cannot be read: {reason}") from error
+        raise InvalidRequestError(
+            f"{name} is {path!a}, which cannot be read ({reason}): give a file that can"
+        ) from error
 
 
 def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:

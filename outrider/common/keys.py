@@ -51,10 +51,16 @@ def read_keys(path: str) -> tuple[Key, ...]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"the keys in {path} are no text: give lines as `outrider keys add` prints them") from None
+        raise ValueError(
+            f"--api-keys is {path}, which holds no text: give lines as `outrider keys add` prints them"
+        ) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"the keys in {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return parse_keys(text)
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--api-keys is {path!a}, which cannot be read ({reason}): give a file that can") from error
+    try:
+        return parse_keys(text)
+    except ValueError as error:
+        raise ValueError(f"--api-keys is {path}: {error}") from None
 
 
 def parse_keys(text: str) -> tuple[Key, ...]:

@@ -45,6 +45,6 @@ def _stamp(path: str) -> tuple[int, ...]:
     """Return what differs after a file has changed, or after another has taken its name; () where there is none."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # the latter for a name that no file can have
         return ()
     return status.st_mtime_ns, status.st_size, status.st_ino

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from outrider.common.reread import Reread
 
+_CERT, _KEY = b"-----BEGIN CERTIFICATE-----", b"PRIVATE KEY-----"  # what PEM begins, or ends a line, with
 _HTTP2 = ["h2"]
 _HAS_EXPIRED, _IS_NOT_VALID_YET = 10, 9  # of OpenSSL's verification
 
@@ -94,7 +95,8 @@ class ClientFiles:
     def read(self) -> ClientTls:
         """Return what the files hold; raises ValueError with a sentence for those that cannot be used."""
         if bool(self.cert) != bool(self.key):
-            raise ValueError("tls_cert and tls_key go together: give both, or none")
+            given, missing = ("tls_cert", "tls_key") if self.cert else ("tls_key", "tls_cert")
+            raise ValueError(f"{given} is given without {missing}: give both, or none")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.set_alpn_protocols(_HTTP2)
         if self.ca:
@@ -111,37 +113,33 @@ class ClientFiles:
 
 def _load_identity(context: ssl.SSLContext, cert_path: str, key_path: str, prefix: str) -> tuple[bytes, bytes]:
     """Load a certificate with its key into a context and return both as PEM."""
-    cert = _read(cert_path, f"{prefix}cert", b"-----BEGIN CERTIFICATE-----", "a certificate")
-    key = _read(key_path, f"{prefix}key", b"PRIVATE KEY-----", "a private key")
+    cert = _read(cert_path, f"{prefix}cert", _CERT, "certificate")
+    key = _read(key_path, f"{prefix}key", _KEY, "private key")
     try:
         context.load_cert_chain(cert_path, key_path, password=_refuse_password)
     except _EncryptedError:
-        raise ValueError(f"{prefix}key {key_path} is encrypted: give one without a password") from None
+        raise ValueError(f"{prefix}key is {key_path}, which is encrypted: give one without a password") from None
     except (ssl.SSLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", None)
-        if reason == "KEY_VALUES_MISMATCH":
-            raise ValueError(
-                f"{prefix}key {key_path} does not belong to the certificate in {cert_path}: give the key of its own"
-            ) from error
-        what = (reason or str(error)).replace("_", " ").lower()
-        raise ValueError(
-            f"{prefix}cert {cert_path} and {prefix}key {key_path} cannot be used ({what}): give a certificate, with "
-            "those that sign it behind it, and its key, both as PEM"
-        ) from error
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            what, remedy = f"which does not belong to the certificate in {cert_path}", "give its own key"
+        else:
+            what, remedy = f"which cannot be used with {cert_path} ({_words(error)})", "give both as PEM"
+        raise ValueError(f"{prefix}key is {key_path}, {what}: {remedy}") from error
     return cert, key
 
 
 def _load_authorities(context: ssl.SSLContext, path: str, name: str) -> bytes:
     """Trust the certificates of a file and return them as PEM."""
-    authorities = _read(path, name, b"-----BEGIN CERTIFICATE-----", "a certificate")
+    authorities = _read(path, name, _CERT, "certificate")
     try:
         context.load_verify_locations(path)
     except (ssl.SSLError, OSError) as error:
-        what = (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()
-        raise ValueError(f"{name} {path} cannot be used ({what}): give certificates of authorities as PEM") from error
+        raise ValueError(
+            f"{name} is {path}, which cannot be used ({_words(error)}): give certificates as PEM"
+        ) from error
     ends = [ssl.cert_time_to_seconds(str(its["notAfter"])) for its in context.get_ca_certs()]
     if ends and max(ends) < time.time():
-        raise ValueError(f"{name} {path} has expired: give the certificate of an authority that is valid now")
+        raise ValueError(f"{name} is {path}, which has expired: give the certificate of an authority that is valid now")
     return authorities
 
 
@@ -149,10 +147,15 @@ def _read(path: str, name: str, mark: bytes, what: str) -> bytes:
     try:
         found = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(f"{name} is {path!a}, which cannot be read ({_words(error)}): give a file that can") from error
     if mark not in found:
-        raise ValueError(f"{name} {path} holds no {what.removeprefix('a ')}: give a file of PEM that has {what}")
+        raise ValueError(f"{name} is {path}, which holds no {what}: give a file of PEM that has one")
     return found
+
+
+def _words(error: Exception) -> str:
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+    return reason.replace("_", " ").lower()
 
 
 class _EncryptedError(Exception):
@@ -177,9 +180,11 @@ def _check_for_servers(context: ssl.SSLContext, path: str) -> None:
     try:
         _shake_hands(sides)
     except ssl.SSLCertVerificationError as error:
-        raise ValueError(f"--tls-cert {path} cannot serve: {why_untrusted(error)}") from error
+        raise ValueError(f"--tls-cert is {path}, and {why_untrusted(error)}") from error
     except ssl.SSLError as error:
-        raise ValueError(f"--tls-cert {path} cannot serve ({error.reason}): give another certificate") from error
+        raise ValueError(
+            f"--tls-cert is {path}, which cannot serve ({_words(error)}): give another certificate"
+        ) from error
 
 
 def _shake_hands(sides: Sequence[ssl.SSLObject]) -> None:

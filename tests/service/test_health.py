@@ -6,7 +6,6 @@ import asyncio
 import functools
 import signal
 import threading
-from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -15,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import outrider.serving.service
 from outrider.engine.models.loader import ModelRefusedError
+from outrider.serving.calls import Visitor
 from outrider.serving.health import HealthServicer
 from outrider.serving.server import _unless_signalled
 from outrider_draft import drafter
@@ -147,7 +147,7 @@ def test_a_watcher_who_reads_late_is_told_of_a_shutdown_too():
 
     async def run() -> list[int]:
         health = HealthServicer()
-        watch = health.Watch(health_pb2.HealthCheckRequest(), SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:1"))
+        watch = health.Watch(health_pb2.HealthCheckRequest(), Visitor(("host", "1")))
         statuses = [(await anext(watch)).status]
         health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         health.end_watches()

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from outrider_client.text.text import TargetTokenizer
 from tests.tiny_models import byte_tokenizer
 
 NOBODY = "127.0.0.1:1"
+ROOT = Path(__file__).parents[2]
 NAN, INF = math.nan, math.inf
 HUGE = 10**400  # beyond what a float holds
 LONGER = 10**5000  # and beyond what Python writes as text
@@ -95,10 +97,13 @@ SPECULATION: dict[str, tuple] = {
 PATIENCE = dict.fromkeys(Patience.__dataclass_fields__, (*NO_NUMBERS, NAN, INF, -1, HUGE, 1e10))
 CLIENT: dict[str, tuple] = {
     "target": (None, "", 50052, b"localhost:1", ["a:1"], "a b:1", "a:1\n", "a\0:1", "a\ud800:1", "a:port", "a:0",
-               "a:65536", "[::1]:x", ":1", "a:", "http://", "https://a:1", "ftp://a:1", "http://a:1/path", "[::1",
+               "a:65536", "[::1]:x", ":1", "a:", "http://", "https://a:1/path", "ftp://a:1", "http://a:1/path", "[::1",
                "[]:1"),
     "draft": ("", 50051, b"localhost:1", ("a:1",), "a:1 ", "a:-1", "grpc://a:-1"),
     "connect_timeout": (*NO_NUMBERS, NAN, INF, -1),
+    "api_key": (3, b"sk", "", " ", "a\nb", "schlüssel", ["sk"], True),
+    "tls_ca": ("", 3, b"ca.pem", "nowhere.pem", "\0", ["ca.pem"], ROOT, __file__),
+    "tls_cert": ("cert.pem", 3),
     "patience": (*ODD, 3.0, {"retry_s": 1}, "long", Patience, True, 0),
 }  # fmt: skip
 CALL: dict[str, tuple] = {
