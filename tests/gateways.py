@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ class Reply:
 class GatewayProcess:
     """A gateway as its command line starts it."""
 
+    trust: ssl.SSLContext | None = None  # by which it is spoken to with TLS
+
     def __init__(self, *pairs: str, **options: Any):
         arguments = [f"--pair={pair}" for pair in pairs]
         arguments += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
@@ -58,14 +61,17 @@ class GatewayProcess:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the gateway ended before it served"
-        return line.split("http://")[-1].strip()
+        self.scheme, _, address = line.split()[-1].partition("://")
+        return address
 
     @property
     def url(self) -> str:
-        return f"http://{self.address}"
+        return f"{self.scheme}://{self.address}"
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.address, timeout=PATIENCE_S)
+        if self.trust is None:
+            return http.client.HTTPConnection(self.address, timeout=PATIENCE_S)
+        return http.client.HTTPSConnection(self.address, timeout=PATIENCE_S, context=self.trust)
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         """Return the whole answer; `body` is sent as JSON unless it is bytes."""

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from outrider.common.keys import new_key, parse_keys
+from outrider.common.keys import Limits, new_key, parse_keys
 
 
 @click.group()
 def keys() -> None:
-    """Keys of a gateway's callers."""
+    """Keys of the callers of a gateway, or of the services."""
 
 
 @keys.command()
@@ -21,10 +21,15 @@ def keys() -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Add the line to this file; without: print it on standard error.",
 )
-def add(name: str, file: Path | None) -> None:
+@click.option("--requests", type=click.IntRange(1), help="Most requests at once at a gateway.")
+@click.option("--sessions", type=click.IntRange(1), help="Most sessions at once at a service.")
+@click.option(
+    "--tokens-per-minute", type=click.IntRange(1), help="Most tokens a minute, of prompts and of what is written."
+)
+def add(name: str, file: Path | None, **limits: int | None) -> None:
     """Print a new key for NAME, once: the file holds its SHA-256 alone."""
     try:
-        secret, line = new_key(name)
+        secret, line = new_key(name, Limits(**limits))
         if file is not None:
             before = file.read_text(encoding="utf-8") if file.exists() else ""
             added = f"{before}{'' if before.endswith(chr(10)) or not before else chr(10)}{line}\n"
