@@ -330,6 +330,8 @@ def request_of(
             f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
             + (", or give lookup=True" if params.method == "speculative" else "")
         )
+    if params.method == "draft" and sampling and sampling.prompt_logprobs is not None:
+        raise InvalidRequestError("prompt_logprobs needs the target, which method 'draft' leaves out: use another")
     deadline = None if timeout is None else time.monotonic() + timeout
     return Request(_one_prompt(prompt), sampling or SamplingParams(), params, deadline)
 
@@ -383,14 +385,15 @@ def begin_conversation(
     params, rule = request.speculation, rule_of(request.speculation.rule, has_seed=sampling.seed is not None)
     prompt_ids = prompt_to_ids(cast("str | list[int]", request.prompt), target.tokenizer, target.info.vocab_size)
     num_left = target.info.context_length - len(prompt_ids)
-    if num_left < 1:
+    if num_left < min(1, sampling.max_new_tokens):
         raise InvalidRequestError(
             f"prompt has {len(prompt_ids)} tokens: the target's context has {target.info.context_length}"
         )
     max_new_tokens, seed = min(sampling.max_new_tokens, num_left), sampling.seed_or_new()
     max_length = len(prompt_ids) + max_new_tokens
     asked = (prompt_ids, sampling.distribution, rule(seed), params, max_length)
-    task = Task(*asked, target.info, sampling.logprobs, has_draft=settings.draft is not None)
+    numbers = sampling.logprobs, sampling.prompt_logprobs
+    task = Task(*asked, target.info, *numbers, has_draft=settings.draft is not None)
     eos_token_ids = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else target.info.eos_token_ids))
     ends = sampling.stop, eos_token_ids, sampling.min_tokens or 0
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, *ends)

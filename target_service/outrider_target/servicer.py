@@ -16,12 +16,15 @@ from outrider.sampling.distribution import MOST_LOGPROBS
 from outrider.sampling.draws import NO_SUPPORT
 from outrider.sampling.logprobs import Logprobs
 from outrider.sampling.messages import params_from_proto
+from outrider.serving.calls import Call
 from outrider.serving.options import ServiceOptions
 from outrider.serving.service import HostedServicer
 from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
-from outrider_target.scheduler import Round, Scheduler, Session, Span, Verdict
+from outrider_target.scheduler import Emit, Round, Scheduler, Scoring, Session, Span, Verdict
 
 log = logging.getLogger(__name__)
+
+MOST_PROMPT_LOGPROBS = 1 << 23  # numbers of one answer, of up to seven bytes each
 
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 
@@ -62,11 +65,13 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             if opening is None:
                 return
             shares_noise = opening.open.sampling.shared_noise
-            session = self._open(scheduler, opening.open, shares_noise, call.caller)
+            answers: Mailbox[Verdict | ServiceError] = Mailbox()
+            session = self._open(scheduler, opening.open, shares_noise, call.caller, answers.put)
             self._host.note_tokens(call, opening.open.committed)
             call.is_busy = lambda: scheduler.is_busy(session)
-            answers: Mailbox[Verdict | ServiceError] = Mailbox()
             try:
+                if opening.open.HasField("num_prompt_logprobs"):
+                    yield _response(0, await _answer_for(call, answers))
                 while (request := await call.receive()) is not None:
                     if request.WhichOneof("kind") != "round":
                         raise InvalidArgumentError(
@@ -74,27 +79,26 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
                         )
                     scheduler.submit(session, self._round(request.round, shares_noise), answers.put)
                     self._host.note_tokens(call, request.round.committed)
-                    answer = await call.wait(answers.get())
-                    call.note_answer()
-                    if isinstance(answer, ServiceError):
-                        raise answer
-                    yield _response(request.round.round_index, answer)
+                    yield _response(request.round.round_index, await _answer_for(call, answers))
             finally:
                 scheduler.close(session)
 
     def _open(
-        self, scheduler: Scheduler, message: target_pb2.OpenVerification, shares_noise: bool, caller: Caller
+        self, scheduler: Scheduler, message: target_pb2.OpenVerification, shares_noise: bool, caller: Caller, emit: Emit
     ) -> Session:
-        if message.num_logprobs > MOST_LOGPROBS:
-            raise InvalidArgumentError(f"open.num_logprobs is {message.num_logprobs}: give at most {MOST_LOGPROBS}")
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            if (number := getattr(message, name)) > MOST_LOGPROBS:
+                raise InvalidArgumentError(f"open.{name} is {number}: give at most {MOST_LOGPROBS}")
+        span = self._opening_span(message.committed)
         return scheduler.open(
             params_from_proto(message.sampling, self._host.vocab_size),
             message.seed,
-            self._opening_span(message.committed),
+            span,
             shares_noise,
             caller,
             wire.num_prompt_tokens(message),
             message.num_logprobs if message.HasField("num_logprobs") else None,
+            _scoring_of(message, span, emit),
         )
 
     def _opening_span(self, span: common_pb2.TokenSpan) -> Span:
@@ -136,6 +140,26 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
         return wire.support_of(gaps, f"proposals[{index}].support_gaps", vocab_size) if gaps else NO_SUPPORT
 
 
+def _scoring_of(message: target_pb2.OpenVerification, span: Span, emit: Emit) -> Scoring | None:
+    if not message.HasField("num_prompt_logprobs"):
+        return None
+    number, num_tokens = message.num_prompt_logprobs, len(span.token_ids)
+    if (number + 1) * num_tokens > MOST_PROMPT_LOGPROBS:
+        most = MOST_PROMPT_LOGPROBS // num_tokens - 1
+        raise InvalidArgumentError(
+            f"open.num_prompt_logprobs is {number} for {num_tokens} tokens, too many for a message: give at most {most}"
+        )
+    return Scoring(number, emit)
+
+
+async def _answer_for(call: Call, answers: Mailbox[Verdict | ServiceError]) -> Verdict:
+    answer = await call.wait(answers.get())
+    call.note_answer()
+    if isinstance(answer, ServiceError):
+        raise answer
+    return answer
+
+
 def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
     rows = verdict.rows
     logprobs: Sequence[Logprobs | None] = rows.logprobs or [None] * len(rows.outside_masses)
@@ -158,4 +182,5 @@ def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
         timing=common_pb2.Timing(
             queue_ms=verdict.queue_ms, forward_ms=verdict.forward_ms, batch_size=verdict.batch_size
         ),
+        prompt_logprobs=target_pb2.PromptLogprobs(**vars(prompt)) if (prompt := verdict.prompt_logprobs) else None,
     )

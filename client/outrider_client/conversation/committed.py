@@ -31,6 +31,7 @@ class Task:
     max_length: int  # most tokens, prompt included, that the sequence may have
     target_info: common_pb2.ModelInfo
     num_logprobs: int | None = None  # SamplingParams.logprobs
+    num_prompt_logprobs: int | None = None  # and its prompt_logprobs
     has_draft: bool = True  # there is a draft service
 
     @property

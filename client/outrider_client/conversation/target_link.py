@@ -11,7 +11,7 @@ from outrider.protocol.errors import InvalidArgumentError
 from outrider.v1 import draft_pb2, target_pb2
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.errors import ServiceFailedError
-from outrider_client.logprobs import logprobs_of
+from outrider_client.logprobs import logprobs_of, prompt_logprobs_of
 from outrider_client.results import TokenLogprobs
 from outrider_client.rules.acceptance import Decision, Proposal, TargetRow
 
@@ -29,10 +29,12 @@ class TargetLink:
         self._in_round: Sequence[draft_pb2.Proposal] = ()
         self._read: list[Proposal] | None = None  # those in the round, with their distributions
         self.round_logprobs: list[TokenLogprobs] = []  # of the last round's tokens, if asked for
+        self.prompt_logprobs: list[TokenLogprobs | None] = []  # once they have come, if asked for
 
     def open(self) -> target_pb2.VerifyRequest:
         """Return the message that opens a session with all committed tokens."""
         self._span_start = self._round_start = len(self._committed)
+        number = None if self.prompt_logprobs else self._task.num_prompt_logprobs
         return target_pb2.VerifyRequest(
             open=target_pb2.OpenVerification(
                 sampling=self._task.sampling,
@@ -41,8 +43,18 @@ class TargetLink:
                 model_identity=self._task.target_info.identity,
                 num_prompt_tokens=len(self._task.prompt_ids),
                 num_logprobs=self._task.num_logprobs,
+                num_prompt_logprobs=number,
             )
         )
+
+    def take_prompt_logprobs(self, response: target_pb2.VerifyResponse) -> None:
+        """Keep what answers an opening; raises as `decide_round` does."""
+        assert self._task.num_prompt_logprobs is not None
+        if response.round_index or not response.HasField("prompt_logprobs"):
+            raise ServiceFailedError("the target did not answer the opening, which asks for log-probabilities")
+        self._committed.check_cache(response.cache, [])
+        asked = self._task.num_prompt_logprobs, self._task.target_info.vocab_size
+        self.prompt_logprobs = prompt_logprobs_of(self._task.prompt_ids, response.prompt_logprobs, *asked)
 
     def begin_round(self, proposals: Sequence[draft_pb2.Proposal]) -> target_pb2.VerifyRequest:
         """Return the request that has proposals for the next positions verified."""
