@@ -8,6 +8,13 @@ from outrider.common import extras
 from outrider.common.doors import Doors, with_doors
 
 
+def _listen(context: click.Context, param: click.Parameter, value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
+        raise click.BadParameter(f"{value!r}: give HOST:PORT, such as 127.0.0.1:8000", context, param)
+    return value
+
+
 @click.command(context_settings={"show_default": True, "auto_envvar_prefix": "OUTRIDER_GATEWAY"})
 @click.option(
     "--pair",
@@ -18,7 +25,11 @@ from outrider.common.doors import Doors, with_doors
     help="A pair of services, and the name by which callers ask for it; several may be given. The draft follows the last comma.",
 )
 @click.option(
-    "--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="Address to serve on; port 0 takes a free one."
+    "--listen",
+    default="127.0.0.1:8000",
+    metavar="HOST:PORT",
+    callback=_listen,
+    help="Address to serve on; port 0 takes a free one.",
 )
 @with_doors
 @click.option(
@@ -86,7 +97,7 @@ def main(
 
     Every option is also an environment variable: OUTRIDER_GATEWAY_ and its name, such as OUTRIDER_GATEWAY_LISTEN.
     """
-    host, port = _host_and_port(listen)
+    host, _, port = listen.rpartition(":")
     try:
         from outrider_client.conversation.patience import Patience
         from outrider_client.credentials import Credentials, read_secret
@@ -102,16 +113,9 @@ def main(
         credentials = Credentials.of(key, service_tls_ca, service_tls_cert, service_tls_key)
         options = Options(request_timeout or None, max_requests, max_body, keepalive, doors)
         patience = Patience(retry_s=target_patience)
-        serving.serve(lambda: Pairs(addresses, patience, credentials), host, port, options, grace)
+        serving.serve(lambda: Pairs(addresses, patience, credentials), host.strip("[]"), int(port), options, grace)
     except (ValueError, InvalidRequestError, OSError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _host_and_port(listen: str) -> tuple[str, int]:
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal() or int(port) >= 1 << 16:
-        raise click.UsageError(f"--listen is {listen!r}: give HOST:PORT, such as 127.0.0.1:8000")
-    return host.strip("[]"), int(port)
 
 
 if __name__ == "__main__":
