@@ -26,6 +26,7 @@ class ServiceOptions:
     device: str = "auto"
     device_map: str | None = None
     quantization: str | None = None
+    quantize: str | None = None
     trust_remote_code: bool = False
     threads: int = 0
     max_sessions: int = 64
@@ -60,6 +61,7 @@ def needs_serve_extra() -> Iterator[None]:
 
 
 KV_DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE_NAMES = ("int8", "int4")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -73,6 +75,7 @@ def service_options(default_model: str, default_port: int) -> Callable:
         click.option("--device", default="auto", help="cpu, cuda or cuda:N; auto is CUDA where there is one."),
         click.option("--device-map", type=click.Choice(["auto"]), help="Let accelerate spread the model over devices (extra: quantization)."),
         click.option("--quantization", type=click.Choice(["bnb-4bit", "bnb-8bit"]), help="Quantise with bitsandbytes while loading (extra: quantization)."),
+        click.option("--quantize", type=click.Choice(QUANTIZE_NAMES), help="Round plain weights to blocks while they are read, for a CPU: linear layers and embeddings to 8 bits, or to 4 with embedding and head in 8. The model is then another one."),
         click.option("--trust-remote-code", is_flag=True, help="Run the model code that the checkpoint brings."),
         click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads of the model; 0 takes all cores. Pin it where services share a machine."),
         click.option("--max-sessions", type=click.IntRange(1), default=64, help="Sessions at once; more are refused with RESOURCE_EXHAUSTED."),

@@ -307,6 +307,8 @@ class ModelHost(Generic[WorkerT]):
             backend=model.choice.backend,
             backend_notes=model.choice.notes,
             generation_defaults=defaults_to_proto(defaults.values, defaults.unused) if says_some else None,
+            weight_formats=model.weight_formats,
+            quantize=options.quantize or "",
         )
 
     async def stats(self) -> common_pb2.ServiceStats:
@@ -347,6 +349,7 @@ def _model_options(options: ServiceOptions) -> ModelOptions:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         quantization=options.quantization,
+        quantize=options.quantize,
         device_map=options.device_map,
         threads=options.threads,
         caches=CacheOptions(options.max_cached_tokens, options.cuda_graphs, options.paged, options.kv_dtype),
@@ -424,4 +427,4 @@ def _show_plan(options: ServiceOptions) -> None:
         plan = plan_of(_model_options(options))
     except ModelRefusedError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(json.dumps(asdict(plan) | {"cache_bytes": plan.cache_bytes}))
+    click.echo(json.dumps(asdict(plan) | {"weight_bytes": plan.weight_bytes, "cache_bytes": plan.cache_bytes}))

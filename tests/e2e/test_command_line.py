@@ -174,12 +174,16 @@ def test_info_of_a_draft_that_does_not_answer_exits_with_1(addresses):
 
 
 def test_info_of_a_model_that_no_service_has_says_what_it_would_take():
-    """Weights of 16 bits in its files are as many numbers of 32 in memory."""
+    """Weights of 16 bits stay so; by another backend they would be numbers of 32."""
     plan = json.loads(run("info", "--plan=builtin:draft", "--threads=2", "--max-cached-tokens=10", "--json").stdout)
     assert (plan["backend"], plan["dtype"], plan["max_cached_tokens"]) == ("compiled", "float32", 10)
     assert plan["cache_bytes"] == 10 * plan["kv_bytes_per_token"]
     assert plan["notes"] == []
-    assert plan["weight_bytes"] >= 2 * sum(plan["formats"].values())
+    assert plan["formats"].keys() < plan["stored"].keys()
+    assert plan["weight_bytes"] == sum(plan["stored"].values()) < 1.1 * sum(plan["formats"].values())
+    quantised = json.loads(run("info", "--plan=builtin:draft", "--quantize=int4", "--json").stdout)
+    assert quantised["rounded_to"] == ["Q4_1", "Q8_0"]
+    assert quantised["weight_bytes"] < 0.6 * plan["weight_bytes"]
     shown = run("info", "--plan=builtin:draft", "--dtype=bfloat16").stdout
     assert f"{plan['kv_bytes_per_token'] // 2:,} bytes a token" in shown
     assert "Not by compiled" in shown

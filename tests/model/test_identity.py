@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from outrider.engine.models import identity
+from outrider.engine.models import identity, loader
 from outrider.engine.models.loader import ModelOptions, load
 from tests.tiny_models import byte_tokenizer, disagreeing_copy, make_model, save
 
@@ -129,13 +129,37 @@ def test_sees_each_row_and_each_column_of_a_matrix(shape):
     """As those of the embedding of tokens that have been added."""
     numbers = torch.zeros(shape)
     for line in (*numbers, *numbers.T):
-        before = identity._of_each_line(numbers)
+        before = [its.clone() for its in identity._lines(numbers)]
         line += 1
-        assert not torch.equal(identity._of_each_line(numbers), before)
+        assert not all(map(torch.equal, identity._lines(numbers), before))
 
 
-def test_reads_the_first_and_the_last_numbers_of_a_matrix():
+def test_reads_the_first_and_the_last_lines_of_a_matrix():
     numbers = torch.arange(1_000_000.0).reshape(1000, 1000)
-    sample = identity._sample(numbers).flatten()
-    assert (sample[0], sample[-1]) == (0, 999_999)
-    assert len(sample.unique()) == identity.NUM_RUNS * identity.RUN_LENGTH
+    columns, rows = identity._lines(numbers)
+    assert torch.equal(columns[[0, -1]], numbers.T[[0, -1]])
+    assert torch.equal(rows[[0, -1]], numbers[[0, -1]])
+    assert (len(columns), len(rows)) == (identity.NUM_LINES, identity.NUM_LINES)
+
+
+class TestKept:
+    """How a backend keeps numbers is not the model's."""
+
+    @pytest.fixture(scope="module")
+    def other(self, tmp_path_factory) -> Path:
+        """Return a model that compiled code runs, with zeros of both signs."""
+        model = make_model("llama", 0, vocab_size=300, head_dim=16, tie_word_embeddings=True).float()
+        with torch.no_grad():
+            model.model.embed_tokens.weight[::7, ::3] = -0.0
+        folder = tmp_path_factory.mktemp("kept")
+        save(model, folder)
+        return folder
+
+    @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+    def test_numbers_count_and_not_where_they_lie(self, other, monkeypatch, quantize):
+        kept = identity_in(other, quantize=quantize)
+        monkeypatch.setattr(loader, "may_keep_matrices", lambda *_: False)
+        assert identity_in(other, quantize=quantize) == kept
+
+    def test_rounded_numbers_are_another_model(self, other):
+        assert len({identity_in(other, quantize=quantize) for quantize in (None, "int8", "int4")}) == 3

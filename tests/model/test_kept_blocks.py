@@ -22,7 +22,7 @@ def options_of(path) -> ModelOptions:
 
 def in_float32(path, monkeypatch) -> LoadedModel:
     with monkeypatch.context() as patched:
-        patched.setattr(loader, "may_keep_blocks", lambda *_: False)
+        patched.setattr(loader, "may_keep_matrices", lambda *_: False)
         return load(options_of(path))
 
 
@@ -39,9 +39,9 @@ def test_rows_are_to_the_bit_those_of_the_same_numbers_in_float32(kind, tmp_path
 def test_a_plan_says_so(tmp_path):
     plan = plan_of(options_of(write_gguf(tmp_path, KIND.Q4_K, num_layers=1)))
     assert plan.backend == "compiled"
-    assert plan.keeps_blocks
-    assert plan.weight_bytes == sum(plan.formats.values())
-    assert plan.sizes().endswith("of weights in Q4_K and F32, kept so")
+    assert list(plan.stored) == list(plan.formats) == ["Q4_K", "F32"]
+    assert sum(plan.formats.values()) < plan.weight_bytes < 1.03 * sum(plan.formats.values())
+    assert plan.sizes() == "0.03 GB of weights in Q4_K and F32: 0.03 GB in Q4_K and F32"
 
 
 def test_a_model_that_compiled_code_gets_wrong_is_read_again(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from outrider.engine.models.plan import Plan, kv_numbers_per_token
 from tests.model.against_transformers import spec_of
 from tests.tiny_models import CONTEXT_LENGTH, FAMILIES, make_model, save
 
-PLAN = Plan("a model", "llama", "cpu", "float32", {"BF16": 50}, 100, 10, 8, 0, 100)
+PLAN = Plan("a model", "llama", "cpu", "float32", {"BF16": 50}, {"F32": 100}, 10, 8, 0, 100)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,8 +30,38 @@ def test_says_what_loading_finds(family, dtype, tmp_path):
     assert made.context_length == loaded.context_length == CONTEXT_LENGTH
     tensors = load_file(tmp_path / "model.safetensors").values()
     numbers = sum(tensor.numel() for tensor in tensors)
-    assert made.weight_bytes == numbers * {"float32": 4, "bfloat16": 2}[dtype]
+    assert made.stored == {dtype: numbers * {"float32": 4, "bfloat16": 2}[dtype]}
+    assert loaded.weight_formats == (dtype,)
     assert made.formats == {"F64": numbers * 8}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize(("kind", "dtype"), [("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)])
+def test_weights_that_compiled_code_reads_stay_as_they_are(family, kind, dtype, tmp_path):
+    """Matrices; norms and biases, which no product reads, become float32."""
+    model = make_model(family, 0, head_dim=16).to(dtype)
+    options = ModelOptions(save(model, tmp_path), device="cpu", threads=2)
+    made, loaded = plan_of(options), load(options)
+    assert made.backend == loaded.choice.backend == "compiled"
+    assert loaded.weight_formats == (kind,)
+    assert made.formats.keys() == {kind}
+    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+    vectors = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
+    expected = {kind: 0, "F32": 0}
+    expected[kind] += (sum(weights.values()) - vectors) * dtype.itemsize
+    expected["F32"] += vectors * 4
+    assert made.stored == {name: num_bytes for name, num_bytes in expected.items() if num_bytes}
+
+
+def test_caches_of_another_type_are_counted_and_refused_as_loading_does(tmp_path):
+    halved = CacheOptions(kv_dtype="bfloat16")
+    folder = save(make_model("llama", 0, head_dim=16).float(), tmp_path / "compiled")
+    whole, half = (plan_of(ModelOptions(folder, device="cpu", caches=its)) for its in (CacheOptions(), halved))
+    assert whole.kv_bytes_per_token == 2 * half.kv_bytes_per_token
+    options = ModelOptions(save(make_model("gpt2", 0), tmp_path / "other"), device="cpu", caches=halved)
+    for way in (plan_of, load):
+        with pytest.raises(ModelRefusedError, match="with keys and values in bfloat16: leave out --kv-dtype"):
+            way(options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +87,11 @@ def test_what_another_library_loads_cannot_be_planned(tmp_path):
 class TestMemory:
     @pytest.mark.parametrize(
         "fits",
-        [PLAN, replace(PLAN, free_bytes=None, weight_bytes=10**15), replace(PLAN, max_cached_tokens=5, free_bytes=150)],
+        [
+            PLAN,
+            replace(PLAN, free_bytes=None, stored={"F32": 10**15}),
+            replace(PLAN, max_cached_tokens=5, free_bytes=150),
+        ],
     )
     def test_what_fits_is_let_through(self, fits):
         """Caches that nobody has set grow as they are needed, and are no reason."""
@@ -65,8 +99,10 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         ("changes", "reason"),
-        [({"free_bytes": 99}, "for weights in float32, and 0.00 GB are free: take a smaller model, --dtype"),
-         ({"free_bytes": 99, "dtype": "bfloat16"}, "are free: take a smaller model or a machine"),
+        [({"free_bytes": 99}, "in F32, and 0.00 GB are free: take a smaller model, --quantize int8 or int4 or"),
+         ({"free_bytes": 99, "rounded_to": ("Q8_0",)}, "are free: take a smaller model or a machine"),
+         ({"free_bytes": 99, "stored": {"Q4_K": 90, "F32": 10}}, "in Q4_K and F32, .* take a smaller model or a"),
+         ({"free_bytes": 99, "device": "cuda:0"}, "are free: take a smaller model, --dtype bfloat16 or a machine"),
          ({"free_bytes": 149, "max_cached_tokens": 5}, "GB for caches of 5 tokens, .* --max-cached-tokens to 4 at")],
     )  # fmt: skip
     def test_what_does_not_is_refused_with_what_to_change(self, changes, reason):

@@ -10,10 +10,10 @@ from outrider.engine.models.stored import (
     ReadProduct,
     StoredEmbedding,
     StoredLinear,
-    is_stored,
     replace_weights,
     store_products,
     stored_modules,
+    why_products_differ,
     without_numbers,
 )
 from tests.tiny_models import make_model
@@ -73,7 +73,20 @@ def test_no_rows_are_asked_for():
     assert embedding(torch.empty(1, 0, dtype=torch.int64)).shape == (1, 0, 4)
 
 
-def test_a_model_with_its_weights_is_not_stored(models):
-    model, other = models
-    assert not is_stored(model)
-    assert is_stored(other)
+def test_products_that_have_the_numbers_of_their_matrices_are_right(models):
+    assert why_products_differ(models[1]) is None
+
+
+@pytest.mark.parametrize("wrong", ["outputs", "rows"])
+def test_one_that_has_others_is_noticed(models, wrong):
+    """Though all that the model computes agrees with itself."""
+
+    class Wrong(ReadProduct):
+        def __call__(self, inputs):
+            return super().__call__(inputs) * (1.001 if wrong == "outputs" else 1)
+
+        def rows(self, ids):
+            return super().rows(ids) * (1.001 if wrong == "rows" else 1)
+
+    store_products(models[1], Wrong)
+    assert why_products_differ(models[1]) == "a product with a matrix in F32 differs from that of its numbers"

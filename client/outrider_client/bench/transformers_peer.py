@@ -32,6 +32,7 @@ class PeerOptions:
     context_length: int
     eos_token_ids: tuple[int, ...]
     threads: int
+    quantize: tuple[str | None, str | None] = (None, None)  # of target and draft
 
 
 def load_peer(options: PeerOptions, settings: Settings) -> TransformersPeer:
@@ -55,8 +56,8 @@ class TransformersPeer:
         torch.set_num_threads(options.threads)
         self._options, self._settings = options, settings
         self._target, self._draft = (
-            load_plain(ModelOptions(name, dtype=options.dtype, device=options.device))
-            for name in (options.target_model, options.draft_model)
+            load_plain(ModelOptions(name, dtype=options.dtype, device=options.device, quantize=quantize))
+            for name, quantize in zip((options.target_model, options.draft_model), options.quantize, strict=True)
         )
         self._target.generation_config = transformers.GenerationConfig()  # none of the checkpoint's own defaults
         self._draft_configs: dict[Cell, transformers.GenerationConfig] = {}

@@ -30,8 +30,10 @@ PLAN_OPTIONS = ("threads", "dtype", "device", "max_cached_tokens", "revision")
 )
 @click.option("--threads", type=click.IntRange(0), help="Of --plan, as of a service; so are those below.")
 @click.option("--dtype", help="Type of the weights.")
+@click.option("--quantize", help="Round weights to blocks of int8 or int4 while they are read.")
 @click.option("--device", help="Where the model is.")
 @click.option("--max-cached-tokens", type=click.IntRange(0), help="Tokens in all KV caches together.")
+@click.option("--kv-dtype", help="Type of the keys and values in KV caches.")
 @click.option("--revision", help="Revision of the model on the hub.")
 @as_json
 @shows_errors
@@ -111,6 +113,7 @@ def _column(model: common_pb2.ModelInfo, stats: common_pb2.ServiceStats) -> dict
         "model": model.model_id,
         "architecture": model.architecture,
         "device, type": f"{model.device}, {model.dtype}",
+        "weights in": ", ".join(model.weight_formats) + (f" (quantised to {model.quantize})" if model.quantize else ""),
         "backend": model.backend,
         "vocabulary": f"{model.vocab_size:,}",
         "tokenizer": f"{model.tokenizer.num_pieces:,} pieces" if model.HasField("tokenizer") else "none",

@@ -35,12 +35,16 @@ def plan_of(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """Return the plan for people; the reasons against other backends are no part of it."""
     table = Table("", escape(plan["model"]), title="Plan")
-    formats = ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in plan["formats"].items())
+    formats, stored = (
+        ", ".join(f"{name} {_size(num_bytes)}" for name, num_bytes in plan[its].items())
+        for its in ("formats", "stored")
+    )
+    rounded = f", with the numbers of {' and '.join(plan['rounded_to'])}" if plan["rounded_to"] else ""
     tokens = plan["max_cached_tokens"]
     rows = {
         "architecture": plan["architecture"],
         "weights in its files": formats,
-        "weights in memory": f"{_size(plan['weight_bytes'])} in {'these' if plan['keeps_blocks'] else plan['dtype']}",
+        "weights in memory": stored + rounded,
         "caches": f"{plan['kv_bytes_per_token']:,} bytes a token, {_size(plan['cache_bytes'])} for "
         + (f"{tokens:,} tokens" if tokens else f"a text of {plan['context_length']:,} tokens"),
         "free memory": "unknown" if plan["free_bytes"] is None else f"{_size(plan['free_bytes'])} of {plan['device']}",

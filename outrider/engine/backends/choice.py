@@ -102,9 +102,22 @@ def choose(spec: DecoderSpec, machine: Machine, probe: Probe) -> Choice:
         names.setdefault(reason, []).append(backend.name)
         spec = spec.whole()
     assert is_rounding, "the last backend has no other objection, and gave these rows before"
-    raise ModelRefusedError(
+    raise nothing_rounds(machine)
+
+
+def nothing_rounds(machine: Machine) -> ModelRefusedError:
+    """Return what to raise where no backend keeps keys and values as they were asked for."""
+    return ModelRefusedError(
         f"nothing runs this model with keys and values in {machine.caches.kv_dtype}: leave out --kv-dtype"
     )
+
+
+def why_not(backend: Backend, spec: DecoderSpec, machine: Machine) -> str | None:
+    """Return what keeps a backend from a model, as far as shows before it is made."""
+    if not backend.rounds_caches and _kv_dtype(spec, machine) != spec.dtype:
+        own = str(spec.dtype).removeprefix("torch.")
+        return f"it keeps keys and values in {own}, not in {machine.caches.kv_dtype}"
+    return backend.why_not(spec, machine)
 
 
 def _kv_dtype(spec: DecoderSpec, machine: Machine) -> torch.dtype:
@@ -117,7 +130,7 @@ def _tried(
 ) -> tuple[Runner | None, str]:
     """Return the runner; or None, and why it is not used."""
     try:
-        reason = _why_not_rounded(backend, spec, machine) or backend.why_not(spec, machine)
+        reason = why_not(backend, spec, machine)
         if reason:
             return None, reason
         runner = backend.make(spec, machine, max_cached_tokens)
@@ -130,12 +143,6 @@ def _tried(
         log.warning("the model does not run by %s: %s", backend.name, reason)
         return None, reason
     return runner, ""
-
-
-def _why_not_rounded(backend: Backend, spec: DecoderSpec, machine: Machine) -> str | None:
-    if backend.rounds_caches or _kv_dtype(spec, machine) == spec.dtype:
-        return None
-    return f"it keeps keys and values in {str(spec.dtype).removeprefix('torch.')}, not in {machine.caches.kv_dtype}"
 
 
 def _max_cached_tokens(spec: DecoderSpec, options: CacheOptions) -> int:

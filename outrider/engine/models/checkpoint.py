@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,15 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from outrider.engine.models.files import formats_of, in_gguf, in_safetensors, is_block_format, parts_of
+from outrider.engine.models.files import (
+    BLOCK_INPUTS,
+    PLAIN_KINDS,
+    Quantised,
+    formats_of,
+    in_gguf,
+    in_safetensors,
+    parts_of,
+)
 from outrider.engine.models.gguf_header import GgufDamagedError, GgufHeader
 from outrider.engine.models.streaming import (
     Unread,
@@ -31,6 +39,7 @@ from outrider.engine.models.streaming import (
     safetensors_files,
     unread_gguf,
     unread_safetensors,
+    with_blocks,
 )
 
 BUILTIN_PREFIX = "builtin:"
@@ -183,15 +192,17 @@ class Checkpoint:
     left_over: Collection[str] = ()  # what the files have, and nothing asks for
 
     @property
-    def has_blocks(self) -> bool:
-        """Whether weights are quantised in blocks, as in GGUF files."""
-        return any(is_block_format(kind) for kind in self.formats)
+    def rounded_to(self) -> tuple[str, ...]:
+        """Formats to which weights are rounded while they are read."""
+        matrices = [its.matrix for its in self.tensors.values()]
+        return tuple(sorted({its.kind for its in matrices if isinstance(its, Quantised)}))
 
 
-def opened(source: Source, **arguments: Any) -> Checkpoint:
+def opened(source: Source, quantize: str | None = None, **arguments: Any) -> Checkpoint:
     """Read the configuration and the headers of a model's files.
 
     Args:
+        quantize: to round weights to while they are read; int8 or int4.
         arguments: for from_pretrained, beside those of `source`; `dtype` is one of them.
 
     Raises:
@@ -206,7 +217,28 @@ def opened(source: Source, **arguments: Any) -> Checkpoint:
         reason = source.why_silent(["generation_config.json"])
         if reason:
             raise ModelRefusedError(f"{source.name} cannot be loaded: {reason}")
-        return _opened_gguf(source, arguments) if source.gguf_file else _opened(source, arguments)
+        checkpoint = _opened_gguf(source, arguments) if source.gguf_file else _opened(source, arguments)
+        return _quantised(checkpoint, quantize) if quantize else checkpoint
+
+
+def _quantised(checkpoint: Checkpoint, quantize: str) -> Checkpoint:
+    """Return the checkpoint with weights that are rounded while they are read; raises ModelRefusedError."""
+    name = checkpoint.source.name
+    if checkpoint.outline is None:
+        raise ModelRefusedError(
+            f"{name} cannot be quantised: --quantize takes plain weights in safetensors or GGUF files, and no adapters "
+            "or code of a checkpoint's own: leave it out"
+        )
+    blocks = [kind for kind in checkpoint.formats if kind not in PLAIN_KINDS]
+    if blocks:
+        raise ModelRefusedError(f"{name} is quantised already, in {' and '.join(blocks)}: leave out --quantize")
+    made = replace(checkpoint, tensors=with_blocks(checkpoint.outline, checkpoint.tensors, quantize))
+    if not made.rounded_to:
+        raise ModelRefusedError(
+            f"{name} cannot be quantised: none of its linear layers has a multiple of {BLOCK_INPUTS} inputs: leave out "
+            "--quantize"
+        )
+    return made
 
 
 def read_model(checkpoint: Checkpoint, keeps_matrices: bool = False) -> PreTrainedModel:
@@ -270,8 +302,9 @@ def _opened(source: Source, arguments: Mapping[str, Any]) -> Checkpoint:
     tensors = in_safetensors(paths)
     if not tensors:
         return left_to_transformers
-    unread = unread_safetensors(tensors, arguments["dtype"])
-    return Checkpoint(source, arguments, config, outline_of(config), unread, formats_of(tensors))
+    outline = outline_of(config)
+    unread = unread_safetensors(tensors, outline, arguments["dtype"])
+    return Checkpoint(source, arguments, config, outline, unread, formats_of(tensors))
 
 
 def quantization_of(config: Any) -> str:

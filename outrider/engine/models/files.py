@@ -27,7 +27,9 @@ from outrider.engine.models.matrix import Matrix, floats_of
 
 PIECE_BYTES = 4 * 1024 * 1024  # of float32, that are made at once
 BLOCK_INPUTS = 32  # of the formats that are made here
+QUANTISED = {"int8": "Q8_0", "int4": "Q4_1"}  # by the names that operators give
 _TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN_KINDS = frozenset(_TORCH_TYPES)
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _REPORT_S = 5.0
 
@@ -57,7 +59,7 @@ class FileTensor:
 
     path: Path
     offset: int
-    kind: str  # see Matrix; also F64
+    kind: str  # see Matrix
     dims: tuple[int, ...]
     row_bytes: int
     progress: Progress | None = field(default=None, compare=False)
@@ -112,8 +114,8 @@ class Reordered:
 
 
 @dataclass(frozen=True)
-class Rewritten:
-    """A matrix in another format, made while it is read: rounded to the nearest, in groups where it has blocks."""
+class Quantised:
+    """A matrix in a block format, made while it is read: rounded to the nearest, BLOCK_INPUTS to a scale."""
 
     matrix: Matrix
     kind: str
@@ -124,31 +126,24 @@ class Rewritten:
 
     def raw(self, first: int, last: int) -> np.ndarray:
         """See Matrix."""
-        numbers = numbers_of(self.matrix, first, last)
-        if self.kind == "F32":
-            return numbers.view(np.uint8)
         from gguf import GGMLQuantizationType, quants
 
-        return quants.quantize(numbers, GGMLQuantizationType[self.kind])
+        kind, at_once = GGMLQuantizationType[self.kind], pieces(self.matrix, first, last)
+        return np.concatenate([quants.quantize(numbers_of(self.matrix, *bounds), kind) for bounds in at_once])
 
 
 def numbers_of(matrix: Matrix, first: int, last: int) -> np.ndarray:
     """Return rows `[first, last)` of a matrix, `[last - first, I] float32`."""
-    raw = matrix.raw(first, last)
-    return raw.view(np.float64).astype(np.float32) if matrix.kind == "F64" else floats_of(matrix.kind, raw)
+    return floats_of(matrix.kind, matrix.raw(first, last))
 
 
-def pieces(matrix: Matrix) -> Iterator[tuple[int, int]]:
+def pieces(matrix: Matrix, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
     """Yield bounds of rows that make some PIECE_BYTES of float32."""
     num_outputs, num_inputs = matrix.shape
+    last = num_outputs if last is None else last
     step = max(1, PIECE_BYTES // (4 * max(num_inputs, 1)))
-    for first in range(0, num_outputs, step):
-        yield first, min(first + step, num_outputs)
-
-
-def is_block_format(kind: str) -> bool:
-    """Whether numbers of the format share scales in blocks."""
-    return kind not in _TORCH_TYPES
+    for start in range(first, last, step):
+        yield start, min(start + step, last)
 
 
 def torch_type_of(kind: str) -> torch.dtype:
@@ -168,26 +163,9 @@ def tensor_of(matrix: Matrix, dims: Sequence[int], dtype: torch.dtype) -> torch.
     return tensor.reshape(tuple(dims))
 
 
-def num_bytes_of(matrix: Matrix) -> int:
-    """Return the size of a matrix as it is written."""
-    num_outputs, num_inputs = matrix.shape
-    if matrix.kind in _TORCH_TYPES:
-        return num_outputs * num_inputs * _TORCH_TYPES[matrix.kind].itemsize
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    inputs, size = GGML_QUANT_SIZES[GGMLQuantizationType[matrix.kind]]
-    return num_outputs * (num_inputs // inputs) * size
-
-
-def quantised(name: str, matrix: Matrix, quantize: str) -> Matrix:
-    """Return the matrix in int8 or int4 in blocks, or as it is where its rows are not made of blocks.
-
-    Embedding and head, to which a model is most sensitive, get 8 bits at the least. What has so few bits already stays.
-    """
-    is_outside = "embed" in name or "lm_head" in name
-    if matrix.shape[1] % BLOCK_INPUTS or matrix.kind not in _TORCH_TYPES:
-        return matrix
-    return Rewritten(matrix, "Q4_1" if quantize == "int4" and not is_outside else "Q8_0")
+def quantised(matrix: Matrix, quantize: str) -> Matrix:
+    """Return the matrix in blocks of a format of QUANTISED, or as it is where its rows are not made of blocks."""
+    return matrix if matrix.shape[1] % BLOCK_INPUTS else Quantised(matrix, QUANTISED[quantize])
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -246,10 +224,6 @@ def unturned(num_rows: int, num_heads: int) -> np.ndarray:
     llama.cpp turns neighbouring numbers of a head and transformers those of its halves, so the files have them so.
     """
     return np.arange(num_rows).reshape(num_heads, num_rows // num_heads // 2, 2).swapaxes(1, 2).reshape(-1)
-
-
-def total_bytes(tensors: Mapping[str, FileTensor]) -> int:
-    return sum(tensor.num_bytes for tensor in tensors.values())
 
 
 def formats_of(tensors: Mapping[str, FileTensor]) -> dict[str, int]:

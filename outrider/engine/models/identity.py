@@ -1,9 +1,10 @@
 """Who a model is: a short name for its configuration, its tokenizer and its weights, the same wherever they lie.
 
 Two services whose models have one identity write the same texts, up to rounding. The weights of a model that is larger
-than `READ_WHOLE_BYTES` are sampled: `NUM_RUNS` stretches of `RUN_LENGTH` numbers, spread over each matrix, and one
-number of each row and each column of a matrix that is no expert's. So it sees every matrix that has been trained
-further, merged, quantised or rounded, the row of every token, and every piece of a tokenizer.
+than `READ_WHOLE_BYTES` are sampled: `NUM_LINES` rows and columns of each matrix, and so numbers of every row and every
+column; of experts, `NUM_RUNS` stretches of `RUN_LENGTH` numbers, spread over each. So it sees every matrix that has
+been trained further, merged, quantised or rounded, the row of every token, and every piece of a tokenizer. How numbers
+lie in memory does not matter: blocks count as the numbers that they stand for.
 
 It does not see: single numbers of a large matrix; rows of an expert's; weights that accelerate keeps off every device;
 what is no part of the files, such as versions of libraries, kernels, and code that a checkpoint brings; and
@@ -20,17 +21,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from outrider.engine.models.files import pieces
 from outrider.engine.models.stored import stored_modules
 
 NUM_DIGITS = 32
 READ_WHOLE_BYTES = 64 * 1024 * 1024
-NUM_RUNS, RUN_LENGTH = 64, 16
-_STRIDE = 7919  # a prime: neighbouring lines are looked at in places far apart
+NUM_RUNS, RUN_LENGTH, NUM_LINES = 64, 16, 8
 # Where the files lie, which library wrote them, and how they are run; types are part of the weights.
 _NOT_THE_MODEL = {"name_or_path", "transformers_version", "auto_map", "dtype", "torch_dtype", "use_cache"}
 
@@ -44,7 +42,7 @@ def identity_of(model: PreTrainedModel, tokenizer: bytes | None, eos_token_ids: 
     """
     digest = hashlib.sha256()
     parts = [_json(model.config.to_dict()), _json(eos_token_ids), b"" if tokenizer is None else tokenizer]
-    for part in (*parts, *_weights(model), *_kept_matrices(model)):
+    for part in (*parts, *_weights(model)):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()[:NUM_DIGITS]
@@ -65,32 +63,48 @@ def _normal(value: Any) -> Any:
 def _weights(model: PreTrainedModel) -> Iterator[bytes]:
     """Yield names, types, shapes and numbers of all weights; tied ones come once for each name."""
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    for name, tensor in sorted(tensors.items()):
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        if tensor.device.type != "meta" and tensor.numel():
-            if num_bytes <= READ_WHOLE_BYTES:
-                yield _bytes_of(tensor)
-                continue
-            yield _bytes_of(_sample(tensor))
-            if tensor.dim() == 2 and min(tensor.shape) > 1:
-                yield _bytes_of(_of_each_line(tensor))
+    kept = {f"{name}.weight": _KeptWeight(module) for name, module in stored_modules(model).items()}
+    weights: dict[str, Any] = tensors | kept
+    num_bytes = sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in weights.values())
+    for name, weight in sorted(weights.items()):
+        yield f"{name} {weight.dtype} {tuple(weight.shape)}".encode()
+        if weight.device.type == "meta" or 0 in weight.shape:
+            continue
+        if num_bytes <= READ_WHOLE_BYTES:
+            yield _bytes_of(weight[...])
+        elif len(weight.shape) == 2 and min(weight.shape) > 1:
+            yield from map(_bytes_of, _lines(weight))
+        else:
+            yield _bytes_of(_sample(weight))
 
 
-def _kept_matrices(model: PreTrainedModel) -> Iterator[bytes]:
-    """Yield names, formats, shapes and bytes of matrices that are as their files have them.
+class _KeptWeight:
+    """A matrix whose numbers a product has, read as a tensor is: so it does not matter where they lie."""
 
-    Of large models, `RUN_LENGTH` bytes of each row, from another place in each.
-    """
-    modules = sorted(stored_modules(model).items())
-    is_small = sum(math.prod(module.matrix.shape) for _, module in modules) <= READ_WHOLE_BYTES
-    for name, module in modules:
-        yield f"{name} {module.matrix.kind} {tuple(module.matrix.shape)}".encode()
-        for first, last in pieces(module.matrix):
-            raw = module.matrix.raw(first, last)
-            starts = np.arange(first, last)[:, None] * _STRIDE
-            columns = (starts + np.arange(RUN_LENGTH)) % raw.shape[1]
-            yield (raw if is_small else np.take_along_axis(raw, columns, axis=1)).tobytes()
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, module: Any):
+        self._product, self.shape = module.product, tuple(module.matrix.shape)
+
+    def __getitem__(self, rows: Any) -> torch.Tensor:
+        """Return rows `[n, I]`."""
+        return self._product.rows(torch.arange(self.shape[0])[rows])
+
+    def columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return columns `[n, O]`, as products with ones and zeros."""
+        return self._product(torch.nn.functional.one_hot(columns, self.shape[1]).float())
+
+
+def _lines(weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `NUM_LINES` columns and rows of a matrix, the first and the last of them: some of each line's numbers."""
+    rows, columns = (
+        torch.linspace(0, size - 1, NUM_LINES, dtype=torch.float64, device=weight.device).long()
+        for size in weight.shape
+    )
+    of_columns = weight.columns(columns) if isinstance(weight, _KeptWeight) else weight.T[columns]
+    if weight.dtype == torch.float32:
+        of_columns = of_columns + 0.0  # a product does not tell −0 from 0
+    return of_columns, weight[rows]
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,14 +119,6 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     starts = torch.linspace(0, size - RUN_LENGTH, NUM_RUNS, dtype=torch.float64, device=tensor.device).long()
     index = (starts[:, None] + torch.arange(RUN_LENGTH, device=tensor.device)).flatten()
     return matrices[:, index]
-
-
-def _of_each_line(matrix: torch.Tensor) -> torch.Tensor:
-    """Return one number of each row and one of each column, `[rows + columns]`."""
-    num_rows, num_columns = matrix.shape
-    rows, columns = (torch.arange(size, device=matrix.device) for size in (num_rows, num_columns))
-    in_rows = matrix[rows, rows * _STRIDE % num_columns]
-    return torch.cat([in_rows, matrix[columns * _STRIDE % num_rows, columns]])
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

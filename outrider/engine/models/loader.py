@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel
 
 from outrider.engine.backends import attention
-from outrider.engine.backends.choice import BACKENDS, COMPILED, CacheOptions, Choice, Machine, choose
+from outrider.engine.backends.choice import BACKENDS, COMPILED, CacheOptions, Choice, Machine, choose, why_not
 from outrider.engine.backends.runner import ModelRunner
 from outrider.engine.models.checkpoint import (
     TOKENIZER_FILES,
@@ -26,15 +26,18 @@ from outrider.engine.models.checkpoint import (
     one_line,
     opened,
     placed,
+    quantization_of,
     read_model,
 )
 from outrider.engine.models.configuration import context_length_of, eos_token_ids_of, hold_rotary_factors
+from outrider.engine.models.files import QUANTISED
 from outrider.engine.models.generation import GenerationDefaults, generation_defaults_of
 from outrider.engine.models.identity import identity_of
-from outrider.engine.models.plan import kept_in_blocks, planned
+from outrider.engine.models.plan import kept, planned
 from outrider.engine.models.probe import Probe, expected_rows, probe_text, rows_of, why_different, why_disturbed
-from outrider.engine.models.spec import DecoderSpec
-from outrider.engine.models.stored import store_products, without_numbers
+from outrider.engine.models.spec import DecoderSpec, switch_attention
+from outrider.engine.models.stored import store_products, why_products_differ, without_numbers
+from outrider.engine.models.zeros import spec_of_zeros
 
 FINGERPRINT_BLOCK = 1024
 _NOT_FINITE = "its weights are damaged, or a number in config.json is"
@@ -53,6 +56,7 @@ class ModelOptions:
     device: str = "auto"  # auto is CUDA where there is one
     trust_remote_code: bool = False
     quantization: str | None = None  # bnb-4bit or bnb-8bit
+    quantize: str | None = None  # int8 or int4: round plain weights to blocks while they are read, for a CPU
     device_map: str | None = None  # auto: accelerate spreads the model
     threads: int = 0  # of the CPU, for the whole process; 0 leaves torch's choice
     caches: CacheOptions = field(default_factory=CacheOptions)
@@ -100,6 +104,7 @@ class LoadedModel:
     accelerator: str  # identifies it anywhere; empty for a CPU
     dtype: str
     generation_defaults: GenerationDefaults
+    weight_formats: tuple[str, ...]  # see common.proto
 
 
 def load(options: ModelOptions) -> LoadedModel:
@@ -118,8 +123,8 @@ def _load(options: ModelOptions) -> LoadedModel:
     source = Source.of(options.model, options.revision, options.trust_remote_code)
     device, machine = device_of(options.device), Machine(torch.get_num_threads(), options.caches)
     checkpoint = opened_by(options, source, device)
-    kept = _keeping_blocks(options, checkpoint, machine) if may_keep_blocks(checkpoint, device) else None
-    model, runner = kept or (_load_model(options, checkpoint, device), None)
+    keeping = _keeping_matrices(options, checkpoint, machine) if may_keep_matrices(checkpoint, device) else None
+    model, runner = keeping or (_load_model(options, checkpoint, device), None)
     spec, probe = read_checked(model)
     spec = replace(spec, runner=runner, reread=lambda: read_checked(_load_model(options, checkpoint, device))[0])
     vocab_size = spec.vocab_size
@@ -136,6 +141,7 @@ def _load(options: ModelOptions) -> LoadedModel:
         "dtype": str(model.dtype).removeprefix("torch."),
         "generation_defaults": generation_defaults_of(model, vocab_size, eos_token_ids),
     }
+    own_format = quantization_of(model.config) or facts["dtype"]
     del model  # a backend of our own has the weights: their memory is for the caches
     try:
         choice = choose(spec, machine, probe)
@@ -143,7 +149,8 @@ def _load(options: ModelOptions) -> LoadedModel:
         raise ModelRefusedError(
             f"the caches of {options.model} do not fit into the memory of {facts['device']}: lower --max-cached-tokens"
         ) from error
-    return LoadedModel(options, choice, tokenizer, **facts)
+    weight_formats = getattr(choice.runner, "weight_formats", (own_format,))
+    return LoadedModel(options, choice, tokenizer, weight_formats=weight_formats, **facts)
 
 
 def load_plain(options: ModelOptions) -> PreTrainedModel:
@@ -175,40 +182,49 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def may_keep_blocks(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Whether weights are blocks, and their numbers are asked for exactly, on a CPU."""
-    return checkpoint.has_blocks and device.type == "cpu" and checkpoint.arguments["dtype"] == torch.float32
+def may_keep_matrices(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether weights are read one by one, and their numbers are asked for exactly, on a CPU."""
+    return checkpoint.outline is not None and device.type == "cpu" and checkpoint.arguments["dtype"] == torch.float32
 
 
-def _keeping_blocks(
+def _keeping_matrices(
     options: ModelOptions, checkpoint: Checkpoint, machine: Machine
 ) -> tuple[PreTrainedModel, Any] | None:
-    """Return a model whose matrices are those of the compiled runner, which stay blocks, and that runner.
+    """Return a model whose matrices are those of the compiled runner, which stay as they are read, and that runner.
 
-    None where compiled code cannot run the model.
+    None where compiled code cannot run the model, or gets its products wrong.
     """
     backend = next(its for its in BACKENDS if its.name == COMPILED)
+    try:
+        if why_not(backend, spec_of_zeros(checkpoint), machine):
+            return None
+    except Exception:  # of a model that is refused for it in words below, or of numba
+        return None
+    plan = planned(checkpoint, torch.device("cpu"), options.caches)
+    assert plan, "what is read one by one has headers that say what there is"
+    plan = kept(plan, checkpoint)
+    plan.check()
+    log.info("reading %s", plan.sizes())
     model = read_model(checkpoint, keeps_matrices=True)
-    attention.register()
     own_attention = model.config._attn_implementation
     switch_attention(model)
     with without_numbers(model):
         spec = DecoderSpec.read(model)
-    if backend.why_not(spec, machine):
+    try:
+        runner: Any = backend.make(spec, machine, 0)
+        store_products(model, runner.product_of)
+        reason = why_products_differ(model)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        log.warning("weights are not kept as they are read: %s", reason)
         return None
-    plan = planned(checkpoint, spec.device, options.caches.max_cached_tokens)
-    assert plan, "blocks are read from GGUF files, whose headers say what there is"
-    plan = kept_in_blocks(plan)
-    plan.check()
-    log.info("reading %s", plan.sizes())
-    runner: Any = backend.make(spec, machine, 0)
-    store_products(model, runner.product_of)
     model.set_attn_implementation(own_attention)
     return model, runner
 
 
 def _load_model(options: ModelOptions, checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
-    plan = planned(checkpoint, device, options.caches.max_cached_tokens)
+    plan = planned(checkpoint, device, options.caches)
     if plan:
         plan.check()
         log.info("reading %s", plan.sizes())
@@ -219,11 +235,29 @@ def _load_model(options: ModelOptions, checkpoint: Checkpoint, device: torch.dev
 def opened_by(options: ModelOptions, source: Source, device: torch.device) -> Checkpoint:
     """Return the model's files; raises ModelRefusedError."""
     arguments: dict = {"dtype": _dtype(options, device)}
+    if options.quantize:
+        _check_quantize(options, device)
     if options.quantization:
         arguments["quantization_config"] = _quantization(options.quantization)
     if options.device_map or options.quantization:
         arguments["device_map"] = options.device_map or {"": str(device)}
-    return opened(source, **arguments)
+    return opened(source, options.quantize, **arguments)
+
+
+def _check_quantize(options: ModelOptions, device: torch.device) -> None:
+    """Raise ModelRefusedError where blocks cannot be made, or not be multiplied with as they are."""
+    if options.quantize not in QUANTISED:
+        raise ModelRefusedError(f"quantize {options.quantize!r} is not one of {', '.join(QUANTISED)}")
+    rounds = options.dtype in ("bfloat16", "float16")
+    reasons = (
+        (device.type != "cpu", f"takes a CPU: give --device cpu, or --quantization bnb-8bit or bnb-4bit for {device}"),
+        (options.quantization, "and --quantization exclude each other: leave one out"),
+        (options.device_map, "and --device-map exclude each other: leave one out"),
+        (rounds, f"has numbers that --dtype {options.dtype} would round: leave it out"),
+    )
+    for is_so, reason in reasons:
+        if is_so:
+            raise ModelRefusedError(f"--quantize {options.quantize} {reason}")
 
 
 def _dtype(options: ModelOptions, device: torch.device):
@@ -292,17 +326,6 @@ def refusing_anything(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelRefusedError(f"{what}: {one_line(error)}") from error
-
-
-def switch_attention(model: PreTrainedModel) -> None:
-    """Switch the model to packed attention; raises ModelRefusedError where it has attention of its own alone."""
-    reason = f"{type(model).__name__} does not follow transformers' attention interface, so its family cannot be served"
-    try:
-        model.set_attn_implementation(attention.ATTENTION_NAME)
-    except Exception as error:
-        raise ModelRefusedError(reason) from error
-    if model.config._attn_implementation != attention.ATTENTION_NAME:
-        raise ModelRefusedError(reason)
 
 
 def _check_ids(backend: Tokenizer, vocab_size: int, model: str) -> None:

@@ -1,7 +1,7 @@
 """Constant matrices where they lie, read in pieces: every weight is read from its file once, by whoever stores it.
 
-`kind` names how the numbers of a row are written, by GGUF's names: F32, F16, BF16, Q8_0, Q4_1, Q4_K and so on. A row
-of a block format is its blocks one after the other, as GGUF defines them.
+`kind` names how the numbers of a row are written, by GGUF's names: F64, F32, F16, BF16, Q8_0, Q4_1, Q4_K and so on. A
+row of a block format is its blocks one after the other, as GGUF defines them.
 
 Shapes: O outputs, I inputs, B bytes of a row.
 """
@@ -69,6 +69,8 @@ def floats_of(kind: str, raw: np.ndarray) -> np.ndarray:
     """
     if kind == "F32":
         return raw.view(np.float32)
+    if kind == "F64":
+        return raw.view(np.float64).astype(np.float32)
     if kind == "F16":
         return raw.view(np.float16).astype(np.float32)
     if kind == "BF16":

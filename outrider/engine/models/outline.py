@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 
-import numpy as np
 import torch
 
-from outrider.engine.backends import attention
-from outrider.engine.backends.choice import BACKENDS, COMPILED, Machine
+from outrider.engine.backends.choice import BACKENDS, COMPILED, Machine, nothing_rounds, why_not
 from outrider.engine.kv_cache import KvShape
 from outrider.engine.models.checkpoint import Checkpoint, ModelRefusedError, Source
-from outrider.engine.models.loader import (
-    ModelOptions,
-    device_of,
-    may_keep_blocks,
-    opened_by,
-    refusing_anything,
-    switch_attention,
-)
-from outrider.engine.models.plan import Plan, kept_in_blocks, planned
+from outrider.engine.models.loader import ModelOptions, device_of, may_keep_matrices, opened_by, refusing_anything
+from outrider.engine.models.plan import Plan, kept, planned
 from outrider.engine.models.spec import DecoderSpec
-from outrider.engine.models.stored import without_numbers
-from outrider.engine.models.streaming import Unread, filled_but_for_matrices
+from outrider.engine.models.zeros import spec_of_zeros
 
 
 def plan_of(options: ModelOptions) -> Plan:
@@ -37,7 +26,7 @@ def plan_of(options: ModelOptions) -> Plan:
     device = device_of(options.device)
     with refusing_anything(f"{options.model} cannot be planned"):
         checkpoint = opened_by(options, source, device)
-        plan = planned(checkpoint, device, options.caches.max_cached_tokens)
+        plan = planned(checkpoint, device, options.caches)
         if plan is None:
             raise ModelRefusedError(
                 f"{options.model} cannot be planned: that takes weights in safetensors or GGUF files that are not "
@@ -45,18 +34,18 @@ def plan_of(options: ModelOptions) -> Plan:
             )
         spec = _Planned.of(checkpoint, plan, device)
         plan = _with_backend(plan, spec, Machine(options.threads or torch.get_num_threads(), options.caches))
-        return kept_in_blocks(plan) if plan.backend == COMPILED and may_keep_blocks(checkpoint, device) else plan
+        return kept(plan, checkpoint) if plan.backend == COMPILED and may_keep_matrices(checkpoint, device) else plan
 
 
 def _with_backend(plan: Plan, spec: DecoderSpec, machine: Machine) -> Plan:
     names: dict[str, list[str]] = {}  # by objection
     for backend in BACKENDS:
-        reason = backend.why_not(spec, machine)
+        reason = why_not(backend, spec, machine)
         if reason is None:
             notes = tuple(f"{', '.join(its)}: {reason}" for reason, its in names.items())
             return replace(plan, backend=backend.name, notes=notes)
         names.setdefault(reason, []).append(backend.name)
-    raise AssertionError("the last backend has no objection")
+    raise nothing_rounds(machine)  # the last backend has no other objection
 
 
 @dataclass(frozen=True)
@@ -67,15 +56,7 @@ class _Planned(DecoderSpec):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan, device: torch.device) -> _Planned:
-        zeros = {
-            name: Unread(torch.float32, partial(torch.zeros(()).expand, value.shape), _Shape(tuple(value.shape)))
-            for name, value in checkpoint.outline.state_dict().items()
-        }
-        model, _ = filled_but_for_matrices(checkpoint.outline, zeros)
-        attention.register()
-        switch_attention(model)
-        with without_numbers(model):
-            spec = DecoderSpec.read(model)
+        spec = spec_of_zeros(checkpoint)
         known = {its.name: getattr(spec, its.name) for its in fields(spec)}
         dtype = getattr(torch, plan.dtype)
         known |= {"dtype": dtype, "is_rounded": dtype not in (torch.float32, torch.float64)}
@@ -89,14 +70,3 @@ class _Planned(DecoderSpec):
     def kv_shape(self) -> KvShape | None:
         shape = self.reference.kv_shape
         return shape and replace(shape, dtype=self.dtype)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """A matrix without numbers."""
-
-    shape: tuple[int, int]
-    kind: str = "F32"
-
-    def raw(self, first: int, last: int) -> np.ndarray:
-        raise AssertionError("a plan reads no numbers")

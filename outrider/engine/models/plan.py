@@ -5,6 +5,7 @@ A weight counts once for each of its roles: backends of a CPU keep a head apart 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,8 +13,12 @@ from typing import Any
 import torch
 
 from outrider.common.memory import free_host_bytes
+from outrider.engine.backends.choice import CacheOptions
 from outrider.engine.models.checkpoint import Checkpoint, ModelRefusedError
 from outrider.engine.models.configuration import context_length_of
+from outrider.engine.models.streaming import matrices_of
+
+_PLAIN = {"F32", "F16", "BF16", "float32", "float64"}  # of what can be rounded to blocks
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,19 @@ class Plan:
     device: str
     dtype: str
     formats: Mapping[str, int]  # of the weights in the files: bytes by GGUF's name of the format
-    weight_bytes: int  # as they run
+    stored: Mapping[str, int]  # of the weights as they run: bytes by the name of the format, or of torch's type
     kv_bytes_per_token: int  # 0 where the configuration does not say it, as of the next
     context_length: int
     max_cached_tokens: int  # that all caches hold together; 0 where nobody has set it
     free_bytes: int | None  # of the device
-    keeps_blocks: bool = False  # whether weights stay in the formats of the files
+    rounded_to: tuple[str, ...] = ()  # formats of which the numbers are that the files do not have so
     backend: str = ""  # empty where it is not known before the model is loaded
     notes: tuple[str, ...] = field(default=())  # why nothing that comes before it does
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights as they run."""
+        return sum(self.stored.values())
 
     @property
     def cache_bytes(self) -> int:
@@ -42,12 +52,8 @@ class Plan:
     def sizes(self) -> str:
         """Return what is read and what it becomes, in words."""
         read = f"{_gb(sum(self.formats.values()))} of weights in {' and '.join(self.formats)}"
-        return f"{read}, kept so" if self.keeps_blocks else f"{read}: {_gb(self.weight_bytes)} in {self.dtype}"
-
-    @property
-    def weight_format(self) -> str:
-        """In which weights lie in memory."""
-        return " and ".join(self.formats) if self.keeps_blocks else self.dtype
+        rounded = f", rounded to {' and '.join(self.rounded_to)}" if self.rounded_to else ""
+        return f"{read}{rounded}: {_gb(self.weight_bytes)} in {' and '.join(self.stored)}"
 
     def check(self) -> None:
         """Raise ModelRefusedError where the weights, and the caches that were asked for, do not fit."""
@@ -57,7 +63,7 @@ class Plan:
         caches = f" and {_gb(cache_bytes)} for caches of {self.max_cached_tokens} tokens" if cache_bytes else ""
         raise ModelRefusedError(
             f"{self.model} does not fit into the memory of {self.device}: it takes {_gb(self.weight_bytes)} for "
-            f"weights in {self.weight_format}{caches}, and {_gb(self.free_bytes)} are free: {self._remedy()}"
+            f"weights in {' and '.join(self.stored)}{caches}, and {_gb(self.free_bytes)} are free: {self._remedy()}"
         )
 
     def _remedy(self) -> str:
@@ -65,36 +71,50 @@ class Plan:
         tokens = (self.free_bytes - self.weight_bytes) // max(1, self.kv_bytes_per_token)
         if tokens > 0 and self.max_cached_tokens > tokens:
             return f"set --max-cached-tokens to {tokens} at most"
-        halved = ", --dtype bfloat16" if self.weight_format in ("float32", "float64") else ""
-        return f"take a smaller model{halved} or a machine with more memory"
+        if self.device == "cpu":
+            smaller = ", --quantize int8 or int4" if self.stored.keys() <= _PLAIN and not self.rounded_to else ""
+        else:
+            smaller = ", --dtype bfloat16" if self.dtype in ("float32", "float64") else ""
+        return f"take a smaller model{smaller} or a machine with more memory"
 
 
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
 
 
-def kept_in_blocks(plan: Plan) -> Plan:
-    """Return the plan for weights that stay as the files have them, a tied head once."""
-    return replace(plan, keeps_blocks=True, weight_bytes=sum(plan.formats.values()))
+def kept(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """Return the plan for matrices that stay as they are read, a tied head once. What compiled code has no storage for
+    counts as float32; it may find it to fit into 16 bits when it reads the numbers."""
+    from outrider.engine.backends.compiled.storage import STORAGES  # which a backend without compiled code lacks
+
+    matrices, sizes = matrices_of(checkpoint.outline, checkpoint.tensors), Counter[str]()
+    for name, parameter in checkpoint.outline.named_parameters():
+        matrix = matrices.get(name)
+        kind = matrix.kind if matrix and matrix.kind in STORAGES else "F32"
+        sizes[kind] += round(STORAGES[kind].num_bits * parameter.numel() / 8)
+    return replace(plan, stored=dict(sizes.most_common()))
 
 
-def planned(checkpoint: Checkpoint, device: torch.device, max_cached_tokens: int) -> Plan | None:
+def planned(checkpoint: Checkpoint, device: torch.device, caches: CacheOptions) -> Plan | None:
     """Return the plan of a model whose weights are read from safetensors or GGUF files; None of another."""
     if checkpoint.outline is None:
         return None
     config, asked = checkpoint.outline.config, checkpoint.arguments["dtype"]
     dtype = asked if isinstance(asked, torch.dtype) else _own_type(checkpoint)
+    kv_dtype = dtype if caches.kv_dtype == "auto" else getattr(torch, caches.kv_dtype)
+    name = str(dtype).removeprefix("torch.")
     return Plan(
         model=checkpoint.source.name,
         architecture=checkpoint.config.model_type,
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name,
         formats=checkpoint.formats,
-        weight_bytes=_num_parameters(checkpoint.outline, device) * dtype.itemsize,
-        kv_bytes_per_token=kv_numbers_per_token(config) * dtype.itemsize,
+        stored={name: _num_parameters(checkpoint.outline, device) * dtype.itemsize},
+        kv_bytes_per_token=kv_numbers_per_token(config) * kv_dtype.itemsize,
         context_length=_context_length(config),
-        max_cached_tokens=max_cached_tokens,
+        max_cached_tokens=caches.max_cached_tokens,
         free_bytes=free_bytes_of(device),
+        rounded_to=checkpoint.rounded_to,
     )
 
 

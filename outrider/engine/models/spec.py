@@ -18,8 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from outrider.common.memory import trim_heap
+from outrider.engine.backends import attention
 from outrider.engine.backends.runner import TransformersForward
 from outrider.engine.kv_cache import KvShape
+from outrider.engine.models.checkpoint import ModelRefusedError
 from outrider.engine.models.configuration import context_length_of, vocab_size_of
 from outrider.engine.models.matrix import Matrix, TensorMatrix
 from outrider.engine.models.visibility import Visible
@@ -222,6 +224,17 @@ class DecoderSpec:
     def kv_shape(self) -> KvShape | None:
         """What a position of a cache holds; None where the layers' entries are not of one size."""
         return self.reference.kv_shape
+
+
+def switch_attention(model: PreTrainedModel) -> None:
+    """Switch the model to packed attention; raises ModelRefusedError where it has attention of its own alone."""
+    reason = f"{type(model).__name__} does not follow transformers' attention interface, so its family cannot be served"
+    try:
+        model.set_attn_implementation(attention.ATTENTION_NAME)
+    except Exception as error:
+        raise ModelRefusedError(reason) from error
+    if model.config._attn_implementation != attention.ATTENTION_NAME:
+        raise ModelRefusedError(reason)
 
 
 def _is_quantised(model: PreTrainedModel) -> bool:

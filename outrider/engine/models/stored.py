@@ -16,6 +16,8 @@ from torch import nn
 from outrider.engine.models.files import numbers_of, pieces
 from outrider.engine.models.matrix import Matrix
 
+_NUM_TRIED, _TOLERANCE = 8, 1e-4  # rows of a product, and the difference that sums in another order may have
+
 
 class Product(Protocol):
     """What multiplies with a matrix."""
@@ -112,10 +114,6 @@ def stored_modules(model: nn.Module) -> dict[str, _Stored]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _Stored)}
 
 
-def is_stored(model: nn.Module) -> bool:
-    return bool(stored_modules(model))
-
-
 def replace_weights(model: Any, matrices: Mapping[str, Matrix]) -> None:
     """Let linear layers and embeddings have matrices, by the names of their weights, in place of weights."""
     for name, matrix in matrices.items():
@@ -131,6 +129,20 @@ def store_products(model: nn.Module, make: Callable[[Matrix], Product]) -> None:
     for module in stored_modules(model).values():
         key = id(module.matrix)
         products[key] = module.product = products.get(key) or make(module.matrix)
+
+
+def why_products_differ(model: nn.Module) -> str | None:
+    """Return in words which product has other numbers than its matrix; None where those that are tried are right.
+
+    One of each format is: a model whose products all err alike agrees with itself.
+    """
+    for kind, module in {module.matrix.kind: module for module in stored_modules(model).values()}.items():
+        numbers = torch.from_numpy(numbers_of(module.matrix, 0, min(_NUM_TRIED, module.matrix.shape[0])))
+        outputs, sizes = module.product(numbers)[:, : len(numbers)], numbers.abs() @ numbers.abs().T
+        is_right = torch.equal(module.product.rows(torch.arange(len(numbers))), numbers)
+        if not is_right or ((outputs - numbers @ numbers.T).abs() > _TOLERANCE * sizes).any():
+            return f"a product with a matrix in {kind} differs from that of its numbers"
+    return None
 
 
 @contextmanager

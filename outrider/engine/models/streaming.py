@@ -7,7 +7,8 @@ first weight is in its place.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from outrider.engine.models.files import FileTensor, Reordered, tensor_of, torch_type_of, unturned
+from outrider.engine.models.files import FileTensor, Reordered, quantised, tensor_of, torch_type_of, unturned
 from outrider.engine.models.matrix import Matrix
 from outrider.engine.models.stored import replace_weights
 
@@ -49,10 +51,30 @@ def outline_of(config: Any) -> Any:
 
 def filled(outline: Any, tensors: Mapping[str, Unread], dtype: Any) -> tuple[Any, dict[str, Any]]:
     """Return the model with the numbers of `tensors`, and transformers' report of what it had no use for, or missed."""
-    return type(outline).from_pretrained(
-        None, config=outline.config, state_dict=tensors, dtype=dtype, output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    with _without_its_bar():
+        return type(outline).from_pretrained(
+            None, config=outline.config, state_dict=tensors, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+
+
+@contextmanager
+def _without_its_bar() -> Iterator[None]:
+    """Show no progress of transformers' own: it counts tensors, and some of them have no numbers yet."""
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+def matrices_of(outline: Any, tensors: Mapping[str, Unread]) -> dict[str, Matrix]:
+    """Return the matrices of linear layers and embeddings by their names."""
+    products = (torch.nn.Linear, torch.nn.Embedding)
+    places = {f"{name}.weight" for name, module in outline.named_modules() if type(module) in products}
+    return {name: its.matrix for name, its in tensors.items() if its.matrix is not None and name in places}
 
 
 def filled_but_for_matrices(outline: Any, tensors: Mapping[str, Unread]) -> tuple[Any, dict[str, Any]]:
@@ -60,9 +82,7 @@ def filled_but_for_matrices(outline: Any, tensors: Mapping[str, Unread]) -> tupl
 
     transformers gets zeros without memory for them, so that its report is about shapes and names as ever.
     """
-    products = (torch.nn.Linear, torch.nn.Embedding)
-    places = {f"{name}.weight" for name, module in outline.named_modules() if type(module) in products}
-    matrices = {name: its.matrix for name, its in tensors.items() if its.matrix is not None and name in places}
+    matrices = matrices_of(outline, tensors)
     zeros = {
         name: Unread(torch.float32, partial(torch.zeros(()).expand, matrix.shape)) for name, matrix in matrices.items()
     }
@@ -71,6 +91,26 @@ def filled_but_for_matrices(outline: Any, tensors: Mapping[str, Unread]) -> tupl
     matrix_of = {id(weights[name]): matrix for name, matrix in matrices.items()}
     replace_weights(model, {name: matrix_of[id(its)] for name, its in weights.items() if id(its) in matrix_of})
     return model, report
+
+
+def with_blocks(outline: Any, tensors: Mapping[str, Unread], quantize: str) -> dict[str, Unread]:
+    """Return the tensors with those of linear layers and embeddings rounded to int8 or int4 in blocks.
+
+    Embedding and head, to which a model is most sensitive, get 8 bits at the least.
+    """
+    head = outline.get_output_embeddings()
+    outside = {f"{name}.weight" for name, module in outline.named_modules()
+               if module is head or type(module) is torch.nn.Embedding}  # fmt: skip
+    rounded = {
+        name: quantised(matrix, "int8" if name in outside else quantize)
+        for name, matrix in matrices_of(outline, tensors).items()
+    }
+    return {**tensors, **{name: unread(matrix, matrix.shape) for name, matrix in rounded.items()}}
+
+
+def unread(matrix: Matrix, dims: Sequence[int], dtype: torch.dtype = torch.float32) -> Unread:
+    """Return a tensor of the shape `dims`, which is that of the matrix where it has two axes."""
+    return Unread(dtype, lambda: tensor_of(matrix, dims, dtype), matrix if len(dims) == 2 else None)
 
 
 def safetensors_files(path: str, revision: str | None) -> list[Path]:
@@ -83,16 +123,21 @@ def safetensors_files(path: str, revision: str | None) -> list[Path]:
     return [Path(shard) for shard in get_checkpoint_shard_files(path, index, revision=revision)[0]] if index else []
 
 
-def unread_safetensors(tensors: Mapping[str, FileTensor], wanted: Any) -> dict[str, Unread]:
-    """Return the tensors in the type `wanted` where that holds all of their numbers, and else in their own."""
-    return {name: _whole(tensor, wanted) for name, tensor in tensors.items()}
+def unread_safetensors(tensors: Mapping[str, FileTensor], outline: Any, wanted: Any) -> dict[str, Unread]:
+    """Return the tensors in the type `wanted` where that holds all of their numbers, and else in their own.
 
-
-def _whole(tensor: FileTensor, wanted: Any) -> Unread:
-    own = torch_type_of(tensor.kind)
-    is_wider = isinstance(wanted, torch.dtype) and torch.promote_types(own, wanted) == wanted
-    dtype = wanted if is_wider else own
-    return Unread(dtype, lambda: tensor_of(tensor, tensor.dims, dtype))
+    By the model's names: transformers knows a weight with and without the prefix of the base model.
+    """
+    known, prefix = outline.state_dict().keys(), f"{outline.base_model_prefix}."
+    found = {}
+    for name, tensor in tensors.items():
+        own = torch_type_of(tensor.kind)
+        is_wider = isinstance(wanted, torch.dtype) and torch.promote_types(own, wanted) == wanted
+        maybe = (name, prefix + name, name.removeprefix(prefix))
+        found[next((its for its in maybe if its in known), name)] = unread(
+            tensor, tensor.dims, wanted if is_wider else own
+        )
+    return found
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
@@ -151,8 +196,7 @@ def _weight(target: str, parts: dict[str, FileTensor], names: Mapping[str, str],
     (name, tensor), *more = parts.items()
     plain = None if more else _as_it_is(name, tensor, processor)
     if plain:
-        matrix = plain if len(tensor.dims) == 2 else None
-        return Unread(torch.float32, lambda: tensor_of(plain, tensor.dims, torch.float32), matrix)
+        return unread(plain, tensor.dims)
     return Unread(torch.float32, lambda: _processed(target, parts, names, processor))
 
 

@@ -180,6 +180,7 @@ def _peer(module: ModuleType, info: PairInfo, settings: Settings, threads: int) 
         draft_model=info.draft.model_id,
         dtype=info.target.dtype,
         device=info.target.device,
+        quantize=(info.target.quantize or None, info.draft.quantize or None),
         context_length=info.target.context_length,
         eos_token_ids=tuple(info.target.eos_token_ids),
         threads=_num_peer_threads(threads),

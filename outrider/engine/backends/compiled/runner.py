@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,6 +78,14 @@ class CompiledLlamaRunner:
             if not isinstance(matrix, TensorMatrix):
                 self._stored[matrix] = found
         return found
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Formats of the matrices, most bytes first."""
+        sizes = Counter[str]()
+        for matrix in self._matrices:
+            sizes[matrix.kind] += matrix.num_bytes
+        return tuple(name for name, _ in sizes.most_common())
 
     def new_cache(self) -> PanelCache:
         """See Runner."""
