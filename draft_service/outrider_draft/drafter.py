@@ -7,7 +7,6 @@ Shapes: N sessions in a pass, V vocabulary size.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import time
@@ -105,10 +104,6 @@ class Drafter:
     def go_on(self) -> None:
         """Look again for sessions that have work."""
         self.thread.post(lambda: None)
-
-    async def reached(self) -> None:
-        """Return when what was called before has been done."""
-        await asyncio.wrap_future(self.thread.ask(lambda: None))
 
     def close(self, session: Session) -> None:
         """Stop drafting and free the session's cache before the next forward pass."""

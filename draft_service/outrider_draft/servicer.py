@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 
 from outrider.common.callers import Caller
-from outrider.common.mailbox import Mailbox
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError, ServiceError
 from outrider.sampling.draws import Draft
 from outrider.sampling.messages import params_from_proto
-from outrider.serving.calls import Call
 from outrider.serving.options import ServiceOptions
 from outrider.serving.service import HostedServicer
+from outrider.serving.streams import FreeStream
 from outrider.v1 import common_pb2, draft_pb2, draft_pb2_grpc
 from outrider_draft.drafter import Drafter
 from outrider_draft.session import Commit, Drafted, DraftOptions, Session
 
+Emit = Callable[[Drafted | ServiceError], None]
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
-MOST_UNSENT = 8  # messages that wait for a client to read; nothing is drafted for it while there are more
-MOST_UNAPPLIED = 16  # commits that are read before the drafter has come to them
-IDLE_COMMITS, IDLE_COMMITS_A_SECOND = 32.0, 30.0  # at once, and later, of those that nothing was drafted between
-
-
-class _Pace:
-    """For commits that come faster than anything is drafted: some are read at once, the others one after the other."""
-
-    def __init__(self) -> None:
-        self._left, self._at = IDLE_COMMITS, time.monotonic()
-
-    async def keep(self) -> None:
-        """Wait until one more may be read."""
-        now = time.monotonic()
-        self._left = min(IDLE_COMMITS, self._left + (now - self._at) * IDLE_COMMITS_A_SECOND) - 1
-        self._at = now
-        if self._left < 0:
-            await asyncio.sleep(-self._left / IDLE_COMMITS_A_SECOND)
-
-
-class _EndOfStream:
-    """Put into a session's outbox when the client has ended its side."""
-
-
-Outbox = Mailbox[Drafted | ServiceError | _EndOfStream]
 
 
 class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer):
@@ -71,25 +45,19 @@ class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer
             opening = call.opening
             if opening is None:
                 return
-            outbox: Outbox = Mailbox()
-            session = self._open(drafter, opening.open, outbox, call.caller)
-            session.is_unread = lambda: len(outbox) > MOST_UNSENT
+            stream: FreeStream[Drafted] = FreeStream(call, drafter.thread)
+            session = self._open(drafter, opening.open, stream.put, call.caller)
+            session.is_unread = stream.is_unread
             call.is_busy = lambda: session.has_work
-            commits = asyncio.ensure_future(self._read_commits(drafter, session, call, requests, outbox))
+            commits = stream.items(requests, lambda request: self._commit(drafter, session, request), drafter.go_on)
             try:
-                while not isinstance(item := await call.wait(outbox.get()), _EndOfStream):
-                    if isinstance(item, ServiceError):
-                        raise item
-                    call.note_answer()
-                    was_unread = len(outbox) >= MOST_UNSENT
-                    yield _response(item)
-                    if was_unread:
-                        drafter.go_on()
+                async with aclosing(commits) as drafted:
+                    async for item in drafted:
+                        yield _response(item)
             finally:
                 drafter.close(session)
-                commits.cancel()
 
-    def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, outbox: Outbox, caller: Caller) -> Session:
+    def _open(self, drafter: Drafter, message: draft_pb2.OpenProposals, emit: Emit, caller: Caller) -> Session:
         options = self._draft_options(message)
         if message.HasField("tokenizer") and message.tokenizer != self._host.tokenizer_fingerprint:
             raise InvalidArgumentError(
@@ -99,7 +67,7 @@ class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer
             raise InvalidArgumentError("open.committed.start_position is not 0: a session opens at position 0")
         token_ids = wire.unpack_ids(message.committed.token_ids, "open.committed.token_ids", self._host.vocab_size)
         _check_batch_until("open.batch_until", message)
-        return drafter.open(options, token_ids, message.window, message.batch_until, outbox.put, caller)
+        return drafter.open(options, token_ids, message.window, message.batch_until, emit, caller)
 
     def _draft_options(self, message: draft_pb2.OpenProposals) -> DraftOptions:
         limit = self._options.max_support
@@ -120,42 +88,24 @@ class DraftServicer(HostedServicer[Drafter], draft_pb2_grpc.DraftServiceServicer
             num_prompt_tokens=wire.num_prompt_tokens(message),
         )
 
-    async def _read_commits(self, drafter: Drafter, session: Session, call: Call, requests, outbox: Outbox) -> None:
-        """Pass commits on as they come; an error goes through the outbox, so that the stream ends with it."""
-        try:
-            num_read = num_sent = 0
-            pace = _Pace()
-            async for request in requests:
-                num_read += 1
-                if not session.is_unread():  # who does not read is as good as silent
-                    call.note_life()
-                if request.WhichOneof("kind") != "commit":
-                    raise InvalidArgumentError(
-                        "kind is not `commit`: only the first message of a stream opens a session"
-                    )
-                commit = request.commit
-                token_ids = wire.unpack_ids(commit.span.token_ids, "commit.span.token_ids", self._host.vocab_size)
-                _check_batch_until("commit.batch_until", commit)
-                drafter.commit(
-                    session,
-                    Commit(
-                        index=commit.commit_index,
-                        start_position=commit.span.start_position,
-                        token_ids=token_ids,
-                        prefix_digest=commit.span.prefix_digest,
-                        window=commit.window,
-                        batch_until=commit.batch_until,
-                        branch=commit.branch,
-                    ),
-                )
-                if num_read % MOST_UNAPPLIED == 0:
-                    await drafter.reached()
-                if session.num_sent == num_sent:
-                    await pace.keep()
-                num_sent = session.num_sent
-            outbox.put(_EndOfStream())
-        except ServiceError as error:
-            outbox.put(error)
+    def _commit(self, drafter: Drafter, session: Session, request: draft_pb2.ProposeRequest) -> None:
+        if request.WhichOneof("kind") != "commit":
+            raise InvalidArgumentError("kind is not `commit`: only the first message of a stream opens a session")
+        commit = request.commit
+        token_ids = wire.unpack_ids(commit.span.token_ids, "commit.span.token_ids", self._host.vocab_size)
+        _check_batch_until("commit.batch_until", commit)
+        drafter.commit(
+            session,
+            Commit(
+                index=commit.commit_index,
+                start_position=commit.span.start_position,
+                token_ids=token_ids,
+                prefix_digest=commit.span.prefix_digest,
+                window=commit.window,
+                batch_until=commit.batch_until,
+                branch=commit.branch,
+            ),
+        )
 
 
 def _check_batch_until(field: str, message: draft_pb2.OpenProposals | draft_pb2.Commit) -> None:

@@ -193,7 +193,6 @@ class Session:
         self.batch_until, self.branch = batch_until, options.branch
         self.numbers = self._numbers()
         self.is_unread: Callable[[], bool] = lambda: False  # whether too much of what it emitted waits to be sent
-        self.num_sent = 0  # messages
         self.commit_index, self.is_stopped = 0, False
         self.committed_at = time.monotonic()
         self.main = Path(self, EngineSequence(caller=caller), end=window)
@@ -284,7 +283,6 @@ class Session:
         """Return what is held; nothing is held afterwards."""
         main, held, forks = self.main, self.main.held, self._finished_forks()
         main.held, self._owes_stop = [], False
-        self.num_sent += 1
         cache, tokens = main.sequence.cache, main.sequence.tokens
         drafted = Drafted(
             commit_index=self.commit_index,

@@ -171,6 +171,7 @@ class TargetRows:
             self.outside_masses[where],
             self.outside_token_ids[where],
             self.outside_token_probs[where],
+            self.logprobs and self.logprobs[where],
         )
 
 

@@ -2,7 +2,7 @@
 what is about to (batch_delay.py). Knows no gRPC.
 
 A round becomes a demand on the engine: feed the pending token and all proposals but the last, return one row for
-each.
+each. A session that runs ahead (ahead.py) makes such demands itself, one after the other.
 
 Shapes: K proposals of one round, V vocabulary size.
 """
@@ -29,6 +29,7 @@ from outrider.sampling.draws import NO_SUPPORT, Reading, TargetRows
 from outrider.sampling.logprobs import logprobs_of
 from outrider.sampling.pipeline import begin_reading, joined, leaves_no_token
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
+from outrider_target.ahead import Ahead, Grant
 from outrider_target.batch_delay import BatchDelay
 
 IDS_OF_A_ROW = 256  # of a support, that take as long as reading a row without any
@@ -60,7 +61,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rows of a round, and what it took."""
+    """The rows of a round, or of what a pass has decided, and what it took."""
 
     rows: TargetRows
     num_cached_tokens: int
@@ -68,6 +69,10 @@ class Verdict:
     queue_ms: float
     forward_ms: float
     batch_size: int
+    start_position: int = 0  # of the rows; this and the next three: of a session that runs ahead
+    grant_index: int = 0
+    num_proposals: int = 0
+    num_accepted: int = 0
 
 
 Emit = Callable[[Verdict | ServiceError], None]
@@ -75,13 +80,15 @@ Emit = Callable[[Verdict | ServiceError], None]
 
 @dataclass(eq=False)
 class Session:
-    """One client stream. Everything but the two settings belongs to whoever drives the engine."""
+    """One client stream. Everything but the settings belongs to whoever drives the engine."""
 
     params: DistributionParams
     numbers: AddressedUniforms | SharedNoise  # that tokens outside the supports are drawn with
     sequence: EngineSequence = field(default_factory=EngineSequence)
     num_prompt_tokens: int = 0  # behind which the output begins
     num_logprobs: int | None = None  # likeliest tokens whose log-probabilities rows report; None: no row reports any
+    ahead: Ahead | None = None  # None: it has rounds alone
+    emit: Emit = lambda _: None  # gets what is decided where it runs ahead
     is_open: bool = True
     failure: ServiceError | None = None  # what its next round is answered with
 
@@ -93,8 +100,11 @@ class _Job:
     session: Session
     demand: Demand
     arrived_at: float
-    round: Round
+    first: int  # position of the first row
+    proposed_ids: Sequence[int]
+    supports: Sequence[np.ndarray]  # one for each row
     emit: Emit
+    grant_index: int = 0
 
 
 class Scheduler:
@@ -105,6 +115,7 @@ class Scheduler:
         self.thread = ModelThread("target-model", self._step, lambda: engine.is_quick, self._batch_delay_s)
         self._batch_delay = BatchDelay()
         self._prefills: dict[Session, Demand] = {}
+        self._writers: list[Session] = []  # that run ahead
         self._jobs: dict[Session, _Job] = {}
         self._arrivals = itertools.count()
 
@@ -138,14 +149,16 @@ class Scheduler:
         caller: Caller = (),
         num_prompt_tokens: int = 0,
         num_logprobs: int | None = None,
+        ahead: Ahead | None = None,
+        emit: Emit = lambda _: None,
     ) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.
 
         With `shares_noise`, its tokens are drawn with the noise that drafts share; SamplingParams in common.proto.
-        Passes are shared fairly among callers.
+        Passes are shared fairly among callers. With `ahead`, it writes on, and `emit` gets what each pass decides.
 
         Raises:
-            InvalidArgumentError: there are no tokens, or more than the context holds.
+            InvalidArgumentError: there are no tokens, or more than the context holds; or the window is out of range.
         """
         if not 1 <= len(committed.token_ids) <= self._context_length:
             raise InvalidArgumentError(
@@ -153,8 +166,10 @@ class Scheduler:
             )
         needs_noise = shares_noise and not params.is_greedy  # a greedy draw is the same with any number
         numbers = SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE)
-        session = Session(params, numbers, EngineSequence(caller=caller), num_prompt_tokens, num_logprobs)
+        session = Session(params, numbers, EngineSequence(caller=caller), num_prompt_tokens, num_logprobs, ahead, emit)
         session.sequence.tokens.extend(committed.token_ids)
+        if ahead:
+            self.check_window("open.window", ahead.window, len(committed.token_ids))
         self.thread.post(lambda: self._begin(session), is_long=True)
         return session
 
@@ -163,9 +178,27 @@ class Scheduler:
         arrived_at = time.monotonic()
         self.thread.post(lambda: self._enqueue(session, work, arrived_at, emit))
 
+    def grant(self, session: Session, grant: Grant) -> None:
+        """Have a session that runs ahead go as far as a grant says."""
+        ahead = session.ahead
+        assert ahead
+        self.check_window("grant.window", grant.window)
+        self.thread.post(lambda: ahead.take(grant), is_long=True)
+
+    def go_on(self) -> None:
+        """Look again for what may be written: somebody has read on."""
+        self.thread.post(lambda: None, is_long=True)
+
+    def check_window(self, field_name: str, window: int, least: int = 0) -> None:
+        """Raise InvalidArgumentError for a window out of range."""
+        if not least <= window <= self._context_length:
+            raise InvalidArgumentError(
+                f"{field_name} is {window}: give a position from {least} to the context's {self._context_length}"
+            )
+
     def is_busy(self, session: Session) -> bool:
         """Return whether there is work for the session; from any thread."""
-        return session in self._jobs or session in self._prefills
+        return session in self._jobs or session in self._prefills or _can_write(session)
 
     def close(self, session: Session) -> None:
         """Drop the session's work and free its cache before the next forward pass."""
@@ -178,8 +211,25 @@ class Scheduler:
             self._fail(session, error)
             return
         num_prefill = len(session.sequence.tokens) - 1
-        if num_prefill:
+        if session.ahead:
+            self._writers.append(session)
+        elif num_prefill:
             self._prefills[session] = self._demand(session, num_prefill, num_rows=0)
+
+    def _write_on(self) -> None:
+        """Make the next demand of each session that runs ahead and has none, with what is proposed by now."""
+        for session in self._writers:
+            ahead, sequence = session.ahead, session.sequence
+            if ahead is None or session in self._jobs or not _can_write(session):
+                continue
+            first = len(sequence.tokens)
+            proposed_ids = ahead.proposals_behind(sequence.tokens)
+            num_rows = ahead.num_rows(len(proposed_ids), first)
+            sequence.tokens.extend(proposed_ids[: num_rows - 1])
+            sequence.cache.truncate(min(sequence.cache.length, first - 1))
+            demand = self._demand(session, len(sequence.tokens), num_rows)
+            what = first, proposed_ids, [NO_SUPPORT] * num_rows, session.emit, ahead.grant_index
+            self._jobs[session] = _Job(session, demand, time.monotonic(), *what)
 
     def _demand(self, session: Session, end: int, num_rows: int) -> Demand:
         return Demand(session.sequence, end, num_rows, next(self._arrivals))
@@ -200,7 +250,8 @@ class Scheduler:
             emit(failed_alone())
             return
         self._prefills.pop(session, None)  # the round includes what is left of it
-        self._jobs[session] = _Job(session, demand, arrived_at, work, emit)
+        supports = work.supports or [NO_SUPPORT]
+        self._jobs[session] = _Job(session, demand, arrived_at, work.committed.end, work.proposed_ids, supports, emit)
         self._batch_delay.on_round(session, demand.num_left, arrived_at)
 
     def _apply(self, session: Session, work: Round) -> Demand:
@@ -221,6 +272,8 @@ class Scheduler:
         session.is_open = False
         self._prefills.pop(session, None)
         self._jobs.pop(session, None)
+        if session in self._writers:
+            self._writers.remove(session)
         self._engine.remove(session.sequence)
         self._batch_delay.forget(session)
 
@@ -231,6 +284,7 @@ class Scheduler:
         return self._batch_delay.seconds(len(self._jobs), time.monotonic())
 
     def _step(self) -> bool:
+        self._write_on()
         owners = {demand: session for session, demand in self._prefills.items()}
         for session, job in self._jobs.items():
             owners[job.demand] = session
@@ -246,7 +300,7 @@ class Scheduler:
         if self._prefills:
             finished = {demand for its_finished, _ in passes for demand in its_finished}
             self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
-        return bool(self._prefills or self._jobs)
+        return bool(self._prefills or self._jobs) or any(map(_can_write, self._writers))
 
     def _run_pass(self, demands: Sequence[Demand]) -> tuple[list[Demand], _Reading | None]:
         """Run a pass for some demands; return those that it finished, and the reading of the rounds among them."""
@@ -283,7 +337,7 @@ class Scheduler:
 
     def _charge(self, jobs: Sequence[_Job], seconds: float) -> None:
         """Charge what reading rounds took, to each caller by the numbers that were read for it."""
-        sizes = [IDS_OF_A_ROW * job.demand.num_rows + sum(map(len, job.round.supports)) for job in jobs]
+        sizes = [IDS_OF_A_ROW * job.demand.num_rows + sum(map(len, job.supports)) for job in jobs]
         total = sum(sizes)
         for job, size in zip(jobs, sizes, strict=True):
             self._engine.charge(job.session.sequence.caller, job.demand.num_rows, seconds * size / total)
@@ -293,10 +347,21 @@ class Scheduler:
         sequence, demand = job.session.sequence, job.demand
         if rows is None:
             if _leaves_no_token(job):
-                return InvalidArgumentError(no_token_left(job.session.params, job.round.committed.end))
+                return InvalidArgumentError(no_token_left(job.session.params, job.first))
             sequence.cache.clear()
             return InternalError("the model returned NaN or infinity for this session")
         assert demand.started_at is not None
+        written: dict[str, int] = {}
+        if job.session.ahead:
+            decided = job.session.ahead.decide(rows.outside_token_ids, job.proposed_ids)
+            sequence.rewrite(job.first, decided.token_ids)
+            rows = rows.part(0, len(decided.token_ids))
+            written = {
+                "start_position": job.first,
+                "grant_index": job.grant_index,
+                "num_proposals": decided.num_proposals,
+                "num_accepted": decided.num_accepted,
+            }
         return Verdict(
             rows=rows,
             num_cached_tokens=sequence.cache.length,
@@ -304,6 +369,7 @@ class Scheduler:
             queue_ms=(demand.started_at - job.arrived_at) * 1000,
             forward_ms=(demand.ended_at - demand.started_at) * 1000,
             batch_size=demand.batch_size,
+            **written,
         )
 
     def _fail(self, session: Session, error: Exception) -> None:
@@ -348,6 +414,13 @@ class _Reading:
         ]
 
 
+def _can_write(session: Session) -> bool:
+    """Return whether a session that runs ahead, and has no demand, may have one."""
+    if session.ahead is None or session.failure or not session.is_open:
+        return False
+    return session.ahead.may_write(len(session.sequence.tokens))
+
+
 def _raiser(error: Exception) -> Reading:
     def result() -> tuple[TargetRows, list[bool]]:
         raise error
@@ -363,9 +436,9 @@ def _begin_reading(jobs: Sequence[_Job]) -> Reading:
     numbers: list[float | Noise] = []
     histories: list[History | None] = []
     for job in jobs:
-        first, size = job.round.committed.end, job.demand.num_rows
+        first, size = job.first, job.demand.num_rows
         params += [job.session.params] * size
-        supports += job.round.supports or [NO_SUPPORT]
+        supports += job.supports
         numbers += [job.session.numbers.at(first + offset) for offset in range(size)]
         histories += _histories_of(job, size)
     return begin_reading(logits, params, supports, numbers, histories)
@@ -376,8 +449,8 @@ def _histories_of(job: _Job, num_rows: int) -> list[History | None]:
     session = job.session
     if not session.params.processors:
         return [None] * num_rows
-    token_ids, first = np.array(session.sequence.tokens[:], dtype=np.int64), job.round.committed.end
-    return [History(token_ids[: first + offset], session.num_prompt_tokens) for offset in range(num_rows)]
+    token_ids = np.array(session.sequence.tokens[:], dtype=np.int64)
+    return [History(token_ids[: job.first + offset], session.num_prompt_tokens) for offset in range(num_rows)]
 
 
 def _leaves_no_token(job: _Job) -> bool:
@@ -391,6 +464,5 @@ def _with_logprobs(job: _Job, rows: TargetRows) -> TargetRows:
     if job.session.num_logprobs is None:
         return rows
     num_rows, number = len(rows.outside_token_ids), job.session.num_logprobs
-    supports = job.round.supports[:num_rows] or [NO_SUPPORT]
     logits = joined(job.demand.rows)[:num_rows]
-    return replace(rows, logprobs=logprobs_of(logits, supports, rows.outside_token_ids, number))
+    return replace(rows, logprobs=logprobs_of(logits, job.supports[:num_rows], rows.outside_token_ids, number))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
 
 import numpy as np
 
@@ -12,17 +14,21 @@ from outrider.common.callers import Caller
 from outrider.common.mailbox import Mailbox
 from outrider.protocol import wire
 from outrider.protocol.errors import InvalidArgumentError, NotFoundError, ServiceError
-from outrider.sampling.distribution import MOST_LOGPROBS
+from outrider.sampling.distribution import MOST_LOGPROBS, MOST_STOP_IDS
 from outrider.sampling.draws import NO_SUPPORT
 from outrider.sampling.logprobs import Logprobs
 from outrider.sampling.messages import params_from_proto
+from outrider.serving.calls import Call
 from outrider.serving.options import ServiceOptions
 from outrider.serving.service import HostedServicer
+from outrider.serving.streams import FreeStream
 from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
-from outrider_target.scheduler import Round, Scheduler, Session, Span, Verdict
+from outrider_target.ahead import Ahead, Grant
+from outrider_target.scheduler import Emit, Round, Scheduler, Session, Span, Verdict
 
 log = logging.getLogger(__name__)
 
+Responses = AsyncGenerator[target_pb2.VerifyResponse, None]
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 
 
@@ -61,27 +67,61 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             opening = call.opening
             if opening is None:
                 return
-            shares_noise = opening.open.sampling.shared_noise
-            session = self._open(scheduler, opening.open, shares_noise, call.caller)
-            call.is_busy = lambda: scheduler.is_busy(session)
-            answers: Mailbox[Verdict | ServiceError] = Mailbox()
-            try:
-                while (request := await call.receive()) is not None:
-                    if request.WhichOneof("kind") != "round":
-                        raise InvalidArgumentError(
-                            "kind is not `round`: only the first message of a stream opens a session"
-                        )
-                    scheduler.submit(session, self._round(request.round, shares_noise), answers.put)
-                    answer = await call.wait(answers.get())
-                    call.note_answer()
-                    if isinstance(answer, ServiceError):
-                        raise answer
-                    yield _response(request.round.round_index, answer)
-            finally:
-                scheduler.close(session)
+            turns = self._write if opening.open.window else self._rounds
+            async with aclosing(turns(scheduler, call, requests)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def _rounds(self, scheduler: Scheduler, call: Call, _: Any) -> Responses:
+        """Answer rounds, one after the other."""
+        opening = call.opening.open
+        session = self._open(scheduler, opening, call.caller)
+        call.is_busy = lambda: scheduler.is_busy(session)
+        answers: Mailbox[Verdict | ServiceError] = Mailbox()
+        try:
+            while (request := await call.receive()) is not None:
+                if request.WhichOneof("kind") != "round":
+                    raise InvalidArgumentError(
+                        "kind is not `round`: a session without a window takes nothing else behind its opening"
+                    )
+                work = self._round(request.round, opening.sampling.shared_noise)
+                scheduler.submit(session, work, answers.put)
+                answer = await call.wait(answers.get())
+                call.note_answer()
+                if isinstance(answer, ServiceError):
+                    raise answer
+                yield _response(request.round.round_index, answer)
+        finally:
+            scheduler.close(session)
+
+    async def _write(self, scheduler: Scheduler, call: Call, requests: AsyncIterator[Any]) -> Responses:
+        """Send what a session that runs ahead decides."""
+        opening = call.opening.open
+        stream: FreeStream[Verdict] = FreeStream(call, scheduler.thread)
+        ahead = Ahead(
+            opening.window,
+            max(1, opening.max_rows),
+            frozenset(self._end_token_ids(opening.end_token_ids)),
+            self._options.max_proposals,
+            stream.is_unread,
+        )
+        session = self._open(scheduler, opening, call.caller, ahead, stream.put)
+        call.is_busy = lambda: scheduler.is_busy(session)
+        grants = stream.items(requests, lambda request: scheduler.grant(session, self._grant(request)), scheduler.go_on)
+        try:
+            async with aclosing(grants) as verdicts:
+                async for verdict in verdicts:
+                    yield _response(verdict.grant_index, verdict)
+        finally:
+            scheduler.close(session)
 
     def _open(
-        self, scheduler: Scheduler, message: target_pb2.OpenVerification, shares_noise: bool, caller: Caller
+        self,
+        scheduler: Scheduler,
+        message: target_pb2.OpenVerification,
+        caller: Caller,
+        ahead: Ahead | None = None,
+        emit: Emit = lambda _: None,
     ) -> Session:
         if message.num_logprobs > MOST_LOGPROBS:
             raise InvalidArgumentError(f"open.num_logprobs is {message.num_logprobs}: give at most {MOST_LOGPROBS}")
@@ -89,11 +129,38 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             params_from_proto(message.sampling, self._host.vocab_size),
             message.seed,
             self._opening_span(message.committed),
-            shares_noise,
+            message.sampling.shared_noise,
             caller,
             wire.num_prompt_tokens(message),
             message.num_logprobs if message.HasField("num_logprobs") else None,
+            ahead,
+            emit,
         )
+
+    def _end_token_ids(self, token_ids: Sequence[int]) -> Sequence[int]:
+        if len(token_ids) > MOST_STOP_IDS:
+            raise InvalidArgumentError(f"open.end_token_ids has {len(token_ids)} ids: give at most {MOST_STOP_IDS}")
+        for index, token_id in enumerate(token_ids):
+            wire.check_token_id(token_id, f"open.end_token_ids[{index}]", self._host.vocab_size)
+        return token_ids
+
+    def _grant(self, request: target_pb2.VerifyRequest) -> Grant:
+        if request.WhichOneof("kind") != "grant":
+            raise InvalidArgumentError(
+                "kind is not `grant`: a session with a window takes nothing else behind its opening"
+            )
+        message, limit = request.grant, self._options.max_proposals
+        if len(message.continuations) > limit:
+            number = len(message.continuations)
+            raise InvalidArgumentError(f"continuations has {number} elements: this service takes at most {limit}")
+        continuations = []
+        for index, continuation in enumerate(message.continuations):
+            field = f"continuations[{index}].token_ids"
+            token_ids = wire.unpack_ids(continuation.token_ids, field, self._host.vocab_size)
+            if len(token_ids) > limit:
+                raise InvalidArgumentError(f"{field} has {len(token_ids)} ids: this service takes at most {limit}")
+            continuations.append((continuation.prefix_digest, token_ids))
+        return Grant(message.grant_index, message.window, message.max_rows, continuations)
 
     def _opening_span(self, span: common_pb2.TokenSpan) -> Span:
         token_ids = wire.unpack_ids(span.token_ids, "open.committed.token_ids", self._host.vocab_size)
@@ -156,4 +223,7 @@ def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
         timing=common_pb2.Timing(
             queue_ms=verdict.queue_ms, forward_ms=verdict.forward_ms, batch_size=verdict.batch_size
         ),
+        start_position=verdict.start_position,
+        num_proposals=verdict.num_proposals,
+        num_accepted=verdict.num_accepted,
     )
