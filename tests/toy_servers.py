@@ -83,8 +83,12 @@ def honest_target(requests: Iterator[Any], context: grpc.ServicerContext) -> Ite
         for request in requests:
             if session is None:
                 session = ToyTarget(request)
+            elif request.HasField("grant"):
+                session.grant(request)
             else:
                 yield session.answer(request)
+            while session.may_write:
+                yield session.write()
     except FailedPreconditionError as error:
         abort(context, error)
 

@@ -24,7 +24,7 @@ import torch
 from outrider.protocol import wire
 from outrider.protocol.errors import FailedPreconditionError
 from outrider.protocol.scales import WEIGHT_UNIT, round_down
-from outrider.protocol.tokens import TokenLog
+from outrider.protocol.tokens import TokenLog, extend_digest
 from outrider.sampling.distribution import DistributionParams
 from outrider.sampling.draws import MIN_SUPPORT_PROB, noise_addresses
 from outrider.sampling.messages import params_from_proto
@@ -45,6 +45,7 @@ from outrider_client.conversation.effects import (
     Translate,
     Wait,
 )
+from outrider_client.conversation.methods import conversation_of
 from outrider_client.conversation.patience import Patience
 from outrider_client.lookup.experience import Experience
 from outrider_client.lookup.lookup import Lookup
@@ -171,6 +172,49 @@ class ToyTarget:
         self._model = ToyModel.of(TARGET_LOGITS, opening, opening.sampling.temperature)
         self._numbers = numbers_of(opening, Purpose.OUTSIDE)
         self._tokens = TokenLog(wire.unpack_ids(opening.committed.token_ids, "ids", VOCAB_SIZE))
+        self._window, self._max_rows, self._grant_index = opening.window, opening.max_rows, 0
+        self._end_token_ids, self._has_ended = set(opening.end_token_ids), False
+        self._expected: dict[int, int] = {}  # the proposal behind each prefix, by the prefix's digest
+
+    @property
+    def may_write(self) -> bool:
+        """Whether it runs ahead, and is not at its window or at the end of the text."""
+        return len(self._tokens) < self._window and not self._has_ended
+
+    def grant(self, message: target_pb2.VerifyRequest) -> None:
+        grant = message.grant
+        self._window, self._max_rows, self._grant_index = grant.window, grant.max_rows, grant.grant_index
+        for continuation in grant.continuations:
+            digest = continuation.prefix_digest
+            for token_id in wire.unpack_ids(continuation.token_ids, "ids", VOCAB_SIZE):
+                self._expected[digest] = token_id
+                digest = extend_digest(digest, token_id)
+
+    def write(self) -> target_pb2.VerifyResponse:
+        """Return what one pass decides."""
+        tokens, rows, first = self._tokens, [], len(self._tokens)
+        response = target_pb2.VerifyResponse(round_index=self._grant_index, start_position=first)
+        proposed, digest = [], tokens.digest(first)
+        while len(proposed) < min(self._max_rows, self._window - first) and digest in self._expected:
+            proposed.append(self._expected[digest])
+            digest = extend_digest(digest, proposed[-1])
+        for index in range(min(max(1, self._max_rows), len(proposed) + 1, self._window - first)):
+            rows.append(self._choose())
+            token_id = rows[-1].outside_token_id
+            tokens.extend([token_id])
+            self._has_ended = token_id in self._end_token_ids
+            is_proposed = proposed[index : index + 1] == [token_id]
+            response.num_accepted += is_proposed
+            if not is_proposed or self._has_ended:
+                break
+        response.num_proposals = min(len(proposed), len(rows))
+        response.rows.extend(rows)
+        response.cache.CopyFrom(cache_state(tokens, len(tokens) - 1))
+        return response
+
+    def _choose(self) -> target_pb2.TargetRow:
+        number = self._numbers.at(len(self._tokens))
+        return target_row(self._model, self._tokens, len(self._tokens), np.empty(0, np.int64), number)
 
     def answer(self, message: target_pb2.VerifyRequest) -> target_pb2.VerifyResponse:
         work = message.round
@@ -315,7 +359,7 @@ class World:
         self.num_opened = dict.fromkeys(Link, 0)
         self.num_timeouts = 0
         self.draft_info: common_pb2.ModelInfo | None = model_info()
-        self.draft_is_frozen = self.target_may_hang = False
+        self.draft_is_frozen = self.target_is_frozen = self.target_may_hang = False
         self.num_proposals_at: dict[int, int] = {}  # of the rounds that reached the target, by their first position
         self.on_arrival: Callable[[Stream, Any], None] = lambda stream, message: None
         self.on_response: Callable[[Stream, Any], None] = lambda stream, message: None
@@ -381,6 +425,8 @@ class World:
             if stream.to_service:
                 weight = self._draft_speed if stream.link is Link.DRAFT else 1.0
                 yield weight, lambda stream=stream: self._arrive(stream)
+            if isinstance(stream.session, ToyTarget) and stream.session.may_write and not self.target_is_frozen:
+                yield 1.0, lambda stream=stream: self._write(stream)
             if isinstance(stream.session, ToyDraft) and stream.session.wants_token:
                 yield self._draft_speed, lambda stream=stream: self._respond(stream, stream.session.draft())
             if isinstance(stream.session, ToyDraft) and stream.session.may_prepare:
@@ -401,10 +447,17 @@ class World:
                 stream.session = (ToyTarget if stream.link is Link.TARGET else ToyDraft)(message)
             elif isinstance(stream.session, ToyDraft):
                 stream.session.commit(message)
+            elif message.HasField("grant"):
+                stream.session.grant(message)
             else:
                 self._respond(stream, stream.session.answer(message))
         except FailedPreconditionError:
             stream.end(grpc.StatusCode.FAILED_PRECONDITION)
+
+    def _write(self, stream: Stream) -> None:
+        response = stream.session.write()
+        self.num_proposals_at[response.start_position] = response.num_proposals
+        self._respond(stream, response)
 
     def _respond(self, stream: Stream, message: Any) -> None:
         if message is None:
@@ -465,7 +518,8 @@ def make_conversation(
     params = SpeculationParams(**({"rule": "rejection"} | speculation))
     rule, max_length = rule_of(params.rule, has_seed=True), len(prompt_ids) + max_new_tokens
     asked = (prompt_ids, SamplingParams(temperature).distribution, rule(seed), params, max_length)
-    task = Task(*asked, model_info(context_length), has_draft=has_draft)
+    looks_up = experience is not None and params.looks_up(True)
+    task = Task(*asked, model_info(context_length), None, eos_token_ids, has_draft, looks_up)
     text = TextStream(None, prompt_ids, max_new_tokens, (), eos_token_ids)
     deadline = None if timeout is None else world.now + timeout
     if lengths is None:
@@ -475,7 +529,7 @@ def make_conversation(
     new_lookup = experience and (lambda it: Lookup(it, experience, number, True, params.prediction or ()))
     clock = lambda: world.now  # noqa: E731
     others = deadline, lambda: jitter, breaker, new_lookup
-    return Conversation(task, text, lengths, patience or Patience(), clock, *others)
+    return conversation_of(task, text, lengths, patience or Patience(), clock, *others)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from outrider_client import arguments
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.conversation.conversation import Conversation
 from outrider_client.conversation.effects import Broken, Link
+from outrider_client.conversation.methods import conversation_of
 from outrider_client.conversation.patience import Breaker, Patience
 from outrider_client.errors import (
     DeadlineExceededError,
@@ -306,7 +307,8 @@ def begin_conversation(
     """
     sampling = _sampling_for(target, request.sampling)
     assert sampling.max_new_tokens is not None
-    params, rule = request.speculation, rule_of(request.speculation.rule, has_seed=sampling.seed is not None)
+    params, is_greedy = request.speculation, sampling.distribution.is_greedy
+    rule = rule_of(params.rule, sampling.seed is not None, is_greedy)
     prompt_ids = prompt_to_ids(cast("str | list[int]", request.prompt), target.tokenizer, target.info.vocab_size)
     num_left = target.info.context_length - len(prompt_ids)
     if num_left < 1:
@@ -316,16 +318,17 @@ def begin_conversation(
     max_new_tokens, seed = min(sampling.max_new_tokens, num_left), sampling.seed_or_new()
     max_length = len(prompt_ids) + max_new_tokens
     asked = (prompt_ids, sampling.distribution, rule(seed), params, max_length)
-    task = Task(*asked, target.info, sampling.logprobs, has_draft=settings.draft is not None)
     eos_token_ids = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else target.info.eos_token_ids))
+    looks_up, has_draft = params.looks_up(settings.looks_up), settings.draft is not None
+    task = Task(*asked, target.info, sampling.logprobs, eos_token_ids, has_draft, looks_up)
     ends = sampling.stop, eos_token_ids, sampling.min_tokens or 0
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, *ends)
     lengths = lengths_for(params, rule, sampling, speeds) if task.has_draft else FixedLength(0)
     new_lookup = None
-    if params.looks_up(settings.looks_up):
+    if looks_up:
         new_lookup = lookup_for(params, rule, sampling, target, experiences or Experiences())
     patience, clock, jitter = settings.patience, time.monotonic, settings.jitter
-    return Conversation(task, text, lengths, patience, clock, request.deadline, jitter, breaker, new_lookup)
+    return conversation_of(task, text, lengths, patience, clock, request.deadline, jitter, breaker, new_lookup)
 
 
 def _sampling_for(target: Target, asked: SamplingParams) -> SamplingParams:

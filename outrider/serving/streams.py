@@ -83,7 +83,7 @@ class FreeStream(Generic[Item]):
 
 
 class _Pace:
-    """For requests that come faster than anything is computed: some are read at once, the others one after the other."""
+    """For requests that come faster than anything is computed: some are read at once, the others one by one."""
 
     def __init__(self) -> None:
         self._left, self._at = IDLE_REQUESTS, time.monotonic()

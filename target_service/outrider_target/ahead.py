@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 
-from outrider.protocol.tokens import TokenLog, extend_digest
+from outrider.protocol.continuations import Continuations
+from outrider.protocol.tokens import TokenLog
 
-MOST_EXPECTED = 1024  # proposals that a session holds; the oldest go first
+MOST_EXPECTED = 1024  # proposals that a session holds
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,19 @@ class Ahead:
     """One text's window, its end, and the proposals for it. Belongs to whoever drives the engine."""
 
     window: int  # no position from here on is decided
-    max_rows: int = 1
+    max_rows: int = 0
     end_token_ids: frozenset[int] = frozenset()
-    most_rows: int = 64  # the service's limit
+    most_rows: int = 64  # the service's limit, at least 1
     is_unread: Callable[[], bool] = lambda: False  # whether too much of what it has decided waits to be sent
     grant_index: int = 0
     has_ended: bool = False
-    _expected: dict[int, int] = field(default_factory=dict)  # the token behind each prefix, by the prefix's digest
+    _expected: Continuations = field(default_factory=lambda: Continuations(MOST_EXPECTED))
 
     def take(self, grant: Grant) -> None:
         """Go as far as a grant says, and expect what it proposes."""
-        self.grant_index, self.window, self.max_rows = grant.index, grant.window, max(1, grant.max_rows)
-        expected = self._expected
+        self.grant_index, self.window, self.max_rows = grant.index, grant.window, grant.max_rows
         for digest, token_ids in grant.continuations:
-            for token_id in token_ids:
-                expected.pop(digest, None)  # so that it counts as new
-                expected[digest] = token_id
-                digest = extend_digest(digest, token_id)
-        for digest in list(expected)[: max(0, len(expected) - MOST_EXPECTED)]:
-            del expected[digest]
+            self._expected.add(digest, token_ids)
 
     def may_write(self, length: int) -> bool:
         """Return whether more may be decided behind the first `length` tokens."""
@@ -66,16 +61,12 @@ class Ahead:
 
     def proposals_behind(self, tokens: TokenLog) -> list[int]:
         """Return what is proposed behind the decided tokens, no more than one pass may decide."""
-        digest, proposed = tokens.digest(len(tokens)), list[int]()
         most = min(self.max_rows, self.most_rows, self.window - len(tokens))
-        while len(proposed) < most and (token_id := self._expected.get(digest)) is not None:
-            proposed.append(token_id)
-            digest = extend_digest(digest, token_id)
-        return proposed
+        return list(islice(self._expected.behind(tokens.digest(len(tokens))), most))
 
     def num_rows(self, num_proposals: int, length: int) -> int:
         """Return how many positions the next pass decides behind `length` tokens: the one behind the last fed, too."""
-        return min(num_proposals + 1, self.max_rows, self.most_rows, self.window - length)
+        return min(num_proposals + 1, max(1, self.max_rows), self.most_rows, self.window - length)
 
     def decide(self, chosen_ids: Sequence[int], proposed_ids: Sequence[int]) -> Decided:
         """Return which of a pass's choices are the text's: those behind tokens that were chosen themselves."""

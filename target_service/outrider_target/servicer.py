@@ -100,7 +100,7 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
         stream: FreeStream[Verdict] = FreeStream(call, scheduler.thread)
         ahead = Ahead(
             opening.window,
-            max(1, opening.max_rows),
+            opening.max_rows,
             frozenset(self._end_token_ids(opening.end_token_ids)),
             self._options.max_proposals,
             stream.is_unread,

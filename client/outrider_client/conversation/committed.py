@@ -31,7 +31,18 @@ class Task:
     max_length: int  # most tokens, prompt included, that the sequence may have
     target_info: common_pb2.ModelInfo
     num_logprobs: int | None = None  # SamplingParams.logprobs
+    end_token_ids: Sequence[int] = ()  # behind which there is no text
     has_draft: bool = True  # there is a draft service
+    looks_up: bool = False  # proposals are looked up, too
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the target decides by itself: its own choice at each position is the text, whatever is proposed.
+
+        What is looked up is proposed in rounds: it follows the committed text, and would lie behind the target.
+        """
+        is_own = self.rule.shares_noise or not self.uses_draft
+        return is_own and not self.looks_up and self.speculation.method != "draft"
 
     @property
     def uses_draft(self) -> bool:
@@ -58,6 +69,11 @@ class Committed:
 
     def __getitem__(self, positions: slice) -> list[int]:
         return self._tokens[positions]
+
+    @property
+    def digest(self) -> int:
+        """The digest of all tokens."""
+        return self._tokens.digest(len(self._tokens))
 
     def span_from(self, start_position: int) -> common_pb2.TokenSpan:
         """Return the tokens from a position on."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
+from outrider.protocol.tokens import extend_digest
 from outrider.v1 import common_pb2, draft_pb2
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.conversation.translated import TranslatedTokens, translated_proposals, translated_sampling
@@ -133,6 +135,19 @@ class DraftLink:
         if self._translation is None:
             return proposals
         return translated_proposals(self._translation, proposals)
+
+    def continuations(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield all that may come next, in the target's ids: the digest of a prefix, and tokens behind it."""
+        path = [proposal.token_id for proposal in self.first(len(self.proposals))]
+        digests = list(accumulate(path, extend_digest, initial=self._text.digest))
+        yield digests[0], path
+        if self._translation is not None:
+            return
+        for (position, token_id), alternative in self._alternatives.items():
+            index = position - len(self._text)
+            if 0 <= index < len(digests):
+                behind = [proposal.token_id for proposal in alternative.proposals]
+                yield extend_digest(digests[index], token_id), behind
 
     @property
     def _vocab_size(self) -> int:

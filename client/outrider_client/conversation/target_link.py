@@ -33,16 +33,7 @@ class TargetLink:
     def open(self) -> target_pb2.VerifyRequest:
         """Return the message that opens a session with all committed tokens."""
         self._span_start = self._round_start = len(self._committed)
-        return target_pb2.VerifyRequest(
-            open=target_pb2.OpenVerification(
-                sampling=self._task.sampling,
-                seed=self._task.rule.seed,
-                committed=self._committed.span_from(0),
-                model_identity=self._task.target_info.identity,
-                num_prompt_tokens=len(self._task.prompt_ids),
-                num_logprobs=self._task.num_logprobs,
-            )
-        )
+        return target_pb2.VerifyRequest(open=opening_of(self._task, self._committed))
 
     def begin_round(self, proposals: Sequence[draft_pb2.Proposal]) -> target_pb2.VerifyRequest:
         """Return the request that has proposals for the next positions verified."""
@@ -95,9 +86,8 @@ class TargetLink:
             )
         self._committed.check_cache(response.cache, [proposal.token_id for proposal in proposals])
         proposals = proposals[: len(response.rows)]  # what comes behind these is not decided yet
-        rows = _rows_from_proto(response.rows, proposals)
-        for index, row in enumerate(rows):
-            _check_row(row, index, self._task.target_info.vocab_size)
+        sizes = [len(proposal.support_ids) for proposal in proposals] or [0]
+        rows = rows_from_proto(response.rows, sizes, self._task.target_info.vocab_size)
         decision, number = rule.decide(proposals, rows, len(self._committed)), self._task.num_logprobs
         if number is not None:
             supports = [proposal.support_ids.tolist() for proposal in proposals] or [[]]
@@ -105,18 +95,35 @@ class TargetLink:
         return decision
 
 
-def _rows_from_proto(rows: Sequence[target_pb2.TargetRow], proposals: Sequence[Proposal]) -> list[TargetRow]:
-    sizes = [len(proposal.support_ids) for proposal in proposals] or [0]
+def opening_of(task: Task, committed: Committed) -> target_pb2.OpenVerification:
+    """Return the opening of a session with all committed tokens."""
+    return target_pb2.OpenVerification(
+        sampling=task.sampling,
+        seed=task.rule.seed,
+        committed=committed.span_from(0),
+        model_identity=task.target_info.identity,
+        num_prompt_tokens=len(task.prompt_ids),
+        num_logprobs=task.num_logprobs,
+    )
+
+
+def rows_from_proto(
+    rows: Sequence[target_pb2.TargetRow], support_sizes: Sequence[int], vocab_size: int
+) -> list[TargetRow]:
+    """Return the rows of a response; raises ServiceFailedError if one is no distribution on a support of its size."""
     try:
         probs = [wire.probs_of(row.support_units[:], f"rows[{index}].support_units") for index, row in enumerate(rows)]
     except InvalidArgumentError as error:
         raise ServiceFailedError(f"the target sent a row that breaks the protocol: {error}") from error
-    if [len(row_probs) for row_probs in probs] != sizes:
+    if [len(row_probs) for row_probs in probs] != list(support_sizes):
         raise ServiceFailedError("the target sent a row of another length than the support")
-    return [
+    result = [
         TargetRow(row_probs, row.outside_mass, row.outside_token_id, _known_prob(row.outside_token_prob))
         for row_probs, row in zip(probs, rows, strict=True)
     ]
+    for index, row in enumerate(result):
+        _check_row(row, index, vocab_size)
+    return result
 
 
 def _check_row(row: TargetRow, index: int, vocab_size: int) -> None:

@@ -161,11 +161,14 @@ class SharedNoise(Rule):
 RULES: dict[RuleName, type[Rule]] = {rule.name: rule for rule in (Rejection, Block, SharedNoise)}
 
 
-def rule_of(name: RuleName, has_seed: bool) -> type[Rule]:
+def rule_of(name: RuleName, has_seed: bool, is_greedy: bool = False) -> type[Rule]:
     """Return the rule of a name; `auto` is shared noise for texts with a seed, else rejection.
 
-    A seed asks for one text, so it gets the one that no draft can change. Without a seed, rejection accepts more.
+    A seed asks for one text, so it gets the one that no draft can change. Without a seed, rejection accepts more. For a
+    greedy text all rules decide alike, and shared noise needs no supports.
     """
+    if is_greedy:
+        return SharedNoise
     if name == "auto":
         return SharedNoise if has_seed else Rejection
     return RULES[name]
