@@ -59,6 +59,7 @@ from outrider_client.text.text import TextStream
 from tests.processors import processed
 
 LONGEST_WAIT_S = 55.0  # of what is not for the target: Patience.round_s
+PASS_SPEED = 0.2  # of a target that runs ahead, 1 being that of everything else that could happen
 VOCAB_SIZE = 9
 CONTEXT_LENGTH = 200
 NUM_PREFIX_CLASSES = 512
@@ -426,7 +427,7 @@ class World:
                 weight = self._draft_speed if stream.link is Link.DRAFT else 1.0
                 yield weight, lambda stream=stream: self._arrive(stream)
             if isinstance(stream.session, ToyTarget) and stream.session.may_write and not self.target_is_frozen:
-                yield 1.0, lambda stream=stream: self._write(stream)
+                yield PASS_SPEED, lambda stream=stream: self._write(stream)
             if isinstance(stream.session, ToyDraft) and stream.session.wants_token:
                 yield self._draft_speed, lambda stream=stream: self._respond(stream, stream.session.draft())
             if isinstance(stream.session, ToyDraft) and stream.session.may_prepare:
