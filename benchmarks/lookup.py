@@ -4,7 +4,7 @@
     python -m benchmarks.lookup --model builtin:target --stories
 
 The target's service is started here, or named by `--target`; there is no draft service. Each prompt is written by the
-target alone, by lookup with K = `auto` and with K = 8, and with a prediction: of an edit, the text before it; of other
+target only, by lookup with K = `auto` and with K = 8, and with a prediction: of an edit, the text before it; of other
 questions, the text that was written the first time, with every tenth word changed, as when they are asked again.
 Methods alternate on each prompt, and a speed-up is the median of the ratios within a repetition. All texts have one
 seed, and are checked to be the same.
@@ -26,7 +26,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from outrider_client.cli.local_pair import local_pair
+from outrider_client.local_pair import local_pair
 from outrider_client.lookup import lookup
 from outrider_client.lookup.experience import PRIOR_AGREEMENT, Experience, class_of
 from outrider_client.params import SamplingParams, SpeculationParams

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ServiceFailedError,
         ServiceUnavailableError,
     )
+    from outrider_client.local_pair import PairAddresses, local_pair
     from outrider_client.pair import PairInfo
     from outrider_client.params import SamplingParams, SpeculationParams
     from outrider_client.results import Chunk, GenerationResult, GenerationStats, Segment
@@ -41,6 +42,7 @@ __all__ = [
     "InvalidRequestError",
     "ModelChangedError",
     "OutriderError",
+    "PairAddresses",
     "PairInfo",
     "Patience",
     "SamplingParams",
@@ -50,6 +52,7 @@ __all__ = [
     "SpeculationParams",
     "SpeculativeClient",
     "__version__",
+    "local_pair",
 ]
 
 _MODULES = {
@@ -59,12 +62,14 @@ _MODULES = {
     "GenerationResult": "results",
     "GenerationStats": "results",
     "GenerationStream": "sync",
+    "PairAddresses": "local_pair",
     "PairInfo": "pair",
     "Patience": "conversation.patience",
     "SamplingParams": "params",
     "Segment": "results",
     "SpeculationParams": "params",
     "SpeculativeClient": "sync",
+    "local_pair": "local_pair",
 }  # of outrider_client; the others are its errors
 
 if not TYPE_CHECKING:

@@ -217,6 +217,16 @@ class ToyTarget:
         number = self._numbers.at(len(self._tokens))
         return target_row(self._model, self._tokens, len(self._tokens), np.empty(0, np.int64), number)
 
+    def answer_opening(self) -> target_pb2.VerifyResponse:
+        """Return the log-probabilities of the tokens so far, without likeliest ones."""
+        tokens, num_cached = self._tokens, len(self._tokens) - 1
+        laws = [np.log(self._model.probs(tokens, length)) for length in range(1, len(tokens))]
+        pairs = list(zip(laws, tokens[1:], strict=True))
+        found = target_pb2.PromptLogprobs(
+            token=[law[it] for law, it in pairs], ranks=[1 + int((law > law[it]).sum()) for law, it in pairs]
+        )
+        return target_pb2.VerifyResponse(prompt_logprobs=found, cache=cache_state(tokens, num_cached))
+
     def answer(self, message: target_pb2.VerifyRequest) -> target_pb2.VerifyResponse:
         work = message.round
         span, tokens = work.committed, self._tokens
@@ -446,6 +456,8 @@ class World:
         try:
             if stream.session is None:
                 stream.session = (ToyTarget if stream.link is Link.TARGET else ToyDraft)(message)
+                if stream.link is Link.TARGET and message.open.HasField("num_prompt_logprobs"):
+                    self._respond(stream, stream.session.answer_opening())
             elif isinstance(stream.session, ToyDraft):
                 stream.session.commit(message)
             elif message.HasField("grant"):
@@ -508,6 +520,7 @@ def make_conversation(
     breaker: Any = None,
     has_draft: bool = True,
     experience: Experience | None = None,
+    num_prompt_logprobs: int | None = None,
     **speculation: Any,
 ) -> Conversation:
     """Return a conversation as client.connection makes it, on the world's clock; `lengths` chooses K, 5 by default.
@@ -520,7 +533,7 @@ def make_conversation(
     rule, max_length = rule_of(params.rule, has_seed=True), len(prompt_ids) + max_new_tokens
     asked = (prompt_ids, SamplingParams(temperature).distribution, rule(seed), params, max_length)
     looks_up = experience is not None and params.looks_up(True)
-    task = Task(*asked, model_info(context_length), None, eos_token_ids, has_draft, looks_up)
+    task = Task(*asked, model_info(context_length), None, num_prompt_logprobs, eos_token_ids, has_draft, looks_up)
     text = TextStream(None, prompt_ids, max_new_tokens, (), eos_token_ids)
     deadline = None if timeout is None else world.now + timeout
     if lengths is None:

@@ -257,6 +257,8 @@ def request_of(
             f"method {params.method!r} needs a draft: name one when making the client, or use 'autoregressive'"
             + (", or give lookup=True" if params.method == "speculative" else "")
         )
+    if params.method == "draft" and sampling and sampling.prompt_logprobs is not None:
+        raise InvalidRequestError("prompt_logprobs needs the target, which method 'draft' leaves out: use another")
     deadline = None if timeout is None else time.monotonic() + timeout
     return Request(_one_prompt(prompt), sampling or SamplingParams(), params, deadline)
 
@@ -311,7 +313,7 @@ def begin_conversation(
     rule = rule_of(params.rule, sampling.seed is not None, is_greedy)
     prompt_ids = prompt_to_ids(cast("str | list[int]", request.prompt), target.tokenizer, target.info.vocab_size)
     num_left = target.info.context_length - len(prompt_ids)
-    if num_left < 1:
+    if num_left < min(1, sampling.max_new_tokens):
         raise InvalidRequestError(
             f"prompt has {len(prompt_ids)} tokens: the target's context has {target.info.context_length}"
         )
@@ -320,7 +322,8 @@ def begin_conversation(
     asked = (prompt_ids, sampling.distribution, rule(seed), params, max_length)
     eos_token_ids = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else target.info.eos_token_ids))
     looks_up, has_draft = params.looks_up(settings.looks_up), settings.draft is not None
-    task = Task(*asked, target.info, sampling.logprobs, eos_token_ids, has_draft, looks_up)
+    numbers = sampling.logprobs, sampling.prompt_logprobs
+    task = Task(*asked, target.info, *numbers, eos_token_ids, has_draft, looks_up)
     ends = sampling.stop, eos_token_ids, sampling.min_tokens or 0
     text = TextStream(target.tokenizer, prompt_ids, max_new_tokens, *ends)
     lengths = lengths_for(params, rule, sampling, speeds) if task.has_draft else FixedLength(0)

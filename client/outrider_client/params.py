@@ -69,10 +69,11 @@ class SamplingParams(DistributionParams):
     no_repeat_ngram_size: int | None = _open()  # type: ignore[assignment]
     min_tokens: int | None = _open()  # type: ignore[assignment]
     seed: int | None = None  # 64 bits; None draws one
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = None  # 0 is for those who want `prompt_logprobs` alone
     stop: Sequence[str] = ()  # text ends before the first of these; any iterable
     ignore_eos: bool = False
     logprobs: int | None = None  # of the chosen tokens, and of this many likeliest ones at each position; None: none
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, each given those before it
 
     def __post_init__(self) -> None:
         self._check_distribution()
@@ -80,14 +81,17 @@ class SamplingParams(DistributionParams):
             remedy = "None, or a whole number from 0 to 2^64 - 1"
             _set(self, "seed", arguments.whole_number("seed", self.seed, 0, (1 << 64) - 1, remedy))
         if self.max_new_tokens is not None:
-            remedy = "None, or a whole number, 1 or more"
-            _set(self, "max_new_tokens", arguments.whole_number("max_new_tokens", self.max_new_tokens, 1, None, remedy))
+            least = 1 if self.prompt_logprobs is None else 0
+            remedy = f"None, or a whole number, {least} or more{', or 0 with prompt_logprobs' if least else ''}"
+            most_new = arguments.whole_number("max_new_tokens", self.max_new_tokens, least, None, remedy)
+            _set(self, "max_new_tokens", most_new)
         _set(self, "stop", arguments.strings("stop", self.stop, MOST_STOP_CHARACTERS))
         _set(self, "ignore_eos", arguments.flag("ignore_eos", self.ignore_eos))
-        if self.logprobs is not None:
-            remedy = f"None, or a whole number from 0 to {MOST_LOGPROBS}"
-            _set(self, "logprobs", arguments.whole_number("logprobs", self.logprobs, 0, MOST_LOGPROBS, remedy))
-        if (self.min_tokens or 0) > (self.max_new_tokens or math.inf):
+        for name in ("logprobs", "prompt_logprobs"):
+            if (number := getattr(self, name)) is not None:
+                remedy = f"None, or a whole number from 0 to {MOST_LOGPROBS}"
+                _set(self, name, arguments.whole_number(name, number, 0, MOST_LOGPROBS, remedy))
+        if (self.min_tokens or 0) > (math.inf if self.max_new_tokens is None else self.max_new_tokens):
             raise InvalidRequestError(
                 f"min_tokens is {self.min_tokens}: give at most max_new_tokens, which is {self.max_new_tokens}"
             )

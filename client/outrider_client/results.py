@@ -124,6 +124,7 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     likeliest: list[tuple[int, float]]  # (token id, logprob), in descending order
+    rank: int | None = None  # of a prompt's token among all ids: 1 is the likeliest
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ class GenerationResult:
     stats: GenerationStats
     token_probs: list[float | None] = field(default_factory=list)  # of token_ids, as in Chunk
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of token_ids, where SamplingParams asks for them
+    # Of prompt_token_ids, where SamplingParams asks for them; the first token has none.
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"stats": self.stats.as_dict()}

@@ -180,7 +180,7 @@ class Drafter:
         return paths
 
     def _fork(self, session: Session) -> None:
-        """Have a session's forks prepare for the likeliest other ends of its round, if it is time and there is room."""
+        """Have a session's forks prepare for the likeliest other ends of its round, if time and memory suffice."""
         if not session.may_fork:
             return
         base, main = session.num_committed, session.main.sequence
@@ -311,7 +311,7 @@ class Drafter:
 
         A row with NaN or infinity ends its own session alone, and behind an alternative, which may have been absurd,
         its own fork; one that processors mask as a whole stops its session until the next commit. All drafts are
-        appended before any is sent: the cache that is told of holds them already.
+        appended before any is sent: the cache that is reported holds them already.
         """
         for path, drafts in drawn:
             try:

@@ -1,4 +1,4 @@
-"""The Starlette application: routes, and how what goes wrong is told."""
+"""The Starlette application: routes, and how errors are reported."""
 
 from __future__ import annotations
 

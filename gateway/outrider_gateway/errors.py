@@ -1,4 +1,4 @@
-"""What a caller is told when something is wrong: OpenAI's error object, and headers that say whether to come again."""
+"""How errors are reported to callers: OpenAI's error object, and headers that say whether to come again."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def error_of(error: OutriderError, fields: Mapping[str, Any] | frozenset[str] = frozenset()) -> HttpError:
-    """Return how the client's error is told; `fields` are the names that a request may have."""
+    """Return how the client's error is reported; `fields` are the names that a request may have."""
     message = str(error)
     match error:
         case InvalidRequestError():

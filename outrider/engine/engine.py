@@ -25,6 +25,7 @@ from outrider.engine.kv_cache import Cache, SequenceCache
 from outrider.protocol.tokens import TokenLog
 from outrider.sampling.draws import Draft, Draws
 
+MOST_REDUCED_ROWS = 128  # of one demand in a pass; wide rows of more would take much memory
 QUICK_S = 0.01  # seconds for which the event loop of a service with one session may leave its messages
 
 
@@ -37,7 +38,7 @@ class Sequence:
     caller: Caller = ()
     last_used: int = 0  # number of the pass
     num_evicted: int = 0  # leading tokens that evictions dropped and that have not been fed since
-    is_spare: bool = False  # nobody's text, but a guess at one: the first to go where room is short
+    is_spare: bool = False  # nobody's text, but a guess at one: the first to go where memory is short
 
     def rewrite(self, start_position: int, token_ids: SequenceOf[int]) -> None:
         """Make the tokens what they were before `start_position`, then `token_ids`; keep the cache where they agree."""
@@ -57,14 +58,16 @@ class Sequence:
 class Demand:
     """Feed `sequence` up to position `end` and return the rows of the last `num_rows` positions before it.
 
-    Demands that arrived earlier come first where not all can be served.
+    Demands that arrived earlier come first where not all can be served. Of very many rows `reduce` makes what is kept,
+    as soon as they are there: it is given `[rows in one chunk, V]` and the token behind each, and returns as many rows.
     """
 
     sequence: Sequence
     end: int
     num_rows: int
     arrival: int
-    rows: list[torch.Tensor] = field(default_factory=list)  # of [rows in one chunk, V]
+    reduce: Callable[[torch.Tensor, SequenceOf[int]], torch.Tensor] | None = None
+    rows: list[torch.Tensor] = field(default_factory=list)  # of [rows in one chunk, V], or what `reduce` returned
     started_at: float | None = None  # seconds, time.monotonic, when the first pass began
     ended_at: float = 0.0
     batch_size: int = 0
@@ -74,11 +77,27 @@ class Demand:
         """Tokens still to be fed."""
         return self.end - self.sequence.cache.length
 
+    @property
+    def num_wanted(self) -> int:
+        """Tokens that are to be fed in the next pass."""
+        return min(self.num_left, MOST_REDUCED_ROWS) if self.reduce else self.num_left
+
+    @property
+    def _first_unread(self) -> int:
+        """Position of the first row that has not been read yet."""
+        num_read = sum([len(rows) for rows in self.rows]) if self.rows else 0
+        return self.end - self.num_rows + num_read
+
     def num_rows_in(self, num_tokens: int) -> int:
         """Return how many rows the next `num_tokens` tokens yield that have not been read yet."""
-        num_read = sum([len(rows) for rows in self.rows]) if self.rows else 0
-        first_wanted = self.end - self.num_rows + num_read
-        return max(0, self.sequence.cache.length + num_tokens - first_wanted)
+        return max(0, self.sequence.cache.length + num_tokens - self._first_unread)
+
+    def take(self, rows: torch.Tensor) -> None:
+        """Keep the next rows, or what they are reduced to."""
+        if self.reduce:
+            first = self._first_unread + 1
+            rows = self.reduce(rows, self.sequence.tokens[first : first + len(rows)])
+        self.rows.append(rows)
 
 
 Then = Callable[[list[Demand]], None]  # what is done with the rows of demands
@@ -101,7 +120,7 @@ class Engine:
     """Owns the runner and all caches. Used by one thread at a time, but for `is_quick`."""
 
     def __init__(self, runner: Runner, max_cached_tokens: int, max_batch_tokens: int, keep_caches: bool = True):
-        """The cap is what one sequence of `max_cached_tokens` tokens costs: with pages, whole pages.
+        """The cap is what one sequence of `max_cached_tokens` tokens costs: with blocks, whole blocks.
 
         With `keep_caches` off every demand is computed from its first token: an ablation, no way to save memory.
         """
@@ -153,7 +172,7 @@ class Engine:
         """Make `sequence` the first `length` tokens of `other`, cache included.
 
         Returns:
-            Whether there was room; without, the cache lacks some of what that of `other` holds.
+            Whether memory sufficed; else the cache lacks some of what that of `other` holds.
         """
         sequence.become(other, length)
         cache, num_cached = sequence.cache, min(length, other.cache.length)
@@ -167,7 +186,7 @@ class Engine:
         """Run one forward pass for `demands` (at least one) and return those that it finished.
 
         The others keep what they got; call again with them. When the model or `then` raises, all demands and caches are
-        as before, but for caches that were dropped to make room.
+        as before, but for caches that were dropped to free memory.
 
         Args:
             then: is called once with the demands that the pass finishes, and their rows. A device may be at work on
@@ -182,7 +201,7 @@ class Engine:
             parts = [logits] if len(feeds) == 1 else logits.split([feed.num_rows for feed in feeds])
             for (demand, _), rows in zip(shares, parts, strict=True):
                 if len(rows):
-                    demand.rows.append(rows)
+                    self._hand_over(demand, rows)
             then(finished)
 
         with _AllOrNothing([demand for demand, _ in shares]):
@@ -202,6 +221,12 @@ class Engine:
             for demand in finished:
                 demand.sequence.cache.clear()
         return finished
+
+    def _hand_over(self, demand: Demand, rows: torch.Tensor) -> None:
+        began_at = time.monotonic()
+        demand.take(rows)
+        if demand.reduce:
+            self.charge(demand.sequence.caller, len(rows), time.monotonic() - began_at)
 
     @property
     def drafts(self) -> bool:
@@ -273,7 +298,7 @@ class Engine:
         Of a caller's sessions those come first that have been in no pass for the longest time.
         """
         order = sorted(demands, key=_waiting_order)
-        shares = self._fair_passes.shares([(demand.sequence.caller, demand.num_left) for demand in order])
+        shares = self._fair_passes.shares([(demand.sequence.caller, demand.num_wanted) for demand in order])
         share_of = dict(zip(order, shares, strict=True))
         return [share_of[demand] for demand in demands]
 
@@ -291,7 +316,7 @@ class Engine:
                 continue
             num_tokens, cost = wanted[index], _cost_of_growing(cache, wanted[index])
             if cost > free:
-                free = self._make_room(cost, free, demands, index)
+                free = self._free_memory(cost, free, demands, index)
                 num_tokens = max(0, min(num_tokens, cache.num_fitting(free)))
                 cost = _cost_of_growing(cache, num_tokens)
             if num_tokens:
@@ -302,13 +327,13 @@ class Engine:
     def _free(self) -> int:
         return self._max_cost - sum([_cost(sequence.cache) for sequence in self._sequences])
 
-    def _make_room(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
+    def _free_memory(self, needed: int, free: int, demands: list[Demand], index: int) -> int:
         """Drop caches until `needed` is free for `demands[index]`, or none is left to drop; return what is free then.
 
         Idle caches go first, spare ones before the others and then the least recently used; then those of demands that
         wait behind this one, the latest first. An earlier demand is never set back by a later one, so each is served
         in the end. Caches of a caller who holds no more than his share go for another one only where the earliest
-        demand of all finds no other room.
+        demand of all finds no other memory.
         """
         in_use = {demand.sequence for demand in demands}
         idle = sorted(self._sequences - in_use, key=lambda sequence: (not sequence.is_spare, sequence.last_used))

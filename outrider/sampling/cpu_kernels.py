@@ -57,16 +57,12 @@ def draft_rows(rows, vocab_sizes, temperatures, min_prob, max_supports, uniforms
         support, sizes[row] = ids[first : first + size], size
         if noises[row, 0] and temperatures[row] != 0:  # else there is nothing to draw
             indices[row] = _race_among(support, probs, noises[row], others[row], other_probs[row])
-            first += size
-            continue
-        indices[row] = _index_by(weights[first : first + size], uniforms[row])
-        first += size
-        _find_others(scores, support[indices[row]], others[row])
-        if temperatures[row] == 0:
-            _shares(scores, support[indices[row]], others[row], other_probs[row])
         else:
-            for rank in range(num_others):
-                other_probs[row, rank] = probs[others[row, rank]] / total
+            indices[row] = _index_by(weights[first : first + size], uniforms[row])
+            _find_others(scores, support[indices[row]], others[row])
+            is_greedy = temperatures[row] == 0
+            _write_probs(others[row], support[indices[row]], scores, probs, total, is_greedy, other_probs[row])
+        first += size
     return ids[:first].copy(), weights[:first].copy(), sizes, indices, finite, others, other_probs
 
 
@@ -278,14 +274,18 @@ def _find_others(scores, drawn, others):
 
 
 @compiled(on_disk=False)
-def _shares(scores, drawn, others, shares):
-    """Write what the logits give each of `others` among themselves and `drawn`, at temperature 1."""
-    total = 1.0
+def _write_probs(others, drawn, scores, probs, total, is_greedy, other_probs):
+    """Write the probabilities of `others`; if greedy, what the logits give them among themselves and `drawn`, at 1."""
+    if not is_greedy:
+        for rank in range(len(others)):
+            other_probs[rank] = probs[others[rank]] / total
+        return
+    of_all = 1.0
     for rank in range(len(others)):
-        shares[rank] = np.exp(scores[others[rank]] - scores[drawn])
-        total += shares[rank]
+        other_probs[rank] = np.exp(scores[others[rank]] - scores[drawn])
+        of_all += other_probs[rank]
     for rank in range(len(others)):
-        shares[rank] /= total
+        other_probs[rank] /= of_all
 
 
 @compiled(fastmath=SUMS, on_disk=False)

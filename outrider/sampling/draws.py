@@ -35,7 +35,7 @@ def _temperatures(params: Sequence[DistributionParams]) -> np.ndarray:
 
 
 def _uniforms(numbers: Sequence[float | Noise]) -> np.ndarray:
-    """Return `[N]` float64, 0 in the place of noise."""
+    """Return `[N]` float64, 0 where there is noise."""
     if Noise in set(map(type, numbers)):
         numbers = [0.0 if isinstance(number, Noise) else number for number in numbers]
     return np.array(numbers, dtype=np.float64)

@@ -366,11 +366,7 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
     if options.plan or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if options.plan:
-        try:
-            plan = plan_of(_model_options(options))
-        except ModelRefusedError as error:
-            raise click.ClickException(str(error)) from error
-        click.echo(json.dumps(asdict(plan) | {"cache_bytes": plan.cache_bytes}))
+        _show_plan(options)
         return
     host = options.listen.rpartition(":")[0]
 
@@ -395,3 +391,11 @@ def serve(options: ServiceOptions, service_name: str, servicer, register: Callab
     if status is not None:
         sys.stdout.flush()
         os._exit(status)  # a thread is in the middle of a pass, or of loading, and is not waited for
+
+
+def _show_plan(options: ServiceOptions) -> None:
+    try:
+        plan = plan_of(_model_options(options))
+    except ModelRefusedError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(json.dumps(asdict(plan) | {"cache_bytes": plan.cache_bytes}))

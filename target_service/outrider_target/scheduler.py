@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -26,12 +27,13 @@ from outrider.engine.thread import ModelThread
 from outrider.protocol.errors import InternalError, InvalidArgumentError, ServiceError, raise_errors_in
 from outrider.sampling.distribution import FILTERED, DistributionParams, History, no_token_left
 from outrider.sampling.draws import NO_SUPPORT, Reading, TargetRows
-from outrider.sampling.logprobs import logprobs_of
+from outrider.sampling.logprobs import PromptLogprobs, logprobs_of, prompt_logprobs_of, scores_of
 from outrider.sampling.pipeline import begin_reading, joined, leaves_no_token
 from outrider.sampling.rng import AddressedUniforms, Noise, Purpose, SharedNoise
 from outrider_target.ahead import Ahead, Grant
 from outrider_target.batch_delay import BatchDelay
 
+NOT_FINITE = "the model returned NaN or infinity for this session"
 IDS_OF_A_ROW = 256  # of a support, that take as long as reading a row without any
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rows of a round, or of what a pass has decided, and what it took."""
+    """The rows of a round, or of what a pass has decided, or an opening's log-probabilities, and what it took."""
 
     rows: TargetRows
     num_cached_tokens: int
@@ -69,6 +71,7 @@ class Verdict:
     queue_ms: float
     forward_ms: float
     batch_size: int
+    prompt_logprobs: PromptLogprobs | None = None
     start_position: int = 0  # of the rows; this and the next three: of a session that runs ahead
     grant_index: int = 0
     num_proposals: int = 0
@@ -76,6 +79,15 @@ class Verdict:
 
 
 Emit = Callable[[Verdict | ServiceError], None]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """That the tokens of an opening are scored, with so many likeliest ones, and whom to tell."""
+
+    num_likeliest: int
+    emit: Emit
+    arrived_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(eq=False)
@@ -87,6 +99,7 @@ class Session:
     sequence: EngineSequence = field(default_factory=EngineSequence)
     num_prompt_tokens: int = 0  # behind which the output begins
     num_logprobs: int | None = None  # likeliest tokens whose log-probabilities rows report; None: no row reports any
+    scoring: Scoring | None = None  # of the tokens that it opens with, until it is answered
     ahead: Ahead | None = None  # None: it has rounds alone
     emit: Emit = lambda _: None  # gets what is decided where it runs ahead
     is_open: bool = True
@@ -149,13 +162,15 @@ class Scheduler:
         caller: Caller = (),
         num_prompt_tokens: int = 0,
         num_logprobs: int | None = None,
+        scoring: Scoring | None = None,
         ahead: Ahead | None = None,
         emit: Emit = lambda _: None,
     ) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.
 
         With `shares_noise`, its tokens are drawn with the noise that drafts share; SamplingParams in common.proto.
-        Passes are shared fairly among callers. With `ahead`, it writes on, and `emit` gets what each pass decides.
+        Passes are shared fairly among callers. With a `scoring`, rounds may be submitted once it is answered. With
+        `ahead`, the session writes on, and `emit` gets what each pass decides.
 
         Raises:
             InvalidArgumentError: there are no tokens, or more than the context holds; or the window is out of range.
@@ -166,7 +181,8 @@ class Scheduler:
             )
         needs_noise = shares_noise and not params.is_greedy  # a greedy draw is the same with any number
         numbers = SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE)
-        session = Session(params, numbers, EngineSequence(caller=caller), num_prompt_tokens, num_logprobs, ahead, emit)
+        settings = num_prompt_tokens, num_logprobs, scoring, ahead, emit
+        session = Session(params, numbers, EngineSequence(caller=caller), *settings)
         session.sequence.tokens.extend(committed.token_ids)
         if ahead:
             self.check_window("open.window", ahead.window, len(committed.token_ids))
@@ -210,11 +226,18 @@ class Scheduler:
         except Exception as error:
             self._fail(session, error)
             return
-        num_prefill = len(session.sequence.tokens) - 1
         if session.ahead:
             self._writers.append(session)
-        elif num_prefill:
-            self._prefills[session] = self._demand(session, num_prefill, num_rows=0)
+            if not session.scoring:
+                return
+        num_prefill, scoring = len(session.sequence.tokens) - 1, session.scoring
+        demand = self._demand(session, num_prefill, num_rows=num_prefill if scoring else 0)
+        if scoring:
+            demand.reduce = partial(scores_of, num_likeliest=scoring.num_likeliest)
+        if num_prefill:
+            self._prefills[session] = demand
+        else:
+            self._finish_prefill(session, demand)
 
     def _write_on(self) -> None:
         """Make the next demand of each session that runs ahead and has none, with what is proposed by now."""
@@ -232,6 +255,9 @@ class Scheduler:
             self._jobs[session] = _Job(session, demand, time.monotonic(), *what)
 
     def _demand(self, session: Session, end: int, num_rows: int) -> Demand:
+        """Return a demand for tokens up to `end`; those whose rows are wanted are fed, again if need be."""
+        cache = session.sequence.cache
+        cache.truncate(min(cache.length, end - num_rows))
         return Demand(session.sequence, end, num_rows, next(self._arrivals))
 
     def _enqueue(self, session: Session, work: Round, arrived_at: float, emit: Emit) -> None:
@@ -264,8 +290,6 @@ class Scheduler:
             end = span.end + len(work.proposed_ids)
             raise InvalidArgumentError(f"the proposals end at position {end}: the context has {self._context_length}")
         session.sequence.rewrite(span.start_position, [*span.token_ids, *work.proposed_ids[:-1]])
-        cache = session.sequence.cache
-        cache.truncate(min(cache.length, span.end - 1))  # the pending token is fed, again if need be, for its row
         return self._demand(session, len(session.sequence.tokens), num_rows)
 
     def _end(self, session: Session) -> None:
@@ -299,8 +323,32 @@ class Scheduler:
             self._batch_delay.add_pass(self._engine.stats.num_tokens_fed - num_fed, time.monotonic() - began_at)
         if self._prefills:
             finished = {demand for its_finished, _ in passes for demand in its_finished}
-            self._prefills = {session: demand for session, demand in self._prefills.items() if demand not in finished}
+            for session, demand in list(self._prefills.items()):
+                if demand in finished:
+                    del self._prefills[session]
+                    self._finish_prefill(session, demand)
         return bool(self._prefills or self._jobs) or any(map(_can_write, self._writers))
+
+    def _finish_prefill(self, session: Session, demand: Demand) -> None:
+        """Answer an opening that asks for it."""
+        if not session.scoring:
+            return
+        try:
+            found = prompt_logprobs_of(demand.rows)
+        except Exception as error:
+            self._fail(session, error)
+            return
+        answer: Verdict | ServiceError = InternalError(NOT_FINITE)
+        if found:
+            answer = _verdict_of(demand, session.scoring.arrived_at, TargetRows([], [], [], []), found)
+        else:
+            session.sequence.cache.clear()
+        self._answer_opening(session, answer)
+
+    def _answer_opening(self, session: Session, answer: Verdict | ServiceError) -> None:
+        if session.scoring:
+            emit, session.scoring = session.scoring.emit, None
+            self._emit(session, emit, answer)
 
     def _run_pass(self, demands: Sequence[Demand]) -> tuple[list[Demand], _Reading | None]:
         """Run a pass for some demands; return those that it finished, and the reading of the rounds among them."""
@@ -349,27 +397,17 @@ class Scheduler:
             if _leaves_no_token(job):
                 return InvalidArgumentError(no_token_left(job.session.params, job.first))
             sequence.cache.clear()
-            return InternalError("the model returned NaN or infinity for this session")
-        assert demand.started_at is not None
-        written: dict[str, int] = {}
-        if job.session.ahead:
-            decided = job.session.ahead.decide(rows.outside_token_ids, job.proposed_ids)
-            sequence.rewrite(job.first, decided.token_ids)
-            rows = rows.part(0, len(decided.token_ids))
-            written = {
-                "start_position": job.first,
-                "grant_index": job.grant_index,
-                "num_proposals": decided.num_proposals,
-                "num_accepted": decided.num_accepted,
-            }
-        return Verdict(
-            rows=rows,
-            num_cached_tokens=sequence.cache.length,
-            cache_digest=sequence.tokens.digest(sequence.cache.length),
-            queue_ms=(demand.started_at - job.arrived_at) * 1000,
-            forward_ms=(demand.ended_at - demand.started_at) * 1000,
-            batch_size=demand.batch_size,
-            **written,
+            return InternalError(NOT_FINITE)
+        if not job.session.ahead:
+            return _verdict_of(demand, job.arrived_at, rows)
+        decided = job.session.ahead.decide(rows.outside_token_ids, job.proposed_ids)
+        sequence.rewrite(job.first, decided.token_ids)
+        return replace(
+            _verdict_of(demand, job.arrived_at, rows.part(0, len(decided.token_ids))),
+            start_position=job.first,
+            grant_index=job.grant_index,
+            num_proposals=decided.num_proposals,
+            num_accepted=decided.num_accepted,
         )
 
     def _fail(self, session: Session, error: Exception) -> None:
@@ -380,15 +418,19 @@ class Scheduler:
         self._prefills.pop(session, None)
         if session in self._jobs:
             self._reply(self._jobs[session], session.failure)
+        self._answer_opening(session, session.failure)
 
     def _reply(self, job: _Job, answer: Verdict | ServiceError) -> None:
         del self._jobs[job.session]
         self._batch_delay.on_answer(job.session, time.monotonic())
+        self._emit(job.session, job.emit, answer)
+
+    def _emit(self, session: Session, emit: Emit, answer: Verdict | ServiceError) -> None:
         try:
-            job.emit(answer)
+            emit(answer)
         except Exception:
             log.exception("nobody takes an answer; its session ends")
-            self._end(job.session)
+            self._end(session)
 
 
 @dataclass(frozen=True)
@@ -416,9 +458,24 @@ class _Reading:
 
 def _can_write(session: Session) -> bool:
     """Return whether a session that runs ahead, and has no demand, may have one."""
-    if session.ahead is None or session.failure or not session.is_open:
+    if session.ahead is None or session.scoring or session.failure or not session.is_open:
         return False
     return session.ahead.may_write(len(session.sequence.tokens))
+
+
+def _verdict_of(
+    demand: Demand, arrived_at: float, rows: TargetRows, prompt_logprobs: PromptLogprobs | None = None
+) -> Verdict:
+    sequence, started_at = demand.sequence, demand.started_at
+    return Verdict(
+        rows=rows,
+        num_cached_tokens=sequence.cache.length,
+        cache_digest=sequence.tokens.digest(sequence.cache.length),
+        queue_ms=(started_at - arrived_at) * 1000 if started_at else 0.0,
+        forward_ms=(demand.ended_at - started_at) * 1000 if started_at else 0.0,
+        batch_size=demand.batch_size,
+        prompt_logprobs=prompt_logprobs,
+    )
 
 
 def _raiser(error: Exception) -> Reading:

@@ -24,10 +24,11 @@ from outrider.serving.service import HostedServicer
 from outrider.serving.streams import FreeStream
 from outrider.v1 import common_pb2, target_pb2, target_pb2_grpc
 from outrider_target.ahead import Ahead, Grant
-from outrider_target.scheduler import Emit, Round, Scheduler, Session, Span, Verdict
+from outrider_target.scheduler import Emit, Round, Scheduler, Scoring, Session, Span, Verdict
 
 log = logging.getLogger(__name__)
 
+MOST_PROMPT_LOGPROBS = 1 << 23  # numbers of one answer, of up to seven bytes each
 Responses = AsyncGenerator[target_pb2.VerifyResponse, None]
 SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["TargetService"].full_name
 
@@ -75,10 +76,12 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
     async def _rounds(self, scheduler: Scheduler, call: Call, _: Any) -> Responses:
         """Answer rounds, one after the other."""
         opening = call.opening.open
-        session = self._open(scheduler, opening, call.caller)
-        call.is_busy = lambda: scheduler.is_busy(session)
         answers: Mailbox[Verdict | ServiceError] = Mailbox()
+        session = self._open(scheduler, opening, call.caller, answers.put)
+        call.is_busy = lambda: scheduler.is_busy(session)
         try:
+            if opening.HasField("num_prompt_logprobs"):
+                yield _response(0, await _answer_for(call, answers))
             while (request := await call.receive()) is not None:
                 if request.WhichOneof("kind") != "round":
                     raise InvalidArgumentError(
@@ -86,11 +89,7 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
                     )
                 work = self._round(request.round, opening.sampling.shared_noise)
                 scheduler.submit(session, work, answers.put)
-                answer = await call.wait(answers.get())
-                call.note_answer()
-                if isinstance(answer, ServiceError):
-                    raise answer
-                yield _response(request.round.round_index, answer)
+                yield _response(request.round.round_index, await _answer_for(call, answers))
         finally:
             scheduler.close(session)
 
@@ -105,7 +104,7 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             self._options.max_proposals,
             stream.is_unread,
         )
-        session = self._open(scheduler, opening, call.caller, ahead, stream.put)
+        session = self._open(scheduler, opening, call.caller, stream.put, ahead)
         call.is_busy = lambda: scheduler.is_busy(session)
         grants = stream.items(requests, lambda request: scheduler.grant(session, self._grant(request)), scheduler.go_on)
         try:
@@ -120,19 +119,22 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
         scheduler: Scheduler,
         message: target_pb2.OpenVerification,
         caller: Caller,
+        emit: Emit,
         ahead: Ahead | None = None,
-        emit: Emit = lambda _: None,
     ) -> Session:
-        if message.num_logprobs > MOST_LOGPROBS:
-            raise InvalidArgumentError(f"open.num_logprobs is {message.num_logprobs}: give at most {MOST_LOGPROBS}")
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            if (number := getattr(message, name)) > MOST_LOGPROBS:
+                raise InvalidArgumentError(f"open.{name} is {number}: give at most {MOST_LOGPROBS}")
+        span = self._opening_span(message.committed)
         return scheduler.open(
             params_from_proto(message.sampling, self._host.vocab_size),
             message.seed,
-            self._opening_span(message.committed),
+            span,
             message.sampling.shared_noise,
             caller,
             wire.num_prompt_tokens(message),
             message.num_logprobs if message.HasField("num_logprobs") else None,
+            _scoring_of(message, span, emit),
             ahead,
             emit,
         )
@@ -201,6 +203,26 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
         return wire.support_of(gaps, f"proposals[{index}].support_gaps", vocab_size) if gaps else NO_SUPPORT
 
 
+def _scoring_of(message: target_pb2.OpenVerification, span: Span, emit: Emit) -> Scoring | None:
+    if not message.HasField("num_prompt_logprobs"):
+        return None
+    number, num_tokens = message.num_prompt_logprobs, len(span.token_ids)
+    if (number + 1) * num_tokens > MOST_PROMPT_LOGPROBS:
+        most = MOST_PROMPT_LOGPROBS // num_tokens - 1
+        raise InvalidArgumentError(
+            f"open.num_prompt_logprobs is {number} for {num_tokens} tokens, too many for a message: give at most {most}"
+        )
+    return Scoring(number, emit)
+
+
+async def _answer_for(call: Call, answers: Mailbox[Verdict | ServiceError]) -> Verdict:
+    answer = await call.wait(answers.get())
+    call.note_answer()
+    if isinstance(answer, ServiceError):
+        raise answer
+    return answer
+
+
 def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
     rows = verdict.rows
     logprobs: Sequence[Logprobs | None] = rows.logprobs or [None] * len(rows.outside_masses)
@@ -226,4 +248,5 @@ def _response(round_index: int, verdict: Verdict) -> target_pb2.VerifyResponse:
         start_position=verdict.start_position,
         num_proposals=verdict.num_proposals,
         num_accepted=verdict.num_accepted,
+        prompt_logprobs=target_pb2.PromptLogprobs(**vars(prompt)) if (prompt := verdict.prompt_logprobs) else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -55,6 +56,69 @@ def test_options_come_from_the_environment_too(addresses):
     result = CliRunner(env=environment).invoke(main, ["generate", "x", *addresses, "--json"])
     document = json.loads(result.stdout)
     assert (len(document["token_ids"]), document["seed"]) == (3, 5)
+
+
+def test_a_misspelt_variable_is_named_with_the_likely_one_and_those_of_services_are_not(addresses):
+    environment = {"OUTRIDER_GENERATE_TEMPRATURE": "3", "OUTRIDER_TARGET_MODEL": "x", "OUTRIDER_BENCH_SWEEP_SEED": "5"}
+    result = CliRunner(env=environment).invoke(main, ["info", *addresses])
+    assert result.stderr.splitlines() == [
+        "the environment has OUTRIDER_BENCH_SWEEP_SEED, which sets nothing: is OUTRIDER_BENCH_SEED meant?",
+        "the environment has OUTRIDER_GENERATE_TEMPRATURE, which sets nothing: is OUTRIDER_GENERATE_TEMPERATURE meant?",
+    ]
+
+
+def test_a_prompt_comes_from_standard_input_or_a_file_too(addresses, tmp_path):
+    options = [*addresses, "--seed=1", "--max-new-tokens=3", "--json"]
+    file = tmp_path / "prompt.txt"
+    file.write_text("Hello, ü", encoding="utf-8")
+    typed = json.loads(run("generate", "Hello, ü", *options).stdout)
+    for arguments, text in ((["-"], "Hello, ü"), ([f"--prompt-file={file}"], None)):
+        read = json.loads(run("generate", *arguments, *options, text=text).stdout)
+        assert read["prompt_token_ids"] == typed["prompt_token_ids"]
+    for wrong in ([], ["Hello", f"--prompt-file={file}"]):
+        assert "give PROMPT, - to read it" in run("generate", *wrong, *options, status=2).stderr
+
+
+def test_a_text_that_its_time_ends_is_printed_as_json_as_far_as_it_came(addresses):
+    endless = ["--ignore-eos", "--max-new-tokens=100000", "--timeout=0.001"]
+    result = run("generate", "Hello", *addresses, *endless, "--json", status=1)
+    document = json.loads(result.stdout)
+    assert document["finish_reason"] is None
+    assert document["error"] in result.stderr
+    assert document["prompt_token_ids"]
+
+
+def test_a_text_that_the_limit_ends_says_so(addresses):
+    shown = run("generate", "x", *addresses, "--max-new-tokens=3").stderr
+    assert "ended at the limit of 3 tokens" in " ".join(shown.split())
+
+
+def test_ctrl_c_ends_a_command_with_130():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        command = ["-m", "outrider_client", "info", f"--target=127.0.0.1:{silent.getsockname()[1]}"]
+        with python_process(*command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr.readline().startswith("waiting for the target")
+            process.send_signal(signal.SIGINT)
+            _, log = process.communicate(timeout=PATIENCE_S)
+            assert (process.returncode, log.strip()) == (130, "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_of_the_shell(shell):
+    assert "_OUTRIDER_COMPLETE" in run("completion", shell).stdout
+
+
+def test_doctor_finds_a_pair_that_fits_and_exits_with_1_where_something_is_broken(addresses):
+    found = {entry["what"]: entry for entry in json.loads(run("doctor", *addresses, "--json").stdout)}
+    assert found["pair"]["state"] == "ok"
+    assert found["models here"]["found"] == "on cpu, by the backend compiled"
+    missing = run("doctor", "--target=127.0.0.1:1", "--draft=lookup", status=1).stdout
+    assert "no target service at 127.0.0.1:1" in " ".join(missing.split())
+
+
+def test_doctor_says_that_no_draft_answers(addresses):
+    twice = run("doctor", addresses[1], addresses[1].replace("--target", "--draft"), status=1).stdout
+    assert "no draft service answers" in " ".join(twice.split())
 
 
 @pytest.mark.parametrize(
@@ -149,11 +213,6 @@ def test_where_nothing_listens_nobody_waits_and_one_sentence_says_so():
         "Error: no target service at 127.0.0.1:1 (Connection refused): start one there with outrider-target, "
         "or give the target's own address\n"
     )
-
-
-def test_chat_answers_each_line_in_the_models_format(addresses):
-    result = run("chat", *addresses, "--seed=1", "--max-new-tokens=4", text="Hi\nMore\n\n")
-    assert result.stderr.count("4 tokens, ") == 2
 
 
 @pytest.mark.parametrize("command", ["generate", "generate as json", "chat", "bench"])

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from outrider import SamplingParams, SpeculativeClient
-from outrider_client.cli.local_pair import local_pair
+from outrider_client.local_pair import local_pair
 from tests.e2e.conftest import NEVER_WITHOUT_DRAFT
 
 PROMPT = "Once upon a time, there was a little girl"

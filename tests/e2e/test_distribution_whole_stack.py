@@ -193,12 +193,12 @@ def exact_rows(model: PreTrainedModel, scenario: Scenario) -> list[np.ndarray]:
     return rows
 
 
-def exact_law(model: PreTrainedModel, scenario: Scenario) -> np.ndarray:
+def exact_distribution(model: PreTrainedModel, scenario: Scenario) -> np.ndarray:
     """Return the probability of each text, `[V ** L] float64`."""
-    law = np.ones(1)
+    joint_probs = np.ones(1)
     for probs in exact_rows(model, scenario):
-        law = (law[:, None] * probs).ravel()
-    return law
+        joint_probs = (joint_probs[:, None] * probs).ravel()
+    return joint_probs
 
 
 def text_index(token_ids: list[int]) -> int:
@@ -270,21 +270,21 @@ def by_turns(monkeypatch) -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_texts_follow_the_targets_distribution(pair, scenario):
     counts = write_texts(pair, scenario, NUM_TEXTS)
-    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario))
+    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario))
     assert statistic < limit
 
 
 @pytest.mark.parametrize("pair", ["float32"], indirect=True)
 def test_texts_of_float32_models_follow_the_targets_distribution(pair):
     """Which is that of the same models in float64: rounding them moves it by far less than the texts can show."""
-    statistic, limit = statistic_and_limit(write_texts(pair, PLAIN, NUM_TEXTS), exact_law(pair.target, PLAIN))
+    statistic, limit = statistic_and_limit(write_texts(pair, PLAIN, NUM_TEXTS), exact_distribution(pair.target, PLAIN))
     assert statistic < limit
 
 
 @pytest.mark.parametrize("scenario", PROCESSED.values(), ids=PROCESSED)
 def test_processed_texts_follow_the_targets_distribution(pair, scenario):
     counts = write_texts(pair, scenario, NUM_TEXTS_PROCESSED)
-    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario))
+    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario))
     assert statistic < limit
 
 
@@ -394,5 +394,5 @@ BROKEN_RULES = {
 def test_a_broken_rule_is_noticed(pair, monkeypatch, scenario, break_rule):
     break_rule(monkeypatch)
     counts = write_texts(pair, scenario, NUM_TEXTS_BROKEN)
-    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario))
+    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario))
     assert statistic > 2 * limit  # by a wide margin, not by a lucky seed

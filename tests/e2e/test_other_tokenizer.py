@@ -1,4 +1,4 @@
-"""A draft of another tokenizer, through the whole stack: the law, a seed's text, overlaps and restarts."""
+"""A draft of another tokenizer, through the whole stack: the distribution, a seed's text, overlaps and restarts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.e2e.test_distribution_whole_stack import (
     TRUNCATED,
     VOCAB_SIZE,
     Pair,
-    exact_law,
+    exact_distribution,
     statistic_and_limit,
     write_texts,
 )
@@ -84,7 +84,7 @@ def pair(services, tmp_path_factory) -> Iterator[Pair]:
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_texts_follow_the_targets_distribution(pair, scenario):
     counts = write_texts(pair, scenario, NUM_TEXTS)
-    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, scenario))
+    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, scenario))
     assert statistic < limit
 
 
@@ -110,7 +110,7 @@ def test_a_row_that_is_not_renormalised_is_noticed(pair, monkeypatch):
 
     monkeypatch.setattr(outrider_client.conversation.draft_link, "translated_proposals", keep_weight)
     counts = write_texts(pair, PLAIN, NUM_TEXTS)
-    statistic, limit = statistic_and_limit(counts, exact_law(pair.target, PLAIN))
+    statistic, limit = statistic_and_limit(counts, exact_distribution(pair.target, PLAIN))
     assert statistic > 2 * limit
 
 

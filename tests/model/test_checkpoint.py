@@ -299,7 +299,7 @@ def test_the_command_ends_with_one_sentence(folder):
 
 
 class TestFacts:
-    """What a service tells about its model is checked at start, and can be told."""
+    """What a service reports about its model is checked at start, and can be sent."""
 
     @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
     @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ class TestFacts:
         assert "has ids up to 257, and the model's embedding 257 rows" in why_refused(folder)
 
     def test_an_added_token_without_a_row_is_let_through_with_a_word(self, tmp_path, caplog):
-        """And is none of the pieces that clients are told of: they refuse a target with more of them than rows."""
+        """And is none of the pieces that clients hear of: they refuse a target with more of them than rows."""
         tokenizer = byte_tokenizer()
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         model = load(ModelOptions(save(make_model("llama", 0, vocab_size=258), tmp_path, tokenizer), device="cpu"))

@@ -230,7 +230,7 @@ class TestBits:
     """Logits do not depend on the cut into passes nor on neighbours, to the last bit."""
 
     def test_one_token_at_a_time(self, stored, expected):
-        runner = stored.new_runner()  # whose rooms grow on the way
+        runner = stored.new_runner()  # whose buffers grow on the way
         cache = runner.new_cache()
         assert torch.equal(torch.cat([runner.forward([Feed(cache, [one], 1)]) for one in LONG_IDS]), expected)
 
@@ -572,7 +572,7 @@ class TestChoice:
             lambda draft: replace(draft, token_id=(draft.token_id + 1) % VOCAB_SIZE),
             lambda draft: replace(draft, token_prob=draft.token_prob - 0.01),
         ],
-        ids=["no_law", "another_token", "another_probability"],
+        ids=["no_distribution", "another_token", "another_probability"],
     )
     def test_falls_on_the_reference_where_drafts_differ(self, monkeypatch, caplog, spoil, index):
         draft = CompiledLlamaRunner.draft

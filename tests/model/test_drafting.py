@@ -1,4 +1,4 @@
-"""Drafting several tokens in one compiled call gives what drafting one by one gives, and is told in the same way."""
+"""Drafting several tokens in one compiled call gives what drafting one by one does, and is reported in the same way."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_ids_that_the_target_does_not_have_are_not_drawn(runner, temperature, mo
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_forks_draft_what_they_draft_one_by_one_and_leave_the_main_path_as_it_is(runner, temperature, monkeypatch):
-    def told(batches: list[list[Drafted]]) -> list[list]:
+    def described(batches: list[list[Drafted]]) -> list[list]:
         return [
             [(it.position, it.token_id, [draft.token_id for draft in it.drafts]) for it in message.alternatives]
             for messages in batches
@@ -121,9 +121,9 @@ def test_forks_draft_what_they_draft_one_by_one_and_leave_the_main_path_as_it_is
     plain, _ = drafted(runner, temperature, 4)
     together, emitted = drafted(runner, temperature, 4, max_alternatives=3)
     assert list(map(ids_of, together)) == list(map(ids_of, plain))
-    assert [len(alternatives) for alternatives in told(emitted)] == [3] * len(PROMPTS)
+    assert [len(alternatives) for alternatives in described(emitted)] == [3] * len(PROMPTS)
     monkeypatch.setattr(Drafter, "_draft_several", lambda self, paths: False)
-    assert told(drafted(runner, temperature, 4, max_alternatives=3)[1]) == told(emitted)
+    assert described(drafted(runner, temperature, 4, max_alternatives=3)[1]) == described(emitted)
 
 
 def test_it_does_draft_several(runner, monkeypatch):

@@ -159,10 +159,10 @@ def gaps_of(support: Sequence[int]) -> list[int]:
 def check_rows(model, rows, prefix: Sequence[int], proposals, **sampling: Any) -> None:
     """Assert that `rows` are the target's distribution behind `prefix` and each run of proposals, on their supports."""
     fed = [token_id for token_id, _ in proposals[:-1]]
-    law = exact_probs(model, [*prefix, *fed], **sampling)[len(prefix) - 1 :]
+    expected = exact_probs(model, [*prefix, *fed], **sampling)[len(prefix) - 1 :]
     supports = [support for _, support in proposals] or [[]]
     assert len(rows) == len(supports)
-    for offset, (row, probs, support) in enumerate(zip(rows, law, supports, strict=True)):
+    for offset, (row, probs, support) in enumerate(zip(rows, expected, supports, strict=True)):
         units = np.array(row.support_units, dtype=np.int64)
         assert units.tolist() == np.floor(probs[support] * 2**18).tolist()
         outside = probs.copy()
@@ -185,9 +185,9 @@ def check_proposals(
 ):
     """Assert that `proposals` behind `prefix` are drawn by the design, from the distributions that come with them."""
     drafted = [proposal.token_id for proposal in proposals]
-    law = exact_probs(model, [*prefix, *drafted[:-1]], **sampling)[len(prefix) - 1 :]
-    law[:, vocab_size:] = 0
-    for offset, (proposal, probs) in enumerate(zip(proposals, law, strict=True)):
+    rows = exact_probs(model, [*prefix, *drafted[:-1]], **sampling)[len(prefix) - 1 :]
+    rows[:, vocab_size:] = 0
+    for offset, (proposal, probs) in enumerate(zip(proposals, rows, strict=True)):
         expected = truncated(probs / probs.sum(), max_support)
         support = support_of(proposal.support_gaps)
         assert support == np.flatnonzero(expected).tolist()
@@ -280,6 +280,6 @@ def check_target_serves(target: RunningServer, model: PreTrainedModel) -> None:
 
 
 def check_draft_serves(draft: RunningServer, model: PreTrainedModel) -> None:
-    """Assert that a session of good manners gets proposals of the right law."""
+    """Assert that a session of good manners gets proposals of the right distribution."""
     with RawStream(draft.stub.Propose, open_proposals()) as stream:
         check_proposals(model, receive_proposals(stream, 4)[0], PROMPT)

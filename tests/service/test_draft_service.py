@@ -1,4 +1,4 @@
-"""The draft service over a real socket: what it proposes, from which law, how far, and what a commit does to it."""
+"""The draft service over a real socket: what it proposes, drawn from what, how far, and what a commit does to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.service.conftest import (
 )
 
 AHEAD = 6
-LAWS = {
+DISTRIBUTIONS = {
     "plain": {},
     "cold": {"temperature": 0.4},
     "top_k": {"temperature": 0.9, "top_k": 12},
@@ -47,7 +47,7 @@ def another(token_id: int) -> int:
     return (token_id + 1) % VOCAB_SIZE
 
 
-@pytest.mark.parametrize("fields", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("fields", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 def test_proposals_are_drawn_from_the_distribution_that_comes_with_them(draft, models, fields):
     with RawStream(draft.stub.Propose, open_proposals(ahead=AHEAD, **fields)) as stream:
         proposals, response = receive_proposals(stream, AHEAD)

@@ -143,7 +143,7 @@ def test_a_watcher_is_told_whoever_else_has_left(services, models):
 
 
 def test_a_watcher_who_reads_late_is_told_of_a_shutdown_too():
-    """What comes while a status is on its way out is told before the watch ends."""
+    """What comes while a status is on its way out is reported before the watch ends."""
 
     async def run() -> list[int]:
         health = HealthServicer()

@@ -57,7 +57,7 @@ def test_another_model_is_told_from_a_session_out_of_step(service, models, targe
 
 
 def test_an_identity_beyond_all_is_told_as_any_other(service):
-    """What is told of it fits into an error's metadata."""
+    """What is reported of it fits into an error's metadata."""
     _, server, method = service
     with RawStream(method, opening(service[0], "x\n" * 30_000)) as stream, pytest.raises(grpc.RpcError) as caught:
         stream.receive()

@@ -48,11 +48,11 @@ def test_rows_are_the_targets_own_choices(target, models, sampling, proposed_ids
     request = round_of(span(PROMPT), [(token_id, []) for token_id in proposed_ids])
     with RawStream(target.stub.Verify, open_verification(shared_noise=True, **sampling), request) as stream:
         rows = stream.receive().rows
-    law = exact_probs(models.target, [*PROMPT, *proposed_ids[:-1]], **sampling)[len(PROMPT) - 1 :]
+    expected = exact_probs(models.target, [*PROMPT, *proposed_ids[:-1]], **sampling)[len(PROMPT) - 1 :]
     assert [row.outside_token_id for row in rows] == [
-        choice(probs, position) for position, probs in enumerate(law, start=len(PROMPT))
+        choice(probs, position) for position, probs in enumerate(expected, start=len(PROMPT))
     ]
-    for row, probs in zip(rows, law, strict=True):
+    for row, probs in zip(rows, expected, strict=True):
         assert row.outside_token_prob == pytest.approx(probs[row.outside_token_id], rel=1e-6)
     assert all((row.support_units, row.outside_mass) == ([], pytest.approx(1, abs=2.0**-23)) for row in rows)
 
@@ -64,9 +64,9 @@ def test_proposals_are_the_drafts_own_choices(draft, models, sampling, max_suppo
     with RawStream(draft.stub.Propose, request) as stream:
         proposals, _ = receive_proposals(stream, AHEAD)
     drafted = [proposal.token_id for proposal in proposals]
-    law = exact_probs(models.draft, [*PROMPT, *drafted[:-1]], **sampling)[len(PROMPT) - 1 :]
+    expected = exact_probs(models.draft, [*PROMPT, *drafted[:-1]], **sampling)[len(PROMPT) - 1 :]
     assert drafted == [
         choice(truncated(probs, max_support or VOCAB_SIZE), position)
-        for position, probs in enumerate(law, start=len(PROMPT))
+        for position, probs in enumerate(expected, start=len(PROMPT))
     ]
     assert all((proposal.support_gaps, proposal.support_weights) == ([], []) for proposal in proposals)

@@ -105,6 +105,7 @@ VERIFY = {
     **{f"{name} unknown": ([open_verification(**{name: value})], INVALID, name) for name, value in UNKNOWN_IDS},
     "more prompt than tokens": ([open_verification_as(num_prompt_tokens=T + 1)], INVALID, "open.num_prompt_tokens"),
     "too many log-probabilities": ([open_verification_as(num_logprobs=21)], INVALID, "open.num_logprobs"),
+    "too many of the prompt": ([open_verification_as(num_prompt_logprobs=21)], INVALID, "open.num_prompt_logprobs"),
     "no token": ([open_with(span([]))], INVALID, "committed.token_ids"),
     "prompt longer than the context": ([open_with(span(TOO_LONG))], INVALID, "committed.token_ids"),
     "prompt id out of range": ([open_with(span([3, VOCAB_SIZE]))], INVALID, "open.committed.token_ids"),

@@ -14,7 +14,7 @@ ONE, SAME_HOST, OTHER_HOST = ("a", "1"), ("a", "2"), ("b", "1")
 
 
 class Seats:
-    """Places, and who was told to give his up."""
+    """Places, and who was made to give his up."""
 
     def __init__(self, limit: int, limit_per_caller: int = 0):
         self.places = Places(limit, limit_per_caller, draw=lambda: 0.0)

@@ -14,9 +14,7 @@ STEEP = (0.0009, 0.0004)  # a small model on a processor core
 NUM_TOKENS = 1
 
 
-def rate(
-    turns_s: list[float], passes: tuple[float, float], gathers: bool, seed: int = 0, num_leaving: int = 0
-) -> float:
+def rate(turns_s: list[float], passes: tuple[float, float], waits: bool, seed: int = 0, num_leaving: int = 0) -> float:
     """Return rounds per second of sessions with such turns; a tenth of each is noise.
 
     The last `num_leaving` stop after 20 rounds, without a word.
@@ -33,7 +31,7 @@ def rate(
                 at, session = heappop(coming)
                 batch_delay.on_round(session, NUM_TOKENS, at)
                 waiting.append(session)
-            patience_s = batch_delay.seconds(len(waiting), until) if gathers else 0.0
+            patience_s = batch_delay.seconds(len(waiting), until) if waits else 0.0
             if not patience_s:
                 break
             until = min(until + patience_s, coming[0][0] if coming else float("inf"))
@@ -53,7 +51,7 @@ def rate(
 @pytest.mark.parametrize("num_sessions", [2, 4, 8, 16])
 def test_where_a_pass_takes_as_long_for_all_as_for_half_all_share_it(num_sessions):
     turns_s = [0.0015 + 0.0001 * index for index in range(num_sessions)]
-    assert rate(turns_s, FLAT, gathers=True) > 1.15 * rate(turns_s, FLAT, gathers=False)
+    assert rate(turns_s, FLAT, waits=True) > 1.15 * rate(turns_s, FLAT, waits=False)
 
 
 @pytest.mark.parametrize(
@@ -68,12 +66,12 @@ def test_where_a_pass_takes_as_long_for_all_as_for_half_all_share_it(num_session
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_elsewhere_nothing_is_lost_by_it(turns_s, passes, seed):
-    assert rate(turns_s, passes, gathers=True, seed=seed) > 0.97 * rate(turns_s, passes, gathers=False, seed=seed)
+    assert rate(turns_s, passes, waits=True, seed=seed) > 0.97 * rate(turns_s, passes, waits=False, seed=seed)
 
 
 def test_sessions_that_leave_without_a_word_hold_nobody_up():
-    with_them = rate([0.0015] * 8, FLAT, gathers=True, num_leaving=4)
-    assert with_them > 0.97 * rate([0.0015] * 4, FLAT, gathers=True)
+    with_them = rate([0.0015] * 8, FLAT, waits=True, num_leaving=4)
+    assert with_them > 0.97 * rate([0.0015] * 4, FLAT, waits=True)
 
 
 def known(base_s: float, token_s: float) -> BatchDelay:

@@ -1,4 +1,4 @@
-"""Compiled code reads rows as plain numpy in float64 would, draws by the law that it tells, and marks what is no law.
+"""Compiled code reads rows as numpy in float64 would, draws by the distribution it reports, and marks what is none.
 
 Shapes: N rows, V vocabulary size, S tokens of a support.
 """
@@ -40,12 +40,12 @@ def logits_of(num_rows: int, vocab_size: int, seed: int = 0, std: float = 3.0) -
     )
 
 
-def laws_of(rows: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """Return the laws `[N, V] float64` that rows stand for."""
-    return np.stack([law_of(row.astype(float), it) for row, it in zip(rows, temperatures, strict=True)])
+def distributions_of(rows: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
+    """Return the distributions `[N, V] float64` that rows stand for."""
+    return np.stack([distribution_of(row.astype(float), it) for row, it in zip(rows, temperatures, strict=True)])
 
 
-def law_of(row: np.ndarray, temperature: float) -> np.ndarray:
+def distribution_of(row: np.ndarray, temperature: float) -> np.ndarray:
     if temperature == 0:
         return (np.arange(len(row)) == row.argmax()).astype(float)
     weights = np.exp((row - row.max()) / temperature)
@@ -76,14 +76,14 @@ def draft(rows, temperatures, uniform=0.5, max_support=10**6, min_prob=MIN_SUPPO
 
 
 def read(rows, temperatures, supports, uniform=0.5) -> list[tuple]:
-    """Return (told, mass, token_id, is_finite) of each row."""
+    """Return (reported, mass, token_id, is_finite) of each row."""
     sizes = np.array([len(support) for support in supports])
     ids = np.concatenate([np.asarray(support, dtype=np.int64) for support in supports])
     points = np.broadcast_to(np.asarray(uniform, dtype=float), len(rows)).copy()
-    told, *parts, _ = target_rows(
+    reported, *parts, _ = target_rows(
         rows, np.asarray(temperatures, dtype=float), ids, sizes, points, noise_addresses([0.0] * len(rows))
     )
-    return list(zip(np.split(told, sizes.cumsum()[:-1]), *parts, strict=True))
+    return list(zip(np.split(reported, sizes.cumsum()[:-1]), *parts, strict=True))
 
 
 def random_supports(number: int, vocab_size: int) -> list[np.ndarray]:
@@ -106,31 +106,31 @@ def shares(token_ids, vocab_size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 class TestDraftRows:
-    def test_supports_and_weights_are_those_of_the_law(self, vocab_size):
+    def test_supports_and_weights_are_those_of_the_distribution(self, vocab_size):
         """But for ids so near the threshold that float32 cannot tell on which side they are."""
         rows, temperatures = mixed_rows(vocab_size)
-        laws = laws_of(rows, temperatures)
-        for law, (ids, weights, _, is_finite) in zip(laws, draft(rows, temperatures), strict=True):
-            threshold = min(MIN_SUPPORT_PROB, law.max())
+        all_probs = distributions_of(rows, temperatures)
+        for probs, (ids, weights, _, is_finite) in zip(all_probs, draft(rows, temperatures), strict=True):
+            threshold = min(MIN_SUPPORT_PROB, probs.max())
             is_inside = np.isin(np.arange(vocab_size), ids)
             assert is_finite
             assert np.array_equal(ids, np.unique(ids))
-            assert law[is_inside].min() >= threshold * (1 - FLOAT32_ERROR)
-            assert law[~is_inside].max(initial=0) <= threshold * (1 + FLOAT32_ERROR)
-            assert (np.abs(weights - law[ids] / WEIGHT_UNIT) <= 0.5 + law[ids] / WEIGHT_UNIT * FLOAT32_ERROR).all()
+            assert probs[is_inside].min() >= threshold * (1 - FLOAT32_ERROR)
+            assert probs[~is_inside].max(initial=0) <= threshold * (1 + FLOAT32_ERROR)
+            assert (np.abs(weights - probs[ids] / WEIGHT_UNIT) <= 0.5 + probs[ids] / WEIGHT_UNIT * FLOAT32_ERROR).all()
             assert weights.min() >= 1
 
     @pytest.mark.parametrize("max_support", [1, 2, 7, 64])
     def test_a_limit_keeps_the_likeliest(self, vocab_size, max_support):
         rows, temperatures = mixed_rows(vocab_size, seed=1)
-        laws = laws_of(rows, temperatures)
-        for law, whole, cut in zip(
-            laws, draft(rows, temperatures), draft(rows, temperatures, max_support=max_support), strict=True
+        all_probs = distributions_of(rows, temperatures)
+        for probs, whole, cut in zip(
+            all_probs, draft(rows, temperatures), draft(rows, temperatures, max_support=max_support), strict=True
         ):
             ids, weights = cut[:2]
             assert len(ids) == min(max_support, len(whole[0]))
             rest = np.setdiff1d(whole[0], ids)
-            assert law[ids].min() >= law[rest].max(initial=0) * (1 - FLOAT32_ERROR)
+            assert probs[ids].min() >= probs[rest].max(initial=0) * (1 - FLOAT32_ERROR)
             assert np.array_equal(weights, whole[1][np.isin(whole[0], ids)])
 
     def test_a_token_is_drawn_as_often_as_its_weight_says(self, vocab_size):
@@ -194,20 +194,20 @@ def test_compiled_filters_keep_what_the_reference_keeps(vocab_size, is_rounded):
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 class TestTargetRows:
-    def test_what_is_told_is_the_law_rounded_down_and_all_of_it_is_told_or_left(self, vocab_size):
+    def test_the_distribution_is_reported_rounded_down_and_all_of_it_is_reported_or_left(self, vocab_size):
         rows, temperatures = mixed_rows(vocab_size)
         supports = random_supports(len(rows), vocab_size)
-        for law, support, (told, mass, _, is_finite) in zip(
-            laws_of(rows, temperatures), supports, read(rows, temperatures, supports), strict=True
+        for probs, support, (reported, mass, _, is_finite) in zip(
+            distributions_of(rows, temperatures), supports, read(rows, temperatures, supports), strict=True
         ):
-            error = law[support] * FLOAT32_ERROR
+            error = probs[support] * FLOAT32_ERROR
             assert is_finite
-            assert np.array_equal(told % PROB_UNIT, np.zeros(len(support)))
-            assert (told <= law[support] + error).all()
-            assert (told > law[support] - PROB_UNIT - error).all()
-            # A law in float32 has itself a sum that is 1 but for its rounding; logits are divided by their own sum.
-            assert told.sum() + mass == pytest.approx(
-                1, abs=1e-12 if law.sum() == pytest.approx(1, abs=1e-13) else 1e-6
+            assert np.array_equal(reported % PROB_UNIT, np.zeros(len(support)))
+            assert (reported <= probs[support] + error).all()
+            assert (reported > probs[support] - PROB_UNIT - error).all()
+            # A distribution in float32 sums to 1 but for its rounding; logits are divided by their own sum.
+            assert reported.sum() + mass == pytest.approx(
+                1, abs=1e-12 if probs.sum() == pytest.approx(1, abs=1e-13) else 1e-6
             )
 
     def test_the_rest_is_drawn_in_proportion_to_what_is_left(self, vocab_size):
@@ -215,27 +215,29 @@ class TestTargetRows:
         rows, temperatures = mixed_rows(vocab_size, seed=2)
         supports = random_supports(len(rows), vocab_size)
         for row, temperature, support in list(zip(rows, temperatures, supports, strict=True))[::2]:
-            law = laws_of(row[None], np.array([temperature]))[0]
+            probs = distributions_of(row[None], np.array([temperature]))[0]
             answers = read(
                 row[None].repeat(num_points, 0), [temperature] * num_points, [support] * num_points, spread(num_points)
             )
-            law[support] -= answers[0][0]
+            probs[support] -= answers[0][0]
             if not answers[0][1] > 10 * FLOAT32_ERROR:  # nothing is left but what float32 leaves
                 continue
             drawn = shares([token_id for _, _, token_id, _ in answers], vocab_size)
-            rest = np.maximum(law, 0) / np.maximum(law, 0).sum()
-            # Each end of a token's interval is off by at most the law's error, of what is left.
+            rest = np.maximum(probs, 0) / np.maximum(probs, 0).sum()
+            # Each end of a token's interval is off by at most the distribution's error, of what is left.
             assert np.abs(drawn - rest).max() <= 1 / num_points + 2 * FLOAT32_ERROR / answers[0][1]
 
     @pytest.mark.parametrize("uniform", [0.0, LAST])
     def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_token_that_are_left(self, vocab_size, uniform):
         rows, temperatures = mixed_rows(vocab_size, seed=3)
         rows[:-2, : vocab_size // 3] = rows[:-2, vocab_size - vocab_size // 4 :] = -np.inf
-        laws = laws_of(rows, temperatures)
-        for law, (_, _, token_id, _) in zip(laws, read(rows, temperatures, [[]] * len(rows), uniform), strict=True):
-            assert law[token_id] > 0
+        all_probs = distributions_of(rows, temperatures)
+        for probs, (_, _, token_id, _) in zip(
+            all_probs, read(rows, temperatures, [[]] * len(rows), uniform), strict=True
+        ):
+            assert probs[token_id] > 0
             # What lies behind or before it is too little for the sum of all to show.
-            rest = law[:token_id] if uniform == 0 else law[token_id + 1 :]
+            rest = probs[:token_id] if uniform == 0 else probs[token_id + 1 :]
             assert rest.sum() <= 1e-15
 
     def test_rows_are_what_they_are_alone(self, vocab_size):
@@ -247,47 +249,47 @@ class TestTargetRows:
             assert all(map(np.array_equal, alone, expected))
 
 
-def read_law(law: np.ndarray, support, points) -> list[tuple]:
-    """Return (told, mass, token_id) for each point, of a row whose probabilities are known to the last bit."""
-    told, left, sums = np.zeros(len(support)), law.copy(), np.empty(-(-len(law) // 64))
-    report_support(left, np.asarray(support, dtype=np.int64), told)
+def read_distribution(probs: np.ndarray, support, points) -> list[tuple]:
+    """Return (reported, mass, token_id) for each point, of a row whose probabilities are known to the last bit."""
+    reported, left, sums = np.zeros(len(support)), probs.copy(), np.empty(-(-len(probs) // 64))
+    report_support(left, np.asarray(support, dtype=np.int64), reported)
     mass = cpu_kernels._block_sums(left, sums)
-    return [(told, mass, cpu_kernels._draw(left, sums, point * mass)) for point in points]
+    return [(reported, mass, cpu_kernels._draw(left, sums, point * mass)) for point in points]
 
 
-def dyadic_law(vocab_size: int) -> np.ndarray:
-    """Return a law `[V] float64` of multiples of 2^-40, all of whose sums are exact."""
+def dyadic_distribution(vocab_size: int) -> np.ndarray:
+    """Return a distribution `[V] float64` of multiples of 2^-40, all of whose sums are exact."""
     cuts = np.sort(np.random.default_rng(vocab_size).integers(0, 2**40, vocab_size - 1))
     return np.diff(cuts, prepend=0, append=2**40) * 2.0**-40
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-def test_told_and_left_are_the_law_to_the_letter(vocab_size):
-    """Mass left beside a support is that of the whole law less what is told of each id, without any tolerance."""
-    law = dyadic_law(vocab_size)
+def test_reported_and_left_are_the_distribution_to_the_letter(vocab_size):
+    """Mass left beside a support is that of the whole less what is reported of each id, without any tolerance."""
+    probs = dyadic_distribution(vocab_size)
     supports = [*random_supports(6, vocab_size), *([token_id] for token_id in range(0, vocab_size, 7))]
     for support in supports:
-        [(told, mass, _)] = read_law(law, support, [0.5])
-        assert np.array_equal(told, np.floor(law[support] / PROB_UNIT) * PROB_UNIT)
-        assert mass == 1 - told.sum()
+        [(reported, mass, _)] = read_distribution(probs, support, [0.5])
+        assert np.array_equal(reported, np.floor(probs[support] / PROB_UNIT) * PROB_UNIT)
+        assert mass == 1 - reported.sum()
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 def test_what_rounding_leaves_of_a_support_is_drawn_as_often_as_it_weighs(vocab_size):
     """All ids are in the support, so that nothing but the remainders is left."""
     num_points = 4096
-    law, support = dyadic_law(vocab_size), np.arange(vocab_size)
-    law = law if vocab_size > 1 else law - PROB_UNIT / 3  # else there is no remainder
-    rest = law % PROB_UNIT
-    answers = read_law(law, support, spread(num_points))
+    probs, support = dyadic_distribution(vocab_size), np.arange(vocab_size)
+    probs = probs if vocab_size > 1 else probs - PROB_UNIT / 3  # else there is no remainder
+    rest = probs % PROB_UNIT
+    answers = read_distribution(probs, support, spread(num_points))
     drawn = shares([token_id for _, _, token_id in answers], vocab_size)
     assert answers[0][1] == rest.sum()
     assert np.abs(drawn - rest / rest.sum()).max() <= 1 / num_points + 1e-12
 
 
 def test_a_support_that_takes_all_leaves_nothing_and_draws_nothing():
-    [(told, mass, token_id)] = read_law(np.array([0.5, 0.0, 0.25, 0.25]), [0, 2, 3], [LAST])
-    assert told.sum() == 1
+    [(reported, mass, token_id)] = read_distribution(np.array([0.5, 0.0, 0.25, 0.25]), [0, 2, 3], [LAST])
+    assert reported.sum() == 1
     assert (mass, token_id) == (0, 0)
 
 
@@ -302,11 +304,11 @@ def test_masked_tokens_are_in_no_support_and_never_drawn(vocab_size):
     for support in ([], [1], range(vocab_size)):
         answers = read(many, np.ones(len(points)), [support] * len(points), points)
         assert all(token_id % 2 == 1 or mass == 0 for _, mass, token_id, _ in answers)
-        told = answers[0][0]
-        assert not told[np.asarray(support, dtype=int) % 2 == 0].any()
+        reported = answers[0][0]
+        assert not reported[np.asarray(support, dtype=int) % 2 == 0].any()
 
 
-NO_LAWS = {
+INVALID = {
     "one NaN": lambda row: np.where(np.arange(len(row)) == len(row) // 2, np.nan, row),
     "NaN at the end": lambda row: np.where(np.arange(len(row)) == len(row) - 1, np.nan, row),
     "NaN beside infinity": lambda row: np.where(np.arange(len(row)) % 2, np.nan, -np.inf),
@@ -315,28 +317,28 @@ NO_LAWS = {
 }
 
 
-@pytest.mark.parametrize("spoil", NO_LAWS.values(), ids=NO_LAWS)
+@pytest.mark.parametrize("spoil", INVALID.values(), ids=INVALID)
 @pytest.mark.parametrize("vocab_size", [2, 64, 100, 1000])
-def test_a_row_that_is_no_law_is_marked_and_disturbs_no_other(spoil, vocab_size):
+def test_a_row_that_is_no_distribution_is_marked_and_disturbs_no_other(spoil, vocab_size):
     healthy = logits_of(3, vocab_size)
     rows = np.stack([healthy[0], spoil(healthy[1]), healthy[1], spoil(healthy[2]), healthy[2]]).astype(np.float32)
-    temperatures, is_law = np.array([1.0, 0.7, 0.7, 0.0, 0.0]), np.array([True, False, True, False, True])
+    temperatures, is_valid = np.array([1.0, 0.7, 0.7, 0.0, 0.0]), np.array([True, False, True, False, True])
     supports = random_supports(5, vocab_size)
     drafts, answers = draft(rows, temperatures), read(rows, temperatures, supports)
-    assert [it[-1] for it in drafts] == [it[-1] for it in answers] == is_law.tolist()
+    assert [it[-1] for it in drafts] == [it[-1] for it in answers] == is_valid.tolist()
     assert all(len(ids) == 0 for ids, _, _, is_finite in drafts if not is_finite)
-    expected = draft(healthy, temperatures[is_law])
+    expected = draft(healthy, temperatures[is_valid])
     for alone, beside in zip(expected, [it for it in drafts if it[-1]], strict=True):
         assert all(map(np.array_equal, alone, beside))
-    of_laws = [support for support, keep in zip(supports, is_law, strict=True) if keep]
+    of_valid = [support for support, keep in zip(supports, is_valid, strict=True) if keep]
     for alone, beside in zip(
-        read(healthy, temperatures[is_law], of_laws), [it for it in answers if it[-1]], strict=True
+        read(healthy, temperatures[is_valid], of_valid), [it for it in answers if it[-1]], strict=True
     ):
         assert all(map(np.array_equal, alone, beside))
 
 
 class TestBothPaths:
-    """Float32 logits are read by compiled code; told to go the general way, they give the same but for rounding."""
+    """Float32 logits are read by compiled code; made to go the general way, they give the same but for rounding."""
 
     NUM_ROWS = 60
     PARAMS = tuple(DistributionParams([*TEMPERATURES, 0.0][row % 6]) for row in range(NUM_ROWS))
@@ -363,12 +365,12 @@ class TestBothPaths:
     def test_rows_agree(self):
         points = uniforms(3, np.arange(self.NUM_ROWS), Purpose.OUTSIDE).tolist()
         supports = random_supports(self.NUM_ROWS, 700)
-        rows, are_laws = read_logits(self.LOGITS, self.PARAMS, supports, points)
+        rows, are_valid = read_logits(self.LOGITS, self.PARAMS, supports, points)
         others = read_target_rows(probability_rows(self.LOGITS, self.PARAMS), supports, points)
-        assert all(are_laws)
+        assert all(are_valid)
         for actual, other in zip(rows.support_probs, others.support_probs, strict=True):
             assert (np.abs(actual - other) <= PROB_UNIT + other * self.ERROR).all()
-        # A unit that is told or not moves mass, and with it the draw.
+        # A unit that is reported or not moves mass, and with it the draw.
         same = [
             row
             for row, pair in enumerate(zip(rows.support_probs, others.support_probs, strict=True))
@@ -401,8 +403,8 @@ class TestBothPaths:
         cold, other = draft_tokens(logits, all_params, [9, 9], [0.5, 0.5])
         assert cold.support_ids.tolist() == [cold.token_id] == [77]
         assert len(other.support_ids) == (top_k or 9)
-        rows, are_laws = read_logits(logits, all_params, [np.array([cold.token_id])] * 2, [0.5, 0.5])
-        assert are_laws == [True, True]
+        rows, are_valid = read_logits(logits, all_params, [np.array([cold.token_id])] * 2, [0.5, 0.5])
+        assert are_valid == [True, True]
         assert (rows.support_probs[0].tolist(), rows.outside_masses[0]) == ([1.0], 0.0)
 
 
@@ -433,9 +435,9 @@ class TestNoise:
     def test_the_drafts_choice_is_among_its_support(self, vocab_size):
         logits, noises = self.rows_and_noises(vocab_size)
         drafts = draft_tokens(logits, [DistributionParams()] * self.NUM_ROWS, [5] * self.NUM_ROWS, noises, 2)
-        for law, noise, draft in zip(logits.double().softmax(-1), noises, drafts, strict=True):
-            kept = law.where(law >= law.topk(min(5, vocab_size)).values[-1], 0.0)
-            kept = kept.where(law >= MIN_SUPPORT_PROB, 0.0)
+        for probs, noise, draft in zip(logits.double().softmax(-1), noises, drafts, strict=True):
+            kept = probs.where(probs >= probs.topk(min(5, vocab_size)).values[-1], 0.0)
+            kept = kept.where(probs >= MIN_SUPPORT_PROB, 0.0)
             assert draft.token_id == race(kept[None], addresses_of([noise])).item()
             assert len(draft.support_ids) == len(draft.weights) == 0
             assert len(draft.others) == min(2, int((kept > 0).sum()) - 1)
@@ -470,7 +472,7 @@ def unfair_target_rows(rows, temperatures, ids, sizes, points, noises):
         ("target_rows", unfair_target_rows, TestTargetRows.test_the_rest_is_drawn_in_proportion_to_what_is_left),
     ],
 )
-def test_a_draw_of_another_law_is_found(monkeypatch, name, broken, test):
+def test_a_draw_of_another_distribution_is_found(monkeypatch, name, broken, test):
     monkeypatch.setitem(globals(), name, broken)
     with pytest.raises(AssertionError):
         test(None, 65)

@@ -1,4 +1,4 @@
-"""Proposals that are looked up must not change the target's law: enumeration, as in test_distribution_formulas.
+"""Looked-up proposals must not change the target's distribution: enumeration, as in test_distribution_formulas.
 
 They are not drawn: behind a prefix there is one, and what comes with it says so. In the prompt here every two tokens
 occur, so that there is a match wherever a string ends.
@@ -92,7 +92,7 @@ class Chosen(Pair):
 
 @every_rule
 def test_a_choice_that_looks_at_the_proposals_is_found(rule):
-    """So the better source is told from rounds that are over."""
+    """So the better source is known from rounds that are over."""
     pair = Chosen(PARAMS["plain"], PARAMS["plain"])
     assert error_of(pair, 2, OUTCOMES[rule]) > SABOTAGE_DISTANCE
 

@@ -24,7 +24,7 @@ from outrider.protocol.scales import PROB_UNIT, round_down
 from outrider.protocol.tokens import TokenLog
 from outrider.sampling import pipeline
 from outrider.sampling.distribution import PROCESSORS, DistributionParams, History
-from outrider.sampling.logprobs import logprobs_of
+from outrider.sampling.logprobs import logprobs_of, prompt_logprobs_of, scores_of
 from outrider.sampling.rng import AddressedUniforms, Purpose
 from outrider_client.rules.acceptance import Proposal, TargetRow
 from outrider_draft.drafter import Drafter
@@ -279,8 +279,8 @@ def test_a_round_ends_before_the_first_row_that_its_proposals_leave_nothing_of(n
     assert len(verdict.rows.support_probs) == len(verdict.rows.outside_token_ids) == 2
     assert num_logprobs is None or len(verdict.rows.logprobs) == 2
     for index, reported in enumerate(verdict.rows.support_probs):
-        law = expected_probs(toys.TARGET_LOGITS, params, [*TEXT, 6, 0][: len(TEXT) + index], 3)
-        assert reported == pytest.approx(law, abs=PROB_UNIT)
+        expected = expected_probs(toys.TARGET_LOGITS, params, [*TEXT, 6, 0][: len(TEXT) + index], 3)
+        assert reported == pytest.approx(expected, abs=PROB_UNIT)
 
 
 class Drafting:
@@ -368,3 +368,29 @@ class TestLogprobs:
     def test_what_cannot_be_has_the_least_of_all(self):
         [its] = logprobs_of(torch.tensor([[0.0, -torch.inf]]), [np.array([0])], [1], 2)
         assert (its.support, its.outside_token, its.likeliest) == ([0.0], -9999.0, [0.0, -9999.0])
+
+    def test_of_equals_the_lowest_id_comes_first(self):
+        logits = torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0]])
+        [its] = logprobs_of(logits, [np.array([2])], [4], 4)
+        assert its.likeliest_ids == [1, 3, 0, 2]
+        assert its.support == [its.outside_token] == its.likeliest[2:3]
+
+    def test_those_of_a_prompt_are_of_each_row(self):
+        logits = torch.randn(40, 11, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        token_ids = [index % 11 for index in range(40)]
+        found = prompt_logprobs_of(
+            [scores_of(logits[:25], token_ids[:25], 3), scores_of(logits[25:], token_ids[25:], 3)]
+        )
+        law = logits.log_softmax(-1)
+        assert found.token == pytest.approx([float(row[it]) for row, it in zip(law, token_ids, strict=True)], abs=1e-12)
+        ranking = law.argsort(-1, descending=True)
+        assert found.ranks == [row.tolist().index(it) + 1 for row, it in zip(ranking, token_ids, strict=True)]
+        assert found.likeliest_ids == ranking[:, :3].flatten().tolist()
+        assert found.likeliest == pytest.approx(law.gather(1, ranking[:, :3]).flatten().tolist(), abs=1e-12)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_a_prompt_with_a_row_that_is_no_distribution_has_none(self, value):
+        logits = torch.zeros(3, 5)
+        logits[1, 4] = value
+        assert prompt_logprobs_of([scores_of(logits, [0, 1, 2], 1)]) is None
+        assert prompt_logprobs_of([]).token == []

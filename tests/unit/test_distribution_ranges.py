@@ -1,4 +1,4 @@
-"""What the ranges of temperature and filters let in follows its law: at the ends of each, alone and combined.
+"""What the ranges of temperature and filters let in follows its distribution: at the ends of each, alone and combined.
 
 The reference is DistributionParams's definitions, token by token in Python's float64. Rows of logits are such as
 float32 computes badly: neighbours among the numbers of 1e4, ties at every cut, masks, and numbers that differ by next
@@ -60,8 +60,8 @@ READERS = ["host", "torch", "kernels"]
 
 
 @cache
-def law(row: int, params: DistributionParams) -> tuple[float, ...]:
-    """Return the law of a row of LOGITS, as DistributionParams defines it."""
+def distribution(row: int, params: DistributionParams) -> tuple[float, ...]:
+    """Return the distribution of a row of LOGITS, as DistributionParams defines it."""
     logits = LOGITS[row].tolist()
     ranking = sorted(range(VOCAB_SIZE), key=lambda token_id: (-logits[token_id], token_id))
     if params.temperature == 0:
@@ -80,10 +80,10 @@ def law(row: int, params: DistributionParams) -> tuple[float, ...]:
     return tuple(math.exp(scores[it]) / total if it in kept else 0.0 for it in range(VOCAB_SIZE))
 
 
-def laws_of(cases: list[tuple[int, DistributionParams]]) -> tuple[torch.Tensor, list[DistributionParams], np.ndarray]:
-    """Return logits `[N, V]`, all_params and laws `[N, V]` of some rows under some all_params."""
-    laws = np.array([law(row, params) for row, params in cases])
-    return LOGITS[[row for row, _ in cases]], [params for _, params in cases], laws
+def rows_of(cases: list[tuple[int, DistributionParams]]) -> tuple[torch.Tensor, list[DistributionParams], np.ndarray]:
+    """Return logits `[N, V]`, all_params and distributions `[N, V]` of some rows under some all_params."""
+    all_probs = np.array([distribution(row, params) for row, params in cases])
+    return LOGITS[[row for row, _ in cases]], [params for _, params in cases], all_probs
 
 
 @pytest.fixture(params=READERS)
@@ -109,39 +109,39 @@ def cases_for(reader: str) -> list[tuple[int, DistributionParams]]:
     ("dtype", "tolerance"), [(torch.float32, 2.0**-22), (torch.float64, 1e-13)], ids=["float32", "float64"]
 )
 def test_rows_are_what_the_definitions_say(dtype, tolerance):
-    logits, all_params, laws = laws_of(ALL)
-    difference = np.abs(probability_rows(logits.to(dtype), all_params).numpy() - laws).max(-1)
+    logits, all_params, all_probs = rows_of(ALL)
+    difference = np.abs(probability_rows(logits.to(dtype), all_params).numpy() - all_probs).max(-1)
     assert difference.max() < tolerance, all_params[difference.argmax()]
 
 
-def test_the_targets_probabilities_and_what_they_leave_are_those_of_the_law(reader):
-    logits, all_params, laws = laws_of(cases_for(reader))
-    supports = [np.arange(VOCAB_SIZE)] * len(laws)
-    rows, are_laws = read_logits(logits, all_params, supports, [0.5] * len(laws))
-    assert all(are_laws)
-    told = np.array(rows.support_probs)
-    assert (told <= laws + FLOAT32_ERROR).all()
-    assert (told >= laws - PROB_UNIT - FLOAT32_ERROR).all()
-    assert np.abs(told.sum(-1) + rows.outside_masses - 1).max() < FLOAT32_ERROR
+def test_the_targets_probabilities_and_what_they_leave_are_those_of_the_distribution(reader):
+    logits, all_params, all_probs = rows_of(cases_for(reader))
+    supports = [np.arange(VOCAB_SIZE)] * len(all_probs)
+    rows, are_valid = read_logits(logits, all_params, supports, [0.5] * len(all_probs))
+    assert all(are_valid)
+    reported = np.array(rows.support_probs)
+    assert (reported <= all_probs + FLOAT32_ERROR).all()
+    assert (reported >= all_probs - PROB_UNIT - FLOAT32_ERROR).all()
+    assert np.abs(reported.sum(-1) + rows.outside_masses - 1).max() < FLOAT32_ERROR
 
 
 def test_a_uniform_draws_the_token_in_whose_share_it_falls(reader):
     """In the middle of each share of at least a thousandth; of a tenth, where reading is slow."""
-    logits, all_params, laws = laws_of(cases_for(reader))
-    cases = np.argwhere(laws > (0.1 if reader == "kernels" else 1e-3))
-    middles = (laws.cumsum(-1) - laws / 2)[cases[:, 0], cases[:, 1]]
+    logits, all_params, all_probs = rows_of(cases_for(reader))
+    cases = np.argwhere(all_probs > (0.1 if reader == "kernels" else 1e-3))
+    middles = (all_probs.cumsum(-1) - all_probs / 2)[cases[:, 0], cases[:, 1]]
     its_params = [all_params[row] for row in cases[:, 0]]
     nothing = [np.empty(0, np.int64)] * len(cases)
     rows, _ = read_logits(logits[cases[:, 0].tolist()], its_params, nothing, middles.tolist())
     assert rows.outside_token_ids == cases[:, 1].tolist()
-    assert rows.outside_token_probs == pytest.approx(laws[cases[:, 0], cases[:, 1]], rel=FLOAT32_ERROR)
+    assert rows.outside_token_probs == pytest.approx(all_probs[cases[:, 0], cases[:, 1]], rel=FLOAT32_ERROR)
 
 
 def test_a_tokens_probability_is_the_whole_one_whatever_of_it_is_told(reader):
     """All ids are in the support, so that what is drawn is what rounding has cut off."""
-    logits, all_params, laws = laws_of(cases_for(reader)[:: 1 if reader == "kernels" else 7])
-    rows, _ = read_logits(logits, all_params, [np.arange(VOCAB_SIZE)] * len(laws), [0.3] * len(laws))
-    expected = laws[np.arange(len(laws)), rows.outside_token_ids]
+    logits, all_params, all_probs = rows_of(cases_for(reader)[:: 1 if reader == "kernels" else 7])
+    rows, _ = read_logits(logits, all_params, [np.arange(VOCAB_SIZE)] * len(all_probs), [0.3] * len(all_probs))
+    expected = all_probs[np.arange(len(all_probs)), rows.outside_token_ids]
     is_there = np.array(rows.outside_masses) > 1e-9
     assert is_there.sum() >= 5
     assert np.array(rows.outside_token_probs)[is_there] == pytest.approx(expected[is_there], rel=1e-3, abs=1e-12)
@@ -150,22 +150,24 @@ def test_a_tokens_probability_is_the_whole_one_whatever_of_it_is_told(reader):
 
 def test_a_token_without_probability_is_never_drawn(reader):
     """At both ends of the unit interval, and under shared noise."""
-    logits, all_params, laws = laws_of(cases_for(reader))
-    nothing = [np.empty(0, np.int64)] * len(laws)
+    logits, all_params, all_probs = rows_of(cases_for(reader))
+    nothing = [np.empty(0, np.int64)] * len(all_probs)
     for number in (0.0, 1 - 2**-53, Noise(2**63, 9)):
-        rows, _ = read_logits(logits, all_params, nothing, [number] * len(laws))
-        assert laws[np.arange(len(laws)), rows.outside_token_ids].min() > 0
+        rows, _ = read_logits(logits, all_params, nothing, [number] * len(all_probs))
+        assert all_probs[np.arange(len(all_probs)), rows.outside_token_ids].min() > 0
 
 
-def test_the_drafts_weights_are_those_of_the_law(reader):
-    logits, all_params, laws = laws_of(cases_for(reader))
-    limits = [VOCAB_SIZE] * len(laws)
-    for its_law, draft in zip(laws, draft_tokens(logits, all_params, limits, [0.5] * len(laws)), strict=True):
+def test_the_drafts_weights_are_those_of_the_distribution(reader):
+    logits, all_params, all_probs = rows_of(cases_for(reader))
+    limits = [VOCAB_SIZE] * len(all_probs)
+    for its_probs, draft in zip(
+        all_probs, draft_tokens(logits, all_params, limits, [0.5] * len(all_probs)), strict=True
+    ):
         assert draft is not None
         is_inside = np.isin(np.arange(VOCAB_SIZE), draft.support_ids)
-        assert its_law[is_inside].min() >= MIN_SUPPORT_PROB * (1 - 1e-3)
-        assert its_law[~is_inside].max(initial=0) <= MIN_SUPPORT_PROB * (1 + 1e-3)
-        weights = its_law[draft.support_ids] / WEIGHT_UNIT
+        assert its_probs[is_inside].min() >= MIN_SUPPORT_PROB * (1 - 1e-3)
+        assert its_probs[~is_inside].max(initial=0) <= MIN_SUPPORT_PROB * (1 + 1e-3)
+        weights = its_probs[draft.support_ids] / WEIGHT_UNIT
         assert np.abs(draft.weights - np.maximum(weights, 1)).max() <= 0.5 + FLOAT32_ERROR / WEIGHT_UNIT
 
 

@@ -1,4 +1,4 @@
-"""A draft of another tokenizer must not change the target's law: enumeration, as in test_distribution_formulas.
+"""Another tokenizer's draft must not change the target's distribution: enumeration, as in test_distribution_formulas.
 
 Four of the draft's five tokens are the target's too, under other ids. What it draws ends a round's proposals where the
 target does not have it.

@@ -128,8 +128,32 @@ def test_one_pass_serves_many_sequences():
     assert engine.num_cached_tokens == 15
 
 
+@pytest.mark.parametrize("max_cached_tokens", [1000, 60])
+def test_many_rows_are_reduced_as_they_come_each_with_the_token_behind_it(monkeypatch, max_cached_tokens):
+    """Three prompts of 30 tokens find place for two where the cap is 60, so caches are dropped in the middle."""
+    monkeypatch.setattr(engine_module, "MOST_REDUCED_ROWS", 7)
+    engine, runner = engine_of(max_cached_tokens=max_cached_tokens, max_batch_tokens=50)
+
+    def keep(rows: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
+        assert len(rows) == len(token_ids) <= 7
+        return torch.cat([rows, torch.tensor(token_ids)[:, None].double()], -1)
+
+    demands = [Demand(sequence_of(engine, 31, 100 * number), 30, 30, number, keep) for number in range(3)]
+    waiting = list(demands)
+    while waiting:
+        finished = engine.run_pass(waiting)
+        waiting = [demand for demand in waiting if demand not in finished]
+    for number, demand in enumerate(demands):
+        behind = [100 * number + index for index in range(1, 31)]
+        assert torch.cat(demand.rows).tolist() == [
+            [*row, it] for row, it in zip(right_rows(demand), behind, strict=True)
+        ]
+    assert bool(engine.stats.num_evictions) == (max_cached_tokens == 60)
+    assert all(num_tokens <= 7 for feeds in runner.passes for _, num_tokens, _ in feeds)
+
+
 def test_a_long_prompt_is_fed_in_chunks_and_stalls_nobody():
-    """Budget 10: the prompt of 23 leaves room for the short demand in the first pass."""
+    """Budget 10: the prompt of 23 leaves capacity for the short demand in the first pass."""
     engine, runner = engine_of(max_batch_tokens=10)
     prompt, short = sequence_of(engine, 23), sequence_of(engine, 3)
     demands = [Demand(prompt, 23, 2, 0), Demand(short, 3, 1, 1)]
@@ -156,16 +180,16 @@ def test_what_follows_a_pass_gets_the_demands_that_it_finishes_with_all_their_ro
     """Budget 10 of 14 tokens: the long demand is finished by the second pass, with rows of both."""
     engine, _ = engine_of(max_batch_tokens=10)
     demands = [Demand(sequence_of(engine, 11), 11, 7, 0), Demand(sequence_of(engine, 3), 3, 1, 1)]
-    told: list[list[Demand]] = []
+    reported: list[list[Demand]] = []
 
     def follow(finished: list[Demand]) -> None:
-        told.append(list(finished))
+        reported.append(list(finished))
         for demand in finished:
             assert torch.cat(demand.rows).tolist() == right_rows(demand)
 
     assert engine.run_pass(demands, follow) == [demands[1]]
     assert engine.run_pass(demands[:1], follow) == [demands[0]]
-    assert told == [[demands[1]], [demands[0]]]
+    assert reported == [[demands[1]], [demands[0]]]
 
 
 def test_more_demands_than_the_budget_take_turns_by_arrival():

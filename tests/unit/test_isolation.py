@@ -146,7 +146,7 @@ def outcome_of(items: list[Drafted | ServiceError]) -> list[int] | ServiceError:
     return errors[0] if errors else [draft.token_id for it in items for draft in it.drafts]  # type: ignore[union-attr]
 
 
-def told(verdict: Verdict | ServiceError) -> tuple:
+def described(verdict: Verdict | ServiceError) -> tuple:
     assert isinstance(verdict, Verdict), verdict
     rows = verdict.rows
     return ([probs.tolist() for probs in rows.support_probs], rows.outside_masses, rows.outside_token_ids)
@@ -206,7 +206,7 @@ class TestTarget:
     def test_a_token_that_spoils_passes_fails_its_own_session_alone(self):
         expected = Target().ask(PROMPTS)
         answers = Target().ask([*PROMPTS, [1, POISON], [4, POISON, 2]])
-        assert list(map(told, answers[:5])) == list(map(told, expected))
+        assert list(map(described, answers[:5])) == list(map(described, expected))
         assert [type(answer) for answer in answers[5:]] == [InternalError] * 2
 
     def test_rows_that_cannot_be_read_fail_their_own_session_alone(self, monkeypatch):
@@ -223,7 +223,7 @@ class TestTarget:
 
             monkeypatch.setattr(scheduler_module, "begin_reading", begin)
             answers = Target().ask([*PROMPTS, [2]], [*[DistributionParams()] * 5, culprit])
-            assert list(map(told, answers[:5])) == list(map(told, expected))
+            assert list(map(described, answers[:5])) == list(map(described, expected))
             assert isinstance(answers[5], InternalError)
 
     def test_where_every_pass_fails_everyone_is_told_and_the_next_is_served(self):
@@ -232,7 +232,7 @@ class TestTarget:
         target.engine.runner.forward = fails  # type: ignore[method-assign]
         assert [type(answer) for answer in target.ask(PROMPTS)] == [InternalError] * 5
         target.engine.runner.forward = works  # type: ignore[method-assign]
-        assert told(target.ask(PROMPTS)[0])
+        assert described(target.ask(PROMPTS)[0])
 
     @pytest.mark.parametrize("place", ["new_cache", "_apply"])
     def test_what_fails_outside_passes_is_told_too(self, monkeypatch, place):
@@ -244,7 +244,7 @@ class TestTarget:
         [answer] = target.ask(PROMPTS[:1])
         assert isinstance(answer, InternalError)
         monkeypatch.setattr(owner, place, works)
-        assert told(target.ask(PROMPTS[:1])[0])
+        assert described(target.ask(PROMPTS[:1])[0])
 
     def test_whoever_cannot_be_answered_hinders_no_other_answer(self):
         target = Target()
@@ -252,7 +252,7 @@ class TestTarget:
         target.submit(deaf, [5, 6], fails)
         target.submit(other, [5, 6])
         settle(target.scheduler)
-        assert told(target.answers[1][0])
+        assert described(target.answers[1][0])
         assert target.engine._sequences == {other.sequence}
 
 

@@ -195,7 +195,7 @@ class TestDrafts:
 
 
 class TestTargetRows:
-    """A row is told by its probabilities on the support, rounded down, and the mass and one draw of what is left."""
+    """A row is its probabilities on the support, rounded down, and the mass and one draw of what is left."""
 
     PROBS = probability_rows(logits_of(4, seed=10), [DistributionParams()] * 4)
     SUPPORTS = tuple(np.array(ids, dtype=np.int64) for ids in ([], [3], [0, 7, 49], range(VOCAB_SIZE)))
@@ -314,12 +314,12 @@ class TestElsewhere:
         logits, supports, points = logits_of(2, seed=8).float(), [np.array([1, 4])] * 2, [0.2, 0.8]
         expected, _ = read_logits(logits, [params] * 2, supports, points)
         request.getfixturevalue("copies")
-        rows, are_laws = pipeline.begin_reading([logits], [params] * 2, supports, points)()
+        rows, are_valid = pipeline.begin_reading([logits], [params] * 2, supports, points)()
         assert rows.outside_token_ids == expected.outside_token_ids
         assert rows.outside_masses == pytest.approx(expected.outside_masses, abs=1e-5)
-        for actual, told in zip(rows.support_probs, expected.support_probs, strict=True):
-            assert actual == pytest.approx(told, abs=1e-5)
-        assert are_laws == [True, True]
+        for actual, other in zip(rows.support_probs, expected.support_probs, strict=True):
+            assert actual == pytest.approx(other, abs=1e-5)
+        assert are_valid == [True, True]
 
     def test_a_reading_begins_where_rows_are_elsewhere_and_waits_where_the_host_has_them(self, copies, monkeypatch):
         """What happens to the rows between its begin and its result shows when they are read."""
@@ -346,13 +346,13 @@ class TestOthers:
 
     @pytest.mark.parametrize("is_float32", [True, False], ids=["compiled", "general"])
     @pytest.mark.parametrize("temperature", [0.7, 1.0])
-    def test_of_a_drawn_token_are_the_likeliest_of_its_law(self, temperature, is_float32):
-        laws = probability_rows(self.LOGITS, [DistributionParams(temperature)] * len(self.LOGITS))
-        for law, draft in zip(laws.tolist(), self.drafts(temperature, is_float32), strict=True):
-            likeliest = sorted((it for it in range(VOCAB_SIZE) if it != draft.token_id), key=law.__getitem__)
+    def test_of_a_drawn_token_are_the_likeliest_of_its_distribution(self, temperature, is_float32):
+        all_probs = probability_rows(self.LOGITS, [DistributionParams(temperature)] * len(self.LOGITS))
+        for probs, draft in zip(all_probs.tolist(), self.drafts(temperature, is_float32), strict=True):
+            likeliest = sorted((it for it in range(VOCAB_SIZE) if it != draft.token_id), key=probs.__getitem__)
             assert [token_id for token_id, _ in draft.others] == likeliest[-self.NUMBER :][::-1]
             for token_id, prob in draft.others:
-                assert prob == pytest.approx(law[token_id], rel=1e-4)
+                assert prob == pytest.approx(probs[token_id], rel=1e-4)
 
     @pytest.mark.parametrize("is_float32", [True, False], ids=["compiled", "general"])
     def test_of_a_greedy_token_have_their_shares_among_themselves_and_it(self, is_float32):
@@ -445,9 +445,9 @@ class TestMixedBatches:
         widths: list[tuple[int, int]] = []
         read = reference.READER.draft_table
 
-        def note(rows, sizes, options, most, min_prob, room, others):
-            widths.append((len(rows), room))
-            return read(rows, sizes, options, most, min_prob, room, others)
+        def note(rows, sizes, options, limits, min_prob, most, others):
+            widths.append((len(rows), most))
+            return read(rows, sizes, options, limits, min_prob, most, others)
 
         monkeypatch.setattr(readers, "table_reader_for", lambda logits: replace(reference.READER, draft_table=note))
         draft_tokens(logits.double(), [DistributionParams()] * 6, self.LIMITS, [0.5] * 6)

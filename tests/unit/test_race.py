@@ -1,4 +1,4 @@
-"""Draws with shared noise follow their law, and two laws agree as often as the theory says.
+"""Draws with shared noise follow their distribution, and two distributions agree as often as the theory says.
 
 Statistics use fixed seeds, so that they pass always or never; one in a million right draws fails.
 
@@ -111,7 +111,7 @@ def test_noise_has_one_number_for_each_token_and_position():
     assert max(value.max() for value in values) < 1 << 52
 
 
-def test_draws_follow_the_law():
+def test_draws_follow_the_distribution():
     counts = np.bincount(winners(TARGET_PROBS), minlength=VOCAB_SIZE)
     assert counts[3] == 0
     expected = NUM_DRAWS * TARGET_PROBS
@@ -119,7 +119,7 @@ def test_draws_follow_the_law():
     assert (((counts - expected) ** 2)[possible] / expected[possible]).sum() < CHI_SQUARE_LIMIT
 
 
-def test_draws_of_consecutive_seeds_at_one_position_follow_the_law():
+def test_draws_of_consecutive_seeds_at_one_position_follow_the_distribution():
     counts = np.zeros(VOCAB_SIZE)
     for seed in range(4000):
         [winner] = race(torch.from_numpy(TARGET_PROBS)[None], [Noise(seed, 17)])

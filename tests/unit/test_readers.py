@@ -24,11 +24,11 @@ from outrider.sampling.rng import Noise
 from outrider.sampling.transfers import on_device
 
 gpu = pytest.importorskip("outrider.sampling.readers.gpu")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: rows that are no law
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter: rows that are no distribution
 READERS = {"torch": reference, "kernels": gpu}
 EVERY_READER = pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 NUM_OTHERS = 2
-NO_LAW = (3, 4, 5)
+INVALID = (3, 4, 5)
 TEMPERATURES = np.array([0.0, 1.0, 0.7, 1.0, 1.0, 1.0, 1.0, 0.9, 1.0, 0.5, 0.0, 1.0])
 COUPLED = (1, 2, 9, 10)  # the last of them greedy, so that its noise does nothing
 NUM_ROWS = len(TEMPERATURES)
@@ -67,21 +67,23 @@ def test_drafts_are_those_of_the_host(reader: ModuleType, vocab_size, std, most)
     vocab_sizes[8:] -= 3
     limits[6:] = min(3, most)
     parts = draft_rows(rows.numpy(), vocab_sizes, TEMPERATURES, MIN_SUPPORT_PROB, limits, UNIFORMS, NOISES, NUM_OTHERS)
-    ids, weights, sizes, places, finite, others, other_probs = parts
+    ids, weights, sizes, indices, finite, others, other_probs = parts
     sizes_and_limits = (torch.from_numpy(vocab_sizes), options(), torch.from_numpy(limits))
     table, token_ids = reader.draft_table(rows, *sizes_and_limits, MIN_SUPPORT_PROB, most, NUM_OTHERS)
     width = (table.shape[1] - 2 - 2 * NUM_OTHERS) // 2
     ends = sizes.cumsum()
     for row in range(NUM_ROWS):
-        told, told_weights, place, is_law, *rest = np.split(table[row].numpy(), np.cumsum([width, width, 1, 1]))
-        assert is_law == finite[row] == (row not in NO_LAW)
-        if row in NO_LAW:
+        reported, reported_weights, index, is_valid, *rest = np.split(
+            table[row].numpy(), np.cumsum([width, width, 1, 1])
+        )
+        assert is_valid == finite[row] == (row not in INVALID)
+        if row in INVALID:
             assert token_ids[row] == 0
             continue
         expected = slice(ends[row] - sizes[row], ends[row])
-        assert told[told_weights > 0].tolist() == ids[expected].tolist()
-        assert np.abs(told_weights[told_weights > 0] - weights[expected]).max() <= 1
-        assert told[int(place[0])] == token_ids[row] == ids[expected][places[row]]
+        assert reported[reported_weights > 0].tolist() == ids[expected].tolist()
+        assert np.abs(reported_weights[reported_weights > 0] - weights[expected]).max() <= 1
+        assert reported[int(index[0])] == token_ids[row] == ids[expected][indices[row]]
         are_there = other_probs[row] > 0  # else any id may stand there
         assert rest[0][:NUM_OTHERS][are_there].tolist() == others[row][are_there].tolist()
         assert rest[0][NUM_OTHERS:] == pytest.approx(other_probs[row], abs=1e-5)
@@ -96,14 +98,14 @@ def test_the_targets_rows_are_those_of_the_host(reader: ModuleType, vocab_size, 
     expected = host_target_rows(rows.numpy(), TEMPERATURES, ids, sizes, UNIFORMS, NOISES)
     ids_and_ends = (torch.from_numpy(part.astype(np.float64)) for part in (ids, sizes.cumsum()))
     table = reader.target_table(rows, *ids_and_ends, options()).numpy()
-    masses, token_ids, are_laws, token_probs, told = np.split(table, np.arange(1, 5) * NUM_ROWS)
-    is_law = expected[3]
-    assert are_laws.astype(bool).tolist() == is_law.tolist() == [row not in NO_LAW for row in range(NUM_ROWS)]
-    of_laws = np.repeat(is_law, sizes)
-    assert np.abs(told - expected[0])[of_laws].max() <= 2**-18
-    assert masses[is_law] == pytest.approx(expected[1][is_law], abs=1e-4)
-    assert token_ids[is_law].tolist() == expected[2][is_law].tolist()
-    assert token_probs[is_law] == pytest.approx(expected[4][is_law], rel=1e-5)
+    masses, token_ids, are_valid, token_probs, reported = np.split(table, np.arange(1, 5) * NUM_ROWS)
+    is_valid = expected[3]
+    assert are_valid.astype(bool).tolist() == is_valid.tolist() == [row not in INVALID for row in range(NUM_ROWS)]
+    of_valid = np.repeat(is_valid, sizes)
+    assert np.abs(reported - expected[0])[of_valid].max() <= 2**-18
+    assert masses[is_valid] == pytest.approx(expected[1][is_valid], abs=1e-4)
+    assert token_ids[is_valid].tolist() == expected[2][is_valid].tolist()
+    assert token_probs[is_valid] == pytest.approx(expected[4][is_valid], rel=1e-5)
 
 
 @EVERY_READER
@@ -117,9 +119,9 @@ def test_a_grid_of_uniforms_draws_each_token_as_often_as_it_weighs(reader: Modul
     sizes = torch.full((num_points,), 20)
     table, token_ids = reader.draft_table(rows, sizes, its, sizes, MIN_SUPPORT_PROB, 20, 0)
     width = (table.shape[1] - 2) // 2
-    told, weights = table[0, :width].long(), table[0, width : 2 * width]
-    law = torch.zeros(20, dtype=torch.float64).index_add_(0, told, weights / weights.sum())
-    assert (token_ids.bincount(minlength=20) / num_points - law).abs().max() <= 1 / num_points
+    reported, weights = table[0, :width].long(), table[0, width : 2 * width]
+    probs = torch.zeros(20, dtype=torch.float64).index_add_(0, reported, weights / weights.sum())
+    assert (token_ids.bincount(minlength=20) / num_points - probs).abs().max() <= 1 / num_points
     support, ends = torch.tensor([1.0, 4.0, 5.0]).double(), 3.0 * torch.arange(1, num_points + 1).double()
     drawn = reader.target_table(rows, support.repeat(num_points), ends, its)[num_points : 2 * num_points]
     outside = rows[0].double().softmax(-1)

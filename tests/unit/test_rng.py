@@ -105,7 +105,7 @@ NEXT_POSITION = [((purpose, 0), (purpose, 1)) for purpose in Purpose]
 
 @pytest.mark.parametrize(("one", "other"), SAME_POSITION + NEXT_POSITION)
 def test_two_addresses_are_independent(one, other):
-    """Chi-square of the joint counts in 8 x 8 bins: correlated purposes would bend the law of a round."""
+    """Chi-square of the joint counts in 8 x 8 bins: correlated purposes would bend the distribution of a round."""
     left, right = (uniforms(99, np.arange(0, 128_000, 2) + shift, purpose) for purpose, shift in (one, other))
     counts, _, _ = np.histogram2d(left, right, bins=8, range=((0, 1), (0, 1)))
     assert chi_square(counts) < CHI_SQUARE_LIMIT

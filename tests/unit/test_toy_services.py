@@ -240,20 +240,20 @@ def test_the_toy_target_is_the_scheduler(seed, shares_noise):
     )
     with running(Scheduler, toys.TARGET_LOGITS) as scheduler:
         session = scheduler.open(DistributionParams(), SEED, Span(0, tokens[:], 0), shares_noise)
-        told = len(tokens)
+        num_sent = len(tokens)
         for index in range(NUM_STEPS):
             proposed_ids = random.choices(range(toys.VOCAB_SIZE), k=random.randint(0, 5))
             num_support = 0 if shares_noise else 4
             supports = [sorted(random.sample(range(toys.VOCAB_SIZE), num_support)) for _ in proposed_ids]
             work = Round(
-                Span(told, tokens[told:], tokens.digest(told)),
+                Span(num_sent, tokens[num_sent:], tokens.digest(num_sent)),
                 proposed_ids,
                 [np.array(it, dtype=np.int64) for it in supports],
             )
             answers: SimpleQueue = SimpleQueue()
             scheduler.submit(session, work, answers.put)
             verdict = answers.get(timeout=10)
-            answer = toy.answer(round_of(index, span_of(tokens, told), proposed_ids, supports))
+            answer = toy.answer(round_of(index, span_of(tokens, num_sent), proposed_ids, supports))
             assert [wire.prob_units(probs) for probs in verdict.rows.support_probs] == [
                 row.support_units for row in answer.rows
             ]
@@ -265,7 +265,7 @@ def test_the_toy_target_is_the_scheduler(seed, shares_noise):
                 answer.cache.num_cached_tokens,
                 answer.cache.digest,
             )
-            told = len(tokens)
+            num_sent = len(tokens)
             tokens.extend([*proposed_ids[: random.randint(0, len(proposed_ids))], random.randrange(toys.VOCAB_SIZE)])
 
 

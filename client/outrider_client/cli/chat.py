@@ -1,13 +1,18 @@
-"""`outrider chat`."""
+"""`outrider chat`: reads turns, answers them as they come, and keeps the conversation within the model's context."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import click
 
+from outrider.sampling.messages import defaults_of
 from outrider_client.cli.generate import summary, write
 from outrider_client.cli.options import (
+    DRAFTED_STYLE,
+    TARGET_STYLE,
     DraftNotice,
     addresses,
     err,
@@ -17,9 +22,21 @@ from outrider_client.cli.options import (
     shows_errors,
     speculation_options,
 )
+from outrider_client.cli.reading import turns
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import Prompt, SamplingParams, SpeculationParams
+from outrider_client.results import GenerationStats
 from outrider_client.sync import SpeculativeClient
+
+COMMANDS = {
+    "/clear": "forget the conversation, but for the system message",
+    "/system TEXT": "set the system message, and forget the conversation",
+    "/save FILE": "write the conversation to a file, a message a paragraph",
+    "/stats": "show what the proposals of all answers gained",
+    "/help": "show this",
+    "/exit": "end, as Ctrl-D does",
+}
+LEAST_ANSWER = 0.25  # of the context: older turns make room for so much
 
 
 @click.command(context_settings={"show_default": True})
@@ -30,65 +47,127 @@ from outrider_client.sync import SpeculativeClient
 @click.option("--plain", is_flag=True, help="For models without a chat template: each line continues the same text.")
 @shows_errors
 def chat(system: str | None, plain: bool, **values: Any) -> None:
-    """Chat with the target model, line by line; an empty line or end of input ends."""
+    """Chat with the target model; `/help` lists what else can be typed, and the end of the input ends.
+
+    An answer is as long as the model likes, unless --max-new-tokens ends it. Ctrl-C stops an answer, not the chat.
+    """
     sampling, speculation = params_of(SamplingParams, values), params_of(SpeculationParams, values)
     with SpeculativeClient(values["target"], values["draft"]) as client:
-        conversation = _PlainText(client) if plain else Messages(client, system)
-        converse(client, conversation, sampling, speculation, DraftNotice(values["draft"]))
+        Chat(client, sampling, speculation, DraftNotice(values["draft"]), system, plain).run()
 
 
-def converse(
-    client: SpeculativeClient,
-    conversation: Messages | _PlainText,
-    sampling: SamplingParams,
-    speculation: SpeculationParams,
-    notice: DraftNotice,
-) -> None:
-    """Answer line by line, with a line on the speed of each answer, until an empty line or the end of input."""
-    while line := _read_line():
-        prompt = conversation.prompt(line)
-        result = write(client, prompt, sampling, speculation, out.is_terminal)
-        conversation.remember(result.text)
-        notice.say(result.stats)
-        err.print(summary(result.stats), style="dim")
+@dataclass
+class Chat:
+    """A conversation of a person with the target.
 
+    `messages` are those of the model's chat format; `plain` joins them to one text instead.
+    """
 
-def _read_line() -> str:
-    try:
-        return click.prompt(">", prompt_suffix=" ", default="", show_default=False, err=True)
-    except click.Abort:
-        return ""
+    client: SpeculativeClient
+    sampling: SamplingParams
+    speculation: SpeculationParams
+    notice: DraftNotice
+    system: str | None = None
+    plain: bool = False
+    messages: list[dict[str, str]] = field(default_factory=list, init=False)
+    answers: list[GenerationStats] = field(default_factory=list, init=False)
 
+    def __post_init__(self) -> None:
+        self._clear()
 
-class Messages:
-    """A conversation in the model's chat format."""
+    def run(self) -> None:
+        """Answer until the end of the input.
 
-    def __init__(self, client: SpeculativeClient, system: str | None = None):
-        tokenizer = client.tokenizer
-        if tokenizer is None or not tokenizer.chat_template:
-            raise InvalidRequestError("the target has no chat template: use --plain, or an instruction-tuned model")
-        self._messages = [{"role": "system", "content": system}] if system else []
-
-    def prompt(self, line: str) -> Prompt:
-        self._messages.append({"role": "user", "content": line})
-        return self._messages
-
-    def remember(self, reply: str) -> None:
-        self._messages.append({"role": "assistant", "content": reply})
-
-
-class _PlainText:
-    """One growing text, for models without a chat template."""
-
-    def __init__(self, client: SpeculativeClient):
-        if client.tokenizer is None:
+        Raises:
+            InvalidRequestError: the model has no tokenizer, or no chat template.
+            OutriderError: the target failed; a draft that fails is reported.
+        """
+        info = self.client.info()
+        self._context_length = info.target.context_length
+        tokenizer = self.client.tokenizer
+        if tokenizer is None:
             raise InvalidRequestError("the target model came without a tokenizer: chat needs one")
-        self._tokenizer = client.tokenizer
-        self._text = ""
+        if not self.plain and not tokenizer.chat_template:
+            raise InvalidRequestError("the target has no chat template: use --plain, or an instruction-tuned model")
+        self._tokenizer = tokenizer
+        if self.sampling.max_new_tokens is None and "max_new_tokens" not in defaults_of(info.target):
+            self.sampling = replace(self.sampling, max_new_tokens=self._context_length)
+        draft = info.draft.model_id if info.draft else "nothing but the conversation itself"
+        err.print(f"{info.target.model_id}, with proposals from {draft}", markup=False)
+        err.print(f"[{DRAFTED_STYLE}]accepted proposals[/], [{TARGET_STYLE}]the target's own tokens[/]; "
+                  "/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")  # fmt: skip
+        for turn in turns([command.partition(" ")[0] for command in COMMANDS]):
+            if turn in ("/exit", "/quit"):
+                break
+            if turn.startswith("/"):
+                self._obey(*turn.partition(" ")[::2])
+            elif turn.strip():
+                self._answer(turn)
 
-    def prompt(self, line: str) -> Prompt:
-        self._text = f"{self._text} {line}".strip()
-        return self._tokenizer.encode(self._text)
+    def _answer(self, turn: str) -> None:
+        """Write an answer, and remember both; a turn that is refused is forgotten."""
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": turn})
+        try:
+            self._drop_what_does_not_fit()
+            result = write(self.client, self._prompt(), self.sampling, self.speculation, out.is_terminal, can_stop=True)
+        except InvalidRequestError as error:
+            self.messages = before
+            err.print(f"{error}", markup=False, style="bold red")
+            return
+        self.messages.append({"role": "assistant", "content": result.text})
+        self.answers.append(result.stats)
+        self.notice.say(result.stats)
+        stopped = "" if result.finish_reason else "stopped; "
+        err.print(stopped + summary([result.stats]), style="dim")
 
-    def remember(self, reply: str) -> None:
-        self._text += reply
+    def _prompt(self) -> Prompt:
+        if not self.plain:
+            return self._tokenizer.render_chat(self.messages)
+        text = ""
+        for message in self.messages:
+            text = (
+                text + message["content"] if message["role"] == "assistant" else f"{text} {message['content']}".strip()
+            )
+        return self._tokenizer.encode(text)
+
+    def _drop_what_does_not_fit(self) -> None:
+        """Forget the oldest turns until the context has room for an answer beside the others."""
+        assert self.sampling.max_new_tokens is None or self.sampling.max_new_tokens > 0
+        room = min(self.sampling.max_new_tokens or self._context_length, int(LEAST_ANSWER * self._context_length))
+        first, num_dropped = int(self.system is not None), 0
+        while len(self.messages) > first + 1 and len(self._prompt()) + room > self._context_length:
+            del self.messages[first : first + 2]
+            num_dropped += 1
+        if num_dropped:
+            turns = "turn is" if num_dropped == 1 else "turns are"
+            err.print(
+                f"the context of {self._context_length} tokens is full: the oldest {num_dropped} {turns} forgotten"
+            )
+
+    def _clear(self) -> None:
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def _obey(self, command: str, argument: str) -> None:
+        argument = argument.strip()
+        if command == "/clear":
+            self._clear()
+        elif command == "/system":
+            self.system = argument or None
+            self._clear()
+        elif command == "/save" and argument:
+            self._save(Path(argument).expanduser())
+        elif command == "/stats":
+            err.print(summary(self.answers) if self.answers else "nothing is answered yet")
+        elif command == "/help":
+            for name, meaning in COMMANDS.items():
+                err.print(f"{name:14} {meaning}", markup=False)
+        else:
+            err.print(f"{command} is no command, or lacks its argument: /help lists them", markup=False)
+
+    def _save(self, path: Path) -> None:
+        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+        try:
+            path.write_text(f"{text}\n", encoding="utf-8")
+        except OSError as error:
+            err.print(f"{path} cannot be written: {error.strerror}", markup=False)

@@ -13,19 +13,18 @@ from outrider_client.bench.summary import summarise
 from outrider_client.bench.tables import speed_table
 from outrider_client.cli.bench.options import NumberList
 from outrider_client.cli.bench.running import measure_grid
-from outrider_client.cli.chat import Messages, converse
+from outrider_client.cli.chat import Chat
 from outrider_client.cli.generate import write
-from outrider_client.cli.local_pair import local_pair
 from outrider_client.cli.options import (
     DRAFTED_STYLE,
     TARGET_STYLE,
     DraftNotice,
     as_json,
-    err,
     out,
     print_json,
     shows_errors,
 )
+from outrider_client.cli.serve import started_pair
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.sync import SpeculativeClient
 from outrider_client.text.text import prompt_to_ids
@@ -60,13 +59,13 @@ def demo(context: click.Context, prompt: str, temperature: list[float], as_json:
     """See the embedded pair write a story, next to the target only.
 
     Starts both services on free loopback ports, shows the texts as they come, measures both methods alternately, and
-    stops the services. With --chat it starts a target alone, and answers line by line until an empty line.
+    stops the services. With --chat it starts a target only, and answers what is typed, as `outrider chat` does.
     """
     if chat:
         _chat(context, values["target_model"], values["threads"])
         return
     models = values["target_model"], values["draft_model"]
-    with local_pair(*models, values["threads"]) as pair, SpeculativeClient(pair.target, pair.draft) as client:
+    with started_pair(*models, values["threads"]) as pair, SpeculativeClient(pair.target, pair.draft) as client:
         texts = [_show(client, prompt, value, values, quiet=as_json) for value in temperature]
         samples, vocab_size, settings = _measure(client, prompt, temperature, values)
         notice = DraftNotice(pair.draft)
@@ -92,12 +91,8 @@ def _chat(context: click.Context, model: str, threads: int) -> None:
         raise click.UsageError(
             "--chat needs --target-model, a model with a chat template; `make chat` fetches a small one"
         )
-    with local_pair(model, None, threads) as pair, SpeculativeClient(pair.target, pair.draft) as client:
-        conversation = Messages(client)
-        err.print(
-            f"[{DRAFTED_STYLE}]accepted from what was looked up[/], [{TARGET_STYLE}]the target's own[/]; an empty line ends"
-        )
-        converse(client, conversation, CHAT, SpeculationParams(), DraftNotice(pair.draft))
+    with started_pair(model, None, threads) as pair, SpeculativeClient(pair.target, pair.draft) as client:
+        Chat(client, CHAT, SpeculationParams(), DraftNotice(pair.draft)).run()
 
 
 def _show(

@@ -22,6 +22,9 @@ _Params = TypeVar("_Params", SamplingParams, SpeculationParams)
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
+# Prefixes of the variables of other programs.
+SERVICES = ("OUTRIDER_DRAFT", "OUTRIDER_GATEWAY", "OUTRIDER_TARGET")
+
 DRAFTED_STYLE, TARGET_STYLE = "green", "bold yellow"
 
 

@@ -36,7 +36,7 @@ class Ahead(Conversation):
     def _write(self) -> Steps:
         self._length = self._lengths.next_length()
         yield from self._open_target()
-        while self._text.finish_reason is None:
+        while self._is_unfinished:
             yield from self._ask_draft()
             yield from self._grant()
             yield from self._take_events()
@@ -49,8 +49,12 @@ class Ahead(Conversation):
             for chunk in chunks:
                 yield from self._hand_over(chunk)
                 self._heard_at = self._clock()
-            if self._failure is not None and self._text.finish_reason is None:
+            if self._failure is not None and self._is_unfinished:
                 yield from self._reopen_target()
+
+    @property
+    def _is_unfinished(self) -> bool:
+        return self._text.finish_reason is None or self._target.owes_prompt_logprobs
 
     # The target.
 
@@ -93,9 +97,12 @@ class Ahead(Conversation):
     def _commit_all(self) -> list[Chunk]:
         """Commit what has come, up to the end of the text; return it."""
         chunks: list[Chunk] = []
-        while self._responses and self._text.finish_reason is None:
+        while self._responses and self._is_unfinished:
             response, num_failures, before = self._responses.popleft(), self._num_failures, self._waits
             try:
+                if self._target.owes_prompt_logprobs:
+                    self._target.take_prompt_logprobs(response)
+                    continue
                 decision = self._target.read(response, self._clock())
             except CacheMismatchError:
                 self._failure = self._other_cache()

@@ -15,10 +15,9 @@ from outrider.sampling.distribution import MOST_STOP_IDS
 from outrider.v1 import target_pb2
 from outrider_client.conversation.committed import Committed, Task
 from outrider_client.conversation.effects import seconds_of
-from outrider_client.conversation.target_link import opening_of, rows_from_proto
+from outrider_client.conversation.target_link import TargetLink, rows_from_proto
 from outrider_client.errors import ServiceFailedError
 from outrider_client.logprobs import logprobs_of
-from outrider_client.results import TokenLogprobs
 from outrider_client.rules.acceptance import Decision
 
 LEAST_CREDIT, FIRST_CREDIT, MOST_CREDIT = 16, 32, 4096  # tokens; the first where nothing is measured
@@ -26,7 +25,7 @@ MOST_SENT = 1024  # proposals that the target is known to have
 MEMORY = 0.9  # weight of a pass, against the one after it
 
 
-class AheadLink:
+class AheadLink(TargetLink):
     """Builds grants and reads what comes.
 
     The window moves on with the committed tokens. It leaves the target as many as it writes in two round trips: one
@@ -34,15 +33,14 @@ class AheadLink:
     """
 
     def __init__(self, task: Task, committed: Committed):
-        self._task, self._committed = task, committed
+        super().__init__(task, committed)
         self._sent = Continuations(MOST_SENT)
         self._window, self._max_rows = 0, 0
         self._grant_index = self._last_named = 0
         self._rows_set_by = 0  # the grant that set `max_rows`
         self._timed: tuple[int, float] | None = None  # a grant that the target has not named yet, and when it left
         self._round_trip_s, self._tokens, self._forward_s = float("inf"), 0.0, 0.0
-        self.num_proposals = 0  # of the last pass
-        self.round_logprobs: list[TokenLogprobs] = []  # of its tokens, if asked for
+        self._num_proposals = 0  # of the last pass
 
     def open(self, length: int) -> target_pb2.VerifyRequest:
         """Return the message that opens a session with all committed tokens, for passes of at most `length` rows."""
@@ -50,7 +48,7 @@ class AheadLink:
         self._sent.clear()
         self._grant_index = self._last_named = self._rows_set_by = 0
         self._window, self._max_rows, self._timed = self._next_window, length, None
-        opening = opening_of(task, self._committed)
+        opening = self._opening()
         opening.window, opening.max_rows = self._window, self._max_rows
         ends = [token_id for token_id in task.end_token_ids if token_id < task.target_info.vocab_size]
         opening.end_token_ids.extend(ends[:MOST_STOP_IDS])
@@ -76,6 +74,11 @@ class AheadLink:
             )
         )
 
+    @property
+    def num_proposals(self) -> int:
+        """How many proposals the last pass judged."""
+        return self._num_proposals
+
     def is_of_present_length(self, response: target_pb2.VerifyResponse) -> bool:
         """Return whether a pass had the rows that it may have now."""
         return response.round_index >= self._rows_set_by
@@ -92,7 +95,7 @@ class AheadLink:
         token_ids = [row.outside_token_id for row in rows]
         self._committed.check_cache(response.cache, token_ids)
         self._measure(response, now)
-        self._last_named, self.num_proposals = response.round_index, response.num_proposals
+        self._last_named, self._num_proposals = response.round_index, response.num_proposals
         number = self._task.num_logprobs
         if number is not None:
             self.round_logprobs = list(logprobs_of(token_ids, response.rows, [[]] * len(rows), number))

@@ -31,6 +31,7 @@ class Task:
     max_length: int  # most tokens, prompt included, that the sequence may have
     target_info: common_pb2.ModelInfo
     num_logprobs: int | None = None  # SamplingParams.logprobs
+    num_prompt_logprobs: int | None = None  # and its prompt_logprobs
     end_token_ids: Sequence[int] = ()  # behind which there is no text
     has_draft: bool = True  # there is a draft service
     looks_up: bool = False  # proposals are looked up, too

@@ -109,6 +109,7 @@ class Conversation(ABC):
             stats=self._stats,
             token_probs=self._token_probs,
             logprobs=self._generation.logprobs[: len(self._text.token_ids)],
+            prompt_logprobs=self._generation.judge.prompt_logprobs,
         )
 
     @property

@@ -8,6 +8,7 @@ from outrider.v1 import draft_pb2
 from outrider_client.conversation.ahead_link import AheadLink
 from outrider_client.conversation.committed import Committed, CommittedTokens, Task
 from outrider_client.conversation.draft_link import DraftLink
+from outrider_client.conversation.rounds_link import RoundsLink
 from outrider_client.conversation.target_link import TargetLink
 from outrider_client.lookup.lookup import NOTHING, Found, Lookup
 from outrider_client.results import GenerationStats, TokenLogprobs
@@ -24,8 +25,8 @@ class Generation:
         self.task, self.stats = task, GenerationStats()
         self.logprobs: list[TokenLogprobs] = []  # of the output, if asked for
         self.committed = CommittedTokens(task.prompt_ids)
-        self.target, self.ahead = TargetLink(task, self.committed), AheadLink(task, self.committed)
-        self._judge = self.ahead if task.runs_ahead else self.target  # the one that is in use
+        self.target, self.ahead = RoundsLink(task, self.committed), AheadLink(task, self.committed)
+        self.judge: TargetLink = self.ahead if task.runs_ahead else self.target  # the one that is in use
         self.draft = DraftLink(task, self.committed)
         self.lookup = new_lookup(self.committed) if new_lookup else None
         self.source = DRAFT  # of the proposals of the present round
@@ -50,12 +51,12 @@ class Generation:
 
     def commit_round(self, decision: Decision, num_kept: int) -> None:
         """Commit and count the first `num_kept` tokens of a decision; the rest lies behind the end of the text."""
-        num_proposals = self._judge.num_proposals
+        num_proposals = self.judge.num_proposals
         is_cut = num_kept < len(decision.token_ids)
         num_drafted = min(num_proposals, num_kept) if is_cut else num_proposals
         self._count_round(num_kept, num_drafted, min(decision.num_accepted, num_kept))
         self._commit(decision.token_ids[:num_kept])
-        self.logprobs += self._judge.round_logprobs[:num_kept]
+        self.logprobs += self.judge.round_logprobs[:num_kept]
         if self.source == DRAFT and self.task.rule.ends_branch(decision, max(num_proposals, self._num_seen)):
             self.draft.begin_branch()  # what was looked up was not drawn, so nothing of the draft's has decided
 
@@ -65,7 +66,7 @@ class Generation:
         stats.num_generated_tokens += num_kept
         stats.num_draft_tokens += num_drafted
         stats.num_accepted_tokens += num_accepted
-        stats.num_rounds_without_draft += not self._judge.num_proposals and self.task.speculation.uses_draft
+        stats.num_rounds_without_draft += not self.judge.num_proposals and self.task.speculation.uses_draft
         if num_drafted:
             for by_source, number in (
                 (stats.num_draft_tokens_by_source, num_drafted),

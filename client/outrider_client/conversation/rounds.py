@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from outrider.v1 import draft_pb2
 from outrider_client.conversation.conversation import Conversation
@@ -12,6 +12,8 @@ from outrider_client.conversation.generation import DRAFT
 from outrider_client.errors import CacheMismatchError
 from outrider_client.rules.acceptance import Decision
 from outrider_client.speculation_length import RoundTimes
+
+_T = TypeVar("_T")
 
 
 class Rounds(Conversation):
@@ -26,6 +28,8 @@ class Rounds(Conversation):
 
     def _write(self) -> Steps:
         yield from counted(Open(Link.TARGET, self._target.open()), self._stats)
+        if self._target.owes_prompt_logprobs:
+            yield from self._answer_of_target(self._target.take_prompt_logprobs)
         length = self._lengths.next_length()
         learned_at = self._worked_s
         while self._text.finish_reason is None:
@@ -59,29 +63,38 @@ class Rounds(Conversation):
         self._lengths.learn(RoundTimes(last.num_draft_tokens, decision.num_accepted, *times, decision.overlaps))
 
     def _verify(self, proposals: Sequence[draft_pb2.Proposal], length: int) -> Steps:
-        """Have a round verified, opening new sessions as often as patience allows; return its decision."""
-        request = self._target.begin_round(proposals)
+        """Have a round verified; return its decision."""
+        self._target.begin_round(proposals)
+        return (yield from self._answer_of_target(self._target.decide_round, length))
+
+    def _answer_of_target(self, read: Callable[[Any], _T], length: int | None = None) -> Steps:
+        """Return what `read` makes of the target's answer, opening new sessions as often as patience allows.
+
+        The answer is that to the round, of which the draft's next one has `length` proposals, or else to the opening.
+        """
         num_failures, failed_at = 0, 0.0
         while True:
-            failure = yield from self._ask_target(request, length)
+            failure = yield from self._ask_target(length)
             if failure is None:
                 try:
-                    return self._target.decide_round(self._response)
+                    return read(self._response)
                 except CacheMismatchError:
                     failure = self._other_cache()
             num_failures += 1
             failed_at = failed_at if num_failures > 1 else self._clock()
             yield from self._give_up_target(failure, num_failures, failed_at)
             yield from counted(Open(Link.TARGET, self._target.open()), self._stats)
-            request = self._target.round_request()
 
-    def _ask_target(self, request: Any, length: int) -> Steps:
-        """Send a round and wait for its response; return the failure, or None if `_response` holds the response."""
+    def _ask_target(self, length: int | None) -> Steps:
+        """Send a round, if there is one, and wait for the response.
+
+        Returns:
+            The failure, or None if `_response` holds the response.
+        """
         started_at = self._clock()
-        self._response = None
-        if self._failure is None:
-            self._is_asking = True
-            yield from counted(Send(Link.TARGET, request), self._stats)
+        self._response, self._is_asking = None, self._failure is None
+        if self._is_asking and length is not None:
+            yield from counted(Send(Link.TARGET, self._target.round_request()), self._stats)
             self._target.read_round()
             yield from self._prepare_draft(length)
         while self._response is None and self._failure is None:

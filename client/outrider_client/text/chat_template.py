@@ -73,12 +73,7 @@ class ChatTemplate:
             raise ServiceFailedError(
                 f"the target's chat template failed: {answer.get('failed', 'it ended its process')}"
             )
-        try:
-            answer["text"].encode()
-        except UnicodeEncodeError as error:  # from the messages, or from the template
-            check_text("messages", json.dumps(variables["messages"], ensure_ascii=False))
-            raise ServiceFailedError("the target's chat template failed: its text has a lone surrogate") from error
-        return answer["text"]
+        return _checked_text(answer["text"], variables["messages"])
 
     def _answer_to(self, request: str) -> dict[str, str]:
         with self._lock:
@@ -105,6 +100,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for the text, not for the template
             )
         except (OSError, ValueError, TypeError) as error:
             raise InvalidRequestError(
@@ -135,6 +131,16 @@ class _Worker:
             return json.loads(line) if line else None
         except (queue.Empty, ValueError):
             return None
+
+
+def _checked_text(text: str, messages: list[dict[str, Any]]) -> str:
+    """Return the text of `messages`; a lone surrogate in it is from them, or from the template."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        check_text("messages", json.dumps(messages, ensure_ascii=False))
+        raise ServiceFailedError("the target's chat template failed: its text has a lone surrogate") from error
+    return text
 
 
 def _read(process: subprocess.Popen, answers: queue.SimpleQueue[bytes]) -> None:

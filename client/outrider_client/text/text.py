@@ -145,7 +145,7 @@ class TextStream:
         self._held = ""
         self._num_exempt = 0  # characters of what is held that are of the first `min_tokens` tokens
         self.token_ids: list[int] = []  # taken so far
-        self.finish_reason: FinishReason | None = None
+        self.finish_reason: FinishReason | None = None if max_new_tokens else "length"
 
     @property
     def text(self) -> str:

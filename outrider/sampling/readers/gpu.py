@@ -159,53 +159,24 @@ def _draft(
     MOST: tl.constexpr, NUM_OTHERS: tl.constexpr, NUM_BEST: tl.constexpr, PARTS: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """One row of DraftRows.table: its support, in the order of ids, and what is drawn from it."""
-    row, index = tl.program_id(0), tl.arange(0, PARTS)
-    target = table + row * (2 * MOST + 2 + 2 * NUM_OTHERS)
-    temperature = tl.load(temperatures + row)
+    row, slots = tl.program_id(0), tl.arange(0, MOST)
+    target, noise = table + row * (2 * MOST + 2 + 2 * NUM_OTHERS), noises + row * 4
+    its_ids, its_numbers = kept_ids + row * CAPACITY, kept_numbers + row * CAPACITY
+    temperature, limit = tl.load(temperatures + row), tl.load(max_supports + row).to(tl.int32)
     top, first, total, is_valid = _row_stats(parts, row, num_parts, temperature, NUM_BEST, PARTS)
-    # There are no more candidates than 1 / min_prob.
-    count = tl.sum(tl.load(counts + row * num_parts + index, mask=index < num_parts, other=0), 0)
-    candidates = tl.arange(0, CAPACITY)
-    numbers = tl.load(kept_numbers + row * CAPACITY + candidates, mask=candidates < count, other=0.0)
-    ids = tl.load(kept_ids + row * CAPACITY + candidates, mask=candidates < count, other=0)
-
-    # The likeliest of them, if they are too many: the bits of positive floats are in the order of the floats.
-    limit = tl.minimum(tl.load(max_supports + row).to(tl.int32), MOST)
-    bits = numbers.to(tl.int32, bitcast=True)
-    low, high = 0, 0x7F800000  # as many as `low` says are too many, as `high` says are not
-    if count > limit:
-        while high - low > 1:
-            middle = (low + high) // 2
-            if tl.sum((bits >= middle).to(tl.int32), 0) > limit:
-                low = middle
-            else:
-                high = middle
-        if tl.sum((bits >= high).to(tl.int32), 0) == 0:  # all are equal: the first of them
-            high = low
-    else:
-        high = 1
-    is_kept = (bits >= high) & (bits > 0)
-    where = tl.cumsum(is_kept.to(tl.int32), 0) - 1
-    is_kept &= where < limit
-    num_kept = tl.sum(is_kept.to(tl.int32), 0)
-    slots = tl.arange(0, MOST)
-    tl.store(target + slots, tl.zeros([MOST], tl.float64))
-    tl.debug_barrier()
-    tl.store(target + where, ids.to(tl.float64), mask=is_kept)
-    tl.store(kept_numbers + row * CAPACITY + where, numbers, mask=is_kept)
-    tl.debug_barrier()
-
-    # The draw.
+    num_kept = _keep_support(
+        target, counts + row * num_parts, its_ids, its_numbers, limit, num_parts, MOST, PARTS, CAPACITY
+    )
     ids = tl.load(target + slots).to(tl.int32)
-    numbers = tl.load(kept_numbers + row * CAPACITY + slots, mask=slots < num_kept, other=0.0)
-    weights = tl.maximum(_rounded(numbers.to(tl.float64) / total / _WEIGHT_UNIT), 1.0)
+    numbers = tl.load(its_numbers + slots, mask=slots < num_kept, other=0.0).to(tl.float64)
+    weights = tl.maximum(_rounded(numbers / total / _WEIGHT_UNIT), 1.0)
     weights = tl.where(slots < num_kept, weights, 0.0)
     tl.store(target + MOST + slots, weights)
     cumulative = tl.cumsum(weights, 0)
     point = tl.load(uniforms + row) * tl.sum(weights, 0)
     drawn_slot = tl.minimum(tl.sum((cumulative <= point).to(tl.int32), 0), num_kept - 1)
-    has_noise = (tl.load(noises + row * 4) != 0) & (temperature != 0)
-    rates = tl.where(slots < num_kept, numbers.to(tl.float64) / _arrival_times(noises + row * 4, ids), 0.0)
+    has_noise = (tl.load(noise) != 0) & (temperature != 0)
+    rates = tl.where(slots < num_kept, numbers / _arrival_times(noise, ids), 0.0)
     drawn_slot = tl.where(has_noise, tl.argmax(rates, 0).to(tl.int32), drawn_slot)
     drawn_slot = tl.maximum(drawn_slot, 0)
     drawn = tl.sum(tl.where(slots == drawn_slot, ids, 0), 0)
@@ -218,6 +189,51 @@ def _draft(
     else:
         its_parts = parts + row * (4 + 2 * NUM_BEST) * num_parts
         _write_others(others, its_parts, num_parts, temperature, top, first, total, drawn, NUM_OTHERS, NUM_BEST, PARTS)
+
+
+@triton.jit
+def _keep_support(
+    target, counts, kept_ids, kept_numbers, limit, num_parts,
+    MOST: tl.constexpr, PARTS: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Write the `limit` likeliest of one row's candidates: their ids, and their numbers at the front of `kept_numbers`.
+
+    Return how many there are. The order is that of ids.
+    """
+    index, candidates, slots = tl.arange(0, PARTS), tl.arange(0, CAPACITY), tl.arange(0, MOST)
+    # There are no more candidates than 1 / min_prob.
+    count = tl.sum(tl.load(counts + index, mask=index < num_parts, other=0), 0)
+    numbers = tl.load(kept_numbers + candidates, mask=candidates < count, other=0.0)
+    ids = tl.load(kept_ids + candidates, mask=candidates < count, other=0)
+    limit = tl.minimum(limit, MOST)
+    bits = numbers.to(tl.int32, bitcast=True)
+    is_kept = (bits >= _least_kept(bits, count, limit)) & (bits > 0)
+    where = tl.cumsum(is_kept.to(tl.int32), 0) - 1
+    is_kept &= where < limit
+    tl.store(target + slots, tl.zeros([MOST], tl.float64))
+    tl.debug_barrier()
+    tl.store(target + where, ids.to(tl.float64), mask=is_kept)
+    tl.store(kept_numbers + where, numbers, mask=is_kept)
+    tl.debug_barrier()
+    return tl.sum(is_kept.to(tl.int32), 0)
+
+
+@triton.jit
+def _least_kept(bits, count, limit):
+    """Return the least of `bits` that is kept where `limit` are: of positive floats, which have their bits' order."""
+    low, high = 0, 0x7F800000  # as many as `low` says are too many, as `high` says are not
+    if count > limit:
+        while high - low > 1:
+            middle = (low + high) // 2
+            if tl.sum((bits >= middle).to(tl.int32), 0) > limit:
+                low = middle
+            else:
+                high = middle
+        if tl.sum((bits >= high).to(tl.int32), 0) == 0:  # all are equal: the first of them
+            high = low
+    else:
+        high = 1
+    return high
 
 
 @triton.jit
@@ -342,7 +358,7 @@ def _target(
 ):  # fmt: skip
     """One row of what target_table returns; `left` is a buffer for what is left of it."""
     row, offsets = tl.program_id(0), tl.arange(0, BLOCK)
-    source, rest = rows + row * row_stride, left + row.to(tl.int64) * vocab_size
+    source, rest, noise = rows + row * row_stride, left + row.to(tl.int64) * vocab_size, noises + row * 4
     temperature = tl.load(temperatures + row)
     top, first, total, is_valid = _row_stats(parts, row, num_parts, temperature, 0, PARTS)
     scale = 1.0 / total
@@ -352,17 +368,7 @@ def _target(
         probs = _numbers(scores, ids, top, first, temperature).to(tl.float64) * scale
         tl.store(rest + ids, probs, mask=ids < vocab_size)
     tl.debug_barrier()
-    begin, end = 0, tl.load(ends + row).to(tl.int32)
-    if row > 0:
-        begin = tl.load(ends + row - 1).to(tl.int32)
-    reported = table + 4 * num_rows
-    for start in range(begin, end, BLOCK_IDS):
-        index = start + tl.arange(0, BLOCK_IDS)
-        ids = tl.load(support_ids + index, mask=index < end, other=0).to(tl.int32)
-        probs = tl.load(rest + ids, mask=index < end, other=0.0)
-        rounded = tl.floor(probs / _PROB_UNIT) * _PROB_UNIT
-        tl.store(reported + index, rounded, mask=index < end)
-        tl.store(rest + ids, probs - rounded, mask=index < end)
+    _report_support(rest, support_ids, ends + row, row, table + 4 * num_rows, BLOCK_IDS)
     tl.debug_barrier()
     sums = tl.zeros([BLOCK], tl.float64)
     for start in range(0, vocab_size, BLOCK):
@@ -370,14 +376,29 @@ def _target(
     mass = tl.sum(sums, 0)
     tl.store(table + row, mass)
     tl.store(table + 2 * num_rows + row, is_valid.to(tl.float64))
-    if (tl.load(noises + row * 4) != 0) & (temperature != 0):
-        token_id = _race(rest, vocab_size, noises + row * 4, BLOCK)
+    if (tl.load(noise) != 0) & (temperature != 0):
+        token_id = _race(rest, vocab_size, noise, BLOCK)
     else:
         token_id = _inverse_cdf(rest, vocab_size, tl.load(uniforms + row) * mass, BLOCK)
     tl.store(table + num_rows + row, token_id.to(tl.float64))
     score = tl.load(source + token_id)
     prob = _numbers(score, token_id, top, first, temperature).to(tl.float64) * scale
     tl.store(table + 3 * num_rows + row, prob)
+
+
+@triton.jit
+def _report_support(left, support_ids, its_end, row, reported, BLOCK_IDS: tl.constexpr):
+    """Write a row's probabilities on its support, rounded down; `left` keeps what that leaves of them."""
+    begin, end = 0, tl.load(its_end).to(tl.int32)
+    if row > 0:
+        begin = tl.load(its_end - 1).to(tl.int32)
+    for start in range(begin, end, BLOCK_IDS):
+        index = start + tl.arange(0, BLOCK_IDS)
+        ids = tl.load(support_ids + index, mask=index < end, other=0).to(tl.int32)
+        probs = tl.load(left + ids, mask=index < end, other=0.0)
+        rounded = tl.floor(probs / _PROB_UNIT) * _PROB_UNIT
+        tl.store(reported + index, rounded, mask=index < end)
+        tl.store(left + ids, probs - rounded, mask=index < end)
 
 
 @triton.jit

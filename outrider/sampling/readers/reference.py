@@ -81,14 +81,10 @@ def draft_rows(
     by_uniform = _index_by(weights, options.uniforms)
     rates = kept_probs / arrival_times(options.noises.long(), support)
     indices = torch.where(options.have_noise, rates.argmax(-1, keepdim=True), by_uniform)
-    if num_others:
-        drawn_rank = order.gather(1, indices)
-        others, other_probs = _others(top, ids, probs, drawn_rank, options.are_greedy, num_others)
-        next_indices, next_shares = _next_in_race(rates, num_others)
-        others = torch.where(options.have_noise, support.gather(1, next_indices), others)
-        other_probs = torch.where(options.have_noise, next_shares, other_probs)
-    else:
-        others, other_probs = ids[:, :0], probs[:, :0]
+    others, other_probs = _others(top, ids, probs, order.gather(1, indices), options.are_greedy, num_others)
+    next_indices, next_shares = _next_in_race(rates, num_others)
+    others = torch.where(options.have_noise, support.gather(1, next_indices), others)
+    other_probs = torch.where(options.have_noise, next_shares, other_probs)
     support = torch.where(weights > 0, support, 0)
     return DraftRows(support, weights, indices, are_finite, others, other_probs)
 

@@ -20,9 +20,10 @@ from outrider_client.bench.result_file import Kind, Result
 from outrider_client.bench.samples import OF_A_CELL, OWN_METHODS, PEER_METHODS, Cell, Sample, Settings
 from outrider_client.bench.services import ServicesRunner
 from outrider_client.cli.bench.presenting import charts_module, draw, missing_extra, tables_of
-from outrider_client.cli.local_pair import PairAddresses, local_pair
 from outrider_client.cli.options import DraftNotice, err, out, params_of, print_json
+from outrider_client.cli.serve import started_pair
 from outrider_client.connection import LOOKUP_DRAFT
+from outrider_client.local_pair import PairAddresses
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.sync import SpeculativeClient
@@ -142,7 +143,7 @@ def _pair(values: dict[str, Any]) -> Iterator[PairAddresses]:
         yield PairAddresses(target, draft)
         return
     draft_model = None if looks_up else values["draft_model"]
-    with local_pair(values["target_model"], draft_model, values["threads"]) as pair:
+    with started_pair(values["target_model"], draft_model, values["threads"]) as pair:
         yield pair
 
 

@@ -60,16 +60,22 @@ def _product(
             others = tl.dot(x, w, others, input_precision="ieee")
     if HAS_BIAS:
         sums += tl.load(bias + outs, mask=is_out & (part == 0), other=0.0).to(tl.float32)[None, :]
+    sums = _activated(sums, others, ACTIVATION)
+    tl.store(
+        outputs + (part * num_rows + rows[:, None]) * num_outputs + outs[None, :], sums.to(outputs.dtype.element_ty),
+        mask=is_row[:, None] & is_out[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _activated(sums, others, ACTIVATION: tl.constexpr):
     if ACTIVATION == 1:
         sums = sums / (1.0 + tl.exp((sums + sums * sums * sums * _GELU_CUBE) * -_GELU_SLOPE))
     elif ACTIVATION == 2:
         sums = tl.maximum(sums, 0.0)
     elif ACTIVATION == 3:
         sums = sums / (1.0 + tl.exp(-sums)) * others
-    tl.store(
-        outputs + (part * num_rows + rows[:, None]) * num_outputs + outs[None, :], sums.to(outputs.dtype.element_ty),
-        mask=is_row[:, None] & is_out[None, :],
-    )  # fmt: skip
+    return sums
 
 
 @dataclass(frozen=True)
