@@ -58,6 +58,7 @@ def _transformers_maker(values: dict[str, Any]) -> PeerMaker:
             draft_model=info.draft.model_id,
             dtype=info.target.dtype,
             device=info.target.device,
+            quantize=(info.target.quantize or None, info.draft.quantize or None),
             context_length=info.target.context_length,
             eos_token_ids=tuple(info.target.eos_token_ids),
             threads=_num_peer_threads(values),

@@ -174,35 +174,3 @@ def _checked_info(client: SpeculativeClient, addresses: PairAddresses) -> PairIn
     if info.mismatch:
         raise click.ClickException(info.mismatch)
     return info
-<<<<<<< HEAD
-=======
-
-
-def _peer_module() -> ModuleType:
-    try:
-        from outrider_client.bench import transformers_peer
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "--compare transformers", "serve") from error
-    return transformers_peer
-
-
-def _peer(module: ModuleType, info: PairInfo, settings: Settings, threads: int) -> Any:
-    """Load the models that the services run, in their dtype and on their kind of device."""
-    assert info.draft
-    options = module.PeerOptions(
-        target_model=info.target.model_id,
-        draft_model=info.draft.model_id,
-        dtype=info.target.dtype,
-        device=info.target.device,
-        quantize=(info.target.quantize or None, info.draft.quantize or None),
-        context_length=info.target.context_length,
-        eos_token_ids=tuple(info.target.eos_token_ids),
-        threads=_num_peer_threads(threads),
-    )
-    with err.status("loading both models for transformers"):
-        return module.load_peer(options, settings)
-
-
-def _num_peer_threads(threads: int) -> int:
-    return threads or result_file.num_cores()
->>>>>>> main
