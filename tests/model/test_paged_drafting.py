@@ -142,7 +142,7 @@ def test_everything_can_be_recorded_beforehand():
     assert len(runner._chains) + len(runner._first_passes) == num_recorded
 
 
-def test_a_sequence_that_becomes_no_law_ends_alone(monkeypatch):
+def test_a_sequence_that_becomes_no_distribution_ends_alone(monkeypatch):
     runner = runner_of()
     call = runner._call
 

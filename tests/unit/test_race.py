@@ -149,7 +149,7 @@ def agreement(target_probs: np.ndarray, draft_probs: np.ndarray) -> float:
     return sum(1 / np.maximum(target_probs / target_probs[x], draft_probs / draft_probs[x]).sum() for x in both)
 
 
-def test_two_laws_agree_as_often_as_the_theory_says():
+def test_two_distributions_agree_as_often_as_the_theory_says():
     expected = agreement(TARGET_PROBS, DRAFT_PROBS)
     seen = (winners(TARGET_PROBS) == winners(DRAFT_PROBS)).mean()
     deviation = math.sqrt(expected * (1 - expected) / NUM_DRAWS)

@@ -104,7 +104,7 @@ def test_a_pass_reads_all_weights_but_the_tables_it_looks_up(shape):
 
 
 class TestAcceptanceRate:
-    def test_it_is_what_two_laws_share(self):
+    def test_it_is_what_two_distributions_share(self):
         target, draft = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.2, 0.4, 0.4]]).log()
         assert pairs.acceptance_rate(target, draft) == pytest.approx(0.6)
 
