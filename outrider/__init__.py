@@ -70,11 +70,8 @@ _MODULES = {
     "Segment": "results",
     "SpeculationParams": "params",
     "SpeculativeClient": "sync",
-<<<<<<< HEAD
     "StructuredOutputs": "params",
-=======
     "local_pair": "local_pair",
->>>>>>> main
 }  # of outrider_client; the others are its errors
 
 if not TYPE_CHECKING:

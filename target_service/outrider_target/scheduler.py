@@ -94,11 +94,8 @@ class Session:
     sequence: EngineSequence = field(default_factory=EngineSequence)
     num_prompt_tokens: int = 0  # behind which the output begins
     num_logprobs: int | None = None  # likeliest tokens whose log-probabilities rows report; None: no row reports any
-<<<<<<< HEAD
-    grammar: OutputMask | None = None  # that the output follows
-=======
     scoring: Scoring | None = None  # of the tokens that it opens with, until it is answered
->>>>>>> main
+    grammar: OutputMask | None = None  # that the output follows
     is_open: bool = True
     failure: ServiceError | None = None  # what its next round is answered with
 
@@ -155,11 +152,8 @@ class Scheduler:
         caller: Caller = (),
         num_prompt_tokens: int = 0,
         num_logprobs: int | None = None,
-<<<<<<< HEAD
-        grammar: OutputMask | None = None,
-=======
         scoring: Scoring | None = None,
->>>>>>> main
+        grammar: OutputMask | None = None,
     ) -> Session:
         """Return a new session whose committed tokens are processed at once, all but the pending last one.
 
@@ -175,11 +169,8 @@ class Scheduler:
             )
         needs_noise = shares_noise and not params.is_greedy  # a greedy draw is the same with any number
         numbers = SharedNoise(seed) if needs_noise else AddressedUniforms(seed, Purpose.OUTSIDE)
-<<<<<<< HEAD
-        session = Session(params, numbers, EngineSequence(caller=caller), num_prompt_tokens, num_logprobs, grammar)
-=======
-        session = Session(params, numbers, EngineSequence(caller=caller), num_prompt_tokens, num_logprobs, scoring)
->>>>>>> main
+        told = num_prompt_tokens, num_logprobs, scoring, grammar
+        session = Session(params, numbers, EngineSequence(caller=caller), *told)
         session.sequence.tokens.extend(committed.token_ids)
         self.thread.post(lambda: self._begin(session), is_long=True)
         return session

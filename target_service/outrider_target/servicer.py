@@ -64,13 +64,8 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             if opening is None:
                 return
             shares_noise = opening.open.sampling.shared_noise
-<<<<<<< HEAD
-            session = await self._open(scheduler, opening.open, shares_noise, call)
-            call.is_busy = lambda: scheduler.is_busy(session)
-=======
->>>>>>> main
             answers: Mailbox[Verdict | ServiceError] = Mailbox()
-            session = self._open(scheduler, opening.open, shares_noise, call.caller, answers.put)
+            session = await self._open(scheduler, opening.open, shares_noise, call, answers.put)
             call.is_busy = lambda: scheduler.is_busy(session)
             try:
                 if opening.open.HasField("num_prompt_logprobs"):
@@ -85,40 +80,24 @@ class TargetServicer(HostedServicer[Scheduler], target_pb2_grpc.TargetServiceSer
             finally:
                 scheduler.close(session)
 
-<<<<<<< HEAD
     async def _open(
-        self, scheduler: Scheduler, message: target_pb2.OpenVerification, shares_noise: bool, call: Call
-    ) -> Session:
-        if message.num_logprobs > MOST_LOGPROBS:
-            raise InvalidArgumentError(f"open.num_logprobs is {message.num_logprobs}: give at most {MOST_LOGPROBS}")
-        params = params_from_proto(message.sampling, self._host.vocab_size)
-        committed, num_prompt_tokens = self._opening_span(message.committed), wire.num_prompt_tokens(message)
-=======
-    def _open(
-        self, scheduler: Scheduler, message: target_pb2.OpenVerification, shares_noise: bool, caller: Caller, emit: Emit
+        self, scheduler: Scheduler, message: target_pb2.OpenVerification, shares_noise: bool, call: Call, emit: Emit
     ) -> Session:
         for name in ("num_logprobs", "num_prompt_logprobs"):
             if (number := getattr(message, name)) > MOST_LOGPROBS:
                 raise InvalidArgumentError(f"open.{name} is {number}: give at most {MOST_LOGPROBS}")
-        span = self._opening_span(message.committed)
->>>>>>> main
+        params = params_from_proto(message.sampling, self._host.vocab_size)
+        span, num_prompt_tokens = self._opening_span(message.committed), wire.num_prompt_tokens(message)
         return scheduler.open(
             params,
             message.seed,
-<<<<<<< HEAD
-            committed,
-=======
             span,
->>>>>>> main
             shares_noise,
             call.caller,
             num_prompt_tokens,
             message.num_logprobs if message.HasField("num_logprobs") else None,
-<<<<<<< HEAD
-            await self._host.grammar_of(params, call),
-=======
             _scoring_of(message, span, emit),
->>>>>>> main
+            await self._host.grammar_of(params, call),
         )
 
     def _opening_span(self, span: common_pb2.TokenSpan) -> Span:

@@ -43,14 +43,9 @@ def identity_of(model: PreTrainedModel, tokenizer: bytes | None, eos_token_ids: 
         tokenizer: all that makes text of ids and ids of text; None where there is none.
     """
     digest = hashlib.sha256()
-<<<<<<< HEAD
     parts = [_json(model.config.to_dict()), _json(eos_token_ids)]
     parts += [b""] if tokenizer is None else [tokenizer, grammars.VERSION.encode()]
-    for part in (*parts, *_weights(model), *_kept_matrices(model)):
-=======
-    parts = [_json(model.config.to_dict()), _json(eos_token_ids), b"" if tokenizer is None else tokenizer]
     for part in (*parts, *_weights(model)):
->>>>>>> main
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()[:NUM_DIGITS]
