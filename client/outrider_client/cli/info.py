@@ -12,13 +12,11 @@ from rich.table import Table
 from outrider.protocol.errors import InvalidArgumentError
 from outrider.sampling.messages import defaults_of
 from outrider.v1 import common_pb2
-from outrider_client.cli.options import addresses, as_json, credentials_of, out, print_json, shows_errors
+from outrider_client.cli.options import CONNECTING, addresses, as_json, credentials_of, out, print_json, shows_errors
 from outrider_client.cli.plan import plan_of, plan_table
 from outrider_client.connection import LOOKUP_DRAFT
 from outrider_client.pair import PairInfo, as_plain_dict
 from outrider_client.sync import SpeculativeClient
-
-PLAN_OPTIONS = ("threads", "dtype", "device", "max_cached_tokens", "revision")
 
 
 @click.command(context_settings={"show_default": True})
@@ -42,7 +40,7 @@ def info(plan: str | None, as_json: bool, **values: Any) -> None:
 
     Exits with 1 if they cannot, or if the draft does not answer. With --plan, describe a model that no service has yet.
     """
-    options, draft = {name: values[name] for name in PLAN_OPTIONS}, values["draft"]
+    options, draft = {name: values[name] for name in values.keys() - CONNECTING}, values["draft"]
     if plan:
         _show_plan(plan_of(plan, options), as_json)
         return

@@ -73,6 +73,17 @@ def address_options(default_target: str | None, default_draft: str | None) -> Ca
 addresses = address_options("localhost", "localhost")
 
 
+CONNECTING = {
+    "target",
+    "draft",
+    "api_key",
+    "api_key_file",
+    "tls_ca",
+    "tls_cert",
+    "tls_key",
+}  # what is behind `addresses`
+
+
 def credentials_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a client is given for what a command's values say of keys and TLS; raises InvalidRequestError."""
     key, key_file = values["api_key"], values["api_key_file"]
