@@ -19,14 +19,14 @@ from grpc_status import rpc_status
 import outrider.serving.health
 import outrider.serving.reflection
 import outrider.serving.service
-import outrider_draft.servicer
+import outrider.serving.streams
 from outrider.common.mailbox import Mailbox
 from outrider.protocol.errors import SessionIdleError
 from outrider.serving.calls import Call
 from outrider.serving.service import MOST_QUESTIONS, ModelHost
+from outrider.serving.streams import MOST_UNAPPLIED, MOST_UNSENT
 from outrider.v1 import target_pb2
 from outrider_draft.drafter import Drafter
-from outrider_draft.servicer import MOST_UNAPPLIED, MOST_UNSENT
 from tests.servers import DRAFT, PATIENCE_S, TARGET, RawStream, eventually
 from tests.service.conftest import (
     CONTEXT_LENGTH,
@@ -173,8 +173,8 @@ def flood(first: int, number: int):
 
 def test_a_draft_drafts_nothing_for_whoever_does_not_read(services, models, monkeypatch):
     monkeypatch.setattr(SeenMailbox, "most", 0)
-    monkeypatch.setattr(outrider_draft.servicer, "Mailbox", SeenMailbox)
-    monkeypatch.setattr(outrider_draft.servicer, "IDLE_COMMITS_A_SECOND", 10_000.0)
+    monkeypatch.setattr(outrider.serving.streams, "Mailbox", SeenMailbox)
+    monkeypatch.setattr(outrider.serving.streams, "IDLE_REQUESTS_A_SECOND", 10_000.0)
     server = services.start(DRAFT, models.draft_path)
     applied = []
     commit = Drafter.commit
@@ -201,7 +201,7 @@ def test_a_draft_drafts_nothing_for_whoever_does_not_read(services, models, monk
 
 def test_commits_wait_in_the_stream_while_a_pass_runs(services, models, monkeypatch, held_up):
     held_up.released.set()
-    monkeypatch.setattr(outrider_draft.servicer, "IDLE_COMMITS_A_SECOND", 10_000.0)
+    monkeypatch.setattr(outrider.serving.streams, "IDLE_REQUESTS_A_SECOND", 10_000.0)
     server = services.start(DRAFT, models.draft_path)
     read = []
     commit = Drafter.commit
@@ -223,7 +223,7 @@ def test_commits_wait_in_the_stream_while_a_pass_runs(services, models, monkeypa
 
 
 def test_commits_that_nothing_is_drafted_between_are_read_one_after_the_other(services, models, monkeypatch):
-    monkeypatch.setattr(outrider_draft.servicer, "IDLE_COMMITS_A_SECOND", 1e-9)
+    monkeypatch.setattr(outrider.serving.streams, "IDLE_REQUESTS_A_SECOND", 1e-9)
     server = services.start(DRAFT, models.draft_path)
     read = []
     commit = Drafter.commit
@@ -231,7 +231,7 @@ def test_commits_that_nothing_is_drafted_between_are_read_one_after_the_other(se
     with RawStream(server.stub.Propose, open_proposals(ahead=0)) as stream:
         for index in range(1, 200):
             stream.send(commit_of(index, span([3], T, PROMPT), window=T + 1))
-        most = int(outrider_draft.servicer.IDLE_COMMITS) + 1
+        most = int(outrider.serving.streams.IDLE_REQUESTS) + 1
         eventually(lambda: len(read) == most, "as many as come at once")
         check_draft_serves(server, models.draft)
         assert len(read) == most
