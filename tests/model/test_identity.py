@@ -142,18 +142,19 @@ def test_reads_the_first_and_the_last_lines_of_a_matrix():
     assert (len(columns), len(rows)) == (identity.NUM_LINES, identity.NUM_LINES)
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """Return a model that compiled code runs, with zeros of both signs."""
+    model = make_model("llama", 0, vocab_size=300, head_dim=16, tie_word_embeddings=True).float()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[::7, ::3] = -0.0
+    folder = tmp_path_factory.mktemp("kept")
+    save(model, folder)
+    return folder
+
+
 class TestKept:
     """How a backend keeps numbers is not the model's."""
-
-    @pytest.fixture(scope="module")
-    def other(self, tmp_path_factory) -> Path:
-        """Return a model that compiled code runs, with zeros of both signs."""
-        model = make_model("llama", 0, vocab_size=300, head_dim=16, tie_word_embeddings=True).float()
-        with torch.no_grad():
-            model.model.embed_tokens.weight[::7, ::3] = -0.0
-        folder = tmp_path_factory.mktemp("kept")
-        save(model, folder)
-        return folder
 
     @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
     def test_numbers_count_and_not_where_they_lie(self, other, monkeypatch, quantize):

@@ -41,7 +41,7 @@ def test_a_plan_says_so(tmp_path):
     assert plan.backend == "compiled"
     assert list(plan.stored) == list(plan.formats) == ["Q4_K", "F32"]
     assert sum(plan.formats.values()) < plan.weight_bytes < 1.03 * sum(plan.formats.values())
-    assert plan.sizes() == "0.03 GB of weights in Q4_K and F32: 0.03 GB in Q4_K and F32"
+    assert plan.sizes() == "0.02 GB of weights in Q4_K and F32: 0.02 GB in Q4_K and F32"
 
 
 def test_a_model_that_compiled_code_gets_wrong_is_read_again(tmp_path, monkeypatch):
