@@ -48,7 +48,8 @@ def open_draft(generation: Generation) -> draft_pb2.OpenProposals:
 
 
 def begin_round(generation: Generation, num_proposals: int) -> target_pb2.VerifyRequest:
-    return generation.target.begin_round(generation.draft.proposals[:num_proposals])
+    generation.target.begin_round(generation.draft.proposals[:num_proposals])
+    return generation.target.round_request()
 
 
 def commit_to_draft(generation: Generation) -> draft_pb2.Commit:

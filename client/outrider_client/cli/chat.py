@@ -24,7 +24,7 @@ from outrider_client.cli.options import (
 )
 from outrider_client.cli.reading import turns
 from outrider_client.errors import InvalidRequestError
-from outrider_client.params import Prompt, SamplingParams, SpeculationParams
+from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats
 from outrider_client.sync import SpeculativeClient
 
@@ -109,8 +109,8 @@ class Chat:
         before = list(self.messages)
         self.messages.append({"role": "user", "content": turn})
         try:
-            self._drop_what_does_not_fit()
-            result = write(self.client, self._prompt(), self.sampling, self.speculation, out.is_terminal, can_stop=True)
+            prompt = self._fitting_prompt()
+            result = write(self.client, prompt, self.sampling, self.speculation, out.is_terminal, can_stop=True)
         except InvalidRequestError as error:
             self.messages = before
             err.print(f"{error}", markup=False, style="bold red")
@@ -121,7 +121,7 @@ class Chat:
         stopped = "" if result.finish_reason else "stopped; "
         err.print(stopped + summary([result.stats]), style="dim")
 
-    def _prompt(self) -> Prompt:
+    def _prompt(self) -> list[int]:
         if not self.plain:
             return self._tokenizer.render_chat(self.messages)
         text = ""
@@ -131,19 +131,19 @@ class Chat:
             )
         return self._tokenizer.encode(text)
 
-    def _drop_what_does_not_fit(self) -> None:
-        """Forget the oldest turns until the context has room for an answer beside the others."""
-        assert self.sampling.max_new_tokens is None or self.sampling.max_new_tokens > 0
+    def _fitting_prompt(self) -> list[int]:
+        """Return the prompt; forget the oldest turns until the context has room for an answer beside the others."""
         room = min(self.sampling.max_new_tokens or self._context_length, int(LEAST_ANSWER * self._context_length))
-        first, num_dropped = int(self.system is not None), 0
-        while len(self.messages) > first + 1 and len(self._prompt()) + room > self._context_length:
+        first, num_dropped, prompt = int(self.system is not None), 0, self._prompt()
+        while len(self.messages) > first + 1 and len(prompt) + room > self._context_length:
             del self.messages[first : first + 2]
-            num_dropped += 1
+            num_dropped, prompt = num_dropped + 1, self._prompt()
         if num_dropped:
             turns = "turn is" if num_dropped == 1 else "turns are"
             err.print(
                 f"the context of {self._context_length} tokens is full: the oldest {num_dropped} {turns} forgotten"
             )
+        return prompt
 
     def _clear(self) -> None:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]

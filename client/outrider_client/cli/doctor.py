@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import click
 from rich.markup import escape
@@ -117,12 +117,7 @@ def _services(target: str, draft: str) -> Iterator[Finding]:
     yield Finding("draft service", "ok", f"{draft}: {pair.draft.model_id}, {pair.draft.backend}, {pair.draft.device}")
     if pair.mismatch:
         yield Finding("pair", "broken", pair.mismatch, "`outrider pairs MODEL` lists the drafts that fit")
-    else:
-        yield from _warnings(pair.draft, pair.target)
-
-
-def _warnings(draft: Any, target: Any) -> Iterator[Finding]:
-    if draft.identity == target.identity:
+    elif pair.draft.identity == pair.target.identity:
         hint = "give the draft service a smaller model"
         yield Finding("pair", "note", "the draft is the target's own model, so proposals cost what they save", hint)
     else:

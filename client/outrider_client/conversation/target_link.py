@@ -56,12 +56,11 @@ class TargetLink:
         asked = self._task.num_prompt_logprobs, self._task.target_info.vocab_size
         self.prompt_logprobs = prompt_logprobs_of(self._task.prompt_ids, response.prompt_logprobs, *asked)
 
-    def begin_round(self, proposals: Sequence[draft_pb2.Proposal]) -> target_pb2.VerifyRequest:
-        """Return the request that has proposals for the next positions verified."""
+    def begin_round(self, proposals: Sequence[draft_pb2.Proposal]) -> None:
+        """Begin the round that has proposals for the next positions verified."""
         self._in_round, self._read = proposals, None
         self._round_index += 1
         self._span_start, self._round_start = self._round_start, len(self._committed)
-        return self.round_request()
 
     @property
     def num_proposals(self) -> int:
