@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from click.testing import CliRunner
@@ -93,7 +95,6 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 CONTROL = r"\x1b(\[[0-9;?]*[A-Za-z]|[=>])"
-PROMPT = ">"
 
 
 class Terminal:
@@ -116,20 +117,29 @@ class Terminal:
         os.write(self._own, keys.encode())
 
     def wait_for(self, text: str) -> None:
-        """Return when this was shown behind what was waited for before."""
-        until = time.monotonic() + PATIENCE_S
-        while text not in self.shown:
+        """Return when this was shown."""
+        self.type_until("", lambda: text in self.shown)
+
+    def type_until(self, keys: str, condition: Callable[[], bool]) -> None:
+        """Type `keys` now and every few seconds until the condition holds: keys between two prompts may be lost."""
+        until, again = time.monotonic() + PATIENCE_S, 0.0
+        while not condition():
             assert time.monotonic() < until, self.shown
-            if select.select([self._own], [], [], 0.5)[0]:
-                try:
-                    self.shown += os.read(self._own, 1 << 16).decode(errors="replace")
-                except OSError:  # the other side ended
-                    assert text in self.shown, self.shown
-            if "\x1b[6n" in self.shown:  # where is the cursor?
-                self.shown = self.shown.replace("\x1b[6n", "")
-                self.type("\x1b[1;1R")
-            self.shown = re.sub(CONTROL, "", self.shown)
-        self.shown = self.shown.partition(text)[2]
+            if time.monotonic() >= again:
+                again = time.monotonic() + 5
+                with suppress(OSError):  # the other side ended
+                    self.type(keys)
+            self._read()
+
+    def _read(self) -> None:
+        if not select.select([self._own], [], [], 0.1)[0]:
+            return
+        with suppress(OSError):  # the other side ended
+            self.shown += os.read(self._own, 1 << 16).decode(errors="replace")
+        if "\x1b[6n" in self.shown:  # where is the cursor?
+            self.shown = self.shown.replace("\x1b[6n", "")
+            self.type("\x1b[1;1R")
+        self.shown = re.sub(CONTROL, "", self.shown)
 
     def close(self) -> None:
         self.process.kill()
@@ -148,19 +158,13 @@ def terminal(addresses, tmp_path, monkeypatch):
 def test_ctrl_c_stops_an_answer_and_not_the_chat_and_ctrl_d_ends_it(terminal, tmp_path):
     """The answer that is stopped may have ended by itself on a quick machine: the context is small."""
     terminal.wait_for("Ctrl-D ends")
-    terminal.wait_for(PROMPT)
     terminal.type("one\x1b\rtwo\r")
     terminal.type("\x03")
-    terminal.wait_for(PROMPT)
-    terminal.type("/stats\r")
-    terminal.wait_for("/stats")
-    terminal.type("again\r")
-    terminal.wait_for("tokens/s")
-    terminal.wait_for(PROMPT)
+    terminal.type_until("/stats\r", lambda: "/stats" in terminal.shown)
+    terminal.type_until("again\r", lambda: "tokens/s" in terminal.shown)
     terminal.type("half\x03")
-    terminal.wait_for(PROMPT)
-    terminal.type("\x04")
-    assert terminal.process.wait(PATIENCE_S) == 0
+    terminal.type_until("\x03\x04", lambda: terminal.process.poll() is not None)
+    assert terminal.process.returncode == 0
     history = tmp_path / "outrider" / "chat_history"
     assert history.stat().st_mode & 0o777 == 0o600
     assert "+one\n+two\n" in history.read_text()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from outrider_client.cli.options import (
     shows_errors,
     speculation_options,
 )
-from outrider_client.cli.reading import turns
+from outrider_client.cli.reading import is_typed, turns
 from outrider_client.errors import InvalidRequestError
 from outrider_client.params import SamplingParams, SpeculationParams
 from outrider_client.results import GenerationStats
@@ -56,6 +59,42 @@ def chat(system: str | None, plain: bool, **values: Any) -> None:
         Chat(client, sampling, speculation, DraftNotice(values["draft"]), system, plain).run()
 
 
+class Interrupts:
+    """Ctrl-C at a terminal: it raises KeyboardInterrupt once in what `may_stop`, and elsewhere does nothing.
+
+    A key may be pressed just before an answer begins or just after it has ended.
+    """
+
+    def __init__(self) -> None:
+        self._may_raise = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle them in the block, where a person types; the end of a pipe's chat is Ctrl-C as ever."""
+        if not is_typed():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def may_stop(self) -> Iterator[None]:
+        """Let one interrupt end the block."""
+        self._may_raise = True
+        try:
+            yield
+        finally:
+            self._may_raise = False
+
+    def _interrupt(self, *_: object) -> None:
+        if self._may_raise:
+            self._may_raise = False
+            raise KeyboardInterrupt
+
+
 @dataclass
 class Chat:
     """A conversation of a person with the target.
@@ -71,6 +110,7 @@ class Chat:
     plain: bool = False
     messages: list[dict[str, str]] = field(default_factory=list, init=False)
     answers: list[GenerationStats] = field(default_factory=list, init=False)
+    _interrupts: Interrupts = field(default_factory=Interrupts, init=False)
 
     def __post_init__(self) -> None:
         self._clear()
@@ -96,21 +136,29 @@ class Chat:
         err.print(f"{info.target.model_id}, with proposals from {draft}", markup=False)
         err.print(f"[{DRAFTED_STYLE}]accepted proposals[/], [{TARGET_STYLE}]the target's own tokens[/]; "
                   "/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")  # fmt: skip
-        for turn in turns([command.partition(" ")[0] for command in COMMANDS]):
-            if turn in ("/exit", "/quit"):
-                break
-            if turn.startswith("/"):
-                self._obey(*turn.partition(" ")[::2])
-            elif turn.strip():
-                self._answer(turn)
+        with self._interrupts.handled():
+            for turn in turns([command.partition(" ")[0] for command in COMMANDS]):
+                if turn in ("/exit", "/quit"):
+                    break
+                if turn.startswith("/"):
+                    self._obey(*turn.partition(" ")[::2])
+                elif turn.strip():
+                    self._answer(turn)
 
     def _answer(self, turn: str) -> None:
         """Write an answer, and remember both; a turn that is refused is forgotten."""
         before = list(self.messages)
         self.messages.append({"role": "user", "content": turn})
         try:
-            prompt = self._fitting_prompt()
-            result = write(self.client, prompt, self.sampling, self.speculation, out.is_terminal, can_stop=True)
+            with self._interrupts.may_stop():
+                prompt = self._fitting_prompt()
+                result = write(self.client, prompt, self.sampling, self.speculation, out.is_terminal, can_stop=True)
+        except KeyboardInterrupt:  # before anything was written, or behind the last of it
+            if not is_typed():
+                raise
+            self.messages = before
+            err.print("stopped; the turn is forgotten", style="dim")
+            return
         except InvalidRequestError as error:
             self.messages = before
             err.print(f"{error}", markup=False, style="bold red")

@@ -15,12 +15,17 @@ from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.output import create_output
 
 
+def is_typed() -> bool:
+    """Return whether a person types at a terminal."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def turns(commands: Sequence[str]) -> Iterator[str]:
     """Yield what is typed until the end of the input; on a terminal, Ctrl-C clears what is being typed.
 
     There Enter ends a turn and Alt-Enter a line of it, Tab completes `commands`, and text pasted in keeps its lines.
     """
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not is_typed():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
     session: PromptSession[str] = PromptSession(
