@@ -157,15 +157,15 @@ def terminal(addresses, tmp_path, monkeypatch):
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat_and_ctrl_d_ends_it(terminal, tmp_path):
     """The answer that is stopped may have ended by itself on a quick machine: the context is small."""
+    history = tmp_path / "outrider" / "chat_history"
     terminal.wait_for("Ctrl-D ends")
-    terminal.type("one\x1b\rtwo\r")
+    terminal.type_until("one\x1b\rtwo\r", lambda: history.exists() and "+one\n+two\n" in history.read_text())
     terminal.type("\x03")
     terminal.type_until("/stats\r", lambda: "/stats" in terminal.shown)
     terminal.type_until("again\r", lambda: "tokens/s" in terminal.shown)
     terminal.type("half\x03")
     terminal.type_until("\x03\x04", lambda: terminal.process.poll() is not None)
     assert terminal.process.returncode == 0
-    history = tmp_path / "outrider" / "chat_history"
     assert history.stat().st_mode & 0o777 == 0o600
     assert "+one\n+two\n" in history.read_text()
 
